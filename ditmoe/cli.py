@@ -1,0 +1,126 @@
+"""argv to a configuration, and errors to exit codes. Nothing heavy is imported here.
+
+Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal after saving, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from .config import PRESETS, Config
+
+DEFAULT_PRESET = "digits"
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw images from a trained model and write them to a folder, an .npz file (ADM's layout) or one .png grid."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, or a pipeline folder such as models/fashion."""
+    out: Path = Path("samples.png")
+    """FILE.png (one grid, a row a class), FILE.npz (arr_0 images, arr_1 labels), or a folder of PNG files."""
+    sampler: str | None = None
+    """A name of samplers.SAMPLERS; default: the one saved with the model."""
+    steps: int | None = None
+    """Sampling steps; default: saved with the model."""
+    cfg: float | None = None
+    """Classifier-free guidance scale, 1 for none; default: saved with the model."""
+    num: int | None = None
+    """Number of images, classes in turn; default: 8 a class."""
+    classes: tuple[int, ...] | None = None
+    """The label of every image, instead of --num."""
+    seed: int = 0
+    """Image i depends on (seed, i, its label) alone."""
+    batch_size: int = 64
+    """Images drawn at once; does not change them."""
+
+    def __post_init__(self) -> None:
+        if self.classes is not None and self.num is not None:
+            raise ValueError("give --num or --classes, not both")
+        for name in ("num", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+
+
+def parse_train(argv: Sequence[str]) -> Config:
+    """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config.
+
+    Mistakes end the program with exit code 2 and a sentence; `--help` ends it with 0.
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    start, rest = (argv[0], argv[1:]) if named else (DEFAULT_PRESET, argv)
+    base = PRESETS[start] if start in PRESETS else _load(start)
+    presets = ", ".join(PRESETS)
+    return tyro.cli(
+        Config,
+        prog=f"train.py {start}",
+        description=f"Train a diffusion transformer with experts: train.py [PRESET | RUN/config.json] [options]. "
+        f"Presets: {presets}. Defaults below are those of {start}.",
+        default=base,
+        args=list(rest),
+    )
+
+
+def parse_sample(argv: Sequence[str]) -> SampleArgs:
+    """`MODEL [options]` -> SampleArgs; mistakes end the program with exit code 2."""
+    return tyro.cli(SampleArgs, prog="sample.py", args=list(argv))
+
+
+def run(main: Callable[[], None]) -> int:
+    """Call `main` and turn what it raises into an exit code; a user's mistake is one sentence on stderr."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(error, file=sys.stderr)
+        return 143
+    return 0
+
+
+def _load(start: str) -> Config:
+    path = Path(start)
+    if path.suffix == ".json" or path.exists():
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            _stop(f"{path} is not a configuration that can be read: {error}")
+        if not isinstance(values, dict):
+            _stop(f"{path} does not hold a configuration")
+        config = tyro.cli(Config, prog=str(path), args=list(as_flags(values)))
+        return replace(config, dry_run=False)
+    near = get_close_matches(start, PRESETS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    _stop(f"there is no preset or file {start!r}; {hint}presets are {', '.join(PRESETS)}")
+
+
+def as_flags(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """A saved configuration as command-line flags, so that one parser checks files and flags alike."""
+    for key, value in values.items():
+        flag = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict):
+            yield from as_flags(value, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            section, _, name = flag.rpartition(".")
+            yield "--" + (f"{section}." if section else "") + ("" if value else "no-") + name
+        else:
+            yield from (f"--{flag}", str(value))
+
+
+def _stop(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)

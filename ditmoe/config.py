@@ -1,0 +1,393 @@
+"""What a run is: frozen dataclasses, the presets, and the checks. Imports no torch.
+
+A run's `config.json` is this tree. Every value is in the unit its docstring names; "steps" are optimiser steps and
+batch sizes are global (over all processes and accumulation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer around the experts."""
+
+    sample_size: int = 8
+    """Height and width of an image (or latent), in pixels."""
+    in_channels: int = 1
+    """Channels of an image (or latent)."""
+    num_classes: int | None = None
+    """Number of classes; 0 trains without labels; None takes what the data set has."""
+    patch_size: int = 2
+    """Height and width of a token, in pixels."""
+    hidden_size: int = 128
+    """Width D of the residual stream."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    ffn_width: int = 384
+    """Hidden width of the feed-forward layer in blocks without experts."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Of experts and dense feed-forward layers; swiglu has three matrices, gelu (tanh form) has two."""
+    positions: Literal["rope", "sincos"] = "rope"
+    """2-D rotary positions in attention, or DiT's fixed sine-cosine table added to the tokens."""
+    qk_norm: Literal["rms", "layer", "none"] = "rms"
+    """Normalisation of queries and keys, per head."""
+    gradient_checkpointing: bool = False
+    """Recompute block activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth")
+        _positive(self, "num_heads", "ffn_width")
+        _require(
+            self.num_classes is None or self.num_classes >= 0,
+            f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more",
+        )
+        _require(
+            self.sample_size % self.patch_size == 0,
+            f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        _require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = "
+            f"{4 * self.num_heads}, so that a head splits into two rotary halves for two axes",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture-of-experts layers."""
+
+    blocks: Literal["all", "every-second", "none"] = "every-second"
+    """Which blocks hold experts: every one, blocks 1, 3, 5, ... (from 0), or none (the dense twin)."""
+    num_experts: int = 8
+    """Routed experts E in a layer."""
+    top_k: int = 2
+    """Experts K that serve one token."""
+    expert_width: int = 128
+    """Hidden width F of one routed expert."""
+    shared_width: int = 128
+    """Hidden width of the shared expert that serves every token; 0 leaves it out."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    renormalize: bool = True
+    """Divide the K chosen scores by their sum."""
+    scale: float = 1.0
+    """Factor on the routed experts' weights, after renormalisation."""
+    balance_weight: float = 0.005
+    """Weight of the expert-level balance loss (DiT-MoE: 0.005), averaged over layers."""
+    z_weight: float = 0.0
+    """Weight of the router z-loss (ST-MoE: 0.001), averaged over layers."""
+    bias_rate: float = 0.0
+    """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out."""
+    backend: Literal["auto", "grouped", "loop"] = "auto"
+    """Expert kernels: grouped_mm, a loop, or the first where it applies."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_experts", "top_k", "expert_width")
+        _not_negative(self, "shared_width", "balance_weight", "z_weight", "bias_rate")
+        _require(
+            self.top_k <= self.num_experts,
+            f"top_k {self.top_k} is more than num_experts {self.num_experts}",
+        )
+        _require(self.scale > 0, f"scale is {self.scale}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the network is trained to predict."""
+
+    prediction_type: PredictionType = "v_prediction"
+    """Noise, velocity v, the clean image, or flow matching's velocity eps - x_0."""
+    learn_sigma: bool = False
+    """Also learn the reverse variance (improved DDPM's hybrid loss); for epsilon only."""
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule of the diffusion objectives (diffusers' names)."""
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Law of the training times; logit_normal (SD3) is for flow_prediction."""
+    class_dropout_prob: float = 0.1
+    """Share of training samples whose label is replaced by the null label, for guidance."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.class_dropout_prob <= 1,
+            f"class_dropout_prob is {self.class_dropout_prob}; it must lie in [0, 1]",
+        )
+        _require(
+            not self.learn_sigma or self.prediction_type == "epsilon",
+            f"learn_sigma works with prediction_type epsilon, not {self.prediction_type}",
+        )
+        _require(
+            self.time_sampling == "uniform" or self.prediction_type == "flow_prediction",
+            f"time_sampling logit_normal works with flow_prediction, not {self.prediction_type}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from."""
+
+    name: Literal["digits", "fashion", "folder", "latents"] = "digits"
+    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards)."""
+    path: Path | None = None
+    """Folder of the images, of the IDX files, or of the latent shards."""
+    download: bool = False
+    """Let torchvision download Fashion-MNIST into ./data when it is nowhere else."""
+    fit: Literal["exact", "crop"] = "exact"
+    """folder: images must have sample_size and in_channels exactly, or are resized, centre-cropped and converted."""
+    flip: bool = False
+    """Mirror images left-right at random."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "num_workers")
+        _require(
+            not self.download or self.name == "fashion",
+            f"download works with the data set fashion, not {self.name}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimiser, the loop, and what it writes."""
+
+    batch_size: int = 128
+    """Images of one optimiser step, over all processes and accumulation."""
+    accumulation: int = 1
+    """Micro-batches of one optimiser step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Step at which the learning rate reaches zero (linearly, from the peak); None keeps it constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    beta2: float = 0.99
+    """Second-moment decay of AdamW (the first is 0.9)."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    ema_decay: float = 0.999
+    """Decay of the moving average: min(ema_decay, (1 + n) / (10 + n)) at step n, parameters and buffers."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it fast, else fp32."""
+    log_every: int = 20
+    """Steps between metrics rows (1 when max_steps is at most 200)."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    sample_every: int = 0
+    """Steps between sample grids and scores during training; 0 makes none."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard (extra: track)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "accumulation", "learning_rate", "log_every")
+        _positive(self, "checkpoint_every")
+        _not_negative(self, "warmup_steps", "weight_decay", "clip", "keep", "sample_every")
+        for name in ("ema_decay", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}",
+        )
+        if self.decay_steps is not None:
+            _require(
+                self.decay_steps > self.warmup_steps,
+                f"decay_steps {self.decay_steps} must come after warmup_steps {self.warmup_steps}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How the report and `sample.py` draw images unless told otherwise; saved with the model."""
+
+    sampler: str = "ddim"
+    """A name of samplers.SAMPLERS."""
+    steps: int = 50
+    """Sampling steps."""
+    cfg: float = 1.5
+    """Classifier-free guidance scale; 1 is no guidance."""
+    num: int = 500
+    """Images that the report makes, judges and scores."""
+    batch_size: int = 250
+    """Images drawn at once."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "num", "batch_size")
+        _not_negative(self, "cfg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    out: Path = Path("runs/digits")
+    """The run folder."""
+    max_steps: int = 3000
+    """Optimiser steps in all."""
+    seed: int = 0
+    """Of weights, data order, noise, times, dropped labels and sampled images."""
+    dry_run: bool = False
+    """Check and print the configuration and parameter counts, then stop."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_steps")
+        _not_negative(self, "seed")
+        decay = self.train.decay_steps
+        _require(
+            decay is None or self.max_steps <= decay,
+            f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
+            f"raise --train.decay-steps too",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value > 0, f"{name} is {value}; it must be above 0")
+
+
+def _not_negative(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value >= 0, f"{name} is {value}; it must be 0 or more")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as JSON values (paths become text)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    tree: dict[str, Any] = plain(dataclasses.asdict(config))
+    return tree
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the configuration as JSON, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Sentences `section.field: old -> new` for every leaf that differs."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+# -------------------------------------------------------------------------------------------- presets
+
+
+def _paper(depth: int, width: int, heads: int, experts: int, qk_norm: Literal["none", "layer"]) -> Config:
+    """A model of DiT-MoE's Table 1: every block has experts of hidden width 4D and one shared of 2D."""
+    return Config(
+        max_steps=7_000_000,
+        model=ModelConfig(
+            sample_size=32, in_channels=4, num_classes=1000, patch_size=2, hidden_size=width, depth=depth,
+            num_heads=heads, ffn_width=4 * width, positions="sincos", qk_norm=qk_norm,
+        ),
+        moe=MoEConfig(
+            blocks="all", num_experts=experts, top_k=2, expert_width=4 * width, shared_width=2 * width,
+            score="softmax", renormalize=False, balance_weight=0.005,
+        ),
+        objective=ObjectiveConfig(prediction_type="epsilon", learn_sigma=True),
+        data=DataConfig(name="latents", flip=False, num_workers=4),
+        train=TrainConfig(
+            batch_size=1024, learning_rate=1e-4, warmup_steps=0, beta2=0.999, clip=0.0, ema_decay=0.9999,
+            log_every=100, checkpoint_every=50_000,
+        ),
+        sample=SampleConfig(sampler="ddpm", steps=250, cfg=1.5),
+    )  # fmt: skip
+
+
+def _ours(depth: int, width: int, heads: int, experts: int, top_k: int, expert_width: int, ffn: int) -> Config:
+    """A model with the activated parameters of the dense DiT of the same letter, in the shape that pays."""
+    return Config(
+        max_steps=400_000,
+        model=ModelConfig(
+            sample_size=32, in_channels=4, num_classes=1000, patch_size=2, hidden_size=width, depth=depth,
+            num_heads=heads, ffn_width=ffn,
+        ),
+        moe=MoEConfig(
+            blocks="every-second", num_experts=experts, top_k=top_k, expert_width=expert_width,
+            shared_width=expert_width, bias_rate=0.001, balance_weight=0.0001,
+        ),
+        objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
+        data=DataConfig(name="latents", num_workers=4),
+        train=TrainConfig(
+            batch_size=256, learning_rate=1e-4, warmup_steps=1000, beta2=0.95, ema_decay=0.9999,
+            log_every=100, checkpoint_every=10_000,
+        ),
+        sample=SampleConfig(sampler="flow-euler", steps=50, cfg=1.5),
+    )  # fmt: skip
+
+
+_DIGITS = Config(
+    max_steps=3000,
+    train=TrainConfig(decay_steps=3000),
+)
+_FASHION = Config(
+    max_steps=9000,
+    model=ModelConfig(sample_size=28, patch_size=4, depth=6),
+    data=DataConfig(name="fashion"),
+    train=TrainConfig(decay_steps=9000),
+)
+_FOLDER = Config(
+    max_steps=20_000,
+    model=ModelConfig(sample_size=32, in_channels=3, patch_size=2, hidden_size=256, depth=8, ffn_width=768),
+    moe=MoEConfig(num_experts=16, expert_width=256, shared_width=256),
+    data=DataConfig(name="folder", flip=True, num_workers=2),
+    train=TrainConfig(learning_rate=5e-4, decay_steps=20_000),
+)
+
+PRESETS: dict[str, Config] = {
+    "digits": _DIGITS,
+    "fashion": _FASHION,
+    "folder": _FOLDER,
+    "s": _ours(12, 384, 6, 16, 3, 256, 1024),
+    "b": _ours(12, 768, 12, 48, 7, 256, 2048),
+    "l": _ours(24, 1024, 16, 48, 7, 344, 2752),
+    "xl": _ours(28, 1152, 16, 48, 7, 384, 3072),
+    "dit-moe-s/2-8e2a": _paper(12, 384, 6, 8, "none"),
+    "dit-moe-s/2-16e2a": _paper(12, 384, 6, 16, "none"),
+    "dit-moe-b/2-8e2a": _paper(12, 768, 12, 8, "none"),
+    "dit-moe-l/2-8e2a": _paper(24, 1024, 16, 8, "none"),
+    "dit-moe-xl/2-8e2a": _paper(28, 1152, 16, 8, "layer"),
+    "dit-moe-g/2-16e2a": _paper(40, 1408, 16, 16, "layer"),
+}
+PRESETS = {name: replace(config, out=Path("runs") / name.replace("/", "-")) for name, config in PRESETS.items()}

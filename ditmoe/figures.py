@@ -1,0 +1,268 @@
+"""Pictures of a run, from numpy arrays alone: sample grid, film strip, loss curves. (Expert maps: expert_maps.py.)
+
+Every function writes one PNG of about 1,000 pixels' width. Images are uint8 (..., H, W, C) with C 1 or 3; small ones
+are enlarged without smoothing so that every pixel can be seen. Charts use matplotlib's object API, never pyplot.
+
+Shapes: R rows, H W size of an image, C its channels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Array = NDArray[Any]
+
+WIDTH = 1040  # pixels, of every picture
+MAX_BYTES = 300_000
+INK, MUTED, FAINT = "#1f2430", "#6b7280", "#d9dde3"
+LINE, SECOND = "#2b6cb0", "#c2571a"
+SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
+    "vlb": "variational bound",
+    "balance": "balance loss (1 = even)",
+    "load_max_over_mean": "busiest expert ÷ mean load",
+    "z": "router z-loss",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "images_per_second": "images per second",
+}
+
+
+# ---- pictures made of images
+
+
+def sample_grid(images: Array, row_names: Sequence[str], path: Path) -> None:
+    """Write a grid, a row a class with the class names at the left.
+
+    Args:
+        images: uint8 (R, columns, H, W, C), some samples of each of R classes.
+        row_names: R names; empty ones leave no margin (an unconditional model).
+        path: the PNG to write.
+
+    Raises:
+        ValueError: images are not such an array, or the names do not match its rows.
+    """
+    _check_images("images", images, 5)
+    if len(row_names) != len(images):
+        raise ValueError(f"row_names has {len(row_names)} names for {len(images)} rows; give one a row.")
+    _image_table(images, [shorten(name) for name in row_names], None, path)
+
+
+def film_strip(x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *, columns: int = 12) -> None:
+    """Write, for a few samples, the noisy x_t above the predicted x_0 over the sampling steps.
+
+    Args:
+        x_t: uint8 (n, steps, H, W, C), the noisy images.
+        x0: uint8 (n, steps, H, W, C), what the model then expects the clean image to be.
+        timesteps: the t of each step on the 0..1000 scale, written above the columns.
+        path: the PNG to write.
+        columns: at most this many steps are drawn, evenly chosen with the first and the last.
+
+    Raises:
+        ValueError: the arrays and timesteps do not agree.
+    """
+    _check_images("x_t", x_t, 5)
+    _check_images("x0", x0, 5)
+    if x_t.shape != x0.shape or len(timesteps) != x_t.shape[1]:
+        raise ValueError(
+            f"x_t {x_t.shape}, x0 {x0.shape} and {len(timesteps)} timesteps do not match;"
+            " give (n, steps, H, W, C) twice and one t a step."
+        )
+    chosen = spread(len(timesteps), columns)
+    rows = np.stack([x_t[:, chosen], x0[:, chosen]], axis=1).reshape(-1, len(chosen), *x_t.shape[2:])
+    heads = [f"t = {timesteps[i]:.0f}" if k == 0 else f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
+    _image_table(rows, ["noisy xₜ", "predicted x₀"] * len(x_t), heads, path, group=2)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices of range(count), evenly spaced, with the first and the last."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
+
+
+def _image_table(
+    images: Array,
+    names: Sequence[str],
+    heads: Sequence[str] | None,
+    path: Path,
+    group: int = 1,
+) -> None:
+    """Images (R, columns, H, W, C) as a table with row names, column heads and a wider gap every `group` rows."""
+    num_rows, num_columns, height, width, _ = images.shape
+    font, gap, pad = _font(17), 5, 14
+    left = pad + max(int(font.getlength(name)) for name in names)
+    left += pad if left > pad else 0
+    top = pad + (28 if heads else 0)
+    room = max(24, min(96, (WIDTH - left - pad) // num_columns - gap))
+    scale = max(1, room // max(height, width))
+    cell_w, cell_h = width * scale, height * scale
+    if cell_w > room:  # larger than its cell: shrink, keeping the shape
+        cell_w, cell_h = room, max(1, round(height * room / width))
+    extra = 12 if group > 1 else 0
+    canvas_w = left + num_columns * (cell_w + gap) - gap + pad
+    canvas_h = top + num_rows * (cell_h + gap) - gap + (num_rows // group - 1) * extra + pad
+    canvas = Image.new("RGB", (canvas_w, canvas_h), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, head in enumerate(heads or ()):
+        x = left + k * (cell_w + gap) + cell_w // 2
+        draw.text((x, top - 9), head, fill=MUTED, font=_font(15), anchor="ms")
+    for r in range(num_rows):
+        y = top + r * (cell_h + gap) + (r // group) * extra
+        draw.text((left - pad, y + cell_h // 2), names[r], fill=INK, font=font, anchor="rm")
+        for k in range(num_columns):
+            shown = _to_pil(images[r, k]).resize(
+                (cell_w, cell_h),
+                Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX,
+            )
+            canvas.paste(shown, (left + k * (cell_w + gap), y))
+    _save(canvas, path)
+
+
+# ---- the loss
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the loss over the steps (raw faint, smoothed on top) beside small panels of its parts.
+
+    The smooth line is a centred moving average over 1/40 of the rows, so it does not lag. Small panels are drawn
+    for the keys of `SMALL_PANELS` that the rows have; lists (one value a layer) show their largest.
+
+    Args:
+        rows: the lines of `metrics.jsonl`, each with "step" and "loss".
+        path: the PNG to write.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; train for at least one logged step before drawing the loss.")
+    from matplotlib.figure import Figure
+
+    series = {key: _series(rows, key) for key in ("loss", "mse", *SMALL_PANELS)}
+    small = [key for key in SMALL_PANELS if len(series[key][0]) and np.ptp(series[key][1])][:6]
+    columns = 1 if len(small) <= 2 else 2
+    deep = max(1, -(-len(small) // columns))
+    fig = Figure(figsize=(WIDTH / 100, 3.6 if deep < 3 else 4.4), dpi=100, layout="constrained")
+    grid = fig.add_gridspec(deep, 2 + columns if small else 1)
+    main = fig.add_subplot(grid[:, :2] if small else grid[:, :])
+    loss, mse = (smooth(series[key][1], 99) for key in ("loss", "mse"))
+    if len(mse) == len(loss) and not np.allclose(mse, loss, rtol=0.01):
+        _draw_series(main, *series["mse"], colour=SECOND, label="squared error alone", raw=False)
+        _draw_series(main, *series["loss"], colour=LINE, label="loss: all weighted parts")
+        main.legend(frameon=False, fontsize=9, labelcolor=INK, reverse=True)
+    else:
+        _draw_series(main, *series["loss"], colour=LINE, label=None)
+    title(main, "Training loss")
+    main.set_xlabel("optimiser step", color=MUTED, fontsize=9)
+    for k, key in enumerate(small):
+        ax = fig.add_subplot(grid[k // columns, 2 + k % columns])
+        _draw_series(ax, *series[key], colour=MUTED, label=None)
+        title(ax, SMALL_PANELS[key], size=9)
+    save_figure(fig, path)
+
+
+def smooth(values: Array, window: int) -> Array:
+    """Centred moving average of `window` values (fewer at the ends); values that are not finite do not count."""
+    good = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(good)])
+    at = np.arange(len(values))
+    reach = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
+    low, high = at - reach, at + reach + 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        average: Array = (total[high] - total[low]) / (count[high] - count[low])
+    return average
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Array, Array]:
+    """(steps, values) of the rows that have the key; of a list, its largest."""
+    pairs = [(row["step"], row[key]) for row in rows if np.size(row.get(key, [])) and row[key] is not None]
+    steps = np.array([step for step, _ in pairs], dtype=float)
+    return steps, np.array([np.max(value) for _, value in pairs], dtype=float)
+
+
+def _draw_series(ax: Any, steps: Array, values: Array, *, colour: str, label: str | None, raw: bool = True) -> None:
+    """One line: raw values faint, the moving average on top, dots when there are few; log axis for a wide range."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    line = smooth(values, len(values) // 30 | 1)
+    if raw and len(values) >= 30:
+        ax.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+    ax.plot(steps, line, color=colour, linewidth=1.7, label=label, marker="o" if len(steps) < 30 else "", markersize=3)
+    shown = line[np.isfinite(line)]
+    if len(shown) and shown.min() > 0 and shown.max() > 4 * shown.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.ticklabel_format(axis="y", useOffset=False)
+    bare_axes(ax)
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+# ---- shared by all
+
+
+def title(ax: Any, text: str, size: int = 11) -> None:
+    """A title at the left, bold from size 11."""
+    ax.set_title(text, loc="left", fontsize=size, color=INK, fontweight="bold" if size > 10 else "normal")
+
+
+def bare_axes(ax: Any) -> None:
+    """Only what is read: no box, no tick marks, muted numbers."""
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(FAINT)
+    ax.tick_params(length=0, labelsize=8, labelcolor=MUTED, which="both")
+
+
+def _check_images(name: str, images: Array, ndim: int) -> None:
+    if images.ndim != ndim or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"{name} has shape {images.shape} and type {images.dtype}; give uint8 with {ndim} axes ending in H, W, C"
+            " with C 1 or 3."
+        )
+
+
+def shorten(name: str, most: int = 22) -> str:
+    """The name, cut with an ellipsis after `most` characters."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _to_pil(image: Array) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_figure(fig: Any, path: Path) -> None:
+    """Draw a matplotlib figure into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    _save(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all; one that would be larger than MAX_BYTES is reduced to 256 colours."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    if buffer.tell() > MAX_BYTES:
+        buffer = io.BytesIO()
+        image.quantize(256).save(buffer, "PNG", optimize=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(path)

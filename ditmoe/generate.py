@@ -1,0 +1,115 @@
+"""Draw many images from a trained model and write them where they are wanted.
+
+Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .cli import SampleArgs
+from .figures import sample_grid
+from .pipeline import DiTMoEPipeline, load, to_pixels
+
+
+def balanced_labels(num: int, num_classes: int) -> list[int]:
+    """0, 1, ..., num_classes - 1, 0, 1, ...: `num` labels, every class as often as another up to one."""
+    return [i % num_classes for i in range(num)]
+
+
+def draw(
+    pipe: DiTMoEPipeline,
+    labels: Sequence[int] | None,
+    num: int,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    cfg: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> NDArray[np.uint8]:
+    """Images 0..num-1 of a seed, uint8 (num, H, W, C); the batch size changes nothing but speed and memory."""
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    for start in tqdm(range(0, num, batch_size), desc="sampling", unit="batch", disable=None):
+        indices = range(start, min(start + batch_size, num))
+        x = pipe(
+            None if labels is None else [labels[i] for i in indices],
+            num_images=len(indices) if labels is None else None,
+            sampler=sampler,
+            num_inference_steps=steps,
+            guidance_scale=cfg,
+            seed=seed,
+            indices=indices,
+            output_type="pt",
+        ).images
+        parts.append(to_pixels(x))
+    return np.concatenate(parts)
+
+
+def run(args: SampleArgs) -> None:
+    """What `sample.py` does: load, draw, write, say where.
+
+    Raises:
+        ValueError: A model that cannot be loaded, a value that does not fit it, or an output that exists.
+    """
+    pipe = load(args.model)
+    classes = pipe.transformer.config.num_classes
+    if args.classes is not None:
+        labels: list[int] | None = list(args.classes)
+        num = len(args.classes)
+    else:
+        num = args.num or 8 * max(classes, 1)
+        labels = balanced_labels(num, classes) if classes else None
+    if args.out.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"--out {args.out} is neither a folder nor a .png or .npz file")
+    if args.out.suffix == "" and args.out.is_dir() and any(args.out.iterdir()):
+        raise ValueError(f"--out {args.out} is not empty; give another folder")
+    images = draw(
+        pipe, labels, num, sampler=args.sampler, steps=args.steps, cfg=args.cfg, seed=args.seed,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.suffix == ".npz":
+        write_npz(images, labels, args.out)
+    elif args.out.suffix == ".png":
+        write_grid(images, labels, pipe.id2label, args.out)
+    else:
+        write_folder(images, labels, args.out)
+    print(f"{num} images in {args.out}")
+
+
+def write_npz(images: NDArray[np.uint8], labels: Sequence[int] | None, path: Path) -> None:
+    """ADM's layout: arr_0 uint8 (N, H, W, C) and, for a model with classes, arr_1 labels (N,) int64."""
+    temporary = path.with_name(path.name + ".tmp")
+    arrays = [images] if labels is None else [images, np.asarray(labels, dtype=np.int64)]
+    with temporary.open("wb") as file:
+        np.savez(file, *arrays)
+    assert zipfile.is_zipfile(temporary)
+    temporary.replace(path)
+
+
+def write_folder(images: NDArray[np.uint8], labels: Sequence[int] | None, folder: Path) -> None:
+    """One PNG an image: 000000.png, or 000000-class7.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(images):
+        name = f"{i:06d}.png" if labels is None else f"{i:06d}-class{labels[i]}.png"
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder / name)
+
+
+def write_grid(images: NDArray[np.uint8], labels: Sequence[int] | None, id2label: dict[int, str], path: Path) -> None:
+    """One picture: a row a class (rows of eight without labels)."""
+    keys = [i // 8 for i in range(len(images))] if labels is None else list(labels)
+    rows = [images[[i for i, key in enumerate(keys) if key == row]] for row in sorted(set(keys))]
+    width = max(len(row) for row in rows)
+    blank = np.full_like(images[:1], 255)
+    full = np.stack([np.concatenate([row, np.repeat(blank, width - len(row), axis=0)]) for row in rows])
+    names = ["" if labels is None else id2label.get(row, str(row)) for row in sorted(set(keys))]
+    sample_grid(full, names, path)

@@ -1,0 +1,171 @@
+"""The parts around the experts: patches, time and label embeddings, positions, attention, adaLN modulation.
+
+Shapes: N images, C channels, H W size, T tokens of an image, D width. Names are those of the official DiT.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Image to tokens: a convolution with kernel and stride `patch_size`, row by row."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> (N, T, D)."""
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+def unpatchify(x: Tensor, patch_size: int, channels: int) -> Tensor:
+    """Tokens (N, T, patch_size^2 * channels) of a square image -> (N, channels, H, W)."""
+    N, T, _ = x.shape
+    side = math.isqrt(T)
+    x = x.view(N, side, side, patch_size, patch_size, channels)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (N, channels, side, patch_size, side, patch_size)
+    return x.reshape(N, channels, side * patch_size, side * patch_size)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t, then a two-layer network.
+
+    emb(t) = [cos(t f_j), sin(t f_j)], f_j = 10000^(-j / half), half = 128; t on the 0..1000 scale.
+    Source: DiT (arXiv 2212.09748) and its release (frequency shift 0).
+    """
+
+    FREQUENCIES = 256
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (N,), any real dtype -> (N, D)."""
+        half = self.FREQUENCIES // 2
+        f = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
+        angles = t.float().unsqueeze(-1) * f  # (N, half)
+        emb = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        out: Tensor = self.mlp(emb.to(next(self.mlp.parameters()).dtype))
+        return out
+
+
+class LabelEmbedder(nn.Module):
+    """A vector a class; row `num_classes` is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (N,) int64 in [0, num_classes] -> (N, D)."""
+        out: Tensor = self.embedding_table(y)
+        return out
+
+
+def sincos_positions(hidden_size: int, side: int) -> Tensor:
+    """DiT's fixed positions for a side x side grid, (1, T, D) float32: half of D for the column, half for the row."""
+
+    def axis(position: Tensor) -> Tensor:
+        omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+        angles = position.flatten().double().outer(omega)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (T, D / 2)
+
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([axis(column), axis(row)], dim=-1).float().unsqueeze(0)
+
+
+def rotary_positions(head_dim: int, side: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2-D rotary positions, each (T, head_dim) float32.
+
+    The first half of a head turns with the row, the second with the column; within a half, channel j and channel
+    j + head_dim / 4 are one pair with frequency theta^(-4 j / head_dim). theta is 100, not text's 10,000: a grid has
+    tens of positions an axis, not thousands. Source: RoFormer (arXiv 2104.09864), axial form.
+    """
+    pairs = head_dim // 4
+    frequency = theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [p.flatten().double().outer(frequency).repeat(1, 2) for p in (row, column)]
+    both = torch.cat(angles, dim=-1)  # (T, head_dim)
+    return both.cos().float(), both.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of x (N, heads, T, head_dim) by the angles of `rotary_positions`."""
+    a, b, c, d = x.chunk(4, dim=-1)
+    turned = torch.cat([-b, a, -d, c], dim=-1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of one image.
+
+    Args:
+        hidden_size: Width D.
+        num_heads: Heads; head_dim = D / num_heads.
+        qk_norm: "rms" or "layer" normalises each query and key over head_dim; "none" does not.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: Literal["rms", "layer", "none"]) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm, self.k_norm = (_head_norm(qk_norm, head_dim) for _ in range(2))
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x (N, T, D) -> (N, T, D); rotary: cos and sin of the positions, or None."""
+        N, T, D = x.shape
+        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        out = attend(q, k, v)
+        y: Tensor = self.proj(out.transpose(1, 2).reshape(N, T, D))
+        return y
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm whose weight follows the input's dtype; the statistics are float32 all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., head_dim) -> the same shape and dtype."""
+        assert self.weight is not None
+        y: Tensor = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return y
+
+
+def _head_norm(kind: str, head_dim: int) -> nn.Module:
+    if kind == "rms":
+        return RMSNorm(head_dim, eps=1e-6)
+    return nn.LayerNorm(head_dim, eps=1e-6) if kind == "layer" else nn.Identity()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over (N, heads, T, head_dim), softmax in float32.
+
+    torch's fused kernel, except for bfloat16 on a CPU, where three plain products are several times faster forward and
+    backward (torch 2.14; benchmarks/attention.py).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, heads, T, T)
+        y: Tensor = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+        return y
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) * (1 + scale) + shift, with one shift and scale (N, D) an image."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))

@@ -1,0 +1,159 @@
+"""What a run says about itself while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .config import Config, TrainConfig
+
+
+class StepResult(NamedTuple):
+    """One optimiser step: mean losses over its micro-batches, gradient norm, (L, E) assignments over all processes."""
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    counts: Tensor | None
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Linear warm-up over `warmup_steps`, then constant, or linear down to zero at `decay_steps`."""
+    warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    if train.decay_steps is None:
+        return train.learning_rate * warm
+    left = (train.decay_steps - step) / (train.decay_steps - train.warmup_steps)
+    return train.learning_rate * min(warm, max(0.0, left))
+
+
+class Log:
+    """metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, TensorBoard when asked."""
+
+    def __init__(self, config: Config, first_step: int, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.every = 1 if config.max_steps <= 200 else config.train.log_every
+        self.first_step = first_step
+
+    def __enter__(self) -> Log:
+        self.file: TextIO | None = None
+        self.board: Any = None
+        main = self.accelerator.is_main_process
+        if main:
+            self.file = _reopen(self.config.out / "metrics.jsonl", self.first_step)
+        if main and self.config.train.tensorboard:
+            self.board = _tensorboard(self.config.out)
+        total = self.config.max_steps
+        self.bar = tqdm(total=total, initial=self.first_step, desc="training", disable=None if main else True)
+        self.mark, self.images, self.spoken = time.perf_counter(), 0, -math.inf
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+    def paused(self) -> _Pause:
+        """Time spent inside does not count as training time."""
+        return _Pause(self)
+
+    def row(self, step: int, result: StepResult) -> None:
+        """Note one step; every `log_every` steps, write its row."""
+        self.images += self.config.train.batch_size
+        self.bar.update()
+        if step % self.every and step != self.config.max_steps:
+            return
+        names = list(result.losses)
+        values = torch.stack([*result.losses.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, "mean")
+        losses = dict(zip(names, values.tolist(), strict=True))
+        now = time.perf_counter()
+        row = {
+            "step": step,
+            "loss": losses.pop("total"),
+            **losses,
+            "grad_norm": float(result.grad_norm),
+            "lr": learning_rate(self.config.train, step - 1),
+            "images_per_second": round(self.images / (now - self.mark), 2),
+            **expert_load(result.counts),
+        }
+        self.mark, self.images = now, 0
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            raise FloatingPointError(f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}")
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, row["step"])
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+        last = row["step"] == self.config.max_steps
+        if self.bar.disable and (last or time.perf_counter() - self.spoken > 10):
+            self.spoken = time.perf_counter()
+            print(
+                f"step {row['step']}/{self.config.max_steps} loss {row['loss']:.4f} "
+                f"grad {row['grad_norm']:.3f} {row['images_per_second']:.0f} images/s",
+                flush=True,
+            )
+
+
+class _Pause:
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.log.mark += time.perf_counter() - self.start
+
+
+def expert_load(counts: Tensor | None) -> dict[str, list[float]]:
+    """Per MoE layer, from (L, E) assignments: max over mean load, experts without a token, entropy in 0..1."""
+    if counts is None:
+        return {}
+    share = counts.double() / counts.sum(dim=1, keepdim=True)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum(dim=1) / math.log(max(2, counts.shape[1]))
+    return {
+        "load_max_over_mean": [round(v, 4) for v in (share.amax(dim=1) * counts.shape[1]).tolist()],
+        "dead_experts": (counts == 0).sum(dim=1).tolist(),
+        "load_entropy": [round(v, 4) for v in entropy.tolist()],
+    }
+
+
+def _reopen(path: Path, first_step: int) -> TextIO:
+    """The metrics file, without rows of steps that are about to be done again."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in rows:
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # a row torn by a kill is the last one
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+    return path.open("a")
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("train.tensorboard needs TensorBoard: pip install 'ditmoe[track]'") from error
+    return SummaryWriter(str(out / "tensorboard"))

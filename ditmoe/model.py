@@ -1,0 +1,320 @@
+"""The diffusion transformer whose feed-forward layers are mixtures of experts: read it top to bottom.
+
+Shapes: N images, C channels, H W size, T tokens of an image, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .config import Config
+from .layers import (
+    Attention,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    modulate,
+    rotary_positions,
+    sincos_positions,
+    unpatchify,
+)
+from .moe import Experts, FeedForward, MoELayer, Router, Routing, RoutingRule
+
+
+@dataclass
+class DiTMoEOutput(BaseOutput):  # type: ignore[misc]
+    """What one forward pass gives.
+
+    Attributes:
+        sample: (N, C, H, W) the prediction; (N, 2C, H, W) with `learn_sigma`: prediction, then variance values.
+        routing: One record for every block with experts, in order.
+    """
+
+    sample: Tensor
+    routing: list[Routing]
+
+
+class DiTBlock(nn.Module):
+    """Attention and a feed-forward layer, each modulated and gated by the condition (adaLN-Zero).
+
+    Exactly one of `moe` and `mlp` is there. Source: DiT (arXiv 2212.09748) Figure 3.
+    """
+
+    def __init__(self, hidden_size: int, attn: Attention, feed_forward: MoELayer | FeedForward) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        if isinstance(feed_forward, MoELayer):
+            self.moe = feed_forward
+        else:
+            self.mlp = feed_forward
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Routing | None]:
+        """x (N, T, D), c (N, D) -> x (N, T, D), and the routing record where the block has experts."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
+        h = modulate(self.norm2(x), shift2, scale2)
+        y, routing = self.moe(h) if hasattr(self, "moe") else (self.mlp(h), None)
+        return torch.addcmul(x, gate2.unsqueeze(1), y), routing
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map from tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (N, T, D), c (N, D) -> (N, T, patch_size^2 * out_channels)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        y: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return y
+
+
+class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """DiT with mixture-of-experts feed-forward layers. Saved and loaded as any diffusers model.
+
+    Args:
+        sample_size: Height and width of the image or latent.
+        in_channels: Its channels C.
+        num_classes: Classes; 0 for a model without labels. The null label is `num_classes`.
+        patch_size: Height and width of a token.
+        hidden_size: Width D.
+        depth: Blocks.
+        num_heads: Attention heads.
+        ffn_width: Hidden width of feed-forward layers without experts.
+        activation: "swiglu" or "gelu", in experts and dense layers.
+        positions: "rope" (2-D rotary) or "sincos" (DiT's table).
+        qk_norm: "rms", "layer" or "none".
+        moe_blocks: "all", "every-second" (1, 3, 5, ...) or "none".
+        num_experts: Routed experts E of a layer.
+        top_k: Experts K of a token.
+        expert_width: Hidden width of one routed expert.
+        shared_width: Hidden width of the shared expert; 0 for none.
+        router_score: "softmax" or "sigmoid".
+        router_renormalize: Divide the K scores by their sum.
+        router_scale: Factor on the routed weights.
+        router_bias: Keep a balancing bias in every router.
+        backend: "auto", "grouped" or "loop".
+        learn_sigma: Predict 2C channels.
+        prediction_type: What the prediction means: "epsilon", "v_prediction", "sample" or "flow_prediction".
+        time_scale: Length of the time axis that the embedding was trained on. `forward` takes t on 0..1000 and
+            embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
+
+    Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("DiTBlock",)
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        patch_size: int = 2,
+        hidden_size: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        ffn_width: int = 1024,
+        activation: Literal["swiglu", "gelu"] = "swiglu",
+        positions: Literal["rope", "sincos"] = "rope",
+        qk_norm: Literal["rms", "layer", "none"] = "rms",
+        moe_blocks: Literal["all", "every-second", "none"] = "every-second",
+        num_experts: int = 16,
+        top_k: int = 3,
+        expert_width: int = 256,
+        shared_width: int = 256,
+        router_score: Literal["softmax", "sigmoid"] = "sigmoid",
+        router_renormalize: bool = True,
+        router_scale: float = 1.0,
+        router_bias: bool = False,
+        backend: Literal["auto", "grouped", "loop"] = "auto",
+        learn_sigma: bool = False,
+        prediction_type: str = "v_prediction",
+        time_scale: float = 1000.0,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
+        self._add_positions(positions, hidden_size, hidden_size // num_heads, sample_size // patch_size)
+        rule = RoutingRule(top_k, router_score, router_renormalize, router_scale)
+
+        def feed_forward(i: int) -> MoELayer | FeedForward:
+            if moe_blocks == "none" or (moe_blocks == "every-second" and i % 2 == 0):
+                return FeedForward(hidden_size, ffn_width, activation)
+            return MoELayer(
+                hidden_size,
+                num_experts=num_experts,
+                expert_width=expert_width,
+                shared_width=shared_width,
+                rule=rule,
+                activation=activation,
+                with_bias=router_bias,
+                backend=backend,
+            )
+
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, Attention(hidden_size, num_heads, qk_norm), feed_forward(i)) for i in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialise()
+
+    def _add_positions(self, kind: str, hidden_size: int, head_dim: int, side: int) -> None:
+        self.register_buffer("pos_embed", None, persistent=False)
+        self.register_buffer("rotary_cos", None, persistent=False)
+        self.register_buffer("rotary_sin", None, persistent=False)
+        if kind == "sincos":
+            self.pos_embed = sincos_positions(hidden_size, side)
+        else:
+            self.rotary_cos, self.rotary_sin = rotary_positions(head_dim, side)
+
+    def _initialise(self) -> None:
+        """DiT's initialisation: Xavier linear maps, small embeddings, zero gates and a zero output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (Experts, FeedForward, Router)):
+                module.reset_parameters()
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        assert self.x_embedder.proj.bias is not None
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in self.t_embedder.mlp.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class"; None for a model without labels."""
+        return self.config.num_classes or None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:
+        """Predict from noisy images. A sample's output does not depend on the others of its batch.
+
+        Args:
+            hidden_states: x_t (N, C, H, W).
+            timestep: t on the 0..1000 scale, (N,) or one for all; whole numbers or fractions.
+            class_labels: y (N,) int64 in [0, num_classes]; None is the null label.
+            return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing).
+
+        Raises:
+            ValueError: Labels for a model without classes, or x_t of another shape.
+        """
+        self._check(hidden_states, class_labels)
+        c = self._condition(hidden_states, timestep, class_labels)
+        x = self.x_embedder(hidden_states)  # (N, T, D)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.to(x.dtype)
+        rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
+        routing: list[Routing] = []
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x, record = self._gradient_checkpointing_func(block, x, c, rotary)
+            else:
+                x, record = block(x, c, rotary)
+            if record is not None:
+                routing.append(record)
+        x = self.final_layer(x, c)
+        sample = unpatchify(x, self.config.patch_size, self.out_channels)
+        return DiTMoEOutput(sample=sample, routing=routing) if return_dict else (sample, routing)
+
+    def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Tensor:
+        N = x.shape[0]
+        t = torch.as_tensor(t, device=x.device).expand(N)
+        c: Tensor = self.t_embedder(t.float() * (self.config.time_scale / 1000))
+        if self.y_embedder is not None:
+            if y is None:
+                y = torch.full((N,), self.config.num_classes, device=x.device)
+            c = c + self.y_embedder(y)
+        return c
+
+    def _check(self, x: Tensor, y: Tensor | None) -> None:
+        size = self.config.sample_size
+        expected = (self.config.in_channels, size, size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x_t must be (N, C, H, W) with (C, H, W) = {expected}, got {tuple(x.shape)}")
+        if y is not None and self.y_embedder is None:
+            raise ValueError("class_labels were given to a model that was trained without labels")
+
+
+def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
+    """A new model with the weights of torch's current random state."""
+    m, e, objective = config.model, config.moe, config.objective
+    model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(
+        sample_size=m.sample_size,
+        in_channels=m.in_channels,
+        num_classes=num_classes,
+        patch_size=m.patch_size,
+        hidden_size=m.hidden_size,
+        depth=m.depth,
+        num_heads=m.num_heads,
+        ffn_width=m.ffn_width,
+        activation=m.activation,
+        positions=m.positions,
+        qk_norm=m.qk_norm,
+        moe_blocks=e.blocks,
+        num_experts=e.num_experts,
+        top_k=e.top_k,
+        expert_width=e.expert_width,
+        shared_width=e.shared_width,
+        router_score=e.score,
+        router_renormalize=e.renormalize,
+        router_scale=e.scale,
+        router_bias=e.bias_rate > 0,
+        backend=e.backend,
+        learn_sigma=objective.learn_sigma,
+        prediction_type=objective.prediction_type,
+    )
+    return model
+
+
+def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
+    """(total, activated) parameters; activated = total without the experts that a token does not visit.
+
+    The fixed sine-cosine table counts, as it does in DiT's published numbers.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    total += 0 if model.pos_embed is None else model.pos_embed.numel()
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            E = module.experts.w_in.shape[0]
+            one = (module.experts.w_in.numel() + module.experts.w_out.numel()) // E
+            idle += (E - module.rule.top_k) * one
+    return total, total - idle
+
+
+def tokens_per_image(model: DiTMoETransformer2DModel) -> int:
+    """T, the tokens of one image."""
+    return math.prod((model.config.sample_size // model.config.patch_size,) * 2)

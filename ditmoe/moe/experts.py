@@ -1,0 +1,184 @@
+"""The experts: stacked feed-forward networks that carry out a plan, with two interchangeable kernels.
+
+Shapes: S tokens laid flat, D width, E experts, K experts per token, F hidden width of an expert,
+P = S * K (token, expert) pairs sorted by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .select import Plan
+
+Activation = Literal["swiglu", "gelu"]
+
+
+class FeedForward(nn.Module):
+    """One dense feed-forward layer: the shared expert, and the blocks that hold no experts.
+
+    Args:
+        hidden_size: Width D.
+        width: Hidden width F.
+        activation: "swiglu": fc2(silu(a) * b) with (a, b) = fc1(x), no biases; "gelu": fc2(gelu_tanh(fc1(x))) with
+            biases, which is DiT's.
+    """
+
+    def __init__(self, hidden_size: int, width: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+        bias = activation == "gelu"
+        self.fc1 = nn.Linear(hidden_size, _inner(width, activation), bias=bias)
+        self.fc2 = nn.Linear(width, hidden_size, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform, gate and up rows as two matrices: what the routed experts have."""
+        bound = (6.0 / sum(self.fc2.weight.shape)) ** 0.5
+        for linear in (self.fc1, self.fc2):
+            nn.init.uniform_(linear.weight, -bound, bound)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        y: Tensor = self.fc2(_activate(self.fc1(x), self.activation))
+        return y
+
+
+class Experts(nn.Module):
+    """E feed-forward networks without biases, in two stacked weights.
+
+    `w_in` is (E, 2F, D) for swiglu (gate rows first, then up rows) or (E, F, D) for gelu; `w_out` is (E, D, F).
+
+    Args:
+        hidden_size: Width D.
+        num_experts: Experts E.
+        width: Hidden width F.
+        activation: As in FeedForward.
+        backend: "grouped" (torch.nn.functional.grouped_mm: float32, bfloat16, float16; D and F multiples of 16
+            bytes), "loop" (any dtype and size, one matrix product an expert), or "auto": grouped where it applies.
+            On a CPU both give the same bits.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        width: int,
+        activation: Activation = "swiglu",
+        backend: Literal["auto", "grouped", "loop"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.backend = backend
+        self.w_in = nn.Parameter(torch.empty(num_experts, _inner(width, activation), hidden_size))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.float32):
+            raise ValueError(
+                f"backend grouped needs widths that are multiples of 4 (8 in bfloat16), got hidden_size {hidden_size} "
+                f"and expert_width {width}; use backend loop or other widths"
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform, each matrix of each expert by its own fan-in and fan-out, as DiT does for its MLP."""
+        bound = (6.0 / sum(self.w_out.shape[1:])) ** 0.5
+        nn.init.uniform_(self.w_in, -bound, bound)
+        nn.init.uniform_(self.w_out, -bound, bound)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """The weighted sum of every token's experts: x (S, D) -> (S, D), of x's dtype or autocast's."""
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not know autocast: cast by hand
+            dtype = torch.get_autocast_dtype(x.device.type)
+        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)
+        rows = _Dispatch.apply(x.to(dtype), plan.token, plan.slot)  # (P, D)
+        multiply = _grouped if self._use_grouped(dtype) else _loop
+        hidden = _activate(multiply(rows, w_in, plan.counts), self.activation)  # (P, F)
+        out = multiply(hidden, w_out, plan.counts)  # (P, D)
+        y: Tensor = _Combine.apply(out, plan.weight, plan.token, plan.slot)
+        return y
+
+    def _use_grouped(self, dtype: torch.dtype) -> bool:
+        if self.backend != "auto":
+            return self.backend == "grouped"
+        fits = _fits_grouped(self.w_out.shape[1], self.w_out.shape[2], dtype)
+        # torch's compiler knows grouped_mm in 16-bit types only
+        return fits and not (torch.compiler.is_compiling() and dtype == torch.float32)
+
+
+def _inner(width: int, activation: Activation) -> int:
+    return 2 * width if activation == "swiglu" else width
+
+
+def _activate(h: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(h, approximate="tanh")
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _fits_grouped(hidden_size: int, width: int, dtype: torch.dtype) -> bool:
+    step = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}.get(dtype)
+    return step is not None and hidden_size % step == 0 and width % step == 0
+
+
+def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Each expert's rows times its matrix: rows (P, I), weight (E, O, I) -> (P, O)."""
+    offsets = counts.cumsum(0).to(torch.int32)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+
+
+def _loop(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The same, one product an expert. unbind, not weight[e]: its backward fills one gradient, not E of them."""
+    parts = rows.split(counts.tolist())
+    return torch.cat([part @ w.T for part, w in zip(parts, weight.unbind(0), strict=True)])
+
+
+class _Dispatch(torch.autograd.Function):
+    """rows[p] = x[token[p]]. The gradient is gathered through `slot` and summed in float32: no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return _sum_slots(grad, slot, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]], summed in float32 in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(out, weight, token)
+        return _sum_slots(out, slot, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        out, weight, token = ctx.saved_tensors
+        rows = grad.index_select(0, token)  # (P, D)
+        grad_weight = torch.linalg.vecdot(rows.to(weight.dtype), out.to(weight.dtype))
+        return rows * weight.to(rows.dtype).unsqueeze(-1), grad_weight, None, None
+
+
+def _sum_slots(rows: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_k (weight *) rows at slot[:, k], accumulated in at least float32: (P, D) -> (S, D)."""
+    total: Tensor | None = None
+    for index in slot.unbind(1):
+        part = rows.index_select(0, index).to(torch.promote_types(rows.dtype, torch.float32))
+        if weight is not None:
+            part.mul_(weight[index].unsqueeze(-1))
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total.to(rows.dtype)

@@ -1,0 +1,79 @@
+"""The mixture-of-experts layer: router, selection, experts, shared expert, and a record of what was decided.
+
+Shapes: N images, T tokens of an image, S = N * T tokens laid flat, D width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from .experts import Experts, FeedForward
+from .router import Router
+from .select import RoutingRule, select
+
+
+class Routing(NamedTuple):
+    """What one layer's router did with one batch. Losses, logs and pictures are functions of it.
+
+    Attributes:
+        logits: (S, E) float32.
+        scores: (S, E) float32, softmax or sigmoid of the logits.
+        expert_ids: (S, K) int64, best first.
+        weights: (S, K) float32.
+        counts: (E,) int64, assignments of each expert; they sum to S * K.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    expert_ids: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+class MoELayer(nn.Module):
+    """y = sum_k w_k Expert_{i_k}(x) + Shared(x), for every token x.
+
+    Args:
+        hidden_size: Width D.
+        num_experts: Routed experts E.
+        expert_width: Hidden width of a routed expert.
+        shared_width: Hidden width of the shared expert; 0 for none.
+        rule: The routing rule.
+        activation: Of all experts.
+        with_bias: Keep a balancing bias in the router.
+        backend: Expert kernels, see `Experts`.
+
+    Source: DiT-MoE (arXiv 2407.11633) eq. 3-4; shared experts: DeepSeekMoE (arXiv 2401.06066).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        expert_width: int,
+        shared_width: int,
+        rule: RoutingRule,
+        activation: Literal["swiglu", "gelu"] = "swiglu",
+        with_bias: bool = False,
+        backend: Literal["auto", "grouped", "loop"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.rule = rule
+        self.router = Router(hidden_size, num_experts, with_bias=with_bias)
+        self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend)
+        self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x (N, T, D) -> y (N, T, D) of x's dtype, and the record. Changes no state."""
+        N, T, D = x.shape
+        flat = x.reshape(N * T, D)
+        logits = self.router(flat)
+        chosen = select(logits, self.rule, self.router.expert_bias)
+        y = self.experts(flat, chosen.plan)
+        if self.shared is not None:
+            y = y + self.shared(flat)
+        routing = Routing(logits, chosen.scores, chosen.expert_ids, chosen.weights, chosen.plan.counts)
+        return y.view(N, T, D), routing

@@ -1,0 +1,194 @@
+"""Objectives: how x_t is made, what the network has to say about it, and the loss as a named tuple.
+
+Shapes: N images, C channels, H W size. x_0 lies in [-1, 1] (pixels) or has unit scale (latents); t is on the 0..1000
+scale at the model's door.
+
+* Diffusion: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, a = alphas_cumprod, t in 0..999; targets epsilon, x_0 ("sample")
+  or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans and Ho, arXiv 2202.00512).
+* Flow: x_t = (1 - s) x_0 + s eps with s = t / 1000 in (0, 1]; target eps - x_0 (arXiv 2209.03003, 2403.03206).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from .config import MoEConfig, ObjectiveConfig
+from .moe import Routing, balance_loss, z_loss
+
+NUM_TIMESTEPS = 1000
+_GOLDEN = 0.6180339887498949
+
+
+class Draws(NamedTuple):
+    """The randomness of some training samples: t (N,) on 0..1000, noise (N, C, H, W), drop (N,) bool."""
+
+    t: Tensor
+    noise: Tensor
+    drop: Tensor
+
+
+class Losses(NamedTuple):
+    """The total and every part of it, float32 scalars; a part that is switched off is None.
+
+    total = mse + vlb + balance_weight * balance + z_weight * z, where balance and z are means over the MoE layers.
+    """
+
+    total: Tensor
+    mse: Tensor
+    vlb: Tensor | None
+    balance: Tensor | None
+    z: Tensor | None
+
+
+def sample_rng(seed: int, stream: int, index: int) -> np.random.Generator:
+    """The generator of one thing: counter-based (Philox), so that nothing but (seed, stream, index) matters."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+def scheduler_config(config: ObjectiveConfig) -> dict[str, Any]:
+    """The noise schedule in diffusers' words: what a sampler needs to know, saved with the model."""
+    if config.prediction_type == "flow_prediction":
+        return {"num_train_timesteps": NUM_TIMESTEPS, "prediction_type": config.prediction_type}
+    return {
+        "num_train_timesteps": NUM_TIMESTEPS,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": config.beta_schedule,
+        "prediction_type": config.prediction_type,
+        "variance_type": "learned_range" if config.learn_sigma else "fixed_small",
+        "clip_sample": False,
+    }
+
+
+class Objective:
+    """Turns clean images into training pairs and predictions into losses."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.is_flow = config.prediction_type == "flow_prediction"
+        if not self.is_flow:
+            self.alphas_cumprod = DDPMScheduler(**scheduler_config(config)).alphas_cumprod
+
+    def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Draws:
+        """The randomness of the samples with these running numbers: a function of (seed, index) alone.
+
+        Times are one low-discrepancy sequence over the run, u_i = frac(u + i * golden ratio), so that every batch
+        covers the time axis evenly (the idea of VDM's sampler, arXiv 2107.00630, App. I.1, without its batch size).
+        """
+        noise = np.empty((len(indices), *shape), dtype=np.float32)
+        u = np.empty((3, len(indices)))
+        start = sample_rng(seed, 2, 0).random()
+        for row, index in enumerate(indices):
+            rng = sample_rng(seed, 1, index)
+            u[1:, row] = rng.random(2)
+            rng.standard_normal(out=noise[row], dtype=np.float32)
+        u[0] = (start + np.asarray(indices, dtype=np.float64) * _GOLDEN) % 1.0
+        if self.config.time_sampling == "logit_normal":
+            t = NUM_TIMESTEPS * torch.special.ndtri(torch.from_numpy(u[0])).sigmoid()
+        elif self.is_flow:
+            t = NUM_TIMESTEPS * torch.from_numpy(1.0 - u[0])
+        else:
+            t = torch.from_numpy(np.floor(u[0] * NUM_TIMESTEPS))
+        drop = torch.from_numpy(u[1] < self.config.class_dropout_prob)
+        return Draws(t.float(), torch.from_numpy(noise), drop)
+
+    def corrupt(self, x_0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, target), each (N, C, H, W)."""
+        if self.is_flow:
+            s = _per_image(t / NUM_TIMESTEPS, x_0)
+            return (1 - s) * x_0 + s * noise, noise - x_0
+        a = _per_image(self.alphas_cumprod.to(t.device)[t.long()], x_0)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        if self.config.prediction_type == "epsilon":
+            return x_t, noise
+        if self.config.prediction_type == "sample":
+            return x_t, x_0
+        return x_t, a.sqrt() * noise - (1 - a).sqrt() * x_0
+
+    def losses(
+        self,
+        sample: Tensor,
+        routing: Sequence[Routing],
+        target: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        moe: MoEConfig,
+        counts: Tensor | None = None,
+    ) -> Losses:
+        """The loss of one (micro-)batch.
+
+        Args:
+            sample: The network's output (N, C or 2C, H, W).
+            routing: Its routing records.
+            target: As `corrupt` gave it.
+            x_0: Clean images, x_t: noisy ones, t: their times (the variance's loss needs them).
+            moe: The weights of the balance losses.
+            counts: (L, E) assignments of each MoE layer over all processes; default: the records' own.
+        """
+        C = target.shape[1]
+        mse = (sample[:, :C].float() - target).square().mean()
+        vlb = None
+        if self.config.learn_sigma:
+            eps, values = sample.float().split(C, dim=1)
+            vlb = self._variance_bound(eps.detach(), values, x_0, x_t, t.long())
+        layers = range(len(routing))
+        balance = z = None
+        if routing:
+            shares = [balance_loss(routing[i], None if counts is None else counts[i]) for i in layers]
+            balance = torch.stack(shares).mean()
+            z = torch.stack([z_loss(record) for record in routing]).mean()
+        total = mse + (0 if vlb is None else vlb)
+        for weight, part in ((moe.balance_weight, balance), (moe.z_weight, z)):
+            if part is not None and weight:
+                total = total + weight * part
+        return Losses(total, mse, vlb, balance, z)
+
+    def _variance_bound(self, eps: Tensor, values: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The variational bound's term at t in bits per dimension, mean over the batch: trains the variance alone.
+
+        log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (values + 1) / 2. Weight 1 is lambda = 0.001 on the
+        whole bound of 1000 terms. Source: improved DDPM (arXiv 2102.09672) eq. 15-16.
+        """
+        a = self.alphas_cumprod.to(t.device).double()
+        a_prev = torch.cat([a.new_ones(1), a[:-1]])
+        beta = 1 - a / a_prev
+        tilde = beta * (1 - a_prev) / (1 - a)
+        log_tilde = torch.cat([tilde[1:2], tilde[1:]]).log()  # tilde is 0 at t = 0
+
+        def at(table: Tensor) -> Tensor:
+            return _per_image(table[t].float(), x_0)
+
+        true_mean = at(beta * a_prev.sqrt() / (1 - a)) * x_0
+        true_mean = true_mean + at((1 - a_prev) * (a / a_prev).sqrt() / (1 - a)) * x_t
+        mean = (x_t - at(beta / (1 - a).sqrt()) * eps) / at((a / a_prev).sqrt())
+        f = (values + 1) / 2
+        log_var = f * at(beta.log()) + (1 - f) * at(log_tilde)
+        kl = 0.5 * (
+            log_var - at(log_tilde) - 1
+            + (at(log_tilde) - log_var).exp() + (true_mean - mean).square() * (-log_var).exp()
+        )  # fmt: skip
+        first = -_discretised_log_likelihood(x_0, mean, 0.5 * log_var)
+        nats = torch.where((t == 0).view(-1, 1, 1, 1), first, kl).mean(dim=(1, 2, 3))
+        return nats.mean() / math.log(2.0)
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log P of 8-bit x in [-1, 1] under a Gaussian, bin by bin (DDPM, arXiv 2006.11239, eq. 13)."""
+    inverse = (-log_scale).exp()
+    upper = torch.special.ndtr((x - mean + 1 / 255) * inverse)
+    lower = torch.special.ndtr((x - mean - 1 / 255) * inverse)
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp_min(1e-12).log()

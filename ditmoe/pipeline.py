@@ -1,0 +1,189 @@
+"""The trained thing that people exchange: transformer + scheduler + optional VAE + class names, one folder.
+
+Shapes: N images, C channels, H W size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
+from torch import Tensor
+
+from samplers import image_generators, initial_noise, make_scheduler, sample
+
+from .config import Config
+from .model import DiTMoETransformer2DModel
+from .objective import scheduler_config
+
+
+class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Class-conditional (or unconditional) image generation. `from_pretrained(folder)` needs no network.
+
+    Args:
+        transformer: The network.
+        scheduler: One of `samplers`, for the network's prediction type.
+        vae: Decodes latents; None for a model in pixel space.
+        id2label: Class names by label.
+        sampler: Name of the sampler to use when none is asked for.
+        num_inference_steps: Its steps.
+        guidance_scale: Classifier-free guidance scale to use when none is asked for.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds it to a list
+
+    def __init__(
+        self,
+        transformer: DiTMoETransformer2DModel,
+        scheduler: Any,
+        vae: Any = None,
+        id2label: dict[int, str] | None = None,
+        sampler: str = "ddim",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.5,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            id2label={str(label): name for label, name in (id2label or {}).items()},
+            sampler=sampler,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by label (JSON keeps the keys as text)."""
+        return {int(label): name for label, name in self.config.id2label.items()}
+
+    def __call__(
+        self,
+        class_labels: Sequence[int] | None = None,
+        *,
+        num_images: int | None = None,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        output_type: str = "pil",
+        callback: Callable[..., None] | None = None,
+    ) -> ImagePipelineOutput:
+        """Images: `.images` is a list of PIL images, or with output_type "pt" a tensor (N, C, H, W) about [-1, 1].
+
+        Args:
+            class_labels: One label an image; None only for a model without labels.
+            num_images: How many images of a model without labels.
+            sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
+            num_inference_steps: Sampling steps.
+            guidance_scale: 1 is no guidance.
+            seed: Image i is a function of (seed, indices[i], label) alone.
+            indices: Running numbers of the images; default 0, 1, 2, ...
+            output_type: "pil" or "pt".
+            callback: Called after every step with (step index, t, x_t, predicted x_0).
+
+        Raises:
+            ValueError: A label out of range, a sampler that does not fit, or another value that cannot be used.
+        """
+        labels, N = self._labels(class_labels, num_images)
+        indices = range(N) if indices is None else indices
+        if len(indices) != N:
+            raise ValueError(f"{len(indices)} indices were given for {N} images")
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type is {output_type!r}; it must be pil or pt")
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale if labels is not None else 1.0
+        scheduler = make_scheduler(sampler or self.config.sampler, self.scheduler.config)
+        generators = image_generators(seed, indices)
+        net = self.transformer
+        size = net.config.sample_size
+        x = sample(
+            net,
+            scheduler,
+            initial_noise(generators, (net.config.in_channels, size, size), net.device),
+            num_inference_steps=num_inference_steps or self.config.num_inference_steps,
+            class_labels=None if labels is None else labels.to(net.device),
+            null_label=net.null_label,
+            guidance_scale=guidance_scale,
+            generators=generators,
+            callback=callback,
+            progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
+        )
+        x = self.decode(x)
+        return ImagePipelineOutput(images=to_pil(x) if output_type == "pil" else x)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (or pixels) (N, C, H, W) -> pixels about [-1, 1]; the identity without a VAE."""
+        if self.vae is None:
+            return x
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = x / self.vae.config.scaling_factor + shift
+        with torch.inference_mode():
+            pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample
+        return pixels.float()
+
+    def _labels(self, class_labels: Sequence[int] | None, num_images: int | None) -> tuple[Tensor | None, int]:
+        classes = self.transformer.config.num_classes
+        if not classes:
+            if class_labels is not None:
+                raise ValueError("this model was trained without labels; ask with num_images instead of class_labels")
+            return None, 1 if num_images is None else num_images
+        if class_labels is None:
+            raise ValueError(f"this model needs class_labels, each in 0..{classes - 1}")
+        wrong = [label for label in class_labels if not 0 <= label < classes]
+        if wrong:
+            raise ValueError(f"label {wrong[0]} is out of range: this model has classes 0..{classes - 1}")
+        return torch.tensor(list(class_labels), dtype=torch.int64), len(class_labels)
+
+
+def to_pixels(x: Tensor) -> Any:
+    """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), rounded half up: floor(127.5 x + 128), clamped."""
+    pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """x (N, C, H, W) in [-1, 1] -> N pictures, grey for C = 1."""
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in to_pixels(x)]
+
+
+def load(folder: Path) -> DiTMoEPipeline:
+    """The pipeline of a run folder or of its `model/`, in float32 on the CPU.
+
+    Raises:
+        ValueError: There is no pipeline; it says what was looked for.
+    """
+    for place in (folder, folder / "model"):
+        if (place / "model_index.json").is_file():
+            try:
+                pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True)
+                pipe.transformer.float()
+                return pipe
+            except (OSError, ValueError, AttributeError) as error:
+                raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {error}") from error
+    raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+
+
+def assemble(model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str]) -> DiTMoEPipeline:
+    """The pipeline of a trained network, with the sampling defaults of its configuration."""
+    scheduler = make_scheduler(config.sample.sampler, scheduler_config(config.objective))
+    return DiTMoEPipeline(
+        model, scheduler, None, id2label, config.sample.sampler, config.sample.steps,
+        config.sample.cfg if model.null_label is not None else 1.0,
+    )  # fmt: skip
+
+
+def save(pipeline: DiTMoEPipeline, folder: Path) -> None:
+    """Write a pipeline folder; an older one at the same place is replaced when the new one is complete."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    pipeline.save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

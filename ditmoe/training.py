@@ -1,0 +1,371 @@
+"""The training loop, as functions over an Accelerator. No sampler and no metric is known here.
+
+Data, noise, times and dropped labels are functions of (seed, running number of the sample), the learning rate of the
+step: a run is resumed from weights, moments and the step alone, and equals the undisturbed run bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from . import checkpoint, pipeline
+from .config import Config, TrainConfig, differences, save, to_dict
+from .data import Batch, ImageSet, stream
+from .metrics import Log, StepResult, learning_rate
+from .model import DiTMoETransformer2DModel, build, count_parameters
+from .moe import MoELayer, Routing, balanced_bias
+from .objective import Losses, Objective
+
+OnSample = Callable[[int, pipeline.DiTMoEPipeline], None]
+
+# What may change between the parts of one run: it has no influence on the weights at a given step.
+_FREE = {
+    "out",
+    "max_steps",
+    "dry_run",
+    "data.path",
+    "data.download",
+    "data.num_workers",
+    "moe.backend",
+}
+_FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard")}
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can go on
+    """A signal asked the run to stop; it was saved first."""
+
+
+class State(NamedTuple):
+    """All that learns: the network, its moving average, the optimiser."""
+
+    model: DiTMoETransformer2DModel
+    ema: DiTMoETransformer2DModel
+    optimizer: torch.optim.AdamW
+
+
+def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, argv: Sequence[str] = ()) -> bool:
+    """Train until `max_steps`, from the newest checkpoint of the run folder when there is one.
+
+    Writes config.json, command.txt, metrics.jsonl, checkpoints/ and, at the end, model/ into the run folder.
+
+    Args:
+        config: The run.
+        data: Its training images.
+        on_sample: Called on the main process every `train.sample_every` steps with (step, pipeline of the averaged
+            weights).
+        argv: The command line, kept in command.txt.
+
+    Returns:
+        False when there was nothing left to do.
+
+    Raises:
+        ValueError: The run folder belongs to another configuration, or holds no whole checkpoint.
+        Interrupted: SIGTERM or SIGINT came; the run was saved.
+    """
+    accelerator = _accelerator(config.train)
+    state = _new_state(config, _num_classes(config, data))
+    pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused before training
+    if accelerator.is_main_process:
+        claim_folder(config)
+    accelerator.wait_for_everyone()
+    first_step = _resume(config.out / "checkpoints", state)
+    if first_step >= config.max_steps and (config.out / "model").exists():
+        return False
+    if accelerator.is_main_process and argv:
+        with (config.out / "command.txt").open("a") as file:
+            file.write(shlex.join(["python", *argv]) + "\n")
+    batches = stream(
+        config,
+        data,
+        first_step=first_step,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    _announce(config, state.model, data, accelerator, first_step)
+    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    state.ema.to(accelerator.device)
+    objective = Objective(config.objective)
+    with Log(config, first_step, accelerator) as log, _Signals() as signals:
+        for step in range(first_step, config.max_steps):
+            set_learning_rate(optimizer, learning_rate(config.train, step))
+            result = _optimise(accelerator, model, optimizer, state.model, objective, batches, config)
+            update_ema(state.ema, state.model, min(config.train.ema_decay, (1 + step) / (10 + step)))
+            done = step + 1
+            log.row(done, result)
+            stop = _any_process(accelerator, signals.received)
+            if done % config.train.checkpoint_every == 0 or done == config.max_steps or stop:
+                _save(config, state, done, accelerator)
+            if stop and done < config.max_steps:
+                raise Interrupted(f"stopped at step {done} and saved; the same command goes on")
+            every = config.train.sample_every
+            if on_sample and every and done % every == 0 and accelerator.is_main_process:
+                with log.paused():
+                    on_sample(done, pipeline.assemble(state.ema, config, data.id2label))
+            accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        pipeline.save(pipeline.assemble(state.ema.cpu(), config, data.id2label), config.out / "model")
+    accelerator.wait_for_everyone()
+    return True
+
+
+def describe(config: Config) -> str:
+    """The configuration as JSON and the parameter counts; allocates nothing, reads no images."""
+    with torch.device("meta"):
+        model = build(config, 1000 if config.model.num_classes is None else config.model.num_classes)
+    total, activated = count_parameters(model)
+    counts = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
+    return json.dumps(to_dict(config), indent=2) + "\n" + counts
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, over parameters and floating-point buffers; others are copied."""
+    ours, theirs = ema.state_dict(), model.state_dict()
+    floating = [name for name, value in ours.items() if value.is_floating_point()]
+    torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
+    for name in ours.keys() - set(floating):
+        ours[name].copy_(theirs[name])
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """ "auto" is bf16 where bfloat16 products are fast (recent GPUs, CPUs with AVX-512 BF16 or AMX), else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and fast else "fp32"
+
+
+def claim_folder(config: Config) -> None:
+    """Make the run folder and write its config.json; an existing one must hold the same run.
+
+    Raises:
+        ValueError: The folder holds another run, or things that are no run; nothing was written.
+    """
+    path = config.out / "config.json"
+    if path.exists():
+        changed = [
+            line
+            for line in differences(json.loads(path.read_text()), to_dict(config))
+            if line.split(":")[0] not in _FREE and not line.startswith("sample.")
+        ]
+        if changed:
+            raise ValueError(
+                f"{config.out} holds another run ({'; '.join(changed[:5])}); give another --out, or the same values"
+            )
+    elif config.out.exists() and any(config.out.iterdir()):
+        raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    save(config, path)
+
+
+# ------------------------------------------------------------------------------------------- one step
+
+
+def _optimise(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    raw: DiTMoETransformer2DModel,
+    objective: Objective,
+    batches: Iterator[Batch],
+    config: Config,
+) -> StepResult:
+    sums: dict[str, Tensor] = {}
+    assigned: Tensor | None = None
+    for _ in range(config.train.accumulation):
+        with accelerator.accumulate(model):
+            losses, counts = _forward(accelerator, model, objective, next(batches), config)
+            accelerator.backward(losses.total)
+        for name, value in losses._asdict().items():
+            if value is not None:
+                sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
+        if counts is not None:
+            assigned = counts if assigned is None else assigned + counts
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    if assigned is not None and config.moe.bias_rate:
+        _move_biases(raw, assigned, config.moe.bias_rate)
+    return StepResult(sums, norm, assigned)
+
+
+def _forward(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch, config: Config
+) -> tuple[Losses, Tensor | None]:
+    """The losses of one micro-batch and the (L, E) assignments of all processes."""
+    x_0 = batch.x.to(accelerator.device, non_blocking=True)
+    C, H, W = x_0.shape[1:]
+    draws = objective.draw(config.seed, batch.indices, (C, H, W))
+    t, noise = draws.t.to(x_0.device), draws.noise.to(x_0.device)
+    labels = None
+    null = accelerator.unwrap_model(model).null_label
+    if null is not None:
+        labels = torch.where(draws.drop, null, batch.y).to(x_0.device)
+    x_t, target = objective.corrupt(x_0, t, noise)
+    sample, routing = model(x_t, t, labels, return_dict=False)
+    counts = _global_counts(accelerator, routing)
+    losses = objective.losses(sample, routing, target, x_0, x_t, t, config.moe, counts)
+    return losses, counts
+
+
+def _global_counts(accelerator: Accelerator, routing: list[Routing]) -> Tensor | None:
+    if not routing:
+        return None
+    counts = torch.stack([record.counts for record in routing])  # (L, E)
+    total: Tensor = accelerator.reduce(counts, "sum") if accelerator.num_processes > 1 else counts
+    return total
+
+
+@torch.no_grad()
+def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    for layer, load in zip(layers, counts, strict=True):
+        bias = layer.router.expert_bias
+        assert bias is not None
+        bias.copy_(balanced_bias(bias, load, rate))
+
+
+# --------------------------------------------------------------------------------------- state on disk
+
+
+def _new_state(config: Config, num_classes: int) -> State:
+    torch.manual_seed(config.seed)
+    model = build(config, num_classes)
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    train = config.train
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
+    return State(model.train(), ema, optimizer)
+
+
+def _num_classes(config: Config, data: ImageSet) -> int:
+    asked, found = config.model.num_classes, len(data.id2label)
+    if asked is None:
+        return found
+    if asked and found > asked:
+        raise ValueError(f"model.num_classes is {asked} but the data set has {found} classes")
+    return asked
+
+
+def _save(config: Config, state: State, step: int, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        names = {p: n for n, p in state.model.named_parameters()}
+        moments = {
+            f"{names[p]}.{key}": torch.as_tensor(value)
+            for p, entry in state.optimizer.state.items()
+            for key, value in entry.items()
+        }
+        parts = {
+            "model": state.model.state_dict(),
+            "ema": state.ema.state_dict(),
+            "optimizer": moments,
+        }
+        meta = {"config": to_dict(config), "num_processes": accelerator.num_processes}
+        checkpoint.save(config.out / "checkpoints", step, parts, meta)
+        checkpoint.prune(config.out / "checkpoints", config.train.keep)
+    accelerator.wait_for_everyone()
+
+
+def _resume(root: Path, state: State) -> int:
+    """Load the newest whole checkpoint into the state; the number of steps it has seen, 0 without one."""
+    path = checkpoint.newest(root)
+    if path is None:
+        return 0
+    parts, meta = checkpoint.load(path)
+    state.model.load_state_dict(parts["model"])
+    state.ema.load_state_dict(parts["ema"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in parts["optimizer"].items():
+        name, kind = key.rsplit(".", 1)
+        moments.setdefault(name, {})[kind] = value
+    for name, parameter in state.model.named_parameters():
+        if name in moments:
+            state.optimizer.state[parameter] = dict(moments[name])
+    return int(meta["step"])
+
+
+# --------------------------------------------------------------------------------- processes, signals, log
+
+
+def _accelerator(train: TrainConfig) -> Accelerator:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(train.precision, device)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        gradient_accumulation_steps=train.accumulation,
+    )
+
+
+def _announce(
+    config: Config,
+    model: DiTMoETransformer2DModel,
+    data: ImageSet,
+    accelerator: Accelerator,
+    first_step: int,
+) -> None:
+    total, activated = count_parameters(model)
+    accelerator.print(f"data: {data.source}")
+    accelerator.print(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
+    accelerator.print(
+        f"training on {accelerator.num_processes} process(es), {accelerator.device.type}, "
+        f"{resolve_precision(config.train.precision, accelerator.device)}, into {config.out}"
+    )
+    if first_step:
+        accelerator.print(f"resumed at step {first_step} of {config.max_steps}")
+    decay = config.train.decay_steps
+    if decay and config.max_steps < decay:
+        accelerator.print(
+            f"note: this run stops at step {config.max_steps}, but the learning rate decays until {decay}"
+        )
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    total = accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), "sum")
+    return bool(total.item())
+
+
+class _Signals:
+    """While entered, SIGTERM and SIGINT are noted instead of obeyed; a second one is obeyed at once."""
+
+    def __enter__(self) -> _Signals:
+        self.received = False
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

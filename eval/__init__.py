@@ -1,0 +1,1 @@
+"""Scores of image sets: sources of images, feature extractors, distances. Knows only images."""

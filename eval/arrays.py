@@ -1,0 +1,123 @@
+"""Image arrays read from .npz and IDX files as a stream, so that memory does not grow with N.
+
+A file's fault is a ValueError of one sentence that names the file. Nothing is ever unpickled.
+"""
+
+import gzip
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+UInt8Array = npt.NDArray[np.uint8]
+# (limit, batch_size) -> batches (n, H, W, C), n <= batch_size, limit images in all
+ReadBatches = Callable[[int, int], Iterator[UInt8Array]]
+# What zipfile, gzip, NumPy and Pillow raise on truncated, corrupt or foreign bytes.
+DAMAGE = (
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    NotImplementedError,
+    Image.DecompressionBombError,
+)
+IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+
+
+def read_npz_arrays(file: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """The named arrays, whole. ValueError for a damaged file or one that needs unpickling."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except (*DAMAGE, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: cannot read {' and '.join(names)} ({error})") from error
+
+
+def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], ReadBatches]:
+    """Count, (H, W, C) and reader of the uint8 array (N, H, W, C) `name`, compressed or not.
+
+    Raises ValueError (the reader too) for another dtype or shape and for damaged bytes.
+    """
+    member = f"{name}.npy"
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+            shape, fortran, dtype = _read_header(stream)
+            offset = stream.tell()
+            length = archive.getinfo(member).file_size
+    except (*DAMAGE, ValueError) as error:
+        raise ValueError(f"{file}: cannot read {name} ({error}); write it again") from error
+    if dtype != np.uint8 or len(shape) != 4 or fortran:
+        order = ", Fortran order" if fortran else ""
+        raise ValueError(f"{file}: {name} is {dtype} {shape}{order}; expected uint8 (N, H, W, C) in C order")
+    if length != offset + math.prod(shape):
+        raise ValueError(f"{file}: {name} does not hold the {shape[0]} images its header says")
+
+    def read(limit: int, batch_size: int) -> Iterator[UInt8Array]:
+        try:
+            with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+                stream.read(offset)
+                yield from _stream(stream, shape[1:], limit, batch_size, limit == shape[0])
+        except DAMAGE as error:
+            raise ValueError(f"{file}: {name} is damaged ({error}); write it again") from error
+
+    return shape[0], (shape[1], shape[2], shape[3]), read
+
+
+def open_idx(file: Path) -> tuple[int, tuple[int, int, int], ReadBatches]:
+    """Count, (H, W, 1) and reader of an IDX image file (MNIST's format), gzipped or not.
+
+    Raises ValueError (the reader too) for another format and for damaged bytes.
+    """
+    try:
+        with _open_maybe_gzip(file) as stream:
+            magic, count, height, width = struct.unpack(">4I", stream.read(16))
+    except DAMAGE as error:
+        raise ValueError(f"{file}: not an IDX file ({error}); download it again") from error
+    if magic != IDX_IMAGES:
+        raise ValueError(f"{file}: starts with {magic:#010x}, not IDX images' {IDX_IMAGES:#010x}")
+
+    def read(limit: int, batch_size: int) -> Iterator[UInt8Array]:
+        try:
+            with _open_maybe_gzip(file) as stream:
+                stream.read(16)
+                yield from _stream(stream, (height, width, 1), limit, batch_size, limit == count)
+        except DAMAGE as error:
+            raise ValueError(f"{file}: is damaged ({error}); download it again") from error
+
+    return count, (height, width, 1), read
+
+
+def _open_maybe_gzip(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(stream)
+    raise ValueError(f"array format {version} is not supported")
+
+
+def _stream(
+    stream: IO[bytes], shape: tuple[int, ...], limit: int, batch_size: int, to_the_end: bool
+) -> Iterator[UInt8Array]:
+    """Batches of `shape` from bytes; one more read at the end lets zip and gzip check their CRC."""
+    size = math.prod(shape)
+    for start in range(0, limit, batch_size):
+        n = min(batch_size, limit - start)
+        data = stream.read(n * size)
+        if len(data) != n * size:
+            raise EOFError(f"it ends after {start + len(data) // size} images")
+        if to_the_end and start + n == limit and stream.read(1):
+            raise EOFError("bytes follow the last image")
+        yield np.frombuffer(data, np.uint8).reshape(n, *shape)

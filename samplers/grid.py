@@ -1,0 +1,173 @@
+"""The grid of timesteps a Gaussian chain is walked on, and what every scheduler over it shares.
+
+The previous timestep is the next one of the grid, never ``t - 1000 // N``, and the grid ends in
+clean data, so every spacing and every number of steps is right.
+
+Shapes: images (N, C, H, W) in any float dtype; timesteps are integers 0..T-1, T =
+num_train_timesteps, () for the whole batch or (N,), one per image.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samplers import gaussian
+
+_NOT_ON_GRID = -2
+
+
+def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
+    """Raise ValueError unless the number of steps is an int in 1..``num_train_timesteps``."""
+    is_int = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
+    if not is_int or not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps!r}, "
+            f"but it must be an integer from 1 to {num_train_timesteps}"
+        )
+
+
+def timestep_grid(spacing: str, steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:
+    """``steps`` descending timesteps (names of Lin et al. 2024, arXiv 2305.08891, table 2).
+
+    "trailing" holds T-1 but not 0, "linspace" both (the grid of DiT's respacing; a single step is
+    T-1), "leading" climbs from ``offset`` in strides of T // steps and so misses T-1. Raises
+    ValueError for another name, and for a grid beyond 0..T-1 or, with one step, without noise.
+    """
+    last = num_train_timesteps - 1
+    if spacing == "trailing":
+        grid = [round(num_train_timesteps * k / steps) - 1 for k in range(steps, 0, -1)]
+    elif spacing == "linspace":
+        grid = [round(t) for t in np.linspace(0, last, steps)[::-1]] if steps > 1 else [last]
+    elif spacing == "leading":
+        stride = num_train_timesteps // steps
+        grid = [k * stride + offset for k in range(steps - 1, -1, -1)]
+    else:
+        raise ValueError(
+            f"timestep_spacing is {spacing!r}, but must be 'trailing', 'linspace' or 'leading'"
+        )
+    if spacing == "leading" and (steps == 1 or grid[0] > last or grid[-1] < 0):
+        raise ValueError(
+            f"timestep_spacing 'leading' with {steps} steps and steps_offset {offset} gives the "
+            f"timesteps {grid[0]}..{grid[-1]}, which cannot start from noise; use 'trailing'"
+        )
+    return grid
+
+
+class ExplicitGrid:
+    """What DDPM, DDIM and every later scheduler over the same chain share: levels and a grid.
+
+    A mixin in front of a stock class, which brings ``betas``, ``config``, ``_threshold_sample``.
+    """
+
+    config: Any
+    betas: Tensor
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    num_inference_steps: int | None
+    _threshold_sample: Callable[[Tensor], Tensor]
+
+    def _build_chain(self, ends_clean: bool = True) -> None:
+        """Levels in float64 and the full grid, ending in clean data or else at level 0."""
+        kind = self.config.prediction_type
+        if kind not in gaussian.PREDICTION_TYPES:
+            raise ValueError(
+                f"{type(self).__name__} cannot sample prediction_type {kind!r}, "
+                f"only {', '.join(gaussian.PREDICTION_TYPES)}"
+            )
+        if self.config.rescale_betas_zero_snr and kind == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type "
+                "'epsilon' says nothing about the image; use 'v_prediction' or 'sample'"
+            )
+        self._alpha_bar = torch.cumprod(1 - self.betas.double(), dim=0)  # (T,)
+        one = torch.ones((), dtype=torch.float64)
+        self._final_alpha_bar = one if ends_clean else self._alpha_bar[0]
+        self.alphas_cumprod = self._alpha_bar.float()
+        self.final_alpha_cumprod = self._final_alpha_bar.float()
+        self._walk(list(range(len(self.betas) - 1, -1, -1)), None)
+
+    def _walk(self, grid: list[int], device: torch.device | str | None) -> None:
+        self.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
+        self._previous = torch.full((len(self.betas),), _NOT_ON_GRID, dtype=torch.int64)
+        self._previous[grid] = torch.tensor([*grid[1:], -1])
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Choose the grid: a number of steps (spaced as the config says) or the timesteps.
+
+        Sets ``timesteps`` (descending int64 on ``device``). Raises ValueError unless exactly one of
+        the two is given, the number is in 1..T, and the timesteps fall strictly within 0..T-1.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("give either num_inference_steps or timesteps, and not both")
+        if timesteps is None:
+            assert num_inference_steps is not None
+            check_steps(num_inference_steps, len(self.betas))
+            config = self.config
+            timesteps = timestep_grid(
+                config.timestep_spacing, num_inference_steps, len(self.betas), config.steps_offset
+            )
+        grid = [int(t) for t in timesteps]
+        falling = all(high > low for high, low in pairwise(grid))
+        if not grid or not falling or grid[0] >= len(self.betas) or grid[-1] < 0:
+            raise ValueError(
+                f"timesteps {grid} must be strictly falling integers in 0..{len(self.betas) - 1}"
+            )
+        self.num_inference_steps = len(grid)
+        self._walk(grid, device)
+
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
+        """The next timestep of the grid, () or (N,) int64 on the CPU; -1 after the last one.
+
+        Raises ValueError for a timestep that is not on the grid.
+        """
+        previous = self._previous[self._checked(timestep)]
+        if bool((previous == _NOT_ON_GRID).any()):
+            raise ValueError(
+                f"timestep {timestep} is not on this scheduler's grid of {len(self.timesteps)} "
+                "steps; pass one of scheduler.timesteps"
+            )
+        return previous
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t (N, C, H, W) of clean images at ``timesteps`` () or (N,), in the images' dtype."""
+        alpha_bar = self._alpha_bar[self._checked(timesteps)]
+        return gaussian.noisy_image(original_samples, noise, alpha_bar).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v (N, C, H, W) of clean images ``sample`` at ``timesteps`` () or (N,), in their dtype."""
+        alpha_bar = self._alpha_bar[self._checked(timesteps)]
+        return gaussian.velocity(sample, noise, alpha_bar).to(sample.dtype)
+
+    def _checked(self, timestep: int | Tensor) -> Tensor:
+        t = torch.as_tensor(timestep, device="cpu")
+        if t.is_floating_point() or t.dtype == torch.bool:
+            raise ValueError(f"timestep {timestep} must be an integer, not {t.dtype}")
+        if bool(((t < 0) | (t >= len(self.betas))).any()):
+            raise ValueError(f"timestep {timestep} lies outside 0..{len(self.betas) - 1}")
+        return t.long()
+
+    def _levels(self, timestep: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha_bar at t, alpha_bar at the step's end, is the step the last), each () or (N,)."""
+        previous = self.previous_timestep(timestep)
+        is_last = previous < 0
+        alpha_bar_prev = torch.where(
+            is_last, self._final_alpha_bar, self._alpha_bar[previous.clamp(min=0)]
+        )
+        return self._alpha_bar[self._checked(timestep)], alpha_bar_prev, is_last
+
+    def _bounded(self, x0: Tensor) -> Tensor:
+        """x0 after the config's thresholding or clipping; both are off by default."""
+        if self.config.thresholding:
+            return self._threshold_sample(x0)
+        if self.config.clip_sample:
+            return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x0

@@ -1,0 +1,189 @@
+"""DDPM and DDIM as diffusers schedulers that walk an explicit grid of timesteps.
+
+They take the stock classes' configs, betas and saved files, and replace the grid (`samplers.grid`)
+and the update (`samplers.gaussian`); the last step adds no noise. Nothing here keeps state between
+steps.
+
+Shapes: images (N, C, H, W) in any float dtype, returned in the dtype of ``sample``; timesteps are
+integers 0..num_train_timesteps-1, () for the whole batch or (N,), one per image.
+"""
+
+from typing import Any
+
+import diffusers
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from samplers import gaussian
+from samplers.grid import ExplicitGrid
+from samplers.noise import Generators, draw_noise
+
+# DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
+__all__ = ["DDIMScheduler", "DDPMScheduler", "SchedulerMixin"]
+
+# The "_log" types are the same distribution; stock schedulers only compute it by another route.
+_VARIANCE_ALIASES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
+
+
+class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc]
+    """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239), respaced (arXiv 2102.09672).
+
+    Takes the config of `diffusers.DDPMScheduler` (see there for each field), with two other
+    defaults: ``clip_sample=False``, since latents are not bounded, and ``timestep_spacing=
+    "trailing"``, which starts from pure noise for any number of steps and spends none at t = 0.
+    DiT's published protocol is 250 steps on "linspace". ``variance_type`` is fixed_small,
+    fixed_large or learned_range (the network emits 2C channels). Raises ValueError for another
+    prediction or variance type, and for "epsilon" with a zero terminal signal.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = False,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        kind = _VARIANCE_ALIASES.get(variance_type, variance_type)
+        if kind not in gaussian.VARIANCE_TYPES:
+            raise ValueError(
+                f"variance_type {variance_type!r} is not one of "
+                f"{', '.join(gaussian.VARIANCE_TYPES)}"
+            )
+        super().__init__(**self.config)  # as registered just now: the stock class registers again
+        self.variance_type = kind
+        self._build_chain()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One step down the grid: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
+
+        ``model_output`` is (N, C, H, W), or (N, 2C, H, W) with learned_range. ``generator`` may be
+        one per image. The last step draws nothing. With ``return_dict=False``: a tuple of the two.
+        """
+        alpha_bar, alpha_bar_prev, is_last = self._levels(timestep)
+        model_output, v = _split(model_output, sample, self.variance_type == "learned_range")
+        x0, _ = gaussian.predict_x0_and_eps(
+            sample, model_output, alpha_bar, self.config.prediction_type
+        )
+        x0 = self._bounded(x0)
+        x_prev, std = gaussian.ddpm_posterior(
+            sample, x0, alpha_bar, alpha_bar_prev, self.variance_type, v
+        )
+        if not bool(is_last.all()):
+            x_prev = x_prev + std * draw_noise(sample.shape, generator, sample.device)
+        x_prev, x0 = x_prev.to(sample.dtype), x0.to(sample.dtype)
+        if not return_dict:
+            return x_prev, x0
+        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+
+
+class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc]
+    """DDIM (Song et al. 2021, arXiv 2010.02502): deterministic, or DDPM-like noise with ``eta`` 1.
+
+    Takes the config of `diffusers.DDIMScheduler` (see there for each field), with two other
+    defaults: ``clip_sample=False``, since latents are not bounded, and ``timestep_spacing=
+    "trailing"``, which starts from pure noise for any number of steps and spends none at t = 0.
+    ``set_alpha_to_one=False`` ends the chain at the first noise level instead of clean data. Raises
+    ValueError for another prediction type and for "epsilon" with a zero terminal signal.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        clip_sample: bool = False,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        super().__init__(**self.config)  # as registered just now: the stock class registers again
+        self._build_chain(ends_clean=set_alpha_to_one)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One step down the grid: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
+
+        ``eta`` 0..1 scales the noise (ValueError outside), drawn from ``generator`` (may be one per
+        image) or given as ``variance_noise``, not both. The last step adds none.
+        ``use_clipped_model_output`` derives eps again from a clipped x0. With
+        ``return_dict=False``: a tuple of the two.
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, but it must be from 0 (DDIM) to 1 (the noise of DDPM)")
+        if variance_noise is not None and generator is not None:
+            raise ValueError("give either generator or variance_noise, and not both")
+        alpha_bar, alpha_bar_prev, is_last = self._levels(timestep)
+        model_output, _ = _split(model_output, sample, False)
+        x0, eps = gaussian.predict_x0_and_eps(
+            sample, model_output, alpha_bar, self.config.prediction_type
+        )
+        x0 = self._bounded(x0)
+        if use_clipped_model_output:
+            _, eps = gaussian.predict_x0_and_eps(sample, x0, alpha_bar, "sample")
+        sigma = gaussian.ddim_sigma(alpha_bar, alpha_bar_prev, eta) * ~is_last
+        noise = None
+        if eta > 0 and not bool(is_last.all()):
+            noise = variance_noise
+            if noise is None:
+                noise = draw_noise(sample.shape, generator, sample.device)
+        x_prev = gaussian.ddim_update(x0, eps, alpha_bar_prev, sigma, noise).to(sample.dtype)
+        x0 = x0.to(sample.dtype)
+        if not return_dict:
+            return x_prev, x0
+        return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+
+
+def _split(
+    model_output: Tensor, sample: Tensor, learned_variance: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(prediction, v or None), after a check of the number of channels."""
+    channels = sample.shape[1]
+    wanted = 2 * channels if learned_variance else channels
+    if model_output.shape[1] != wanted:
+        raise ValueError(
+            f"the model emits {model_output.shape[1]} channels for images of {channels}, but this "
+            f"scheduler needs {wanted}: a learned variance needs variance_type 'learned_range'"
+        )
+    if not learned_variance:
+        return model_output, None
+    return model_output[:, :channels], model_output[:, channels:]

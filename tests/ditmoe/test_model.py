@@ -1,0 +1,180 @@
+"""The transformer: published sizes, what it must not depend on, saving and loading, gradient checkpointing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditmoe.config import PRESETS, Config
+from ditmoe.layers import rotary_positions, rotate, sincos_positions, unpatchify
+from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
+
+PAPER = {  # total and activated parameters in millions (DiT-MoE, Table 1; the release instantiated)
+    "dit-moe-s/2-8e2a": (199.31, 71.91),
+    "dit-moe-s/2-16e2a": (369.21, 71.94),
+    "dit-moe-b/2-8e2a": (795.86, 286.25),
+    "dit-moe-l/2-8e2a": (2823.8, 1011.8),
+    "dit-moe-xl/2-8e2a": (4168.2, 1492.7),
+    "dit-moe-g/2-16e2a": (16503.7, 3181.6),
+}
+DENSE_DIT = {"s": 33, "b": 130, "l": 458, "xl": 675}
+
+
+def meta(config: Config) -> DiTMoETransformer2DModel:
+    with torch.device("meta"):
+        return build(config, 1000)
+
+
+def small(**changes: object) -> DiTMoETransformer2DModel:
+    torch.manual_seed(0)
+    values = {
+        "sample_size": 8, "in_channels": 2, "num_classes": 5, "patch_size": 2, "hidden_size": 32, "depth": 4,
+        "num_heads": 2, "ffn_width": 48, "num_experts": 4, "top_k": 2, "expert_width": 16, "shared_width": 16,
+    }  # fmt: skip
+    model = DiTMoETransformer2DModel(**{**values, **changes})
+    for p in model.parameters():  # adaLN-Zero starts as a constant: move every weight
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def inputs(n: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 2, 8, 8, generator=g), torch.tensor([10.0, 500, 990])[:n], torch.tensor([0, 3, 5])[:n]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_presets_have_the_published_sizes(name: str) -> None:
+    total, activated = (n / 1e6 for n in count_parameters(meta(PRESETS[name])))
+    assert (total, activated) == (pytest.approx(PAPER[name][0], rel=1e-4), pytest.approx(PAPER[name][1], rel=1e-4))
+
+
+@pytest.mark.parametrize("name", DENSE_DIT)
+def test_our_presets_activate_what_the_dense_dit_has(name: str) -> None:
+    total, activated = (n / 1e6 for n in count_parameters(meta(PRESETS[name])))
+    assert activated == pytest.approx(DENSE_DIT[name], rel=0.05)
+    assert total > 1.5 * activated
+    dense = replace(PRESETS[name], moe=replace(PRESETS[name].moe, blocks="none"))
+    assert count_parameters(meta(dense))[0] / 1e6 == pytest.approx(activated, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion", "folder"])
+def test_small_presets_have_a_dense_twin_of_equal_activated_size(name: str) -> None:
+    dense = replace(PRESETS[name], moe=replace(PRESETS[name].moe, blocks="none"))
+    assert count_parameters(meta(dense))[0] == pytest.approx(count_parameters(meta(PRESETS[name]))[1], rel=0.01)
+
+
+@pytest.mark.parametrize("positions", ["rope", "sincos"])
+@pytest.mark.parametrize("qk_norm", ["rms", "layer", "none"])
+@pytest.mark.parametrize("moe_blocks", ["all", "every-second", "none"])
+def test_shapes(positions: str, qk_norm: str, moe_blocks: str) -> None:
+    model = small(positions=positions, qk_norm=qk_norm, moe_blocks=moe_blocks, learn_sigma=True)
+    x, t, y = inputs()
+    out = model(x, t, y)
+    assert out.sample.shape == (3, 4, 8, 8)
+    assert len(out.routing) == {"all": 4, "every-second": 2, "none": 0}[moe_blocks]
+    assert all(r.counts.sum() == 3 * 16 * 2 for r in out.routing)
+
+
+def test_a_new_model_predicts_zero() -> None:
+    model = DiTMoETransformer2DModel(sample_size=8, in_channels=2, hidden_size=32, depth=2, num_heads=2)
+    assert model(*inputs()).sample.abs().max() == 0
+
+
+def test_no_labels_is_the_null_label_and_unconditional_models_work() -> None:
+    model = small()
+    x, t, _ = inputs()
+    assert torch.equal(model(x, t).sample, model(x, t, torch.full((3,), 5)).sample)
+    free = small(num_classes=0)
+    assert free.null_label is None
+    assert free(x, t).sample.shape == x.shape
+    with pytest.raises(ValueError, match="without labels"):
+        free(x, t, torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
+    model = small().eval()
+    x, t, y = inputs()
+    together = model(x, t, y).sample
+    for i in range(3):
+        alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1]).sample
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_time_and_label_and_position_matter() -> None:
+    model = small().eval()
+    x, t, y = inputs()
+    base = model(x, t, y).sample
+    assert (model(x, t + 50, y).sample - base).abs().max() > 1e-4
+    assert (model(x, t, (y + 1) % 5).sample - base).abs().max() > 1e-4
+    turned = model(x.flip(3), t, y).sample.flip(3)
+    assert (turned - base).abs().max() > 1e-4
+
+
+def test_an_imported_time_scale_is_undone() -> None:
+    ours, imported = small(), small(time_scale=1.0)
+    x, t, y = inputs()
+    torch.testing.assert_close(imported(x, t * 1000, y).sample, ours(x, t, y).sample)
+
+
+@pytest.mark.parametrize("variant", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_models_agree(tmp_path: Path, variant: torch.dtype) -> None:
+    model = small(router_bias=True)
+    model.blocks[1].moe.router.expert_bias.copy_(torch.tensor([0.1, -0.1, 0.2, -0.2]))
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(tensor.to(variant))  # numbers that the variant can hold
+    DiTMoETransformer2DModel.from_config(model.config).to(variant)  # fails if a part cannot be cast
+    small_copy = small(router_bias=True)
+    small_copy.load_state_dict(model.state_dict())
+    small_copy.to(variant).save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    again = DiTMoETransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(*inputs()).sample, again(*inputs()).sample)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_counts_once() -> None:
+    grads, counts = [], []
+    for checkpointing in (False, True):
+        model = small().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        out = model(*inputs())
+        out.sample.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+        counts.append(torch.stack([r.counts for r in out.routing]))
+    assert torch.equal(*counts)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 8, 8\)"):
+        small()(torch.randn(1, 2, 6, 6), 5)
+
+
+def test_rotary_positions_see_only_differences() -> None:
+    cos, sin = rotary_positions(16, 5)
+    q, k = torch.randn(16), torch.randn(16)
+    turned_q = rotate(q.expand(1, 1, 25, 16), cos, sin)[0, 0].view(5, 5, 16)
+    turned_k = rotate(k.expand(1, 1, 25, 16), cos, sin)[0, 0].view(5, 5, 16)
+    a = turned_q[1, 2] @ turned_k[3, 3]
+    b = turned_q[2, 1] @ turned_k[4, 2]
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (a - turned_q[1, 2] @ turned_k[3, 2]).abs() > 1e-3
+
+
+def test_sincos_positions_are_those_of_dit() -> None:
+    """DiT's table by its definition: sin then cos of position * 10000^(-j/(D/4)), columns first."""
+    table = sincos_positions(16, 3)[0]
+    omega = 10000.0 ** -(torch.arange(4) / 4)
+    row, column = 2, 1
+    wanted = torch.cat([(column * omega).sin(), (column * omega).cos(), (row * omega).sin(), (row * omega).cos()])
+    torch.testing.assert_close(table[row * 3 + column], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_unpatchify_undoes_the_patch_order() -> None:
+    image = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    patches = image.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 12)
+    assert torch.equal(unpatchify(patches, 2, 3), image)

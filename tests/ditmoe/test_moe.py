@@ -1,0 +1,131 @@
+"""The MoE layer: against the obvious version, backend against backend, and what must not depend on what."""
+
+import itertools
+
+import pytest
+import torch
+
+from ditmoe.moe import Experts, MoELayer, RoutingRule, select
+from tests.reference.moe_layer import moe as reference_moe
+
+D, E, F = 16, 6, 8
+
+
+def layer(rule: RoutingRule, **options: object) -> MoELayer:
+    torch.manual_seed(0)
+    values = {"num_experts": E, "expert_width": F, "shared_width": 12, **options}
+    made = MoELayer(D, rule=rule, **values)  # type: ignore[arg-type]
+    with torch.no_grad():
+        made.router.weight.mul_(40)  # spread the logits: the initial ones are nearly even
+    return made
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("shared_width", [0, 12])
+def test_equals_the_obvious_version(score: str, renormalize: bool, activation: str, shared_width: int) -> None:
+    rule = RoutingRule(2, score, renormalize, 2.5)  # type: ignore[arg-type]
+    made = layer(rule, activation=activation, shared_width=shared_width, with_bias=True, backend="loop").double()
+    made.router.expert_bias.copy_(torch.linspace(-0.3, 0.3, E))
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    torch.testing.assert_close(made(x)[0], reference_moe(made, x), rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_are_right() -> None:
+    made = layer(RoutingRule(3, "sigmoid", True), backend="loop").double()
+    x = torch.randn(1, 4, D, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*made.named_parameters(), strict=True)
+
+    def forward(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.func.functional_call(made, dict(zip(names, values, strict=True)), (x,))[0]
+        return y
+
+    assert torch.autograd.gradcheck(forward, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_backends_agree_to_the_bit(dtype: torch.dtype, activation: str) -> None:
+    results = []
+    for backend in ("grouped", "loop"):
+        made = layer(RoutingRule(2), backend=backend, activation=activation).to(dtype)
+        x = torch.randn(3, 7, D, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y, _ = made(x)
+        y.float().square().mean().backward()
+        results.append([y, x.grad, *(p.grad for p in made.parameters())])
+    for grouped, loop in zip(*results, strict=True):
+        assert torch.equal(grouped, loop)
+
+
+def test_an_expert_without_tokens_has_zero_gradient() -> None:
+    made = layer(RoutingRule(1), with_bias=True)
+    made.router.expert_bias.copy_(torch.tensor([10.0, 0, 0, 0, 0, 0]))
+    y, routing = made(torch.randn(2, 4, D))
+    y.sum().backward()  # a gradient of stride 0 on its way to grouped_mm
+    assert routing.counts.tolist() == [8, 0, 0, 0, 0, 0]
+    assert made.experts.w_in.grad[0].abs().sum() > 0
+    assert made.experts.w_in.grad[1:].abs().sum() == 0
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
+    made = layer(RoutingRule(2, "sigmoid", True)).eval()
+    x = torch.randn(5, 9, D)
+    together = made(x)[0]
+    for i in range(5):
+        torch.testing.assert_close(made(x[i : i + 1])[0][0], together[i], rtol=1e-5, atol=1e-6)
+
+
+def test_forward_changes_no_state() -> None:
+    made = layer(RoutingRule(2), with_bias=True)
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    for training in (True, False):
+        made.train(training)(torch.randn(2, 4, D))
+    assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
+
+
+def test_evaluation_mode_is_differentiable() -> None:
+    made = layer(RoutingRule(2)).eval()
+    made(torch.randn(2, 4, D))[0].sum().backward()
+    assert made.experts.w_in.grad is not None
+
+
+def test_autocast_runs_the_experts_in_bfloat16_and_the_router_in_float32() -> None:
+    made = layer(RoutingRule(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, routing = made(torch.randn(2, 4, D))
+    assert y.dtype == torch.bfloat16
+    assert routing.logits.dtype == routing.scores.dtype == routing.weights.dtype == torch.float32
+
+
+def test_plan_lists_every_pair_once_sorted_by_expert() -> None:
+    logits = torch.randn(40, E)
+    chosen = select(logits, RoutingRule(2))
+    plan = chosen.plan
+    pairs = {(int(t), int(e)) for t, e in zip(plan.token, plan.expert, strict=True)}
+    wanted = {(s, int(e)) for s, e in itertools.product(range(40), range(E)) if e in chosen.expert_ids[s]}
+    assert pairs == wanted
+    assert (plan.expert.diff() >= 0).all()
+    assert plan.counts.tolist() == torch.bincount(chosen.expert_ids.flatten(), minlength=E).tolist()
+    assert torch.equal(plan.token[plan.slot], torch.arange(40)[:, None].expand(40, 2))
+    assert torch.equal(plan.weight[plan.slot], chosen.weights)
+
+
+def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -1.0, -1.0]])
+    bias = torch.tensor([0.0, 0, 0, 0, 0, 5.0])
+    chosen = select(logits, RoutingRule(2, "sigmoid"), bias)
+    assert set(chosen.expert_ids[0].tolist()) == {0, 5}
+    torch.testing.assert_close(chosen.weights, logits.sigmoid().gather(1, chosen.expert_ids))
+
+
+def test_paper_weights_are_not_renormalised() -> None:
+    weights = select(torch.zeros(3, 8), RoutingRule(2)).weights
+    torch.testing.assert_close(weights, torch.full((3, 2), 1 / 8))
+
+
+def test_grouped_refuses_odd_widths_and_auto_takes_the_loop() -> None:
+    with pytest.raises(ValueError, match="backend loop"):
+        Experts(16, 4, 7, backend="grouped")
+    odd = MoELayer(6, num_experts=3, expert_width=7, shared_width=0, rule=RoutingRule(1))
+    assert odd(torch.randn(1, 4, 6))[0].shape == (1, 4, 6)

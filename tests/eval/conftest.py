@@ -1,0 +1,28 @@
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("eval must not touch the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Real 8x8 digits: uint8 images (1497, 8, 8, 1) and labels (1497,)."""
+    with np.load(REPO / "ditmoe" / "data_files" / "digits.npz") as arrays:
+        return arrays["train_images"][..., None], arrays["train_labels"]

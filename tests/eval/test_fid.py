@@ -1,0 +1,273 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from eval import fid as fid_module
+from eval.extractors import EXTRACTORS, load_extractor
+from eval.fid import main, metric_name, score, write_report
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def halves(digits):
+    """Two disjoint sets of 250 real digits."""
+    return digits[0][:500:2], digits[0][1:500:2]
+
+
+def noisy(images, sigma, seed=0):
+    noise = sigma * np.random.RandomState(seed).randn(*images.shape)
+    return np.clip(np.round(images + noise), 0, 255).astype(np.uint8)
+
+
+def blurred(images, radius):
+    blur = ImageFilter.GaussianBlur(radius)
+    return np.stack([np.asarray(Image.fromarray(i[..., 0]).filter(blur)) for i in images])[..., None]
+
+
+# ---------------------------------------------------------------------- the value
+
+
+def test_identity_is_zero(halves):
+    assert 0 <= score(halves[0], halves[0])["value"] < 1e-9
+
+
+def test_symmetry(halves):
+    forward, back = score(*halves)["value"], score(*halves[::-1])["value"]
+    assert forward > 0
+    assert back == pytest.approx(forward, rel=1e-8)
+
+
+def test_order_of_images_does_not_matter(halves):
+    shuffled = halves[0][np.random.RandomState(0).permutation(250)]
+    assert score(shuffled, halves[1])["value"] == pytest.approx(score(*halves)["value"], rel=1e-6)
+
+
+def test_torchmetrics_with_the_same_module_agrees(halves):
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    metric = fid.FrechetInceptionDistance(feature=load_extractor("random-conv-v1"))
+    for images, real in zip(halves, (False, True), strict=True):
+        for start in range(0, len(images), 100):
+            batch = torch.from_numpy(images[start : start + 100].transpose(0, 3, 1, 2).copy())
+            metric.update(batch, real=real)
+    # torchmetrics casts its float64 result to the features' float32
+    assert score(*halves)["value"] == pytest.approx(float(metric.compute()), rel=1e-5)
+
+
+def test_batch_size_does_not_matter(halves):
+    values = [score(*halves, batch_size=b)["value"] for b in (7, 64, 250)]
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-6)
+
+
+def test_every_degradation_costs_more_than_a_fresh_sample_and_more_is_worse(digits, halves):
+    images, ref = halves
+    one_class = digits[0][digits[1] == 3]
+    real = score(images, ref)["value"]
+    noise = [score(noisy(images, sigma), ref)["value"] for sigma in (20, 40, 80)]
+    blur = [score(blurred(images, radius), ref)["value"] for radius in (0.5, 1, 2)]
+    assert [real, *noise] == sorted([real, *noise])
+    assert [real, *blur] == sorted([real, *blur])
+    assert noise[-1] > 3 * real
+    assert blur[-1] > 3 * real
+    assert score(one_class, ref)["value"] > 3 * real
+
+
+def test_num_takes_the_first_images_and_only_of_images(halves):
+    report = score(*halves, num=40)
+    assert (report["n_gen"], report["n_ref"]) == (40, 250)
+    assert report["value"] == score(halves[0][:40], halves[1])["value"]
+
+
+def test_statistics_stand_in_for_the_images_they_came_from(tmp_path, halves):
+    with torch.inference_mode():
+        features = load_extractor("random-conv-v1")(torch.from_numpy(halves[1].transpose(0, 3, 1, 2).copy())).double()
+    np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=torch.cov(features.T))
+    report = score(halves[0], tmp_path / "ref.npz")
+    assert report["value"] == pytest.approx(score(*halves)["value"], rel=1e-6)
+    assert report["n_ref"] is None
+    assert report["ref"]["kind"] == "stats"
+    assert any("n_ref unknown" in warning for warning in report["warnings"])
+
+
+# --------------------------------------------------------------------- the report
+
+
+def test_report_fields(halves):
+    report = score(halves[0], "digits:test")
+    assert set(report) == {
+        "metric", "value", "fd_random_conv_v1", "n_gen", "n_ref", "extractor", "resize", "images",
+        "ref", "batch_size", "dtype", "versions", "seconds", "warnings",
+    }  # fmt: skip
+    assert report["metric"] == "fd_random_conv_v1"
+    assert report["fd_random_conv_v1"] == report["value"]
+    assert (report["n_gen"], report["n_ref"]) == (250, 300)
+    assert set(report["extractor"]) == {"name", "version", "sha256", "dim"}
+    assert report["ref"]["path"] == "digits:test"
+    assert report["ref"]["kind"] == "dataset"
+    assert report["ref"]["shape"] == [8, 8, 1]
+    assert set(report["versions"]) == {"python", "numpy", "pillow", "torch"}
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+@pytest.mark.parametrize("name", [*EXTRACTORS, "fid", "-fid", "FID", ""])
+def test_no_extractor_here_can_write_the_key_fid(name):
+    assert metric_name(name).startswith("fd_")
+
+
+def test_the_report_has_no_key_fid(halves):
+    assert "fid" not in score(halves[0][:9], halves[1][:9])
+
+
+def test_the_hash_is_of_the_pixels_wherever_they_are(tmp_path, halves):
+    images = halves[0][:5]
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    for i, image in enumerate(images):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        Image.fromarray(image[..., 0]).save(tmp_path / "folder" / f"{i}.png")
+    reports = [score(s, halves[1]) for s in (images, tmp_path / "a.npz", tmp_path / "folder")]
+    assert len({r["images"]["sha256"] for r in reports}) == 1
+    assert len({r["value"] for r in reports}) == 1
+    changed = images.copy()
+    changed[4, 7, 7, 0] ^= 1
+    other = score(changed, halves[1])["images"]["sha256"]
+    assert other != reports[0]["images"]["sha256"]
+    reshaped = score(images.reshape(5, 4, 16, 1), halves[1])["images"]["sha256"]
+    assert reshaped != reports[0]["images"]["sha256"]
+
+
+def test_warnings(halves, monkeypatch):
+    report = score(halves[0], np.repeat(halves[1], 2, axis=1))
+    text = "\n".join(report["warnings"])
+    assert "n_gen = 250 is below 10000" in text
+    assert "n_gen = 250 is not above 256 features: the covariance is rank-deficient" in text
+    assert "sizes differ: images (8, 8), ref (16, 8)" in text
+    assert "same data" not in text
+    assert "images and ref are the same data" in score(halves[0], halves[0])["warnings"]
+    monkeypatch.setattr(fid_module, "SMALL_SAMPLE", 300)
+    assert score("digits:test", "digits:test")["warnings"] == ["images and ref are the same data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size 0 must be at least 1"),
+        ({"num": 1}, "num 1 must be between 2 and the 250 of array"),
+        ({"num": 251}, "num 251 must be between 2 and the 250 of array"),
+        ({"extractor": "fid"}, "unknown extractor 'fid'"),
+        ({"weights": "w.pth"}, "random-conv-v1 reads no weights"),
+    ],
+)
+def test_bad_options(halves, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(*halves, **options)
+
+
+def test_num_of_statistics_is_refused(tmp_path, halves):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(256), sigma=np.eye(256))
+    with pytest.raises(ValueError, match="these are statistics"):
+        score(tmp_path / "s.npz", halves[0], num=5)
+
+
+def test_a_report_is_complete_or_absent(tmp_path, monkeypatch):
+    file = tmp_path / "r.json"
+    write_report(file, {"value": 1.0})
+    assert json.loads(file.read_text()) == {"value": 1.0}
+
+    def disk_full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(file, {"value": 2.0})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_report(file, {"value": float("nan")})
+    assert json.loads(file.read_text()) == {"value": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+# --------------------------------------------------------------- the command line
+
+
+def run(*arguments, cwd=REPO):
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_end_to_end_from_another_folder(tmp_path, halves):
+    np.savez(tmp_path / "a.npz", arr_0=halves[0])
+    done = run(
+        "-m", "eval.fid", "a.npz", "--ref", "digits:test", "--num", "100", "--out", "r.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("warning: ")) == (0, 3)
+    report = json.loads((tmp_path / "r.json").read_text())
+    expected = score(halves[0], "digits:test", num=100)
+    assert report["value"] == pytest.approx(expected["value"], rel=1e-6)
+    assert report["images"] == {**expected["images"], "path": "a.npz", "kind": "npz"}
+    assert done.stdout == f"fd_random_conv_v1 {report['value']:.6g} -> r.json\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "r.json"]
+
+
+def test_without_out_the_report_is_printed(capfd):
+    assert main(["digits:test", "--ref", "digits:test", "--num", "10"]) == 0
+    assert json.loads(capfd.readouterr().out)["n_gen"] == 10
+
+
+LIGHT = """
+import sys
+from eval.fid import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+heavy = {"torch", "torchmetrics", "scipy", "ditmoe"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--help"], 0, "Score only the first NUM of IMAGES"),
+        (["digits:test"], 2, "--ref"),
+        (["nope", "--ref", "digits:test"], 2, "error: 'nope' does not exist"),
+        (["digits:test", "--ref", "digits:test", "--out", "r.txt"], 2, "r.txt must end in .json"),
+        (["digits:test", "--ref", "digits:test", "--num", "301"], 2, "the 300 of digits:test"),
+    ],
+)
+def test_help_and_mistakes_answer_before_torch(arguments, code, text):
+    done = run("-c", LIGHT, *arguments)
+    assert done.returncode == code, done.stderr
+    assert text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argument", [["--extractor", "inception"], ["--num", "two"], ["--reff", "x"]])
+def test_misspelt_arguments_exit_2(capfd, argument):
+    with pytest.raises(SystemExit) as stop:
+        main(["digits:test", "--ref", "digits:test", *argument])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("out", ["absent/r.json", "folder.json"])
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(tmp_path, capfd, monkeypatch, out):
+    (tmp_path / "folder.json").mkdir()
+    monkeypatch.setattr(fid_module, "score", lambda *a, **k: pytest.fail("worked first"))
+    assert main(["digits:test", "--ref", "digits:test", "--out", str(tmp_path / out)]) == 2
+    assert "its folder must exist" in capfd.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(fid_module, "score", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        main(["digits:test", "--ref", "digits:test"])

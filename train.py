@@ -1,0 +1,28 @@
+"""Train, sample, score, report: `python train.py [PRESET | RUN/config.json] [--section.field value ...]`."""
+
+import sys
+
+from ditmoe import cli
+
+
+def main() -> None:
+    """Parse; train or resume; then sample, score and write the run's page."""
+    config = cli.parse_train(sys.argv[1:])
+    from accelerate import PartialState
+
+    from ditmoe import data, report, training
+    from eval.fid import score
+
+    if config.dry_run:
+        return print(training.describe(config))
+    images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
+    reference = data.reference(config.data, images)
+    judge = None if reference is None else lambda samples: score(samples, reference)
+    news = training.train(config, images, lambda step, pipe: report.progress(config, step, pipe, judge), sys.argv)
+    if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
+        report.write(config.out, score=judge)
+    print(f"{config.out} is finished: open {config.out / 'index.html'}, or python sample.py {config.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
