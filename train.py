@@ -10,7 +10,7 @@ def main() -> None:
     config = cli.parse_train(sys.argv[1:])
     from accelerate import PartialState
 
-    from ditmoe import data, report, training
+    from ditmoe import data, generate, report, training
     from eval.fid import score
 
     if config.dry_run:
@@ -18,7 +18,7 @@ def main() -> None:
     images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
     reference = data.reference(config.data, images)
     judge = None if reference is None else lambda samples: score(samples, reference)
-    news = training.train(config, images, lambda step, pipe: report.progress(config, step, pipe, judge), sys.argv)
+    news = training.train(config, images, lambda step, pipe: generate.progress(config, step, pipe, judge), sys.argv)
     if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
         report.write(config.out, score=judge)
     print(f"{config.out} is finished: open {config.out / 'index.html'}, or python sample.py {config.out}")

@@ -15,7 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from .config import PRESETS, Config
+from .config import Config
+from .presets import PRESETS
 
 DEFAULT_PRESET = "digits"
 

@@ -1,6 +1,6 @@
-"""Which expert serves what: one picture of a model's routing by layer, time step, class and position.
+"""Which expert serves what: a model's routing by layer, time step, class and position, counted and drawn.
 
-Shapes: L layers with experts, B time bins, Y classes, T tokens of an image, E experts.
+Shapes: L layers with experts, B time bins, Y classes, n images of each, T tokens of an image, E experts, K of a token.
 """
 
 from __future__ import annotations
@@ -10,11 +10,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .figures import FAINT, INK, MUTED, WIDTH, Array, bare_axes, save_figure, shorten, spread, title
+from .model import DiTMoETransformer2DModel
+from .objective import Objective
 
 MARGIN = 0.9  # inches that labels take from the width of the picture
 FLOOR = 2.0**-9  # loads below this are drawn alike
+FORWARD = 128  # images in one forward pass of the count
+
+
+@torch.no_grad()
+def count_experts(
+    net: DiTMoETransformer2DModel, objective: Objective, x: Tensor, classes: Sequence[int], num_bins: int, seed: int
+) -> Array:
+    """Assignments of tokens to experts while clean images, noised to every time bin, pass through the network.
+
+    Args:
+        net: in eval mode; its routing must not depend on the batch.
+        objective: its `corrupt` makes x_t.
+        x: (Y, n, C, H, W), n images of each class.
+        classes: their labels, which the network is given if it was trained with labels.
+        num_bins: B bins of the 0..1000 time axis; the n images of a class are spread over each bin.
+        seed: of the noise.
+
+    Returns:
+        int64 (L, B, Y, T, E); every (l, b, y, t) sums to n * K.
+    """
+    Y, n, *size = x.shape
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((Y, n, *size), generator=generator)
+    y = torch.arange(Y).repeat_interleave(n)
+    labels = torch.tensor(classes)[y].to(net.device) if net.null_label is not None else None
+    total: list[Tensor] = []
+    for b in range(num_bins):
+        t = ((b + (torch.arange(n) + 0.5) / n) * (1000 / num_bins)).floor().clamp_min(1).repeat(Y)
+        x_t, _ = objective.corrupt(x.flatten(0, 1), t, noise.flatten(0, 1))
+        for rows in torch.arange(Y * n).split(FORWARD):
+            some = None if labels is None else labels[rows.to(net.device)]
+            _, routing = net(x_t[rows].to(net.device), t[rows].to(net.device), some, return_dict=False)
+            for layer, record in enumerate(routing):
+                E = record.logits.shape[1]
+                ids = record.expert_ids.view(len(rows), -1, record.expert_ids.shape[1]).cpu()  # (rows, T, K)
+                T = ids.shape[1]
+                cell = ((b * Y + y[rows])[:, None, None] * T + torch.arange(T)[:, None]) * E + ids
+                counts = torch.bincount(cell.flatten(), minlength=num_bins * Y * T * E)
+                if layer == len(total):
+                    total.append(torch.zeros_like(counts).view(num_bins, Y, T, E))
+                total[layer] += counts.view_as(total[layer])
+    return torch.stack(total).numpy()
 
 
 def expert_maps(
@@ -88,7 +134,7 @@ def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = list(heights) if wide else [max(heights[:2]), max(heights[2:])]
-    engine = ConstrainedLayoutEngine(hspace=0.05, wspace=0.05)
+    engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1, hspace=0.03, wspace=0.03)
     fig = Figure(figsize=(WIDTH / 100, sum(rows) + 0.62 * len(rows) + 0.7), dpi=100, layout=engine)
     made = fig.subplots(4 if wide else 2, 1 if wide else 2, height_ratios=rows, squeeze=False)
     return fig, list(made.ravel())
@@ -105,7 +151,7 @@ def _show(ax: Any, loads: Array, limit: float, aspect: str) -> None:
 def _matrix(ax: Any, loads: Array, rows: Sequence[str], groups: Sequence[str], limit: float, heading: str) -> None:
     """Loads (rows, groups, E) as one matrix, a blank column between groups; figures in the cells when they fit."""
     num_rows, num_groups, E = loads.shape
-    gap = max(1, E // 8)
+    gap = max(1, E // 16)
     padded = np.pad(loads, ((0, 0), (0, 0), (0, gap)), constant_values=np.nan).reshape(num_rows, -1)[:, :-gap]
     _show(ax, padded, limit, "auto")
     ax.set_yticks(range(num_rows), [shorten(name) for name in rows], fontsize=9, color=INK)
@@ -127,7 +173,7 @@ def _maps_per_line(num_layers: int, E: int, wide: bool, panel: float) -> int:
     """Small maps on a line: 32 when wide; else 4 where half a page leaves them the height, or 8."""
     if wide:
         return 32
-    return 4 if num_layers * -(-E // 4) * panel / 4 <= 3.6 else 8
+    return 4 if num_layers * -(-E // 4) * panel / 4 <= 4.5 else 8
 
 
 def _tile(loads: Array, per_line: int) -> tuple[Array, list[list[tuple[int, int]]]]:
@@ -184,3 +230,36 @@ def _load_bar(fig: Any, axes: Sequence[Any], limit: float) -> None:
     bar.set_ticks(ticks, labels=[names[int(tick)] for tick in ticks], fontsize=9, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
+
+
+# ---- the same in numbers
+
+
+def routing_summary(counts: Array) -> list[dict[str, float]]:
+    """For each layer of counts (L, B, Y, T, E): how even the load is, and what the choice of expert depends on.
+
+    `busiest` is the largest load over the even load, `idle` the number of experts that got nothing, and
+    `bits_time`, `bits_class`, `bits_position` the mutual information between expert and time bin, class or position,
+    in bits: 0 when the choice does not depend on it, at most log2 of the number of experts or of the bins.
+    """
+    rows = []
+    for layer in counts:
+        load = relative_load(layer.sum(axis=(0, 1, 2)))
+        rows.append(
+            {
+                "busiest": float(load.max()),
+                "idle": int((load == 0).sum()),
+                "bits_time": mutual_information(layer.sum(axis=(1, 2))),
+                "bits_class": mutual_information(layer.sum(axis=(0, 2))),
+                "bits_position": mutual_information(layer.sum(axis=(0, 1))),
+            }
+        )
+    return rows
+
+
+def mutual_information(counts: Array) -> float:
+    """Between the rows and columns of a table of counts, in bits: sum of p log2 p / (p_row p_column)."""
+    p = counts / counts.sum()
+    even = p.sum(axis=1, keepdims=True) * p.sum(axis=0, keepdims=True)
+    seen = p > 0
+    return max(0.0, float((p[seen] * np.log2(p[seen] / even[seen])).sum()))

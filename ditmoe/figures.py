@@ -55,7 +55,9 @@ def sample_grid(images: Array, row_names: Sequence[str], path: Path) -> None:
     _image_table(images, [shorten(name) for name in row_names], None, path)
 
 
-def film_strip(x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *, columns: int = 12) -> None:
+def film_strip(
+    x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *, names: Sequence[str] | None = None, most: int = 12
+) -> None:
     """Write, for a few samples, the noisy x_t above the predicted x_0 over the sampling steps.
 
     Args:
@@ -63,22 +65,25 @@ def film_strip(x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *,
         x0: uint8 (n, steps, H, W, C), what the model then expects the clean image to be.
         timesteps: the t of each step on the 0..1000 scale, written above the columns.
         path: the PNG to write.
-        columns: at most this many steps are drawn, evenly chosen with the first and the last.
+        names: of the n samples, to go before "noisy".
+        most: at most this many steps are drawn, evenly chosen with the first and the last.
 
     Raises:
-        ValueError: the arrays and timesteps do not agree.
+        ValueError: the arrays, timesteps and names do not agree.
     """
     _check_images("x_t", x_t, 5)
     _check_images("x0", x0, 5)
-    if x_t.shape != x0.shape or len(timesteps) != x_t.shape[1]:
+    names = [""] * len(x_t) if names is None else names
+    if x_t.shape != x0.shape or (len(x_t), len(timesteps)) != (len(names), x_t.shape[1]):
         raise ValueError(
-            f"x_t {x_t.shape}, x0 {x0.shape} and {len(timesteps)} timesteps do not match;"
-            " give (n, steps, H, W, C) twice and one t a step."
+            f"x_t {x_t.shape}, x0 {x0.shape}, {len(timesteps)} timesteps and {len(names)} names do not match;"
+            " give (n, steps, H, W, C) twice, one t a step and one name a sample"
         )
-    chosen = spread(len(timesteps), columns)
+    chosen = spread(len(timesteps), most)
     rows = np.stack([x_t[:, chosen], x0[:, chosen]], axis=1).reshape(-1, len(chosen), *x_t.shape[2:])
-    heads = [f"t = {timesteps[i]:.0f}" if k == 0 else f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
-    _image_table(rows, ["noisy xₜ", "predicted x₀"] * len(x_t), heads, path, group=2)
+    heads = [("t = " if k == 0 else "") + f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
+    labels = [text for name in names for text in (f"{shorten(name)}  noisy xₜ".strip(), "predicted x₀")]
+    _image_table(rows, labels, heads, path, group=2)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -86,13 +91,7 @@ def spread(count: int, most: int) -> list[int]:
     return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
 
 
-def _image_table(
-    images: Array,
-    names: Sequence[str],
-    heads: Sequence[str] | None,
-    path: Path,
-    group: int = 1,
-) -> None:
+def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | None, path: Path, group: int = 1) -> None:
     """Images (R, columns, H, W, C) as a table with row names, column heads and a wider gap every `group` rows."""
     num_rows, num_columns, height, width, _ = images.shape
     font, gap, pad = _font(17), 5, 14
@@ -130,7 +129,7 @@ def _image_table(
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the loss over the steps (raw faint, smoothed on top) beside small panels of its parts.
 
-    The smooth line is a centred moving average over 1/40 of the rows, so it does not lag. Small panels are drawn
+    The smooth line is a centred moving average over 1/30 of the rows, so it does not lag. Small panels are drawn
     for the keys of `SMALL_PANELS` that the rows have; lists (one value a layer) show their largest.
 
     Args:
@@ -146,23 +145,24 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     series = {key: _series(rows, key) for key in ("loss", "mse", *SMALL_PANELS)}
     small = [key for key in SMALL_PANELS if len(series[key][0]) and np.ptp(series[key][1])][:6]
-    columns = 1 if len(small) <= 2 else 2
+    columns = 1 if len(small) <= 3 else 2
     deep = max(1, -(-len(small) // columns))
     fig = Figure(figsize=(WIDTH / 100, 3.6 if deep < 3 else 4.4), dpi=100, layout="constrained")
     grid = fig.add_gridspec(deep, 2 + columns if small else 1)
     main = fig.add_subplot(grid[:, :2] if small else grid[:, :])
-    loss, mse = (smooth(series[key][1], 99) for key in ("loss", "mse"))
-    if len(mse) == len(loss) and not np.allclose(mse, loss, rtol=0.01):
+    loss, mse = (smooth(series[key][1], len(rows) // 30 | 1) for key in ("loss", "mse"))
+    has_parts = len(mse) == len(loss) and not np.allclose(mse, loss, rtol=0.01)
+    if has_parts:
         _draw_series(main, *series["mse"], colour=SECOND, label="squared error alone", raw=False)
-        _draw_series(main, *series["loss"], colour=LINE, label="loss: all weighted parts")
+    _draw_series(main, *series["loss"], colour=LINE, label="loss: all weighted parts")
+    _log_if_wide(main, loss)
+    if has_parts:
         main.legend(frameon=False, fontsize=9, labelcolor=INK, reverse=True)
-    else:
-        _draw_series(main, *series["loss"], colour=LINE, label=None)
     title(main, "Training loss")
     main.set_xlabel("optimiser step", color=MUTED, fontsize=9)
     for k, key in enumerate(small):
         ax = fig.add_subplot(grid[k // columns, 2 + k % columns])
-        _draw_series(ax, *series[key], colour=MUTED, label=None)
+        _draw_series(ax, *series[key], colour=MUTED, exact=key == "lr")
         title(ax, SMALL_PANELS[key], size=9)
     save_figure(fig, path)
 
@@ -173,8 +173,7 @@ def smooth(values: Array, window: int) -> Array:
     total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(good)])
     at = np.arange(len(values))
-    reach = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
-    low, high = at - reach, at + reach + 1
+    low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(values))
     with np.errstate(invalid="ignore", divide="ignore"):
         average: Array = (total[high] - total[low]) / (count[high] - count[low])
     return average
@@ -187,25 +186,47 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Array, Array]:
     return steps, np.array([np.max(value) for _, value in pairs], dtype=float)
 
 
-def _draw_series(ax: Any, steps: Array, values: Array, *, colour: str, label: str | None, raw: bool = True) -> None:
-    """One line: raw values faint, the moving average on top, dots when there are few; log axis for a wide range."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _draw_series(
+    ax: Any, steps: Array, values: Array, *, colour: str, label: str = "", raw: bool = True, exact: bool = False
+) -> None:
+    """One line: raw values faint, the moving average on top (or the values, if exact); dots when there are few."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    line = smooth(values, len(values) // 30 | 1)
-    if raw and len(values) >= 30:
+    few = len(values) < 30
+    line = values if exact else smooth(values, len(values) // 30 | 1)
+    if raw and not few and not exact:
         ax.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
-    ax.plot(steps, line, color=colour, linewidth=1.7, label=label, marker="o" if len(steps) < 30 else "", markersize=3)
-    shown = line[np.isfinite(line)]
-    if len(shown) and shown.min() > 0 and shown.max() > 4 * shown.min():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.ticklabel_format(axis="y", useOffset=False)
+        inside = np.concatenate([line, np.nanquantile(values, [0.005, 0.995])])  # the rare spikes may leave the frame
+        low, high = np.nanmin(inside), np.nanmax(inside)
+        edge = 0.05 * (high - low)
+        ax.set_ylim((0.9 * low if 0 < low <= edge else low - edge), high + edge)
+    ax.plot(steps, line, color=colour, linewidth=1.7, label=label, marker="o" if few else "", markersize=3)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     bare_axes(ax)
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
     ax.set_axisbelow(True)
+
+
+def _log_if_wide(ax: Any, line: Array) -> None:
+    """A log axis with plain numbers when the line spans more than a factor of 4."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    shown = line[np.isfinite(line)]
+    if len(shown) and ax.get_ylim()[0] > 0 and shown.max() > 4 * shown.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    """A tick's number: 20000 as 20k, 1500000 as 1.5M."""
+    for size, unit in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
+    return f"{value:.5g}"
 
 
 # ---- shared by all

@@ -5,9 +5,10 @@ Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .cli import SampleArgs
+from .config import Config
 from .figures import sample_grid
 from .pipeline import DiTMoEPipeline, load, to_pixels
 
@@ -52,6 +54,28 @@ def draw(
         ).images
         parts.append(to_pixels(x))
     return np.concatenate(parts)
+
+
+def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..., dict[str, Any]] | None) -> None:
+    """What a run shows while it trains: progress/step-000500.png, and a row of progress/scores.jsonl.
+
+    Always the same images of the run's seed, so that the pictures of two steps can be laid side by side.
+    """
+    classes = pipe.transformer.config.num_classes
+    labels = balanced_labels(config.sample.num, classes) if classes else None
+    images = draw(
+        pipe, labels, config.sample.num, steps=config.sample.steps, cfg=config.sample.cfg if labels else None,
+        seed=config.seed, batch_size=config.sample.batch_size,
+    )  # fmt: skip
+    folder = config.out / "progress"
+    folder.mkdir(exist_ok=True)
+    shown = 8 * max(classes, 1)
+    write_grid(images[:shown], labels and labels[:shown], pipe.id2label, folder / f"step-{step:06d}.png")
+    if score is not None:
+        report = score(images)
+        row = {"step": step, "metric": report["metric"], "value": report["value"], "num": len(images)}
+        with (folder / "scores.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def run(args: SampleArgs) -> None:
@@ -92,7 +116,6 @@ def write_npz(images: NDArray[np.uint8], labels: Sequence[int] | None, path: Pat
     arrays = [images] if labels is None else [images, np.asarray(labels, dtype=np.int64)]
     with temporary.open("wb") as file:
         np.savez(file, *arrays)
-    assert zipfile.is_zipfile(temporary)
     temporary.replace(path)
 
 

@@ -1,15 +1,15 @@
 """Does a class-conditional sample show its class, and is it a copy of a training image?
 
-Both questions are answered with real images as the yardstick: the classifier is trained on real training images and
-its accuracy on held-out real ones is reported beside the samples'; the copy rule is set so that held-out real images
-break it 1 % of the time. Images are uint8 (n, H, W, C); sides above 32 pixels are averaged down to 32 first.
-
-n images, H W C their size, P = H*W*C numbers of an image, k neighbours.
+Real images are the yardstick of both: the classifier's accuracy on held-out real images stands beside that on samples,
+and the copy rule is set so that 1 % of held-out real images break it. Images are uint8 (n, H, W, C); sides above 32
+pixels are averaged down to 32 first. Shapes: n and m images, H W C their size, P = H*W*C numbers of an image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,49 @@ PASSES = 60_000  # images the classifier sees in training, at most
 LARGEST_SIDE = 32  # pixels; larger images are averaged down
 NEIGHBOURS = 5  # training images that the copy ratio looks at
 REAL_SHARE = 0.01  # share of real images that the copy rule flags, by construction
+
+
+def judge(
+    images: Images,
+    labels: Labels | None,
+    train: Images,
+    train_labels: Labels,
+    held_out: tuple[Images, Labels] | None,
+    names: Sequence[str],
+    seed: int = 0,
+    mirrored: bool = False,
+) -> dict[str, Any]:
+    """Both answers for generated images as JSON values: {"classes": ... or None without labels, "copies": ...}.
+
+    Args:
+        images: uint8 (N, H, W, C), generated; labels (N,) are what was asked for, None of a model without classes.
+        train: uint8 (n, H, W, C), what the model was trained on, with train_labels (n,).
+        held_out: real images that it never saw, with labels. None: a tenth of the training images is kept from the
+            classifier to try it on, and the copy rule compares training images with each other.
+        names: of the classes; seed: of the classifier.
+        mirrored: the model was also trained on the mirror images.
+    """
+    classes = None
+    if labels is not None and names:
+        cut = 0 if held_out else max(1, len(train) // 10)
+        real, real_labels = held_out or (train[:cut], train_labels[:cut])
+        classifier = train_classifier(train[cut:], train_labels[cut:], seed, num_classes=len(names))
+        right = classifier.predict(images) == labels
+        by_class = {names[c]: float(right[labels == c].mean()) for c in np.unique(labels)}
+        weakest = min(by_class, key=lambda name: by_class[name])
+        classes = {
+            "accuracy": float(right.mean()),
+            "real_accuracy": accuracy(classifier, real, real_labels),
+            "worst": [weakest, by_class[weakest]],
+            "by_class": by_class,
+            "num_train": min(len(train) - cut, PASSES),
+            "num_real": len(real),
+        }
+    copies = nearest_copies(
+        images, np.concatenate([train, train[:, :, ::-1]]) if mirrored else train, held_out[0] if held_out else None
+    )
+    numbers = {k: v for k, v in vars(copies).items() if not isinstance(v, np.ndarray)}
+    return {"classes": classes, "copies": {**numbers, "definition": copies.definition}}
 
 
 # ---- does it show its class
@@ -126,7 +169,15 @@ def accuracy(classifier: Classifier, images: Images, labels: Labels) -> float:
 
 @dataclass(frozen=True)
 class Copies:
-    """How many generated images are nearest-neighbour copies of training images."""
+    """How many generated images are copies of training images, by `nearest_copies`.
+
+    Why not d_1 alone, the usual choice, with the same quantile: it is unfair between classes (trousers, or the digit 1,
+    lie close together, so nearly all alarms fall there, while a noisy copy of a rich image passes) and it flags blurry
+    averages. Dividing by the local spacing mends both. Source of the idea: the calibrated distance of Carlini et al.
+    2023 (arXiv 2301.13188); few neighbours keep the power when images are few. It does not see copies that are shifted,
+    mirrored or recoloured, nor near-copies of an image that the training set holds five times over. A threshold from n
+    images is itself uncertain: the true share of real images below it is 1 % give or take about 1 / sqrt(100 n).
+    """
 
     share: float
     """Of the generated images that count as copies, in [0, 1]."""
@@ -135,8 +186,7 @@ class Copies:
     threshold: float
     """A ratio up to this is a copy."""
     distance: float
-    """Median over generated images of the distance to the nearest training image: root mean
-    square over its pixels, in grey levels of 255."""
+    """Median over generated images to the nearest training image: RMS over pixels, in grey levels of 255."""
     real_distance: float
     """The same for the real images."""
     ratios: Ratios
@@ -163,30 +213,19 @@ class Copies:
 def nearest_copies(generated: Images, train: Images, held_out: Images | None = None, *, most: int = 2000) -> Copies:
     """Generated images that stand unusually close to one single training image.
 
-    With d_1 <= d_2 <= ... the L2 distances of an image to the training images, pixels scaled to
-    [-1, 1], the ratio
+    With d_1 <= d_2 <= ... the L2 distances of an image to the training images, pixels in [-1, 1], the ratio
 
         r = d_1 / mean(d_2, ..., d_5)
 
-    is about 0.85 for a new image among its like and 0 for an exact copy. An image is a copy when r
-    is at most the 1 % quantile of r over held-out real images, so about 1 % of real new images are
-    flagged too: a share near 1 % says "no copying seen", not "1 % copies".
-
-    Why not d_1 alone, the usual choice, with the same quantile: it is unfair between classes
-    (trousers, or the digit 1, lie close together, so nearly all alarms fall there, while a noisy
-    copy of a rich image passes) and it flags blurry averages. Dividing by the local spacing mends
-    both. Source of the idea: the calibrated distance of Carlini et al. 2023 (arXiv 2301.13188); we
-    take few neighbours, which keeps the power when images are few.
-
-    It does not see copies that are shifted, mirrored or recoloured, nor near-copies of an image that
-    the training set holds five times over. A threshold from n images is itself uncertain: the
-    true share of real images below it is 1 % give or take about 1 / sqrt(100 n).
+    is about 0.85 for a new image among its like and 0 for an exact copy. An image is a copy when r is at most the 1 %
+    quantile of r over held-out real images, so about 1 % of real new images are flagged too: a share near 1 % says
+    "no copying seen", not "1 % copies".
 
     Args:
         generated: uint8 (n, H, W, C).
         train: uint8 (m, H, W, C), what the model was trained on; m > 5.
-        held_out: uint8 (o, H, W, C), real images it never saw. None, for a set without any: training
-            images stand in, each compared with all others; the rule knows nothing of the model.
+        held_out: uint8 (o, H, W, C), real images it never saw. None, for a set without any: training images stand in,
+            each compared with all others; the rule knows nothing of the model.
         most: at most this many real images set the threshold (evenly chosen).
 
     Raises:

@@ -66,8 +66,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(known)}")
     if name not in fitting:
         raise ValueError(
-            f"sampler {name!r} cannot sample a model with prediction_type {kind!r}; "
-            f"use {' or '.join(fitting)}"
+            f"sampler {name!r} cannot sample a model with prediction_type {kind!r}; use {' or '.join(fitting)}"
         )
     foreign = [option for option in _FOREIGN_FLOW_OPTIONS if config.get(option)]
     if sampler.prediction_types == FLOW and foreign:

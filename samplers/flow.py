@@ -49,8 +49,7 @@ class FlowEulerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if prediction_type != "flow_prediction":
             raise ValueError(
-                f"FlowEulerScheduler cannot sample prediction_type {prediction_type!r}, "
-                "only flow_prediction"
+                f"FlowEulerScheduler cannot sample prediction_type {prediction_type!r}, only flow_prediction"
             )
         if not shift > 0:
             raise ValueError(f"shift is {shift}, but it must be positive; 1 leaves the grid alone")
@@ -61,9 +60,7 @@ class FlowEulerScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Set ``timesteps`` (N,) float32 on ``device`` and ``sigmas`` (N + 1,) float64 on the CPU.
 
         Raises ValueError unless the number of steps is an int in 1..num_train_timesteps.

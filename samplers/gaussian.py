@@ -40,9 +40,7 @@ def predict_x0_and_eps(
         return signal * x_t - noise * output, signal * output + noise * x_t
     if prediction_type == "sample":
         return output, (x_t - signal * output) / noise
-    raise ValueError(
-        f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
-    )
+    raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
 
 def ddim_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
@@ -55,9 +53,7 @@ def ddim_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
     return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).sqrt()
 
 
-def ddim_update(
-    x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor, noise: Tensor | None = None
-) -> Tensor:
+def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor, noise: Tensor | None = None) -> Tensor:
     """The image one DDIM step nearer to the data (N, C, H, W) (arXiv 2010.02502, eq. 12).
 
     ``sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise``, with
@@ -106,9 +102,7 @@ def ddpm_posterior(
         log_min = per_image(beta_tilde.clamp(min=1e-20).log(), x_t)
         std = (0.5 * (fraction * log_max + (1 - fraction) * log_min)).exp()
     else:
-        raise ValueError(
-            f"variance_type {variance_type!r} is not one of {', '.join(VARIANCE_TYPES)}"
-        )
+        raise ValueError(f"variance_type {variance_type!r} is not one of {', '.join(VARIANCE_TYPES)}")
     return mean, torch.where(per_image(alpha_bar_prev, x_t) < 1, std, torch.zeros_like(std))
 
 

@@ -25,8 +25,7 @@ def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
     is_int = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
     if not is_int or not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(
-            f"num_inference_steps is {num_inference_steps!r}, "
-            f"but it must be an integer from 1 to {num_train_timesteps}"
+            f"num_inference_steps is {num_inference_steps!r}, but it must be an integer from 1 to {num_train_timesteps}"
         )
 
 
@@ -46,9 +45,7 @@ def timestep_grid(spacing: str, steps: int, num_train_timesteps: int, offset: in
         stride = num_train_timesteps // steps
         grid = [k * stride + offset for k in range(steps - 1, -1, -1)]
     else:
-        raise ValueError(
-            f"timestep_spacing is {spacing!r}, but must be 'trailing', 'linspace' or 'leading'"
-        )
+        raise ValueError(f"timestep_spacing is {spacing!r}, but must be 'trailing', 'linspace' or 'leading'")
     if spacing == "leading" and (steps == 1 or grid[0] > last or grid[-1] < 0):
         raise ValueError(
             f"timestep_spacing 'leading' with {steps} steps and steps_offset {offset} gives the "
@@ -118,9 +115,7 @@ class ExplicitGrid:
         grid = [int(t) for t in timesteps]
         falling = all(high > low for high, low in pairwise(grid))
         if not grid or not falling or grid[0] >= len(self.betas) or grid[-1] < 0:
-            raise ValueError(
-                f"timesteps {grid} must be strictly falling integers in 0..{len(self.betas) - 1}"
-            )
+            raise ValueError(f"timesteps {grid} must be strictly falling integers in 0..{len(self.betas) - 1}")
         self.num_inference_steps = len(grid)
         self._walk(grid, device)
 
@@ -159,9 +154,7 @@ class ExplicitGrid:
         """(alpha_bar at t, alpha_bar at the step's end, is the step the last), each () or (N,)."""
         previous = self.previous_timestep(timestep)
         is_last = previous < 0
-        alpha_bar_prev = torch.where(
-            is_last, self._final_alpha_bar, self._alpha_bar[previous.clamp(min=0)]
-        )
+        alpha_bar_prev = torch.where(is_last, self._final_alpha_bar, self._alpha_bar[previous.clamp(min=0)])
         return self._alpha_bar[self._checked(timestep)], alpha_bar_prev, is_last
 
     def _bounded(self, x0: Tensor) -> Tensor:

@@ -121,9 +121,7 @@ def _predict(
     return torch.cat([null + guidance_scale * (mean - null), variance], dim=1)
 
 
-def _labels(
-    noise: Tensor, class_labels: Tensor | None, null_label: int | None, guidance_scale: float
-) -> Tensor | None:
+def _labels(noise: Tensor, class_labels: Tensor | None, null_label: int | None, guidance_scale: float) -> Tensor | None:
     """The labels of one forward: None, (N,), or (2N,) with the null label for guidance."""
     if not math.isfinite(guidance_scale) or guidance_scale < 0:
         raise ValueError(f"guidance_scale is {guidance_scale}, but it must be 0 or more; 1 is off")
@@ -136,8 +134,7 @@ def _labels(
         return None
     if class_labels.shape != noise.shape[:1]:
         raise ValueError(
-            f"class_labels has shape {tuple(class_labels.shape)} for {len(noise)} images; "
-            "give one label per image"
+            f"class_labels has shape {tuple(class_labels.shape)} for {len(noise)} images; give one label per image"
         )
     labels = class_labels.to(noise.device)
     if guidance_scale == 1:
@@ -155,16 +152,12 @@ def _step_options(
 ) -> dict[str, Any]:
     """The arguments of ``scheduler.step`` beyond the usual three, as far as it has them."""
     if generators is not None and len(generators) != images:
-        raise ValueError(
-            f"{len(generators)} generators were given for {images} images; give one per image"
-        )
+        raise ValueError(f"{len(generators)} generators were given for {images} images; give one per image")
     known = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {}
     if eta != 0:
         if "eta" not in known:
-            raise ValueError(
-                f"eta is {eta}, but {type(scheduler).__name__} has no eta; use 0 or sampler 'ddim'"
-            )
+            raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta; use 0 or sampler 'ddim'")
         options["eta"] = eta
     if generators is not None and "generator" in known:
         options["generator"] = list(generators)

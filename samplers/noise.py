@@ -56,9 +56,7 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
     if isinstance(generator, torch.Generator):
         return _draw(shape, generator).to(device)
     if len(generator) != shape[0]:
-        raise ValueError(
-            f"{len(generator)} generators were given for {shape[0]} images; give one per image"
-        )
+        raise ValueError(f"{len(generator)} generators were given for {shape[0]} images; give one per image")
     return torch.cat([_draw((1, *shape[1:]), g) for g in generator]).to(device)
 
 

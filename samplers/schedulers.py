@@ -60,10 +60,7 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
     ) -> None:
         kind = _VARIANCE_ALIASES.get(variance_type, variance_type)
         if kind not in gaussian.VARIANCE_TYPES:
-            raise ValueError(
-                f"variance_type {variance_type!r} is not one of "
-                f"{', '.join(gaussian.VARIANCE_TYPES)}"
-            )
+            raise ValueError(f"variance_type {variance_type!r} is not one of {', '.join(gaussian.VARIANCE_TYPES)}")
         super().__init__(**self.config)  # as registered just now: the stock class registers again
         self.variance_type = kind
         self._build_chain()
@@ -83,13 +80,9 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
         """
         alpha_bar, alpha_bar_prev, is_last = self._levels(timestep)
         model_output, v = _split(model_output, sample, self.variance_type == "learned_range")
-        x0, _ = gaussian.predict_x0_and_eps(
-            sample, model_output, alpha_bar, self.config.prediction_type
-        )
+        x0, _ = gaussian.predict_x0_and_eps(sample, model_output, alpha_bar, self.config.prediction_type)
         x0 = self._bounded(x0)
-        x_prev, std = gaussian.ddpm_posterior(
-            sample, x0, alpha_bar, alpha_bar_prev, self.variance_type, v
-        )
+        x_prev, std = gaussian.ddpm_posterior(sample, x0, alpha_bar, alpha_bar_prev, self.variance_type, v)
         if not bool(is_last.all()):
             x_prev = x_prev + std * draw_noise(sample.shape, generator, sample.device)
         x_prev, x0 = x_prev.to(sample.dtype), x0.to(sample.dtype)
@@ -154,9 +147,7 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
             raise ValueError("give either generator or variance_noise, and not both")
         alpha_bar, alpha_bar_prev, is_last = self._levels(timestep)
         model_output, _ = _split(model_output, sample, False)
-        x0, eps = gaussian.predict_x0_and_eps(
-            sample, model_output, alpha_bar, self.config.prediction_type
-        )
+        x0, eps = gaussian.predict_x0_and_eps(sample, model_output, alpha_bar, self.config.prediction_type)
         x0 = self._bounded(x0)
         if use_clipped_model_output:
             _, eps = gaussian.predict_x0_and_eps(sample, x0, alpha_bar, "sample")
@@ -173,9 +164,7 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
         return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
 
 
-def _split(
-    model_output: Tensor, sample: Tensor, learned_variance: bool
-) -> tuple[Tensor, Tensor | None]:
+def _split(model_output: Tensor, sample: Tensor, learned_variance: bool) -> tuple[Tensor, Tensor | None]:
     """(prediction, v or None), after a check of the number of channels."""
     channels = sample.shape[1]
     wanted = 2 * channels if learned_variance else channels

@@ -6,6 +6,7 @@ P = S * K (token, expert) pairs sorted by expert.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -119,8 +120,8 @@ def _inner(width: int, activation: Activation) -> int:
 def _activate(h: Tensor, activation: Activation) -> Tensor:
     if activation == "gelu":
         return F.gelu(h, approximate="tanh")
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    y: Tensor = _SwiGLU.apply(h)
+    return y
 
 
 def _fits_grouped(hidden_size: int, width: int, dtype: torch.dtype) -> bool:
@@ -140,8 +141,31 @@ def _loop(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([part @ w.T for part, w in zip(parts, weight.unbind(0), strict=True)])
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of h = [gate, up]. The gradient is written into one buffer, where autograd would join two."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        h2, grad2 = h.flatten(0, -2), grad.reshape(-1, grad.shape[-1])
+        total = torch.empty_like(h2)
+        for rows in _blocks(h2):
+            gate, up = h2[rows].chunk(2, dim=-1)
+            grad_gate, grad_up = total[rows].chunk(2, dim=-1)
+            torch.mul(grad2[rows], F.silu(gate), out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad2[rows] * up, gate, grad_input=grad_gate)
+        return total.view_as(h)
+
+
 class _Dispatch(torch.autograd.Function):
-    """rows[p] = x[token[p]]. The gradient is gathered through `slot` and summed in float32: no atomics."""
+    """rows[p] = x[token[p]]. The gradient is gathered through `slot` and summed in a fixed order: no atomics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
@@ -152,33 +176,32 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slot,) = ctx.saved_tensors
-        return _sum_slots(grad, slot, None), None, None
+        return F.embedding_bag(slot, grad, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]], summed in float32 in a fixed order."""
+    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]]: an inverse gather in a fixed order, accumulated in float32."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(out, weight, token)
-        return _sum_slots(out, slot, weight)
+        weights = weight.to(out.dtype)[slot]  # (S, K)
+        return F.embedding_bag(slot, out, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         out, weight, token = ctx.saved_tensors
-        rows = grad.index_select(0, token)  # (P, D)
-        grad_weight = torch.linalg.vecdot(rows.to(weight.dtype), out.to(weight.dtype))
-        return rows * weight.to(rows.dtype).unsqueeze(-1), grad_weight, None, None
+        grad_out, grad_weight = torch.empty_like(out), torch.empty_like(weight)
+        factor = weight.to(out.dtype).unsqueeze(-1)
+        for rows in _blocks(out):
+            part = grad.index_select(0, token[rows])
+            torch.sum(part.to(weight.dtype) * out[rows], dim=-1, out=grad_weight[rows])
+            torch.mul(part, factor[rows], out=grad_out[rows])
+        return grad_out, grad_weight, None, None
 
 
-def _sum_slots(rows: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_k (weight *) rows at slot[:, k], accumulated in at least float32: (P, D) -> (S, D)."""
-    total: Tensor | None = None
-    for index in slot.unbind(1):
-        part = rows.index_select(0, index).to(torch.promote_types(rows.dtype, torch.float32))
-        if weight is not None:
-            part.mul_(weight[index].unsqueeze(-1))
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total.to(rows.dtype)
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of x's rows: small enough for a core's cache on a CPU, all rows at once elsewhere."""
+    size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else len(x)
+    return (slice(start, start + size) for start in range(0, len(x), max(1, size)))

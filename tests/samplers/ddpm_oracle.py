@@ -22,9 +22,7 @@ def chain(network, x, timesteps, alpha_bar, noises):
         product, before = products[index], products[index - 1] if index > 0 else 1.0
         beta = betas[index]
         x0 = (x - np.sqrt(1 - product) * eps) / np.sqrt(product)
-        mean = (np.sqrt(before) * beta * x0 + np.sqrt(alphas[index]) * (1 - before) * x) / (
-            1 - product
-        )
+        mean = (np.sqrt(before) * beta * x0 + np.sqrt(alphas[index]) * (1 - before) * x) / (1 - product)
         if index == 0:
             return mean
         smallest = beta * (1 - before) / (1 - product)

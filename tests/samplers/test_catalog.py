@@ -19,9 +19,7 @@ def test_every_sampler_is_made_for_every_objective_that_it_fits():
 
 
 def test_a_model_keeps_its_schedule_from_sampler_to_sampler():
-    saved = DDPMScheduler(
-        beta_schedule="scaled_linear", prediction_type="v_prediction", variance_type="learned_range"
-    )
+    saved = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", variance_type="learned_range")
     ddim = make_scheduler("ddim", saved.config)
     assert type(ddim) is DDIMScheduler
     assert ddim.alphas_cumprod.equal(saved.alphas_cumprod)

@@ -75,8 +75,7 @@ def test_one_level_per_image_is_the_bits_of_one_level_at_a_time(kind, variance):
 def test_the_learned_variance_runs_between_the_two_fixed_ones():
     x, a, a_prev = images(0), LEVELS[500], LEVELS[400]
     std = {
-        kind: gaussian.ddpm_posterior(x, x, a, a_prev, kind)[1].expand_as(x)
-        for kind in ("fixed_small", "fixed_large")
+        kind: gaussian.ddpm_posterior(x, x, a, a_prev, kind)[1].expand_as(x) for kind in ("fixed_small", "fixed_large")
     }
 
     def learned(v):
@@ -104,9 +103,7 @@ def test_half_precision_images_are_computed_in_float32():
     for kind in gaussian.PREDICTION_TYPES:
         got = gaussian.predict_x0_and_eps(x, output, a, kind)
         want = gaussian.predict_x0_and_eps(x.float(), output.float(), a, kind)
-        assert all(
-            g.dtype == torch.float32 and torch.equal(g, w) for g, w in zip(got, want, strict=True)
-        )
+        assert all(g.dtype == torch.float32 and torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_unknown_names_are_refused():

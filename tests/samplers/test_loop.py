@@ -36,9 +36,7 @@ class Elementwise(nn.Module):
     def forward(self, x, t, class_labels=None):
         labels = 0 if class_labels is None else class_labels.reshape(-1, 1, 1, 1)
         assert x.dtype == torch.float32
-        return SimpleNamespace(
-            sample=self.dropout(0.5 * x + 0.1 * labels + t.reshape(-1, 1, 1, 1) / 1e4)
-        )
+        return SimpleNamespace(sample=self.dropout(0.5 * x + 0.1 * labels + t.reshape(-1, 1, 1, 1) / 1e4))
 
 
 # Guidance
@@ -98,9 +96,7 @@ def test_guidance_leaves_the_learned_variance_conditional():
     }
 
     def images(v, scheduler=scheduler):
-        return sample(
-            OptimalNetwork(v=v), scheduler, Z, generators=image_generators(0, range(3)), **common
-        )
+        return sample(OptimalNetwork(v=v), scheduler, Z, generators=image_generators(0, range(3)), **common)
 
     assert torch.equal(images([0.3, -0.9, 0.0]), images([0.3, 0.7, 0.0]))
     assert not torch.equal(images([0.3, -0.9, 0.0]), images([0.4, -0.9, 0.0]))

@@ -218,8 +218,11 @@ def test_the_last_step_of_ddpm_adds_no_noise(spacing, kind):
     output = randn(2, 2 if kind == "learned_range" else 1, 4, 4, seed=1)
     for n in AWKWARD:
         scheduler = make(DDPMScheduler, n, variance_type=kind, timestep_spacing=spacing)
-        step = scheduler.step(output, scheduler.timesteps[-1], x)
+        generator = torch.Generator().manual_seed(0)
+        before = generator.get_state()
+        step = scheduler.step(output, scheduler.timesteps[-1], x, generator)
         assert torch.equal(step.prev_sample, step.pred_original_sample)
+        assert torch.equal(generator.get_state(), before)  # nor draws any
         other = [scheduler.step(output, scheduler.timesteps[0], x).prev_sample for _ in "ab"]
         assert not torch.equal(*other)  # the first step does
 
@@ -233,6 +236,11 @@ def test_the_last_step_of_ddim_adds_no_noise(spacing, to_one):
         last, first = scheduler.timesteps[-1], scheduler.timesteps[0]
         steps = [scheduler.step(output, last, x, eta=1.0) for _ in "ab"]
         assert torch.equal(steps[0].prev_sample, steps[1].prev_sample)
+        generator = torch.Generator().manual_seed(0)
+        before = generator.get_state()
+        deterministic = scheduler.step(output, last, x, eta=0.0).prev_sample
+        assert torch.equal(scheduler.step(output, last, x, eta=1.0, generator=generator)[0], deterministic)
+        assert torch.equal(generator.get_state(), before)  # nor draws any
         assert torch.equal(steps[0].prev_sample, steps[0].pred_original_sample) == to_one
         assert not torch.equal(*[scheduler.step(output, first, x, eta=1.0)[0] for _ in "ab"])
 
@@ -310,14 +318,11 @@ def test_equals_diffusers_where_diffusers_is_right(bound):
             )
             for options in option_sets:
                 got, want = (
-                    s.step(output, t, x, generator=torch.Generator().manual_seed(2), **options)
-                    for s in (ours, stock)
+                    s.step(output, t, x, generator=torch.Generator().manual_seed(2), **options) for s in (ours, stock)
                 )
                 # alpha_bar is float32 there and float64 here: 1 - alpha_bar differs in digit 4
                 torch.testing.assert_close(got.prev_sample, want.prev_sample, atol=2e-4, rtol=1e-3)
-                torch.testing.assert_close(
-                    got.pred_original_sample, want.pred_original_sample, atol=2e-4, rtol=1e-3
-                )
+                torch.testing.assert_close(got.pred_original_sample, want.pred_original_sample, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("cls", BOTH)
@@ -385,9 +390,7 @@ def test_noising_is_undone_by_a_step_with_the_true_noise(cls):
     t = torch.tensor([99, 299, 499])
     x_t = scheduler.add_noise(x0, eps, t)
     assert torch.equal(scheduler.scale_model_input(x_t, t), x_t)
-    torch.testing.assert_close(
-        scheduler.step(eps, t, x_t).pred_original_sample, x0, atol=5e-6, rtol=0
-    )
+    torch.testing.assert_close(scheduler.step(eps, t, x_t).pred_original_sample, x0, atol=5e-6, rtol=0)
     wants_v = make(cls, 10, prediction_type="v_prediction")
     v = scheduler.get_velocity(x0, eps, t)
     torch.testing.assert_close(wants_v.step(v, t, x_t).pred_original_sample, x0, atol=1e-6, rtol=0)

@@ -1,0 +1,118 @@
+"""The command line: presets, overrides, saved files, mistakes with exit code 2, and how fast it answers."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ditmoe import cli
+from ditmoe.config import DataConfig, TrainConfig, save
+from ditmoe.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_presets_and_overrides() -> None:
+    config = cli.parse_train(["fashion", "--train.learning-rate", "0.5", "--moe.no-renormalize", "--out", "x"])
+    assert config.train.learning_rate == 0.5
+    assert not config.moe.renormalize
+    assert config.out == Path("x")
+    assert config.data == PRESETS["fashion"].data
+    assert cli.parse_train([]) == PRESETS["digits"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_saved_configuration_comes_back_equal(name: str, tmp_path: Path) -> None:
+    config = replace(PRESETS[name], seed=7, data=DataConfig(name="folder", path=Path("a b"), flip=True))
+    save(config, tmp_path / "config.json")
+    assert cli.parse_train([str(tmp_path / "config.json")]) == config
+    changed = cli.parse_train([str(tmp_path / "config.json"), "--seed", "8"])
+    assert changed == replace(config, seed=8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["fashoin"], ["fashoin", "did you mean 'fashion'"]),
+        (["digits", "--train.learning-rat", "1"], ["--train.learning-rate"]),
+        (["digits", "--train.batch-size", "many"], ["batch-size", "many"]),
+        (["digits", "--train.batch-size", "-4"], ["batch_size is -4"]),
+        (["digits", "--moe.top-k", "9"], ["top_k 9 is more than num_experts 8"]),
+        (["digits", "--model.patch-size", "3"], ["sample_size 8 is not a multiple of patch_size 3"]),
+        (["digits", "--max-steps", "999999"], ["decay"]),
+        (["digits", "--objective.learn-sigma"], ["learn_sigma works with prediction_type epsilon"]),
+        (["nowhere/config.json"], ["nowhere/config.json", "cannot be read", "not a configuration"]),
+    ],
+)
+def test_mistakes_end_with_2_and_a_sentence(
+    argv: list[str], words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_train(argv)
+    assert stopped.value.code == 2
+    error = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert any(word in error for word in words), error
+    assert "Traceback" not in error
+
+
+def test_a_typo_in_a_saved_file_is_caught(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save(PRESETS["digits"], tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["train"]["learning_rte"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_train([str(tmp_path / "config.json")])
+    assert stopped.value.code == 2
+    assert "learning-rte" in capfd.readouterr().err
+
+
+def test_errors_become_exit_codes(capfd: pytest.CaptureFixture[str]) -> None:
+    from ditmoe.training import Interrupted
+
+    def fail(error: Exception) -> int:
+        def main() -> None:
+            raise error
+
+        return cli.run(main)
+
+    assert fail(ValueError("label 12 is out of range")) == 2
+    assert capfd.readouterr().err == "error: label 12 is out of range\n"
+    assert fail(Interrupted("saved")) == 143
+    with pytest.raises(KeyError):
+        fail(KeyError("a bug"))
+
+
+@pytest.mark.parametrize(
+    "argv", [["train.py", "--help"], ["train.py", "digit"], ["sample.py", "--help"], ["sample.py"]]
+)
+def test_help_and_mistakes_answer_before_torch_is_imported(argv: list[str]) -> None:
+    code = (
+        "import runpy, sys; sys.argv = {!r}\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "sys.exit(code)"
+    ).format(argv)
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (0 if "--help" in argv else 2), done.stderr
+    assert time.perf_counter() - start < 5  # under a second on a quiet machine
+
+
+def test_sample_arguments() -> None:
+    args = cli.parse_sample(["models/fashion", "--classes", "3", "7", "7", "--cfg", "2", "--out", "a.npz"])
+    assert args.classes == (3, 7, 7)
+    assert (args.cfg, args.out, args.model) == (2.0, Path("a.npz"), Path("models/fashion"))
+    for wrong in (["m", "--num", "0"], ["m", "--num", "2", "--classes", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse_sample(wrong)
+        assert stopped.value.code == 2
+
+
+def test_checks_of_single_values() -> None:
+    with pytest.raises(ValueError, match="ema_decay is 1.5"):
+        TrainConfig(ema_decay=1.5)
