@@ -55,7 +55,7 @@ def prune(root: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints (0 keeps all) and leftovers of interrupted saves."""
     for leftover in root.glob("step-*.tmp-*"):
         shutil.rmtree(leftover)
-    for path in _newest_first(root)[keep or None :]:
+    for path in _newest_first(root)[keep:] if keep else []:
         shutil.rmtree(path)
 
 
@@ -80,7 +80,11 @@ def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when every file matches the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, known in manifest["files"].items():
+        files = manifest["files"]
+        strangers = {p.name for p in path.iterdir()} - {"manifest.json", *files}
+        if strangers or "state.json" not in files:
+            return "manifest.json does not list the files of the folder"
+        for name, known in files.items():
             file = path / name
             if file.stat().st_size != known["size"]:
                 return f"{name} has {file.stat().st_size} bytes, not {known['size']}"

@@ -189,7 +189,10 @@ def usage(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(what it does, command) for what one does next."""
     run = shlex.quote(report["run"])
     labels = " --classes 0 0 1 1" if report["model"]["num_classes"] else " --num 16"
-    yield "Draw more images (--out may also be an .npz file or a folder)", f"python sample.py {run}{labels} --out more.png"
+    yield (
+        "Draw more images (--out may also be an .npz file or a folder)",
+        f"python sample.py {run}{labels} --out more.png",
+    )
     yield (
         "The same from Python",
         f"from pathlib import Path\nfrom ditmoe import pipeline\npipe = pipeline.load(Path({report['run']!r}))\n"

@@ -30,7 +30,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         transformer: The network.
         scheduler: One of `samplers`, for the network's prediction type.
         vae: Decodes latents; None for a model in pixel space.
-        id2label: Class names by label.
+        id2label: Class names by label, the labels as text (as JSON has them).
         sampler: Name of the sampler to use when none is asked for.
         num_inference_steps: Its steps.
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
@@ -44,7 +44,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         transformer: DiTMoETransformer2DModel,
         scheduler: Any,
         vae: Any = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,
         sampler: str = "ddim",
         num_inference_steps: int = 50,
         guidance_scale: float = 1.5,
@@ -52,7 +52,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
-            id2label={str(label): name for label, name in (id2label or {}).items()},
+            id2label=id2label or {},
             sampler=sampler,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -174,10 +174,9 @@ def load(folder: Path) -> DiTMoEPipeline:
 def assemble(model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str]) -> DiTMoEPipeline:
     """The pipeline of a trained network, with the sampling defaults of its configuration."""
     scheduler = make_scheduler(config.sample.sampler, scheduler_config(config.objective))
-    return DiTMoEPipeline(
-        model, scheduler, None, id2label, config.sample.sampler, config.sample.steps,
-        config.sample.cfg if model.null_label is not None else 1.0,
-    )  # fmt: skip
+    names = {str(label): name for label, name in id2label.items()}
+    guidance = config.sample.cfg if model.null_label is not None else 1.0
+    return DiTMoEPipeline(model, scheduler, None, names, config.sample.sampler, config.sample.steps, guidance)
 
 
 def save(pipeline: DiTMoEPipeline, folder: Path) -> None:

@@ -54,11 +54,11 @@ def _ours(depth: int, width: int, heads: int, experts: int, top_k: int, expert_w
 
 
 _DIGITS = Config(
-    max_steps=1200,
+    max_steps=900,
     model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256),
     moe=MoEConfig(num_experts=8, top_k=2, expert_width=80, shared_width=96),
-    train=TrainConfig(decay_steps=1200, checkpoint_every=400),
-    sample=SampleConfig(steps=30, cfg=1.5),
+    train=TrainConfig(decay_steps=900, checkpoint_every=300, precision="fp32"),
+    sample=SampleConfig(steps=25, cfg=1.5),
 )
 _FASHION = Config(
     max_steps=9000,

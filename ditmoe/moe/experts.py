@@ -196,12 +196,12 @@ class _Combine(torch.autograd.Function):
         factor = weight.to(out.dtype).unsqueeze(-1)
         for rows in _blocks(out):
             part = grad.index_select(0, token[rows])
-            torch.sum(part.to(weight.dtype) * out[rows], dim=-1, out=grad_weight[rows])
+            torch.sum(part.to(weight.dtype) * out[rows].to(weight.dtype), dim=-1, out=grad_weight[rows])
             torch.mul(part, factor[rows], out=grad_out[rows])
         return grad_out, grad_weight, None, None
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Slices of x's rows: small enough for a core's cache on a CPU, all rows at once elsewhere."""
-    size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else len(x)
+    size = max(1, 2**19 // x.shape[1]) if x.device.type == "cpu" else len(x)
     return (slice(start, start + size) for start in range(0, len(x), max(1, size)))

@@ -91,12 +91,12 @@ def test_errors_become_exit_codes(capfd: pytest.CaptureFixture[str]) -> None:
 )
 def test_help_and_mistakes_answer_before_torch_is_imported(argv: list[str]) -> None:
     code = (
-        "import runpy, sys; sys.argv = {!r}\n"
+        f"import runpy, sys; sys.argv = {argv!r}\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as stop: code = stop.code\n"
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
         "sys.exit(code)"
-    ).format(argv)
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == (0 if "--help" in argv else 2), done.stderr

@@ -150,7 +150,7 @@ def samples(config: Config, processes: int, first_step: int = 0) -> list[list[in
              for r in range(processes)]  # fmt: skip
     micro = [[i for part in parts for i in part[m].indices] for m in range(len(parts[0]))]
     cut = config.train.accumulation
-    return [sorted(sum(micro[s : s + cut], [])) for s in range(0, len(micro), cut)]
+    return [sorted(i for part in micro[s : s + cut] for i in part) for s in range(0, len(micro), cut)]
 
 
 def test_a_step_has_the_same_samples_however_it_is_cut(tiny: Tiny) -> None:

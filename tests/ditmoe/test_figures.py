@@ -26,7 +26,7 @@ def opened(path: Path) -> Image.Image:
     return Image.open(path)
 
 
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (32, 3), (64, 3), (256, 3)])
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (32, 3), (256, 3)])
 def test_sample_grid_has_a_size_one_can_look_at(tmp_path: Path, size: int, channels: int) -> None:
     noise = random_images(10, 10, 8, 8, channels).repeat(-(-size // 8), 2).repeat(-(-size // 8), 3)
     path = tmp_path / "grid.png"

@@ -36,7 +36,7 @@ def test_flow_target_is_the_velocity() -> None:
     x_t, target = objective.corrupt(x_0, t, noise)
     s = (t / 1000).view(-1, 1, 1, 1)
     torch.testing.assert_close(x_t - s * target, x_0)
-    assert 0 < t.min()
+    assert t.min() > 0
     assert t.max() <= 1000
 
 

@@ -1,0 +1,38 @@
+"""Timing of rivals in the same run: round robin, so that a slow minute of the machine hits all of them alike."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+
+def round_robin(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each rival over `rounds` rounds, after one warm-up each."""
+    for run in rivals.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, run in rivals.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def machine() -> str:
+    """One line: processor, threads, torch."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    return f"{gpu or cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return file.readlines()
+    except OSError:
+        return []

@@ -1,0 +1,103 @@
+"""Images per second and peak memory of the whole training step: with experts, and the dense twin, in the same run.
+
+    python -m benchmarks.train_step [--preset fashion] [--rounds 9]
+
+The peak memory is a fresh process's own (`--peak VARIANT` measures one); the share of matrix products is of the
+profiler's self CPU (or device) time.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.timing import machine, round_robin
+from ditmoe import training
+from ditmoe.config import Config
+from ditmoe.data import open_data, stream
+from ditmoe.objective import Objective
+from ditmoe.presets import PRESETS
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
+PRODUCTS |= {f"aten::_scaled_dot_product_flash_attention_for_cpu{s}" for s in ("", "_backward")}
+
+
+def variants(preset: str) -> dict[str, Config]:
+    moe = PRESETS[preset]
+    dense = replace(moe, moe=replace(moe.moe, blocks="none"))
+    both = {"experts": moe, "dense twin": dense}
+    return {
+        f"{name}, {precision}": replace(config, train=replace(config.train, precision=precision))
+        for precision in ("bf16", "fp32")
+        for name, config in both.items()
+    }
+
+
+def one_step(config: Config) -> Callable[[], object]:
+    """A function that makes one training step of a configuration."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # one process holds steps of both precisions
+    data = open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
+    accelerator = training._accelerator(config.train)
+    state = training._new_state(config, len(data.id2label))
+    batches = stream(replace(config, max_steps=10**9), data, first_step=0, rank=0, num_processes=1)
+    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    objective = Objective(config.objective)
+
+    def step() -> None:
+        training._optimise(accelerator, model, optimizer, state.model, objective, batches, config)
+        training.update_ema(state.ema, state.model, 0.999)
+
+    return step
+
+
+def product_share(step: Callable[[], object]) -> float:
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        step()
+    rows = record.key_averages()
+    products = sum(row.self_cpu_time_total for row in rows if row.key in PRODUCTS)
+    return float(products / sum(row.self_cpu_time_total for row in rows))
+
+
+def peak_megabytes(preset: str, name: str) -> float:
+    """Of a process that makes three steps and nothing else."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--preset", preset, "--peak", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="fashion")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peak")
+    args = parser.parse_args()
+    configs = variants(args.preset)
+    if args.peak:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step = one_step(configs[args.peak])
+        for _ in range(3):
+            step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    steps = {name: one_step(config) for name, config in configs.items()}
+    batch = PRESETS[args.preset].train.batch_size
+    print(f"{machine()}; preset {args.preset}, batch {batch}, medians of {args.rounds} rounds\n")
+    times = round_robin(steps, args.rounds)
+    print("| variant | images/s | of the dense twin | matrix products | peak memory MB |\n|---|---|---|---|---|")
+    for name, step in steps.items():
+        twin = times[f"dense twin, {name.split(', ')[1]}"]
+        share, peak = product_share(step), peak_megabytes(args.preset, name)
+        print(
+            f"| {name} | {batch / times[name]:.0f} | {twin / times[name]:.2f} | {share:.0%} | {peak:.0f} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The pipeline folder and the images that come out of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ditmoe import pipeline
+from ditmoe.cli import SampleArgs
+from ditmoe.config import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
+from ditmoe.generate import balanced_labels, draw, run, write_folder
+from ditmoe.model import build
+
+
+def make(kind: str = "v_prediction", num_classes: int = 4, sampler: str = "ddim") -> pipeline.DiTMoEPipeline:
+    config = Config(
+        model=ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, ffn_width=48),
+        moe=MoEConfig(num_experts=4, expert_width=16, shared_width=16),
+        objective=ObjectiveConfig(prediction_type=kind),  # type: ignore[arg-type]
+        sample=SampleConfig(sampler=sampler, steps=4, cfg=1.5),
+    )
+    torch.manual_seed(0)
+    model = build(config, num_classes)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return pipeline.assemble(model, config, {i: f"class {i}" for i in range(num_classes)})
+
+
+def test_saved_and_loaded_pipelines_draw_the_same_images(tmp_path: Path) -> None:
+    pipe = make()
+    pipeline.save(pipe, tmp_path / "model")
+    again = pipeline.DiTMoEPipeline.from_pretrained(tmp_path / "model")
+    assert again.id2label == {0: "class 0", 1: "class 1", 2: "class 2", 3: "class 3"}
+    first, second = (p(class_labels=[0, 3], output_type="pt").images for p in (pipe, again))
+    assert torch.equal(first, second)
+    pictures = again(class_labels=[1, 2]).images
+    assert [p.size for p in pictures] == [(8, 8), (8, 8)]
+    assert (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    assert not list((tmp_path / "model").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_batch_size_changes_nothing(sampler: str) -> None:
+    pipe = make()
+    labels = balanced_labels(50, 4)
+    whole = draw(pipe, labels, 50, sampler=sampler, batch_size=50)
+    for size in (1, 7):
+        other = draw(pipe, labels, 50, sampler=sampler, batch_size=size)
+        assert (whole.astype(int) - other).__abs__().max() <= 1  # one grey level: float32 sums in another order
+        assert (whole == other).mean() > 0.999
+    assert len({image.tobytes() for image in whole}) == 50
+
+
+def test_image_i_depends_on_its_number_seed_and_label() -> None:
+    pipe = make()
+    base = draw(pipe, [0, 1, 2], 3)
+    assert np.array_equal(draw(pipe, [0, 1, 3], 3)[:2], base[:2])
+    assert not np.array_equal(draw(pipe, [0, 1, 3], 3)[2], base[2])
+    assert not np.array_equal(draw(pipe, [0, 1, 2], 3, seed=1)[0], base[0])
+    later = pipe(class_labels=[2], indices=[2], output_type="pt").images
+    assert np.abs(pipeline.to_pixels(later)[0].astype(int) - base[2]).max() <= 1
+
+
+def test_unconditional_models() -> None:
+    pipe = make(num_classes=0)
+    assert len(pipe(num_images=3).images) == 3
+    with pytest.raises(ValueError, match="without labels"):
+        pipe(class_labels=[1])
+    with pytest.raises(ValueError, match="unconditional"):
+        pipe(num_images=1, guidance_scale=2.0)
+
+
+def test_a_flow_model_takes_flow_samplers_only() -> None:
+    pipe = make("flow_prediction", sampler="flow-euler")
+    assert len(pipe(class_labels=[1]).images) == 1
+    with pytest.raises(ValueError, match="use flow-euler"):
+        pipe(class_labels=[1], sampler="ddpm")
+    with pytest.raises(ValueError, match="use ddpm or ddim"):
+        make(sampler="flow-euler")
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ({"class_labels": [4]}, r"label 4 is out of range: this model has classes 0\.\.3"),
+        ({"class_labels": [-1]}, "label -1 is out of range"),
+        ({}, "needs class_labels"),
+        ({"class_labels": [0], "sampler": "dimm"}, "did you mean 'ddim'"),
+        ({"class_labels": [0], "num_inference_steps": 1001}, "1001"),
+        ({"class_labels": [0], "output_type": "jpg"}, "pil or pt"),
+    ],
+)
+def test_values_that_cannot_be_used(call: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()(**call)
+
+
+def test_pixels_are_rounded_half_up() -> None:
+    levels = torch.arange(256) / 127.5 - 1
+    assert pipeline.to_pixels(levels.view(1, 1, 1, 256)).flatten().tolist() == list(range(256))
+    assert pipeline.to_pixels(torch.tensor([-3.0, 0.0, 3.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+
+
+def test_sample_py_writes_grids_npz_and_folders(tmp_path: Path) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    run(SampleArgs(tmp_path, out=tmp_path / "a.npz", classes=(3, 1, 1)))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (3, 8, 8, 1)
+        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].tolist() == [3, 1, 1]
+        images = file["arr_0"]
+    run(SampleArgs(tmp_path, out=tmp_path / "many", classes=(3, 1, 1)))
+    files = sorted((tmp_path / "many").iterdir())
+    assert [f.name for f in files] == ["000000-class3.png", "000001-class1.png", "000002-class1.png"]
+    assert np.array_equal(np.asarray(Image.open(files[0])), images[0, :, :, 0])
+    run(SampleArgs(tmp_path / "model", out=tmp_path / "grid.png", num=6))
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
+    with pytest.raises(ValueError, match="not empty"):
+        run(SampleArgs(tmp_path, out=tmp_path / "many", num=1))
+    with pytest.raises(ValueError, match=r"neither a folder nor"):
+        run(SampleArgs(tmp_path, out=tmp_path / "x.jpg", num=1))
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no model: neither model_index\.json"):
+        pipeline.load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTMoEPipeline"}')
+    with pytest.raises(ValueError, match="cannot be loaded|can be loaded"):
+        pipeline.load(tmp_path)
+
+
+def test_rgb_images_are_written(tmp_path: Path) -> None:
+    write_folder(np.zeros((1, 4, 4, 3), dtype=np.uint8), None, tmp_path / "rgb")
+    assert Image.open(tmp_path / "rgb" / "000000.png").mode == "RGB"
