@@ -33,6 +33,7 @@ def save(root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state
     """
     final = root / f"step-{step:06d}"
     temporary = root / f"{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
     temporary.mkdir(parents=True)
     for name, tensors in parts.items():
         contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}

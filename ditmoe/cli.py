@@ -28,7 +28,7 @@ class SampleArgs:
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, or a pipeline folder such as models/fashion."""
     out: Path = Path("samples.png")
-    """FILE.png (one grid, a row a class), FILE.npz (arr_0 images, arr_1 labels), or a folder of PNG files."""
+    """FILE.png (one grid, a row a class) or FILE.npz (arr_0, arr_1 labels), replaced if there; or a new folder."""
     sampler: str | None = None
     """A name of samplers.SAMPLERS; default: the one saved with the model."""
     steps: int | None = None
@@ -47,6 +47,12 @@ class SampleArgs:
     def __post_init__(self) -> None:
         if self.classes is not None and self.num is not None:
             raise ValueError("give --num or --classes, not both")
+        if self.classes == ():
+            raise ValueError("classes is empty; give the label of every image, as in --classes 3 7 7")
+        if self.out.suffix not in (".png", ".npz") and self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out {self.out} is a file that is neither .png nor .npz; give a folder, or one of those")
+        if self.out.suffix in (".png", ".npz") and self.out.is_dir():
+            raise ValueError(f"out {self.out} is a folder; give a file name")
         for name in ("num", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -82,14 +88,30 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
     except ValueError as error:
+        if not _is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         if type(error).__name__ != "Interrupted":
             raise
         print(error, file=sys.stderr)
         return 143
     return 0
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether our own code raised it, and so meant it for the user; a library's ValueError is a bug of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    file = Path(trace.tb_frame.f_code.co_filename)
+    return Path(__file__).parents[1] in file.parents and "site-packages" not in file.parts
 
 
 def _load(start: str) -> Config:
@@ -103,7 +125,7 @@ def _load(start: str) -> Config:
         if not isinstance(values, dict):
             _stop(f"{path} does not hold a configuration")
         config = tyro.cli(Config, prog=str(path), args=list(as_flags(values)))
-        return replace(config, dry_run=False)
+        return replace(config, out=path.parent, dry_run=False)
     near = get_close_matches(start, PRESETS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     _stop(f"there is no preset or file {start!r}; {hint}presets are {', '.join(PRESETS)}")

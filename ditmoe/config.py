@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, the presets, and the checks. Imports no torch.
+"""What a run is: frozen dataclasses and their checks. Imports no torch.
 
 A run's `config.json` is this tree. Every value is in the unit its docstring names; "steps" are optimiser steps and
 batch sizes are global (over all processes and accumulation).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +84,9 @@ class MoEConfig:
     scale: float = 1.0
     """Factor on the routed experts' weights, after renormalisation."""
     balance_weight: float = 0.005
-    """Weight of the expert-level balance loss (DiT-MoE: 0.005), averaged over layers."""
+    """Weight of each layer's balance loss (DiT-MoE's alpha: 0.005)."""
     z_weight: float = 0.0
-    """Weight of the router z-loss (ST-MoE: 0.001), averaged over layers."""
+    """Weight of each layer's router z-loss (ST-MoE: 0.001)."""
     bias_rate: float = 0.0
     """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out."""
     backend: Literal["auto", "grouped", "loop"] = "auto"
@@ -99,6 +100,10 @@ class MoEConfig:
             f"top_k {self.top_k} is more than num_experts {self.num_experts}",
         )
         _require(self.scale > 0, f"scale is {self.scale}; it must be above 0")
+        _require(
+            self.top_k > 1 or not self.renormalize or self.blocks == "none",
+            "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,10 @@ class ObjectiveConfig:
             self.time_sampling == "uniform" or self.prediction_type == "flow_prediction",
             f"time_sampling logit_normal works with flow_prediction, not {self.prediction_type}",
         )
+        _require(
+            self.beta_schedule == "linear" or self.prediction_type != "flow_prediction",
+            f"beta_schedule {self.beta_schedule} does not apply to flow_prediction, which has no betas",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +163,9 @@ class DataConfig:
             not self.download or self.name == "fashion",
             f"download works with the data set fashion, not {self.name}",
         )
+        _require(self.path is None or self.name != "digits", "path does not apply to digits, which are bundled")
+        _require(self.fit == "exact" or self.name == "folder", f"fit crop works with folder, not {self.name}")
+        _require(not self.flip or self.name != "latents", "flip does not apply to latents: mirror the images first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +223,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How the report and `sample.py` draw images unless told otherwise; saved with the model."""
+    """How the report draws images; sampler, steps and cfg are also saved with the model as its defaults."""
 
     sampler: str = "ddim"
     """A name of samplers.SAMPLERS."""
@@ -225,8 +237,10 @@ class SampleConfig:
     """Images drawn at once."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "num", "batch_size")
-        _not_negative(self, "cfg")
+        _positive(self, "steps", "batch_size")
+        _require(self.steps <= 1000, f"steps is {self.steps}; the training schedule has 1000")
+        _require(self.num >= 2, f"num is {self.num}; a score needs 2 images or more")
+        _require(0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be 0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +264,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _positive(self, "max_steps")
-        _not_negative(self, "seed")
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2^63)")
         decay = self.train.decay_steps
         _require(
             decay is None or self.max_steps <= decay,
             f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
-            f"raise --train.decay-steps too",
+            f"a longer run is another run: give --train.decay-steps too, and another --out",
         )
 
 

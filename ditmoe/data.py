@@ -7,7 +7,10 @@ x = pixel / 127.5 - 1 in [-1, 1].
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import math
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 _IN_MEMORY_BYTES = 2 * 2**30
 
 
@@ -105,7 +109,7 @@ class FolderImages:
         if channels not in (1, 3):
             raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
         self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
-        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and _image_files(p))
+        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and _image_files(p))
         if classes and _image_files(root, deep=False):
             raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
         self.files: list[Path] = []
@@ -151,7 +155,7 @@ class FolderImages:
                 image.load()
             except (OSError, SyntaxError, ValueError, zlib.error) as error:
                 raise ValueError(f"{file} cannot be decoded ({error}); remove or replace it") from error
-            fitted = image if self.fit == "exact" else _centre_crop(image.convert(self.mode), self.size)
+            fitted = image if self.fit == "exact" else _centre_crop(_converted(file, image, self.mode), self.size)
             return np.asarray(fitted, dtype=np.uint8).reshape(self.size, self.size, -1)
 
 
@@ -210,14 +214,24 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
             f"{config.name} has images of (C, H, W) = {found}, the model takes {(channels, size, size)}; "
             f"set --model.in-channels {found[0]} --model.sample-size {found[1]}"
         )
+    classes = max(len(folder.id2label), 1)
+    wrong = folder.labels[(folder.labels < 0) | (folder.labels >= classes)]
+    if len(wrong):
+        raise ValueError(f"{folder.source}: label {wrong[0]} is out of range, the set has classes 0..{classes - 1}")
     return folder
 
 
-def reference(config: DataConfig, data: ImageSet) -> str | NDArray[np.uint8] | None:
-    """What samples are scored against: a name that `eval` knows, or the training images; None for latents."""
+def reference(config: DataConfig, data: ImageSet, seed: int) -> str | NDArray[np.uint8]:
+    """What samples are scored against: a name that `eval` knows, or training images (at random, at most 10,000)."""
     if config.name in ("digits", "fashion") and config.path is None:
         return f"{config.name}:train"
-    return None if data.is_latent else data.images(range(min(len(data), 10_000)))
+    return data.images(sample_rng(seed, 5, 0).permutation(len(data))[:10_000].tolist())
+
+
+def fingerprint(data: ImageSet) -> str:
+    """A hash of what decides which image is which: the classes and the label of every image in order."""
+    text = json.dumps([len(data), data.id2label], sort_keys=True).encode()
+    return hashlib.sha256(text + data.labels.tobytes()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------ the stream
@@ -254,6 +268,12 @@ class _Stream(Dataset[Batch]):
                 sample_rng(self.seed, 4, epoch).permutation(len(self.data)),
             )
         return int(self._order[position])
+
+
+def _ignore_signals(_: int) -> None:
+    """Readers outlive a signal to the whole process group: the training process saves, then ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _MicroBatches:
@@ -297,6 +317,7 @@ def stream(config: Config, data: ImageSet, *, first_step: int, rank: int, num_pr
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_signals,
     )
     return iter(loader)
 
@@ -319,9 +340,19 @@ def _image_files(root: Path, *, deep: bool = True) -> list[Path]:
 
 def _opened(file: Path) -> Image.Image:
     try:
-        return Image.open(file)
+        return Image.open(file, formats=IMAGE_FORMATS)
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from error
+
+
+def _converted(file: Path, image: Image.Image, mode: str) -> Image.Image:
+    """The image in the model's mode; transparency becomes white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert(mode)
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -348,13 +379,16 @@ def _open_fashion(config: DataConfig, split: str) -> ArrayImages:
     names = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
     cache = Path("data")
     places = [config.path] if config.path else [DEBIAN_FASHION, cache / "FashionMNIST" / "raw"]
-    if config.download:
-        from torchvision.datasets import FashionMNIST
 
-        FashionMNIST(str(cache), train=split == "train", download=True)
+    def files_in(place: Path) -> list[Path]:
+        found = [next((f for f in (place / n, place / f"{n}.gz") if f.is_file()), None) for n in names]
+        return [f for f in found if f]
+
+    if config.download and not any(len(files_in(place)) == 2 for place in places):
+        _download_fashion(cache)
     for place in places:
-        files = [next((f for f in (place / n, place / f"{n}.gz") if f.is_file()), None) for n in names]
-        if files[0] and files[1]:
+        files = files_in(place)
+        if len(files) == 2:
             pixels, labels = read_idx(files[0]), read_idx(files[1])
             if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
                 raise ValueError(f"{files[0]} and {files[1]} do not belong together")
@@ -364,6 +398,15 @@ def _open_fashion(config: DataConfig, split: str) -> ArrayImages:
         f"Fashion-MNIST ({names[0]}[.gz]) is not in {' or '.join(map(str, places))}; install the Debian package "
         f"dataset-fashion-mnist, or give --data.path FOLDER, or --data.download"
     )
+
+
+def _download_fashion(cache: Path) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(cache), download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"Fashion-MNIST could not be downloaded ({error}); give --data.path FOLDER") from error
 
 
 def read_idx(file: Path) -> NDArray[np.uint8]:
@@ -400,9 +443,15 @@ def _open_latents(root: Path) -> Latents:
             raise ValueError(f"{file} has no tensor named latents")
         values.append(shard["latents"])
         labels.append(shard.get("labels", torch.zeros(0, dtype=torch.int64)))
-    latents, classes = torch.cat(values), torch.cat(labels).long().numpy()
-    if len(classes) not in (0, len(latents)):
+    if len({v.shape[1:] for v in values}) > 1 or values[0].ndim != 4:
+        raise ValueError(
+            f"the shards in {root} hold latents of different shapes: {[tuple(v.shape) for v in values][:4]}"
+        )
+    latents, classes = torch.cat(values), torch.cat(labels).long().flatten().numpy()
+    if len(latents) == 0 or len(classes) not in (0, len(latents)):
         raise ValueError(f"the shards in {root} hold {len(latents)} latents but {len(classes)} labels")
+    if len(classes) and not 0 <= classes.min() <= classes.max() < len(latents):
+        raise ValueError(f"the shards in {root} have labels {classes.min()}..{classes.max()}; they must start at 0")
     names = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
     classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
     return Latents(latents, classes, names, f"{len(latents)} latents of {len(names)} classes in {root}")

@@ -287,3 +287,9 @@ def _save(image: Image.Image, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(buffer.getvalue())
     temporary.replace(path)
+
+
+def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images with 1 or 3 channels: of others (latents without a decoder), the first 3, or the first of 2."""
+    channels = images.shape[-1]
+    return images if channels in (1, 3) else images[..., : 3 if channels > 3 else 1]

@@ -17,13 +17,16 @@ from tqdm.auto import tqdm
 
 from .cli import SampleArgs
 from .config import Config
-from .figures import sample_grid
-from .pipeline import DiTMoEPipeline, load, to_pixels
+from .figures import sample_grid, visible
+from .pipeline import DiTMoEPipeline, best_device, load, to_pixels
 
 
-def balanced_labels(num: int, num_classes: int) -> list[int]:
-    """0, 1, ..., num_classes - 1, 0, 1, ...: `num` labels, every class as often as another up to one."""
-    return [i % num_classes for i in range(num)]
+def balanced_labels(pipe: DiTMoEPipeline, num: int) -> list[int] | None:
+    """`num` labels, the trained classes in turn; None for a model without labels."""
+    if not pipe.transformer.config.num_classes:
+        return None
+    classes = sorted(pipe.id2label) or list(range(pipe.transformer.config.num_classes))
+    return [classes[i % len(classes)] for i in range(num)]
 
 
 def draw(
@@ -61,21 +64,23 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
 
     Always the same images of the run's seed, so that the pictures of two steps can be laid side by side.
     """
-    classes = pipe.transformer.config.num_classes
-    labels = balanced_labels(config.sample.num, classes) if classes else None
+    pipe.to(best_device())
+    labels = balanced_labels(pipe, config.sample.num)
     images = draw(
         pipe, labels, config.sample.num, steps=config.sample.steps, cfg=config.sample.cfg if labels else None,
         seed=config.seed, batch_size=config.sample.batch_size,
     )  # fmt: skip
     folder = config.out / "progress"
     folder.mkdir(exist_ok=True)
-    shown = 8 * max(classes, 1)
+    shown = 8 * max(len(pipe.id2label), 1)
     write_grid(images[:shown], labels and labels[:shown], pipe.id2label, folder / f"step-{step:06d}.png")
     if score is not None:
         report = score(images)
         row = {"step": step, "metric": report["metric"], "value": report["value"], "num": len(images)}
-        with (folder / "scores.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = folder / "scores.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [old for old in rows if old["step"] < step] + [row]  # a resumed run comes by again
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
 
 
 def run(args: SampleArgs) -> None:
@@ -84,17 +89,16 @@ def run(args: SampleArgs) -> None:
     Raises:
         ValueError: A model that cannot be loaded, a value that does not fit it, or an output that exists.
     """
-    pipe = load(args.model)
-    classes = pipe.transformer.config.num_classes
+    pipe = load(args.model).to(best_device())
     if args.classes is not None:
         labels: list[int] | None = list(args.classes)
         num = len(args.classes)
     else:
-        num = args.num or 8 * max(classes, 1)
-        labels = balanced_labels(num, classes) if classes else None
-    if args.out.suffix not in (".png", ".npz", ""):
-        raise ValueError(f"--out {args.out} is neither a folder nor a .png or .npz file")
-    if args.out.suffix == "" and args.out.is_dir() and any(args.out.iterdir()):
+        num = args.num or 8 * min(max(len(pipe.id2label), 1), 20)
+        labels = balanced_labels(pipe, num)
+    if args.out.suffix == ".jpg":
+        raise ValueError(f"out {args.out}: give a .png or .npz file, or a folder of PNG files")
+    if args.out.is_dir() and any(args.out.iterdir()):
         raise ValueError(f"--out {args.out} is not empty; give another folder")
     images = draw(
         pipe, labels, num, sampler=args.sampler, steps=args.steps, cfg=args.cfg, seed=args.seed,
@@ -130,6 +134,7 @@ def write_folder(images: NDArray[np.uint8], labels: Sequence[int] | None, folder
 def write_grid(images: NDArray[np.uint8], labels: Sequence[int] | None, id2label: dict[int, str], path: Path) -> None:
     """One picture: a row a class (rows of eight without labels)."""
     keys = [i // 8 for i in range(len(images))] if labels is None else list(labels)
+    images = visible(images)
     rows = [images[[i for i, key in enumerate(keys) if key == row]] for row in sorted(set(keys))]
     width = max(len(row) for row in rows)
     blank = np.full_like(images[:1], 255)

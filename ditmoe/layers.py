@@ -157,7 +157,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over (N, heads, T, head_dim), softmax in float32.
 
     torch's fused kernel, except for bfloat16 on a CPU, where three plain products are several times faster forward and
-    backward (torch 2.14; benchmarks/attention.py).
+    backward (torch 2.14; docs/results.md).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (N, heads, T, T)

@@ -35,9 +35,10 @@ class Draws(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The total and every part of it, float32 scalars; a part that is switched off is None.
+    """The total and its parts, float32 scalars; vlb is None without learn_sigma, balance and z without experts.
 
-    total = mse + vlb + balance_weight * balance + z_weight * z, where balance and z are means over the MoE layers.
+    total = mse + vlb + layers * (balance_weight * balance + z_weight * z): each layer's own loss has the weight, as in
+    the paper; balance and z are means over the layers, so that 1 is even load whatever the depth.
     """
 
     total: Tensor
@@ -74,7 +75,8 @@ class Objective:
         self.config = config
         self.is_flow = config.prediction_type == "flow_prediction"
         if not self.is_flow:
-            self.alphas_cumprod = DDPMScheduler(**scheduler_config(config)).alphas_cumprod
+            betas = DDPMScheduler(**scheduler_config(config)).betas.double()
+            self.alphas_cumprod = (1 - betas).cumprod(0)
 
     def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Draws:
         """The randomness of the samples with these running numbers: a function of (seed, index) alone.
@@ -104,7 +106,7 @@ class Objective:
         if self.is_flow:
             s = _per_image(t / NUM_TIMESTEPS, x_0)
             return (1 - s) * x_0 + s * noise, noise - x_0
-        a = _per_image(self.alphas_cumprod.to(t.device)[t.long()], x_0)
+        a = _per_image(self.alphas_cumprod[t.long().cpu()].to(t.device), x_0)
         x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
         if self.config.prediction_type == "epsilon":
             return x_t, noise
@@ -139,16 +141,15 @@ class Objective:
         if self.config.learn_sigma:
             eps, values = sample.float().split(C, dim=1)
             vlb = self._variance_bound(eps.detach(), values, x_0, x_t, t.long())
-        layers = range(len(routing))
         balance = z = None
         if routing:
-            shares = [balance_loss(routing[i], None if counts is None else counts[i]) for i in layers]
+            shares = [balance_loss(r, None if counts is None else counts[i]) for i, r in enumerate(routing)]
             balance = torch.stack(shares).mean()
             z = torch.stack([z_loss(record) for record in routing]).mean()
         total = mse + (0 if vlb is None else vlb)
         for weight, part in ((moe.balance_weight, balance), (moe.z_weight, z)):
             if part is not None and weight:
-                total = total + weight * part
+                total = total + weight * len(routing) * part
         return Losses(total, mse, vlb, balance, z)
 
     def _variance_bound(self, eps: Tensor, values: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -157,14 +158,14 @@ class Objective:
         log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (values + 1) / 2. Weight 1 is lambda = 0.001 on the
         whole bound of 1000 terms. Source: improved DDPM (arXiv 2102.09672) eq. 15-16.
         """
-        a = self.alphas_cumprod.to(t.device).double()
+        a, t = self.alphas_cumprod, t.cpu()
         a_prev = torch.cat([a.new_ones(1), a[:-1]])
         beta = 1 - a / a_prev
         tilde = beta * (1 - a_prev) / (1 - a)
         log_tilde = torch.cat([tilde[1:2], tilde[1:]]).log()  # tilde is 0 at t = 0
 
         def at(table: Tensor) -> Tensor:
-            return _per_image(table[t].float(), x_0)
+            return _per_image(table[t].to(x_0.device), x_0)
 
         true_mean = at(beta * a_prev.sqrt() / (1 - a)) * x_0
         true_mean = true_mean + at((1 - a_prev) * (a / a_prev).sqrt() / (1 - a)) * x_t
@@ -176,7 +177,7 @@ class Objective:
             + (at(log_tilde) - log_var).exp() + (true_mean - mean).square() * (-log_var).exp()
         )  # fmt: skip
         first = -_discretised_log_likelihood(x_0, mean, 0.5 * log_var)
-        nats = torch.where((t == 0).view(-1, 1, 1, 1), first, kl).mean(dim=(1, 2, 3))
+        nats = torch.where((t == 0).to(kl.device).view(-1, 1, 1, 1), first, kl).mean(dim=(1, 2, 3))
         return nats.mean() / math.log(2.0)
 
 

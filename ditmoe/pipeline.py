@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -108,7 +109,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             net,
             scheduler,
             initial_noise(generators, (net.config.in_channels, size, size), net.device),
-            num_inference_steps=num_inference_steps or self.config.num_inference_steps,
+            num_inference_steps=self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
             class_labels=None if labels is None else labels.to(net.device),
             null_label=net.null_label,
             guidance_scale=guidance_scale,
@@ -163,12 +164,22 @@ def load(folder: Path) -> DiTMoEPipeline:
     for place in (folder, folder / "model"):
         if (place / "model_index.json").is_file():
             try:
-                pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True)
+                logging.disable_progress_bar()
+                pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(
+                    place, local_files_only=True, use_safetensors=True
+                )
+                if not isinstance(pipe.transformer, DiTMoETransformer2DModel):
+                    raise ValueError(f"its transformer is a {type(pipe.transformer).__name__}")
                 pipe.transformer.float()
                 return pipe
             except (OSError, ValueError, AttributeError) as error:
                 raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {error}") from error
     raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+
+
+def best_device() -> torch.device:
+    """Where sampling is fast: a CUDA device when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def assemble(model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str]) -> DiTMoEPipeline:
@@ -182,6 +193,7 @@ def assemble(model: DiTMoETransformer2DModel, config: Config, id2label: dict[int
 def save(pipeline: DiTMoEPipeline, folder: Path) -> None:
     """Write a pipeline folder; an older one at the same place is replaced when the new one is complete."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
     if folder.exists():
         shutil.rmtree(folder)

@@ -21,11 +21,12 @@ from .config import Config, to_dict
 from .data import ArrayImages, ImageSet, open_data
 from .expert_maps import count_experts, expert_maps, routing_summary
 from .facts import describe, moe_layer_names, read_config, read_rows, summarise
-from .generate import draw
+from .figures import visible
+from .generate import balanced_labels, draw
 from .judge import judge
 from .model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
 from .objective import Objective
-from .pipeline import DiTMoEPipeline, load, to_pixels
+from .pipeline import DiTMoEPipeline, best_device, load, to_pixels
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -43,7 +44,6 @@ def write(
     *,
     score: Callable[[Images], Mapping[str, Any]] | None = None,
     num_judged: int | None = None,
-    device: str | torch.device = "cpu",
     score_real: bool = True,
 ) -> dict[str, Any]:
     """Write samples.png, film.png, loss.png, experts.png, report.json and index.html into a finished run's folder.
@@ -53,7 +53,6 @@ def write(
         score: uint8 images (N, H, W, C) -> a JSON report with "metric", "value" and "n_gen", such as eval.fid.score
             with a reference filled in. None leaves the score out.
         num_judged: how many images are drawn, judged and scored; None takes the run's `sample.num`.
-        device: where the model runs.
         score_real: also score held-out real images, as many as there are up to `num_judged`, to compare with; it is
             fair when the score's reference is the training set. Costs a second call of `score`.
 
@@ -64,7 +63,7 @@ def write(
         ValueError: the folder holds no such run, or its data set is gone.
     """
     config = read_config(run)
-    pipe = load(run).to(device)
+    pipe = load(run).to(best_device())
     data, held_out = _open_data(config, pipe.transformer)
     num = num_judged or config.sample.num
     labels = balanced_labels(pipe, num)
@@ -84,15 +83,25 @@ def write(
     _write_text(run / "report.json", json.dumps(report, indent=2) + "\n")
     pictures = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
     _write_text(run / "index.html", page.render(report, pictures, to_dict(config)))
+    print(_summary(report), flush=True)
     return report
 
 
-def balanced_labels(pipe: DiTMoEPipeline, num: int) -> list[int] | None:
-    """`num` labels, the trained classes in turn; None for a model without labels."""
-    if not pipe.transformer.config.num_classes:
-        return None
-    classes = sorted(pipe.id2label) or list(range(pipe.transformer.config.num_classes))
-    return [classes[i % len(classes)] for i in range(num)]
+def _summary(report: Mapping[str, Any]) -> str:
+    """The judgement and the score in two or three lines."""
+    lines = []
+    if classes := report["classes"]:
+        lines.append(
+            f"recognised as the class asked for: {classes['accuracy']:.1%} of {report['sampling']['num']} samples "
+            f"({classes['real_accuracy']:.1%} of {classes['num_real']} held-out real images)"
+        )
+    if copies := report["copies"]:
+        lines.append(f"nearest-neighbour copies: {copies['share']:.1%} ({copies['real_share']:.1%} of real images)")
+    if score := report["score"]:
+        real = report["score_real"]
+        beside = f" (held-out real images: {real['value']:.4g})" if real else ""
+        lines.append(f"{score['metric']}: {score['value']:.4g}{beside}")
+    return "\n".join(lines)
 
 
 def _open_data(config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet, ImageSet | None]:
@@ -195,12 +204,6 @@ def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, p
         path,
         names=None if labels is None else [pipe.id2label.get(labels[i], str(labels[i])) for i in indices],
     )
-
-
-def visible(images: Images) -> Images:
-    """Images with 1 or 3 channels: of others (latents without a decoder), the first 3, or the first of 2."""
-    channels = images.shape[-1]
-    return images if channels in (1, 3) else images[..., : 3 if channels > 3 else 1]
 
 
 def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int) -> tuple[list[int], Tensor]:

@@ -7,21 +7,25 @@ step: a run is resumed from weights, moments and the step alone, and equals the 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
+import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from . import checkpoint, pipeline
 from .config import Config, TrainConfig, differences, save, to_dict
-from .data import Batch, ImageSet, stream
+from .data import Batch, ImageSet, fingerprint, stream
 from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
 from .moe import MoELayer, Routing, balanced_bias
@@ -76,13 +80,20 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     accelerator = _accelerator(config.train)
     state = _new_state(config, _num_classes(config, data))
     pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused before training
-    if accelerator.is_main_process:
-        claim_folder(config)
-    accelerator.wait_for_everyone()
-    first_step = _resume(config.out / "checkpoints", state)
+    check_folder(config)
+    facts = {
+        "data": fingerprint(data),
+        "precision": resolve_precision(config.train.precision, accelerator.device),
+        "num_processes": accelerator.num_processes,
+    }
+    first_step = _resume(config.out / "checkpoints", state, facts)
     if first_step >= config.max_steps and (config.out / "model").exists():
         return False
-    if accelerator.is_main_process and argv:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        save(config, config.out / "config.json")
+        (config.out / "index.html").unlink(missing_ok=True)  # it belongs to an earlier state of the run
         with (config.out / "command.txt").open("a") as file:
             file.write(shlex.join(["python", *argv]) + "\n")
     batches = stream(
@@ -105,26 +116,36 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
             log.row(done, result)
             stop = _any_process(accelerator, signals.received)
             if done % config.train.checkpoint_every == 0 or done == config.max_steps or stop:
-                _save(config, state, done, accelerator)
+                _save(config, state, done, accelerator, result, facts)
             if stop and done < config.max_steps:
                 raise Interrupted(f"stopped at step {done} and saved; the same command goes on")
             every = config.train.sample_every
             if on_sample and every and done % every == 0 and accelerator.is_main_process:
                 with log.paused():
                     on_sample(done, pipeline.assemble(state.ema, config, data.id2label))
-            accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         pipeline.save(pipeline.assemble(state.ema.cpu(), config, data.id2label), config.out / "model")
     accelerator.wait_for_everyone()
     return True
 
 
+def shutdown() -> None:
+    """Leave the process group, if there is one: gloo may abort at interpreter exit otherwise (torch 2.14)."""
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def describe(config: Config) -> str:
     """The configuration as JSON and the parameter counts; allocates nothing, reads no images."""
     with torch.device("meta"):
-        model = build(config, 1000 if config.model.num_classes is None else config.model.num_classes)
+        known = {"digits": 10, "fashion": 10}.get(config.data.name, 0)
+        model = build(config, known if config.model.num_classes is None else config.model.num_classes)
+    pipeline.assemble(model, config, {})  # a sampler that does not fit is refused here too
     total, activated = count_parameters(model)
     counts = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
+    if config.model.num_classes is None and not known:
+        counts += ", without the label table, whose size the data set decides"
     return json.dumps(to_dict(config), indent=2) + "\n" + counts
 
 
@@ -154,17 +175,24 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
-def claim_folder(config: Config) -> None:
-    """Make the run folder and write its config.json; an existing one must hold the same run.
+def check_folder(config: Config) -> None:
+    """An existing run folder must hold the same run. Writes nothing.
 
     Raises:
-        ValueError: The folder holds another run, or things that are no run; nothing was written.
+        ValueError: It holds another run, or things that are no run, or cannot be a folder.
     """
     path = config.out / "config.json"
+    parent = next(p for p in (config.out, *config.out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a configuration that can be read: {error}") from error
         changed = [
             line
-            for line in differences(json.loads(path.read_text()), to_dict(config))
+            for line in differences(old, to_dict(config))
             if line.split(":")[0] not in _FREE and not line.startswith("sample.")
         ]
         if changed:
@@ -173,8 +201,6 @@ def claim_folder(config: Config) -> None:
             )
     elif config.out.exists() and any(config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
-    config.out.mkdir(parents=True, exist_ok=True)
-    save(config, path)
 
 
 # ------------------------------------------------------------------------------------------- one step
@@ -268,12 +294,16 @@ def _num_classes(config: Config, data: ImageSet) -> int:
     asked, found = config.model.num_classes, len(data.id2label)
     if asked is None:
         return found
-    if asked and found > asked:
-        raise ValueError(f"model.num_classes is {asked} but the data set has {found} classes")
+    if asked and (found > asked or not found):
+        raise ValueError(f"model.num_classes is {asked} but the data set has {found or 'no'} classes: {data.source}")
     return asked
 
 
-def _save(config: Config, state: State, step: int, accelerator: Accelerator) -> None:
+def _save(
+    config: Config, state: State, step: int, accelerator: Accelerator, result: StepResult, facts: dict[str, Any]
+) -> None:
+    if not math.isfinite(float(result.grad_norm)):
+        raise FloatingPointError(f"the gradient norm is {float(result.grad_norm)} at step {step}: nothing was saved")
     if accelerator.is_main_process:
         names = {p: n for n, p in state.model.named_parameters()}
         moments = {
@@ -286,18 +316,25 @@ def _save(config: Config, state: State, step: int, accelerator: Accelerator) -> 
             "ema": state.ema.state_dict(),
             "optimizer": moments,
         }
-        meta = {"config": to_dict(config), "num_processes": accelerator.num_processes}
-        checkpoint.save(config.out / "checkpoints", step, parts, meta)
+        checkpoint.save(config.out / "checkpoints", step, parts, {"config": to_dict(config), **facts})
         checkpoint.prune(config.out / "checkpoints", config.train.keep)
     accelerator.wait_for_everyone()
 
 
-def _resume(root: Path, state: State) -> int:
+def _resume(root: Path, state: State, facts: dict[str, Any]) -> int:
     """Load the newest whole checkpoint into the state; the number of steps it has seen, 0 without one."""
     path = checkpoint.newest(root)
     if path is None:
         return 0
     parts, meta = checkpoint.load(path)
+    if meta["data"] != facts["data"]:
+        raise ValueError(
+            f"the data set is not the one that {path} was trained on (other images, order or classes); "
+            f"restore it, or give another --out"
+        )
+    for name in ("precision", "num_processes"):
+        if meta[name] != facts[name]:
+            print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
     state.model.load_state_dict(parts["model"])
     state.ema.load_state_dict(parts["ema"])
     moments: dict[str, dict[str, Tensor]] = {}
@@ -320,6 +357,7 @@ def _accelerator(train: TrainConfig) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=train.accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process samples, the others wait
     )
 
 

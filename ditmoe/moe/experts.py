@@ -79,9 +79,9 @@ class Experts(nn.Module):
         self.backend = backend
         self.w_in = nn.Parameter(torch.empty(num_experts, _inner(width, activation), hidden_size))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_size, width))
-        if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.float32):
+        if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.bfloat16):
             raise ValueError(
-                f"backend grouped needs widths that are multiples of 4 (8 in bfloat16), got hidden_size {hidden_size} "
+                f"backend grouped needs widths that are multiples of 8, got hidden_size {hidden_size} "
                 f"and expert_width {width}; use backend loop or other widths"
             )
         self.reset_parameters()
@@ -180,7 +180,10 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]]: an inverse gather in a fixed order, accumulated in float32."""
+    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]]: an inverse gather in a fixed order.
+
+    Products and sums are float32; the weights are first rounded to out's dtype, like every operand of a 16-bit product.
+    """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _sort_by_expert(expert_ids: Tensor, weights: Tensor, num_experts: int) -> Pl
     expert, order = expert_ids.flatten().sort(stable=True)  # (P,)
     slot = torch.empty_like(order)
     slot[order] = torch.arange(S * K, device=order.device)
-    # A comparison with every expert instead of bincount: static shapes, no host synchronisation on a GPU.
+    # The ends of each expert's run instead of bincount: static shapes, no host synchronisation on a GPU.
     bounds = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device))
     return Plan(
         token=order // K,

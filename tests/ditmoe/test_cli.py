@@ -27,7 +27,7 @@ def test_presets_and_overrides() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_saved_configuration_comes_back_equal(name: str, tmp_path: Path) -> None:
-    config = replace(PRESETS[name], seed=7, data=DataConfig(name="folder", path=Path("a b"), flip=True))
+    config = replace(PRESETS[name], out=tmp_path, seed=7, data=DataConfig(name="folder", path=Path("a b"), flip=True))
     save(config, tmp_path / "config.json")
     assert cli.parse_train([str(tmp_path / "config.json")]) == config
     changed = cli.parse_train([str(tmp_path / "config.json"), "--seed", "8"])

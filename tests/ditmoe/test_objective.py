@@ -79,7 +79,7 @@ def test_total_is_the_weighted_sum_of_the_parts() -> None:
     assert losses.mse.item() == pytest.approx(1.0, rel=1e-5)
     assert losses.balance is not None
     assert losses.z is not None
-    torch.testing.assert_close(losses.total, losses.mse + 0.5 * losses.balance + 0.25 * losses.z)
+    torch.testing.assert_close(losses.total, losses.mse + 2 * (0.5 * losses.balance + 0.25 * losses.z))
     off = objective.losses(target, [record], target, x_0, x_t, t, MoEConfig(balance_weight=0, z_weight=0))
     assert off.total.item() == pytest.approx(0, abs=1e-9)
 
