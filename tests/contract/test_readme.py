@@ -1,0 +1,60 @@
+"""Every command of the README is one that the programs take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from ditmoe import cli
+from ditmoe.config import save
+from ditmoe.presets import PRESETS
+from eval.fid import Arguments
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()
+]
+
+
+def test_there_are_commands() -> None:
+    assert sum(c.startswith("python train.py") for c in COMMANDS) >= 5
+    assert sum(c.startswith("python sample.py") for c in COMMANDS) >= 2
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+def test_train_commands(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save(PRESETS["digits"], tmp_path / "config.json")
+    argv = shlex.split(command.split("train.py", 1)[1])
+    argv = [str(tmp_path / "config.json") if a.endswith("config.json") else a for a in argv]
+    if argv == ["--help"]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse_train(argv)
+        assert stopped.value.code == 0
+    else:
+        cli.parse_train(argv)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python sample.py")])
+def test_sample_commands(command: str) -> None:
+    cli.parse_sample(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m eval.fid")])
+def test_score_commands(command: str) -> None:
+    tyro.cli(Arguments, args=shlex.split(command)[3:])
+
+
+def test_make_targets_and_links_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert f"\n{target}:" in makefile
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_presets_named_in_the_readme_exist() -> None:
+    for name in re.findall(r"`(dit-moe-[^`]+)`", README):
+        assert name in PRESETS
