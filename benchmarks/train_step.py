@@ -18,9 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.timing import machine, round_robin
 from ditmoe import training
 from ditmoe.config import Config
-from ditmoe.data import open_data, stream
+from ditmoe.data import open_data
 from ditmoe.objective import Objective
 from ditmoe.presets import PRESETS
+from ditmoe.state import new_state, update_ema
+from ditmoe.stream import stream
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
 PRODUCTS |= {f"aten::_scaled_dot_product_flash_attention_for_cpu{s}" for s in ("", "_backward")}
@@ -44,14 +46,14 @@ def one_step(config: Config) -> Callable[[], object]:
     AcceleratorState._reset_state()  # one process holds steps of both precisions
     data = open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
     accelerator = training._accelerator(config.train)
-    state = training._new_state(config, len(data.id2label))
+    state = new_state(config, len(data.id2label))
     batches = stream(config, data, first_step=0, rank=0, num_processes=1)
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     objective = Objective(config.objective)
 
     def step() -> None:
         training._optimise(accelerator, model, optimizer, state.model, objective, batches, config)
-        training.update_ema(state.ema, state.model, 0.999)
+        update_ema(state.ema, state.model, 0.999)
 
     return step
 

@@ -10,23 +10,21 @@ import gzip
 import hashlib
 import json
 import math
-import signal
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from .config import Config, DataConfig
+from .config import DataConfig
+from .folders import FolderImages
 from .objective import sample_rng
 
 DIGITS_FILE = Path(__file__).parent / "data_files" / "digits.npz"
@@ -34,8 +32,6 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 _IN_MEMORY_BYTES = 2 * 2**30
 
 
@@ -86,77 +82,6 @@ class ArrayImages:
     def tensors(self, indices: Sequence[int]) -> Tensor:
         """(n, C, H, W) float32 in [-1, 1]."""
         return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class FolderImages:
-    """Images read from files each time they are asked for, one sub-folder a class.
-
-    Args:
-        root: The folder; without sub-folders its images have no labels.
-        size: Height and width of the model's images.
-        channels: 1 (grey) or 3 (RGB).
-        fit: "exact": other sizes and modes are refused; "crop": resized, centre-cropped and converted.
-
-    Raises:
-        ValueError: No images, or (with "exact") an image of another size or mode; it names the file.
-    """
-
-    is_latent = False
-
-    def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
-        if not root.is_dir():
-            raise ValueError(f"data.path {root} is not a folder; give a folder of images with --data.path")
-        if channels not in (1, 3):
-            raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
-        self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
-        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and _image_files(p))
-        if classes and _image_files(root, deep=False):
-            raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
-        self.files: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes or ["."]):
-            files = _image_files(root / name)
-            self.files += files
-            labels += [label] * len(files)
-        if not self.files:
-            raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.id2label = dict(enumerate(classes))
-        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
-        if fit == "exact":
-            for file in self.files:
-                with _opened(file) as image:
-                    self._check(file, image)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, C) uint8."""
-        return np.stack([self._read(self.files[i]) for i in indices])
-
-    def tensors(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, H, W) float32 in [-1, 1]."""
-        return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def _check(self, file: Path, image: Image.Image) -> None:
-        want = (self.size, self.size)
-        if image.size != want or image.mode != self.mode:
-            raise ValueError(
-                f"{file} is {image.size[0]}x{image.size[1]} {image.mode}, the model takes {want[0]}x{want[1]} "
-                f"{self.mode}; add --data.fit crop to resize, centre-crop and convert every image"
-            )
-
-    def _read(self, file: Path) -> NDArray[np.uint8]:
-        with _opened(file) as image:
-            if self.fit == "exact":
-                self._check(file, image)
-            try:
-                image.load()
-            except (OSError, SyntaxError, ValueError, zlib.error) as error:
-                raise ValueError(f"{file} cannot be decoded ({error}); remove or replace it") from error
-            fitted = image if self.fit == "exact" else _centre_crop(_converted(file, image, self.mode), self.size)
-            return np.asarray(fitted, dtype=np.uint8).reshape(self.size, self.size, -1)
 
 
 @dataclass
@@ -234,94 +159,6 @@ def fingerprint(data: ImageSet) -> str:
     return hashlib.sha256(text + data.labels.tobytes()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------ the stream
-
-
-class Batch(NamedTuple):
-    """A micro-batch: running numbers of its samples, x (n, C, H, W) float32, y (n,) int64."""
-
-    indices: list[int]
-    x: Tensor
-    y: Tensor
-
-
-class _Stream(Dataset[Batch]):
-    """Sample number i of a run: image `permutation(epoch)[position]`, perhaps mirrored; a function of (seed, i)."""
-
-    def __init__(self, data: ImageSet, seed: int, flip: bool) -> None:
-        self.data, self.seed, self.flip = data, seed, flip
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        rows = [self._image_of(i) for i in indices]
-        x = self.data.tensors(rows)
-        if self.flip:
-            mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices]
-            x = torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
-        return Batch(indices, x, torch.from_numpy(self.data.labels[rows]))
-
-    def _image_of(self, index: int) -> int:
-        epoch, position = divmod(index, len(self.data))
-        if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                sample_rng(self.seed, 4, epoch).permutation(len(self.data)),
-            )
-        return int(self._order[position])
-
-
-def _ignore_signals(_: int) -> None:
-    """Readers outlive a signal to the whole process group: the training process saves, then ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _MicroBatches:
-    """The running numbers of this process's samples, one list a micro-batch."""
-
-    def __init__(self, numbers: range, rank: int, num_processes: int, size: int) -> None:
-        self.numbers, self.rank, self.num_processes, self.size = numbers, rank, num_processes, size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in self.numbers:
-            start = (number * self.num_processes + self.rank) * self.size
-            yield list(range(start, start + self.size))
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-
-def stream(config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> Iterator[Batch]:
-    """The micro-batches of one process, from `first_step` to the end of the run.
-
-    Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
-    cut it into equal consecutive parts, so that the samples of a step do not depend on how it is cut.
-
-    Raises:
-        ValueError: batch_size does not divide into accumulation * num_processes equal parts.
-    """
-    train = config.train
-    parts = train.accumulation * num_processes
-    if train.batch_size % parts:
-        raise ValueError(
-            f"train.batch_size {train.batch_size} is not a multiple of accumulation {train.accumulation} * "
-            f"{num_processes} processes"
-        )
-    size = train.batch_size // parts
-    starts = range(first_step * train.accumulation, config.max_steps * train.accumulation)
-    micro_batches = _MicroBatches(starts, rank, num_processes, size)
-    workers = config.data.num_workers
-    loader = DataLoader(
-        _Stream(data, config.seed, config.data.flip),
-        sampler=micro_batches,
-        batch_size=None,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
-    )
-    return iter(loader)
-
-
 # --------------------------------------------------------------------------------------------- readers
 
 
@@ -331,39 +168,6 @@ def _in_memory(folder: FolderImages) -> ArrayImages | FolderImages:
     if len(folder) * folder.size**2 * channels > _IN_MEMORY_BYTES:
         return folder
     return ArrayImages(folder.images(range(len(folder))), folder.labels, folder.id2label, folder.source)
-
-
-def _image_files(root: Path, *, deep: bool = True) -> list[Path]:
-    found = root.rglob("*") if deep else root.glob("*")
-    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-
-
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file, formats=IMAGE_FORMATS)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from error
-
-
-def _converted(file: Path, image: Image.Image, mode: str) -> Image.Image:
-    """The image in the model's mode; transparency becomes white."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert(mode)
-
-
-def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square at size x size: halved with a box filter while large, then bicubic, as in ADM."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = size / min(image.size)
-    width, height = (max(size, round(v * factor)) for v in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def _open_digits(split: str) -> ArrayImages:

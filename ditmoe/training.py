@@ -6,56 +6,35 @@ step: a run is resumed from weights, moments and the step alone, and equals the 
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import math
-import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from . import checkpoint, pipeline
-from .config import Config, TrainConfig, differences, save, to_dict
-from .data import Batch, ImageSet, fingerprint, stream
+from . import pipeline
+from .config import Config, TrainConfig, save, to_dict
+from .data import ImageSet, fingerprint
 from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
 from .moe import MoELayer, Routing, balanced_bias
 from .objective import Losses, Objective
+from .state import State, check_folder, new_state, num_classes, resume, save_checkpoint, update_ema
+from .stream import Batch, stream
 
 OnSample = Callable[[int, pipeline.DiTMoEPipeline], None]
-
-# What may change between the parts of one run: it has no influence on the weights at a given step.
-_FREE = {
-    "out",
-    "max_steps",
-    "dry_run",
-    "data.path",
-    "data.download",
-    "data.num_workers",
-    "moe.backend",
-}
-_FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard")}
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can go on
     """A signal asked the run to stop; it was saved first."""
-
-
-class State(NamedTuple):
-    """All that learns: the network, its moving average, the optimiser."""
-
-    model: DiTMoETransformer2DModel
-    ema: DiTMoETransformer2DModel
-    optimizer: torch.optim.AdamW
 
 
 def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, argv: Sequence[str] = ()) -> bool:
@@ -78,7 +57,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         Interrupted: SIGTERM or SIGINT came; the run was saved.
     """
     accelerator = _accelerator(config.train)
-    state = _new_state(config, _num_classes(config, data))
+    state = new_state(config, num_classes(config, data))
     pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused before training
     check_folder(config)
     facts = {
@@ -86,7 +65,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         "precision": resolve_precision(config.train.precision, accelerator.device),
         "num_processes": accelerator.num_processes,
     }
-    first_step = _resume(config.out / "checkpoints", state, facts)
+    first_step = resume(config.out / "checkpoints", state, facts)
     if first_step >= config.max_steps and (config.out / "model").exists():
         return False
     accelerator.wait_for_everyone()
@@ -155,16 +134,6 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, over parameters and floating-point buffers; others are copied."""
-    ours, theirs = ema.state_dict(), model.state_dict()
-    floating = [name for name, value in ours.items() if value.is_floating_point()]
-    torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
-    for name in ours.keys() - set(floating):
-        ours[name].copy_(theirs[name])
-
-
 def resolve_precision(precision: str, device: torch.device) -> str:
     """ "auto" is bf16 where bfloat16 products are fast (recent GPUs, CPUs with AVX-512 BF16 or AMX), else fp32."""
     if precision != "auto":
@@ -175,32 +144,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
-def check_folder(config: Config) -> None:
-    """An existing run folder must hold the same run. Writes nothing.
-
-    Raises:
-        ValueError: It holds another run, or things that are no run, or cannot be a folder.
-    """
-    path = config.out / "config.json"
-    parent = next(p for p in (config.out, *config.out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
-    if path.exists():
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a configuration that can be read: {error}") from error
-        changed = [
-            line
-            for line in differences(old, to_dict(config))
-            if line.split(":")[0] not in _FREE and not line.startswith("sample.")
-        ]
-        if changed:
-            raise ValueError(
-                f"{config.out} holds another run ({'; '.join(changed[:5])}); give another --out, or the same values"
-            )
-    elif config.out.exists() and any(config.out.iterdir()):
-        raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
+def _save(
+    config: Config, state: State, step: int, accelerator: Accelerator, result: StepResult, facts: dict[str, Any]
+) -> None:
+    if not math.isfinite(float(result.grad_norm)):
+        raise FloatingPointError(f"the gradient norm is {float(result.grad_norm)} at step {step}: nothing was saved")
+    if accelerator.is_main_process:
+        save_checkpoint(config, state, step, facts)
+    accelerator.wait_for_everyone()
 
 
 # ------------------------------------------------------------------------------------------- one step
@@ -268,83 +219,6 @@ def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         bias = layer.router.expert_bias
         assert bias is not None
         bias.copy_(balanced_bias(bias, load, rate))
-
-
-# --------------------------------------------------------------------------------------- state on disk
-
-
-def _new_state(config: Config, num_classes: int) -> State:
-    torch.manual_seed(config.seed)
-    model = build(config, num_classes)
-    if config.model.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    train = config.train
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
-    return State(model.train(), ema, optimizer)
-
-
-def _num_classes(config: Config, data: ImageSet) -> int:
-    asked, found = config.model.num_classes, len(data.id2label)
-    if asked is None:
-        return found
-    if asked and (found > asked or not found):
-        raise ValueError(f"model.num_classes is {asked} but the data set has {found or 'no'} classes: {data.source}")
-    return asked
-
-
-def _save(
-    config: Config, state: State, step: int, accelerator: Accelerator, result: StepResult, facts: dict[str, Any]
-) -> None:
-    if not math.isfinite(float(result.grad_norm)):
-        raise FloatingPointError(f"the gradient norm is {float(result.grad_norm)} at step {step}: nothing was saved")
-    if accelerator.is_main_process:
-        names = {p: n for n, p in state.model.named_parameters()}
-        moments = {
-            f"{names[p]}.{key}": torch.as_tensor(value)
-            for p, entry in state.optimizer.state.items()
-            for key, value in entry.items()
-        }
-        parts = {
-            "model": state.model.state_dict(),
-            "ema": state.ema.state_dict(),
-            "optimizer": moments,
-        }
-        checkpoint.save(config.out / "checkpoints", step, parts, {"config": to_dict(config), **facts})
-        checkpoint.prune(config.out / "checkpoints", config.train.keep)
-    accelerator.wait_for_everyone()
-
-
-def _resume(root: Path, state: State, facts: dict[str, Any]) -> int:
-    """Load the newest whole checkpoint into the state; the number of steps it has seen, 0 without one."""
-    path = checkpoint.newest(root)
-    if path is None:
-        return 0
-    parts, meta = checkpoint.load(path)
-    if meta["data"] != facts["data"]:
-        raise ValueError(
-            f"the data set is not the one that {path} was trained on (other images, order or classes); "
-            f"restore it, or give another --out"
-        )
-    for name in ("precision", "num_processes"):
-        if meta[name] != facts[name]:
-            print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
-    state.model.load_state_dict(parts["model"])
-    state.ema.load_state_dict(parts["ema"])
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in parts["optimizer"].items():
-        name, kind = key.rsplit(".", 1)
-        moments.setdefault(name, {})[kind] = value
-    for name, parameter in state.model.named_parameters():
-        if name in moments:
-            state.optimizer.state[parameter] = dict(moments[name])
-    return int(meta["step"])
 
 
 # --------------------------------------------------------------------------------- processes, signals, log

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ditmoe.config import Config, DataConfig
-from ditmoe.data import open_data, read_idx, stream
+from ditmoe.data import open_data, read_idx
+from ditmoe.stream import stream
 
 Tiny = Callable[..., Config]
 

@@ -14,7 +14,8 @@ from ditmoe import checkpoint
 from ditmoe.config import Config, TrainConfig
 from ditmoe.data import open_data
 from ditmoe.metrics import expert_load, learning_rate
-from ditmoe.training import Interrupted, train, update_ema
+from ditmoe.state import update_ema
+from ditmoe.training import Interrupted, train
 
 Tiny = Callable[..., Config]
 

@@ -1,0 +1,123 @@
+"""Images in folders: one sub-folder a class, or none. Every file that cannot be used is named.
+
+Shapes: n images asked for, C channels, H W size; pixels are uint8 (n, H, W, C).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+
+
+class FolderImages:
+    """Images read from files each time they are asked for, one sub-folder a class.
+
+    Args:
+        root: The folder; without sub-folders its images have no labels.
+        size: Height and width of the model's images.
+        channels: 1 (grey) or 3 (RGB).
+        fit: "exact": other sizes and modes are refused; "crop": resized, centre-cropped and converted.
+
+    Raises:
+        ValueError: No images, or (with "exact") an image of another size or mode; it names the file.
+    """
+
+    is_latent = False
+
+    def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
+        if not root.is_dir():
+            raise ValueError(f"data.path {root} is not a folder; give a folder of images with --data.path")
+        if channels not in (1, 3):
+            raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
+        self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
+        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and _image_files(p))
+        if classes and _image_files(root, deep=False):
+            raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
+        self.files: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes or ["."]):
+            files = _image_files(root / name)
+            self.files += files
+            labels += [label] * len(files)
+        if not self.files:
+            raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.id2label = dict(enumerate(classes))
+        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
+        if fit == "exact":
+            for file in self.files:
+                with _opened(file) as image:
+                    self._check(file, image)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """(n, H, W, C) uint8."""
+        return np.stack([self._read(self.files[i]) for i in indices])
+
+    def tensors(self, indices: Sequence[int]) -> Tensor:
+        """(n, C, H, W) float32 in [-1, 1]."""
+        return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def _check(self, file: Path, image: Image.Image) -> None:
+        want = (self.size, self.size)
+        if image.size != want or image.mode != self.mode:
+            raise ValueError(
+                f"{file} is {image.size[0]}x{image.size[1]} {image.mode}, the model takes {want[0]}x{want[1]} "
+                f"{self.mode}; add --data.fit crop to resize, centre-crop and convert every image"
+            )
+
+    def _read(self, file: Path) -> NDArray[np.uint8]:
+        with _opened(file) as image:
+            if self.fit == "exact":
+                self._check(file, image)
+            try:
+                image.load()
+            except (OSError, SyntaxError, ValueError, zlib.error) as error:
+                raise ValueError(f"{file} cannot be decoded ({error}); remove or replace it") from error
+            fitted = image if self.fit == "exact" else _centre_crop(_converted(file, image, self.mode), self.size)
+            return np.asarray(fitted, dtype=np.uint8).reshape(self.size, self.size, -1)
+
+
+def _image_files(root: Path, *, deep: bool = True) -> list[Path]:
+    found = root.rglob("*") if deep else root.glob("*")
+    return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        return Image.open(file, formats=IMAGE_FORMATS)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from error
+
+
+def _converted(file: Path, image: Image.Image, mode: str) -> Image.Image:
+    """The image in the model's mode; transparency becomes white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square at size x size: halved with a box filter while large, then bicubic, as in ADM."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    width, height = (max(size, round(v * factor)) for v in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
