@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ditmoe.config import Config, DataConfig
-from ditmoe.data import open_data, read_idx
+from ditmoe.data import open_data, read_idx, reference
 from ditmoe.stream import stream
 
 Tiny = Callable[..., Config]
@@ -182,3 +182,47 @@ def test_workers_change_nothing(tiny: Tiny) -> None:
     same = (first == third).flatten(1).all(1)
     assert 0.2 < same.float().mean() < 0.8
     assert torch.equal(first[~same], third[~same].flip(3))
+
+
+def test_labels_out_of_range_are_refused(tmp_path: Path) -> None:
+    for name, array in (("images-idx3", np.zeros((2, 28, 28))), ("labels-idx1", np.array([3, 46]))):
+        (tmp_path / f"train-{name}-ubyte").write_bytes(idx(array))
+    with pytest.raises(ValueError, match=r"label 46 is out of range.*0\.\.9"):
+        open_data(DataConfig(name="fashion", path=tmp_path), size=28, channels=1)
+
+
+def test_crop_refuses_16_bits_and_puts_transparency_on_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits"):
+        open_data(folder(tmp_path, fit="crop"), size=8, channels=1)
+    (tmp_path / "deep.png").unlink()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_data(folder(tmp_path, fit="crop"), size=8, channels=1).images([0]).min() == 255
+
+
+def test_latent_shards_that_do_not_belong_together(tmp_path: Path) -> None:
+    config = DataConfig(name="latents", path=tmp_path)
+    save_file({"latents": torch.zeros(2, 4, 8, 8), "labels": torch.tensor([0, 10**9])}, tmp_path / "0.safetensors")
+    with pytest.raises(ValueError, match="labels 0..1000000000"):
+        open_data(config, size=8, channels=4)
+    save_file({"latents": torch.zeros(2, 4, 4, 4), "labels": torch.tensor([0, 1])}, tmp_path / "1.safetensors")
+    with pytest.raises(ValueError, match="different shapes"):
+        open_data(config, size=8, channels=4)
+
+
+def test_the_reference_of_a_folder_holds_every_class(tmp_path: Path) -> None:
+    for i in range(30):
+        png(tmp_path / str(i % 3) / f"{i}.png", value=i % 3)
+    config = folder(tmp_path)
+    pixels = reference(config, open_data(config, size=8, channels=1), 0)
+    assert not isinstance(pixels, str)
+    assert sorted(np.unique(pixels)) == [0, 1, 2]
+    assert reference(DataConfig(), open_data(DataConfig(), size=8, channels=1), 0) == "digits:train"
+
+
+@pytest.mark.parametrize(
+    "options", [{"path": "x"}, {"fit": "crop"}, {"download": True}, {"name": "latents", "flip": True}]
+)
+def test_options_that_cannot_apply_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="apply|works with"):
+        DataConfig(**options)  # type: ignore[arg-type]

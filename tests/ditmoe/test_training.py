@@ -178,3 +178,31 @@ def test_expert_load() -> None:
 def test_a_batch_that_does_not_divide_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="multiple of accumulation"):
         tiny(train={"accumulation": 5})
+
+
+def test_another_data_set_is_not_resumed(tiny: Tiny) -> None:
+    go(tiny(max_steps=1))
+    fewer = open_data(tiny().data, size=8, channels=1, split="test")
+    with pytest.raises(ValueError, match="data set is not the one"):
+        train(tiny(max_steps=2), fewer)
+
+
+def test_a_folder_that_cannot_be_made(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            go(tiny(out=out))
+
+
+def test_labels_that_the_data_lacks_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="num_classes is 4 but the data set has 10"):
+        go(tiny(model={"num_classes": 4}))
+    assert not tiny().out.exists()
+
+
+def test_a_non_finite_step_stops_the_run_and_is_not_saved(tiny: Tiny) -> None:
+    with pytest.raises(FloatingPointError):
+        go(tiny(max_steps=2, train={"learning_rate": 1e30, "warmup_steps": 0, "clip": 0.0, "checkpoint_every": 1}))
+    for path in (tiny().out / "checkpoints").glob("step-*"):
+        parts, _ = checkpoint.load(path)
+        assert all(torch.isfinite(v).all() for part in parts.values() for v in part.values())

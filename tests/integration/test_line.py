@@ -114,6 +114,29 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
+def test_ctrl_c_with_reading_processes_saves_too(tmp_path: Path) -> None:
+    """The signal goes to the whole process group, readers included, as a terminal or a scheduler sends it."""
+    for i in range(20):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), i).save(tmp_path / "photos" / f"{i}.png")
+    options = ["--data.path", tmp_path / "photos", "--data.num-workers", 2, "--model.sample-size", 8,
+               "--model.in-channels", 1, "--max-steps", 5000, "--train.log-every", 1,
+               "--out", tmp_path / "run"]  # fmt: skip
+    command = [sys.executable, "train.py", "folder", *map(str, options), *TINY]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
 def test_two_processes_see_the_same_losses_as_one(tmp_path: Path) -> None:
     """torchrun on gloo: equal losses and balance statistics at an equal global batch."""
     options = ["digits", "--max-steps", "4", "--train.precision", "fp32", "--moe.bias-rate", "0.01", *TINY]
