@@ -20,8 +20,8 @@ from .config import Config, differences, to_dict
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
 
-# What may change between the parts of one run: it has no influence on the weights at a given step (data.path has, so the
-# data's fingerprint is checked instead).
+# What may change between the parts of one run: it has no influence on the weights at a given step.
+# (data.path has: the data's fingerprint is checked instead.)
 _FREE = {
     "out",
     "max_steps",
