@@ -19,6 +19,7 @@ from . import checkpoint
 from .config import Config, differences, to_dict
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
+from .moe import Router
 
 # What may change between the parts of one run: it has no influence on the weights at a given step.
 # (data.path has: the data's fingerprint is checked instead.)
@@ -43,16 +44,22 @@ class State(NamedTuple):
 
 
 def new_state(config: Config, num_classes: int) -> State:
-    """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only)."""
+    """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only).
+
+    The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`.
+    """
     torch.manual_seed(config.seed)
     model = build(config, num_classes)
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     train = config.train
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    routers = [m.weight for m in model.modules() if isinstance(m, Router)]
+    known = {id(p) for p in routers}
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in known]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
+        {"params": routers, "weight_decay": train.weight_decay, "lr_factor": config.model.hidden_size**-0.5},
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]

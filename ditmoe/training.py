@@ -129,9 +129,9 @@ def describe(config: Config) -> str:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group, times its `lr_factor` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

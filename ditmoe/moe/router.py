@@ -13,6 +13,10 @@ from torch import Tensor, nn
 class Router(nn.Module):
     """Linear router, logits = x W^T.
 
+    W starts with variance 1 / D, logits of about 1 for a normalised token, and wants a learning rate of its own,
+    D^-1/2 times that of the rest: Adam moves every weight by the same amount a step, and a router whose weights turn
+    over in a few dozen steps hands tokens from expert to expert before any of them has learnt something.
+
     Args:
         hidden_size: Width D of a token.
         num_experts: Experts E.
@@ -28,8 +32,8 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small normal weights: nearly even routing at the start."""
-        nn.init.normal_(self.weight, std=0.02)
+        """Normal weights of variance 1 / D."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (S, D), any float dtype -> logits (S, E) float32 (float64 stays float64)."""

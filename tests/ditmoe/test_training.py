@@ -14,6 +14,7 @@ from ditmoe import checkpoint
 from ditmoe.config import Config, TrainConfig
 from ditmoe.data import open_data
 from ditmoe.metrics import expert_load, learning_rate
+from ditmoe.model import build
 from ditmoe.state import update_ema
 from ditmoe.training import Interrupted, train
 
@@ -168,6 +169,18 @@ def test_learning_rate_schedule() -> None:
     train_config = TrainConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110)
     assert [learning_rate(train_config, s) for s in (0, 4, 10, 60, 109)] == pytest.approx([0.1, 0.5, 1.0, 0.5, 0.01])
     assert learning_rate(TrainConfig(learning_rate=1.0, warmup_steps=0), 10**6) == 1.0
+
+
+def test_a_router_has_a_smaller_learning_rate(tiny: Tiny) -> None:
+    config = tiny(max_steps=1, train={"warmup_steps": 0})
+    torch.manual_seed(config.seed)
+    before = build(config, 10).state_dict()
+    go(config)
+    (parts, _) = checkpoint.load(config.out / "checkpoints" / "step-000001")
+    moved = {name: (value - before[name]).abs().max().item() for name, value in parts["model"].items()}
+    rate = config.train.learning_rate  # Adam's first step is the rate, for every weight with a gradient
+    assert moved["blocks.1.moe.router.weight"] == pytest.approx(rate * config.model.hidden_size**-0.5, rel=0.01)
+    assert moved["final_layer.linear.weight"] == pytest.approx(rate, rel=0.01)
 
 
 def test_expert_load() -> None:

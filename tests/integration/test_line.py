@@ -54,6 +54,23 @@ def test_the_same_command_says_that_the_run_is_finished(run: Path) -> None:
     assert (run / "report.json").stat().st_mtime_ns == before
 
 
+def test_export_writes_a_model_to_share(run: Path, tmp_path: Path) -> None:
+    done = python("-m", "ditmoe.export", run, tmp_path / "gift")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "gift" / "README.md").read_text()
+    assert "train.py digits" in card
+    assert "fd_random_conv_v1" in card
+    whole, half = (next(folder.rglob("*.safetensors")).stat().st_size for folder in (run / "model", tmp_path / "gift"))
+    assert half < 0.6 * whole
+    done = python("sample.py", tmp_path / "gift", "--num", 4, "--steps", 2, "--out", tmp_path / "g.png")
+    assert done.returncode == 0, done.stderr
+    for wrong in ([run, tmp_path / "gift"], [tmp_path, tmp_path / "new"]):
+        done = python("-m", "ditmoe.export", *wrong)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_sample_then_score(run: Path, tmp_path: Path) -> None:
     done = python("sample.py", run, "--num", 40, "--steps", 2, "--out", tmp_path / "s.npz")
     assert done.returncode == 0, done.stderr
