@@ -5,13 +5,15 @@ Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -43,6 +45,28 @@ class SampleArgs:
     """Image i depends on (seed, i, its label) alone."""
     batch_size: int = 64
     """Images drawn at once; does not change them."""
+    eta: float = 0.0
+    """Noise of ddim and ts-ddim: 0 (none) to 1 (as much as DDPM)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide between these two timesteps alone (lowest, highest, of 0..1000)."""
+    guidance_channels: int | None = None
+    """Guide only so many first channels (DiT: 3 of 4)."""
+    guidance_rule: Literal["cfg", "cfg++"] = "cfg"
+    """Classifier-free guidance, or CFG++ (ddim and flow-euler; --cfg between 0 and 1)."""
+    epsilon_scale: float = 1.0
+    """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
+    exposure_window: int | None = None
+    """ts-*: full width of the time-shift window, in training steps."""
+    exposure_cutoff: int | None = None
+    """ts-*: no shift at or below this timestep."""
+    exposure_mode: Literal["target", "network", "both"] | None = None
+    """ts-*: what is shifted: the step's end, the network's timestep, or that and the step's start."""
+    exposure_variance: str | None = None
+    """ts-*: published, calibrated (the data's variance, saved with the model), or a number."""
+    exposure_min_snr: float | None = None
+    """ts-*: noise guard; 0 is as published."""
+    flow_shift: float | None = None
+    """flow-*: warps the grid of timesteps towards noise (above 1); not time-shift sampling."""
 
     def __post_init__(self) -> None:
         if self.classes is not None and self.num is not None:
@@ -53,10 +77,30 @@ class SampleArgs:
             raise ValueError(f"out {self.out} is a file that is neither .png nor .npz; give a folder, or one of those")
         if self.out.suffix in (".png", ".npz") and self.out.is_dir():
             raise ValueError(f"out {self.out} is a folder; give a file name")
+        if self.exposure_variance not in (None, "published", "calibrated") and not _is_number(self.exposure_variance):
+            raise ValueError(
+                f"exposure_variance {self.exposure_variance!r} is neither published, calibrated nor a number"
+            )
         for name in ("num", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
+
+    def sampler_options(self) -> dict[str, Any]:
+        """Fields of the scheduler that were asked for, by the names that the schedulers have for them."""
+        names = {field.name: field.name for field in dataclasses.fields(self) if field.name.startswith("exposure_")}
+        names["flow_shift"] = "shift"
+        options = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours) is not None}
+        if _is_number(options.get("exposure_variance")):
+            options["exposure_variance"] = float(options["exposure_variance"])
+        return options
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return text is not None and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def parse_train(argv: Sequence[str]) -> Config:

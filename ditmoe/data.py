@@ -153,6 +153,16 @@ def reference(config: DataConfig, data: ImageSet, seed: int) -> str | NDArray[np
     return data.images(sample_rng(seed, 5, 0).permutation(len(data))[:10_000].tolist())
 
 
+def pixel_variance(data: ImageSet, seed: int) -> float:
+    """Mean over training images (at most 2,000, drawn by the seed) of their unbiased variance over all values.
+
+    Noise of level 1 - alpha_bar makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
+    """
+    rows = sample_rng(seed, 6, 0).permutation(len(data))[:2000].tolist()
+    parts = [data.tensors(rows[i : i + 100]) for i in range(0, len(rows), 100)]
+    return float(torch.cat([x.flatten(1).double().var(dim=1) for x in parts]).mean())
+
+
 def fingerprint(data: ImageSet) -> str:
     """A hash of what decides which image is which: the classes and the label of every image in order."""
     text = json.dumps([len(data), data.id2label], sort_keys=True).encode()

@@ -25,13 +25,13 @@ MODEL_FACTS = (
 )  # fmt: skip
 
 
-def read_config(run: Path) -> Config:
-    """The configuration of a run folder.
+def read_config(run: Path, name: str = "config.json") -> Config:
+    """The configuration of a run folder, or with "training.json" of an exported model.
 
     Raises:
-        ValueError: config.json is missing or is none of ours.
+        ValueError: The file is missing or is none of ours.
     """
-    path = run / "config.json"
+    path = run / name
     try:
         values = json.loads(path.read_text())
         values["out"] = Path(values["out"])

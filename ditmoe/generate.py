@@ -6,7 +6,7 @@ Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from .cli import SampleArgs
 from .config import Config
 from .figures import sample_grid, visible
 from .pipeline import DiTMoEPipeline, best_device, load, to_pixels
+
+PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 
 
 def balanced_labels(pipe: DiTMoEPipeline, num: int) -> list[int] | None:
@@ -39,8 +41,12 @@ def draw(
     cfg: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    more: Mapping[str, Any] | None = None,
 ) -> NDArray[np.uint8]:
-    """Images 0..num-1 of a seed, uint8 (num, H, W, C); the batch size changes nothing but speed and memory."""
+    """Images 0..num-1 of a seed, uint8 (num, H, W, C); the batch size changes nothing but speed and memory.
+
+    `more`: further arguments of the pipeline's call, such as {"eta": 1.0}.
+    """
     pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in tqdm(range(0, num, batch_size), desc="sampling", unit="batch", disable=None):
@@ -54,6 +60,7 @@ def draw(
             seed=seed,
             indices=indices,
             output_type="pt",
+            **(more or {}),
         ).images
         parts.append(to_pixels(x))
     return np.concatenate(parts)
@@ -100,9 +107,10 @@ def run(args: SampleArgs) -> None:
         raise ValueError(f"out {args.out}: give a .png or .npz file, or a folder of PNG files")
     if args.out.is_dir() and any(args.out.iterdir()):
         raise ValueError(f"--out {args.out} is not empty; give another folder")
+    more = {name: getattr(args, name) for name in PIPELINE_OPTIONS} | {"sampler_options": args.sampler_options()}
     images = draw(
         pipe, labels, num, sampler=args.sampler, steps=args.steps, cfg=args.cfg, seed=args.seed,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size, more=more,
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".npz":
@@ -111,7 +119,9 @@ def run(args: SampleArgs) -> None:
         write_grid(images, labels, pipe.id2label, args.out)
     else:
         write_folder(images, labels, args.out)
-    print(f"{num} images in {args.out}")
+    sampler, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
+    calls = pipe.network_calls(sampler, steps)
+    print(f"{num} images in {args.out} ({sampler}, {steps} steps, {calls} network calls an image)")
 
 
 def write_npz(images: NDArray[np.uint8], labels: Sequence[int] | None, path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from samplers import image_generators, initial_noise, make_scheduler, sample
+from samplers import image_generators, initial_noise, make_scheduler, network_calls, sample
 
 from .config import Config
 from .model import DiTMoETransformer2DModel
@@ -72,6 +72,12 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         sampler: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
+        guidance_rule: str = "cfg",
+        epsilon_scale: float = 1.0,
+        eta: float = 0.0,
+        sampler_options: Mapping[str, Any] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         output_type: str = "pil",
@@ -85,6 +91,12 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
             num_inference_steps: Sampling steps.
             guidance_scale: 1 is no guidance.
+            guidance_interval: (lowest, highest) timestep, 0..1000, at which to guide; None: all.
+            guidance_channels: Guide only so many first channels; None: all.
+            guidance_rule: "cfg" or "cfg++".
+            epsilon_scale: lambda of epsilon scaling; 1 is off.
+            eta: Noise of DDIM, 0..1.
+            sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.
             indices: Running numbers of the images; default 0, 1, 2, ...
             output_type: "pil" or "pt".
@@ -101,7 +113,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"output_type is {output_type!r}; it must be pil or pt")
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
-        scheduler = make_scheduler(sampler or self.config.sampler, self.scheduler.config)
+        scheduler = make_scheduler(sampler or self.config.sampler, self._scheduler_config(), sampler_options)
         generators = image_generators(seed, indices)
         net = self.transformer
         size = net.config.sample_size
@@ -113,12 +125,27 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             class_labels=None if labels is None else labels.to(net.device),
             null_label=net.null_label,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_channels=guidance_channels,
+            guidance_rule=guidance_rule,
+            epsilon_scale=epsilon_scale,
+            eta=eta,
             generators=generators,
             callback=callback,
             progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
         )
         x = self.decode(x)
         return ImagePipelineOutput(images=to_pil(x) if output_type == "pil" else x)
+
+    def _scheduler_config(self) -> dict[str, Any]:
+        """The saved config; what a network with a learned variance needs, whichever sampler it was saved with."""
+        learned = {"variance_type": "learned_range"} if self.transformer.config.learn_sigma else {}
+        return {**self.scheduler.config, **learned}
+
+    def network_calls(self, sampler: str | None = None, num_inference_steps: int | None = None) -> int:
+        """NFE: network calls an image; each is two passes where guidance applies."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return network_calls(sampler or self.config.sampler, self._scheduler_config(), steps)
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (or pixels) (N, C, H, W) -> pixels about [-1, 1]; the identity without a VAE."""
@@ -182,9 +209,15 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def assemble(model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str]) -> DiTMoEPipeline:
-    """The pipeline of a trained network, with the sampling defaults of its configuration."""
-    scheduler = make_scheduler(config.sample.sampler, scheduler_config(config.objective))
+def assemble(
+    model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str], data_variance: float | None = None
+) -> DiTMoEPipeline:
+    """The pipeline of a trained network, with the sampling defaults of its configuration.
+
+    `data_variance` (`ditmoe.data.pixel_variance`) goes into the scheduler's config, for time-shift sampling.
+    """
+    known = {} if data_variance is None else {"data_variance": data_variance}
+    scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
     names = {str(label): name for label, name in id2label.items()}
     guidance = config.sample.cfg if model.null_label is not None else 1.0
     return DiTMoEPipeline(model, scheduler, None, names, config.sample.sampler, config.sample.steps, guidance)

@@ -135,7 +135,8 @@ def _draw_images(
         batch_size=sample.batch_size,
     )  # fmt: skip
     seconds = round(time.perf_counter() - started, 2)
-    how = {"sampler": sample.sampler, "steps": sample.steps, "guidance": guidance}
+    nfe = pipe.network_calls(sample.sampler, sample.steps)
+    how = {"sampler": sample.sampler, "steps": sample.steps, "nfe": nfe, "guidance": guidance}
     return images, {"num": num, **how, "seed": config.seed, "seconds": seconds}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import pipeline
 from .config import Config, TrainConfig, save, to_dict
-from .data import ImageSet, fingerprint
+from .data import ImageSet, fingerprint, pixel_variance
 from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
 from .moe import MoELayer, Routing, balanced_bias
@@ -65,6 +65,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         "precision": resolve_precision(config.train.precision, accelerator.device),
         "num_processes": accelerator.num_processes,
     }
+    variance = pixel_variance(data, config.seed)
     first_step = resume(config.out / "checkpoints", state, facts)
     if first_step >= config.max_steps and (config.out / "model").exists():
         return False
@@ -101,9 +102,9 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
             every = config.train.sample_every
             if on_sample and every and done % every == 0 and accelerator.is_main_process:
                 with log.paused():
-                    on_sample(done, pipeline.assemble(state.ema, config, data.id2label))
+                    on_sample(done, pipeline.assemble(state.ema, config, data.id2label, variance))
     if accelerator.is_main_process:
-        pipeline.save(pipeline.assemble(state.ema.cpu(), config, data.id2label), config.out / "model")
+        pipeline.save(pipeline.assemble(state.ema.cpu(), config, data.id2label, variance), config.out / "model")
     accelerator.wait_for_everyone()
     return True
 

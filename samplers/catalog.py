@@ -2,27 +2,57 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from inspect import signature
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from samplers import gaussian
-from samplers.flow import FlowEulerScheduler
+from samplers.flow import FlowEulerScheduler, FlowHeunScheduler, FlowSDEScheduler
+from samplers.pndm import PNDMScheduler
 from samplers.schedulers import DDIMScheduler, DDPMScheduler
+from samplers.solvers import DPMSolverScheduler, UniPCScheduler
+from samplers.time_shift import TimeShiftScheduler
 
 FLOW = ("flow_prediction",)
 
 
 class Sampler(NamedTuple):
-    """A scheduler class and the prediction types whose networks it can sample."""
+    """A scheduler class, the prediction types whose networks it can sample, and the options that its name means."""
 
     scheduler: Any
     prediction_types: tuple[str, ...]
+    options: Mapping[str, Any] = MappingProxyType({})
 
+
+def _time_shift(base: str) -> Sampler:
+    return Sampler(TimeShiftScheduler, gaussian.PREDICTION_TYPES, MappingProxyType({"base": base}))
+
+
+# What `ts-*` does unless it or the saved config is told otherwise: docs/samplers.md has the measurements.
+# Both are in thousandths of the training steps.
+TIME_SHIFT = {"exposure_window": 20, "exposure_cutoff": 300}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(DDPMScheduler, gaussian.PREDICTION_TYPES),
     "ddim": Sampler(DDIMScheduler, gaussian.PREDICTION_TYPES),
+    "pndm": Sampler(PNDMScheduler, gaussian.PREDICTION_TYPES),
+    "ts-ddpm": _time_shift("ddpm"),
+    "ts-ddim": _time_shift("ddim"),
+    "ts-pndm": _time_shift("pndm"),
+    "dpm++2m": Sampler(DPMSolverScheduler, gaussian.PREDICTION_TYPES),
+    "unipc": Sampler(UniPCScheduler, gaussian.PREDICTION_TYPES),
     "flow-euler": Sampler(FlowEulerScheduler, FLOW),
+    "flow-heun": Sampler(FlowHeunScheduler, FLOW),
+    "flow-sde": Sampler(FlowSDEScheduler, FLOW),
 }
+
+# Fields that change what a chain is; a sampler without them cannot stand in for one that was saved with them.
+_MEANINGFUL = ("rescale_betas_zero_snr", "clip_sample", "thresholding")
+
+# What a saved time-shift sampler has to say is of no use to others.
+_OF_TIME_SHIFT = frozenset(
+    field for field in signature(TimeShiftScheduler.__init__).parameters if field.startswith("exposure_")
+) | {"base"}
 
 # Options of diffusers' flow-matching schedulers that change the path and that ours do not have.
 _FOREIGN_FLOW_OPTIONS = (
@@ -47,19 +77,50 @@ def prediction_type_of(config: Mapping[str, Any]) -> str:
     return "flow_prediction" if "shift" in config else "epsilon"
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
     """The scheduler ``name`` of `SAMPLERS`, built from a saved scheduler's ``config``.
 
-    Fields that only another scheduler knows are left out. Raises ValueError, one sentence, for an
-    unknown name, for a sampler that does not fit the config's prediction type, and for a
-    flow-matching option that ours do not have.
+    Fields that only another scheduler knows are left out. ``options`` are fields of this one that are to differ from
+    the config and from what the name means. Raises ValueError, one sentence, for an unknown name, for a sampler that
+    does not fit the config's prediction type, and for options and fields that this sampler does not have.
     """
     if name not in SAMPLERS:
         near = get_close_matches(name, SAMPLERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no sampler {name!r}; {hint}choose from {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
-    kind = prediction_type_of(config)
+    _check_prediction_type(name, prediction_type_of(config))
+    known = signature(sampler.scheduler.__init__).parameters
+    for option in options or {}:
+        if option not in known or option == "self":
+            having = [other for other, entry in SAMPLERS.items() if option in signature(entry.scheduler).parameters]
+            hint = f"; it belongs to {', '.join(having)}" if having else ""
+            raise ValueError(f"sampler {name!r} has no {option}{hint}")
+    foreign = _FOREIGN_FLOW_OPTIONS if sampler.prediction_types == FLOW else _MEANINGFUL
+    missing = [field for field in foreign if config.get(field) and field not in known]
+    if missing:
+        raise ValueError(
+            f"sampler {name!r} has no {missing[0]}; remove it from the scheduler's config or use "
+            "the diffusers scheduler that wrote it"
+        )
+    # Take every field at its word: from_config would swap those that another scheduler left at its
+    # default for defaults of the new one, so a config would change meaning when saved to disk.
+    dropped = _OF_TIME_SHIFT.difference(known) | {"_use_default_values"}
+    fields = {key: value for key, value in config.items() if key not in dropped}
+    if sampler.scheduler is TimeShiftScheduler:
+        T = config.get("num_train_timesteps", 1000)
+        fields = {**{name: value * T // 1000 for name, value in TIME_SHIFT.items()}, **fields}
+    return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
+
+
+def network_calls(name: str, config: Mapping[str, Any], steps: int) -> int:
+    """NFE: the network calls of sampler ``name`` for an image in ``steps`` steps; guidance makes each two passes."""
+    scheduler = make_scheduler(name, config)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
+def _check_prediction_type(name: str, kind: str) -> None:
     fitting = [other for other, entry in SAMPLERS.items() if kind in entry.prediction_types]
     if not fitting:
         known = dict.fromkeys(k for entry in SAMPLERS.values() for k in entry.prediction_types)
@@ -68,13 +129,3 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"sampler {name!r} cannot sample a model with prediction_type {kind!r}; use {' or '.join(fitting)}"
         )
-    foreign = [option for option in _FOREIGN_FLOW_OPTIONS if config.get(option)]
-    if sampler.prediction_types == FLOW and foreign:
-        raise ValueError(
-            f"sampler {name!r} has no {foreign[0]}; remove it from the scheduler's config or use "
-            "the diffusers scheduler that wrote it"
-        )
-    # Take every field at its word: from_config would swap those that another scheduler left at its
-    # default for defaults of the new one, so a config would change meaning when saved to disk.
-    fields = {key: value for key, value in config.items() if key != "_use_default_values"}
-    return sampler.scheduler.from_config(fields)

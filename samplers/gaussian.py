@@ -43,6 +43,34 @@ def predict_x0_and_eps(
     raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
 
+def from_eps(x_t: Tensor, eps: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """The network output (N, C, H, W) of ``prediction_type`` that implies ``eps`` at ``x_t``."""
+    if prediction_type == "epsilon":
+        return eps.float()
+    signal = per_image(alpha_bar.sqrt(), x_t)
+    noise = per_image((1 - alpha_bar).sqrt(), x_t)
+    x0 = (x_t.float() - noise * eps.float()) / signal
+    if prediction_type == "sample":
+        return x0
+    assert prediction_type == "v_prediction"
+    return signal * eps.float() - noise * x0
+
+
+def denoise(
+    x_t: Tensor, model_output: Tensor, net: Tensor, start: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """(x0, eps) of images taken to be at level ``start``, from a network that was asked about level ``net``.
+
+    The output says what eps is at ``net``; x0 then follows from ``x_t`` and eps at ``start``. Images
+    whose two levels are equal get the very bits of `predict_x0_and_eps`.
+    """
+    x0, eps = predict_x0_and_eps(x_t, model_output, net, prediction_type)
+    if net is start:
+        return x0, eps
+    moved = (x_t.float() - per_image((1 - start).sqrt(), x_t) * eps) / per_image(start.sqrt(), x_t)
+    return torch.where(per_image(net == start, x_t) > 0, x0, moved), eps
+
+
 def ddim_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
     """Standard deviation () or (N,) of the noise that a DDIM step adds, in the alphas' dtype.
 
@@ -50,7 +78,8 @@ def ddim_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
     2010.02502, eq. 16): 0 is deterministic, 1 has the noise of DDPM.
     """
     beta = 1 - alpha_bar / alpha_bar_prev
-    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).sqrt()
+    # below 0 for a step up to a noisier level, which time-shift may take and which has no noise of its own
+    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=0).sqrt()
 
 
 def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor, noise: Tensor | None = None) -> Tensor:

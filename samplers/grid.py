@@ -7,9 +7,9 @@ Shapes: images (N, C, H, W) in any float dtype; timesteps are integers 0..T-1, T
 num_train_timesteps, () for the whole batch or (N,), one per image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,31 @@ from torch import Tensor
 from samplers import gaussian
 
 _NOT_ON_GRID = -2
+
+
+class Levels(NamedTuple):
+    """The noise levels of one step: alpha_bar, float64, () for all images or (N,), one per image.
+
+    Attributes:
+        net: level of the timestep that the network was asked about.
+        start: level that the image is taken to be at; the same tensor as ``net`` but for time-shift.
+        end: level that the step goes to.
+        is_last: bool (), on the CPU: does the step end the chain, and so add no noise?
+    """
+
+    net: Tensor
+    start: Tensor
+    end: Tensor
+    is_last: Tensor
+
+
+def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A registered config for the stock class beneath ours: without ``data_variance``, which only ours carry.
+
+    ``data_variance`` is the mean variance over pixels of clean training images (see `samplers.time_shift`); every
+    scheduler of ours keeps it, so that it survives from sampler to sampler and on disk.
+    """
+    return {key: value for key, value in config.items() if key != "data_variance"}
 
 
 def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
@@ -75,7 +100,7 @@ class ExplicitGrid:
                 f"{type(self).__name__} cannot sample prediction_type {kind!r}, "
                 f"only {', '.join(gaussian.PREDICTION_TYPES)}"
             )
-        if self.config.rescale_betas_zero_snr and kind == "epsilon":
+        if self.config.get("rescale_betas_zero_snr") and kind == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type "
                 "'epsilon' says nothing about the image; use 'v_prediction' or 'sample'"
@@ -150,17 +175,18 @@ class ExplicitGrid:
             raise ValueError(f"timestep {timestep} lies outside 0..{len(self.betas) - 1}")
         return t.long()
 
-    def _levels(self, timestep: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(alpha_bar at t, alpha_bar at the step's end, is the step the last), each () or (N,)."""
+    def levels(self, timestep: int | Tensor) -> Levels:
+        """The levels of the step from ``timestep`` () or (N,) to the next one of the grid."""
         previous = self.previous_timestep(timestep)
         is_last = previous < 0
-        alpha_bar_prev = torch.where(is_last, self._final_alpha_bar, self._alpha_bar[previous.clamp(min=0)])
-        return self._alpha_bar[self._checked(timestep)], alpha_bar_prev, is_last
+        start = self._alpha_bar[self._checked(timestep)]
+        end = torch.where(is_last, self._final_alpha_bar, self._alpha_bar[previous.clamp(min=0)])
+        return Levels(start, start, end, is_last)
 
     def _bounded(self, x0: Tensor) -> Tensor:
         """x0 after the config's thresholding or clipping; both are off by default."""
-        if self.config.thresholding:
+        if self.config.get("thresholding"):
             return self._threshold_sample(x0)
-        if self.config.clip_sample:
+        if self.config.get("clip_sample"):
             return x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x0

@@ -4,7 +4,6 @@ Legend: N batch, C channels of an image, H W size. Labels are int64 (N,).
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from samplers.catalog import prediction_type_of
 from samplers.grid import check_steps
+from samplers.guidance import Guidance, Network, Rescale, epsilon_scaling
 
 Callback = Callable[[int, Tensor, Tensor, Tensor | None], None]
 
@@ -27,6 +27,10 @@ def sample(
     class_labels: Tensor | None = None,
     null_label: int | None = None,
     guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_channels: int | None = None,
+    guidance_rule: str = "cfg",
+    epsilon_scale: float | tuple[float, float] = 1.0,
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
@@ -43,10 +47,13 @@ def sample(
         num_inference_steps: 1..num_train_timesteps.
         class_labels: (N,), or None for an unconditional model.
         null_label: the label that means "no class"; guidance needs it.
-        guidance_scale: classifier-free guidance w (Ho & Salimans 2022, arXiv 2207.12598):
-            ``uncond + w (cond - uncond)`` on the C predicted channels, all of them, in one forward
-            of 2N images. 1 is the plain conditional model in one pass of N. A learned variance
-            stays the conditional one.
+        guidance_scale: classifier-free guidance ``uncond + w (cond - uncond)``, in one forward of 2N
+            images. 1 is the plain conditional model in one pass of N. See `samplers.guidance.Guidance`.
+        guidance_interval: (lowest, highest) timestep at which to guide; None: all.
+        guidance_channels: guide only so many first channels; None: all.
+        guidance_rule: "cfg", or "cfg++" where the scheduler has it (DDIM and flow Euler).
+        epsilon_scale: lambda of epsilon scaling, a number or (k, b) for ``k t + b``; 1 is off. See
+            `samplers.guidance.epsilon_scaling`.
         generators: one per image, from `image_generators`: what a stochastic step draws for image n
             comes from ``generators[n]``. None draws from torch's global generator.
         eta: 0..1, the noise of DDIM; only for schedulers that have it.
@@ -61,12 +68,15 @@ def sample(
     train_steps = scheduler.config.get("num_train_timesteps", 1000)
     check_steps(num_inference_steps, train_steps)
     _check_objective(model, scheduler)
-    labels = _labels(noise, class_labels, null_label, guidance_scale)
-    step_options = _step_options(scheduler, len(noise), generators, eta)
+    guidance = Guidance(
+        scale=guidance_scale, interval=guidance_interval, channels=guidance_channels, rule=guidance_rule
+    )
+    labels = None if class_labels is None else class_labels.to(noise.device)
+    network = Network(model, labels, null_label, guidance)
+    network.check(noise)
+    step_options = _step_options(scheduler, len(noise), generators, eta, guidance)
+    rescaled = epsilon_scaling(scheduler, prediction_type_of(scheduler.config), epsilon_scale)
     scheduler.set_timesteps(num_inference_steps)
-    # The schedulers that read a learned variance keep its kind as an attribute of their own; a
-    # config may carry the field over from another scheduler without meaning it.
-    reads_variance = vars(scheduler).get("variance_type") in ("learned", "learned_range")
 
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -75,10 +85,7 @@ def sample(
             x = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
             bar = tqdm(scheduler.timesteps, desc="sampling", disable=None if progress else True)
             for k, t in enumerate(bar):
-                output = _predict(model, scheduler, x, t, labels, guidance_scale)
-                if not reads_variance:
-                    output = output[:, : x.shape[1]]
-                result = scheduler.step(output, t, x, **step_options)
+                result = _step(network, scheduler, rescaled, x, t, step_options)
                 if callback is not None:
                     callback(k, t, x, result.get("pred_original_sample"))
                 x = result.prev_sample.float()
@@ -89,66 +96,29 @@ def sample(
     return images
 
 
-def _predict(
-    model: nn.Module,
-    scheduler: Any,
-    x: Tensor,
-    t: Tensor,
-    labels: Tensor | None,
-    guidance_scale: float,
-) -> Tensor:
-    """The network's guided output (N, C or 2C, H, W), float32."""
-    channels = x.shape[1]
-    # diffusers' flow-matching schedulers have neither of the two scalings: they never scale.
-    scale = getattr(scheduler, "scale_model_input", None)
-    inputs = x if scale is None else scale(x, t)
-    guided = labels is not None and len(labels) == 2 * len(x)
-    if guided:
-        inputs = torch.cat([inputs, inputs])
-    times = t.to(x.device).expand(len(inputs))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    output: Tensor = model(inputs.to(dtype), times, class_labels=labels).sample.float()
-    if output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"the model emits {output.shape[1]} channels for images of {channels}; "
-            f"it must emit {channels}, or {2 * channels} with a learned variance"
-        )
-    if not guided:
-        return output
-    cond, uncond = output.chunk(2)
-    mean, variance = cond[:, :channels], cond[:, channels:]
-    null = uncond[:, :channels]
-    return torch.cat([null + guidance_scale * (mean - null), variance], dim=1)
-
-
-def _labels(noise: Tensor, class_labels: Tensor | None, null_label: int | None, guidance_scale: float) -> Tensor | None:
-    """The labels of one forward: None, (N,), or (2N,) with the null label for guidance."""
-    if not math.isfinite(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"guidance_scale is {guidance_scale}, but it must be 0 or more; 1 is off")
-    if class_labels is None:
-        if guidance_scale != 1:
-            raise ValueError(
-                f"guidance_scale {guidance_scale} needs class labels; an unconditional model "
-                "can only be sampled with guidance_scale 1"
-            )
-        return None
-    if class_labels.shape != noise.shape[:1]:
-        raise ValueError(
-            f"class_labels has shape {tuple(class_labels.shape)} for {len(noise)} images; give one label per image"
-        )
-    labels = class_labels.to(noise.device)
-    if guidance_scale == 1:
-        return labels
-    if null_label is None:
-        raise ValueError(
-            f"guidance_scale {guidance_scale} needs the model's null label; pass null_label "
-            "(num_classes for a DiT) or use guidance_scale 1"
-        )
-    return torch.cat([labels, torch.full_like(labels, null_label)])
+def _step(
+    network: Network, scheduler: Any, rescaled: Rescale | None, x: Tensor, t: Tensor, options: dict[str, Any]
+) -> Any:
+    """One network call and what the scheduler makes of it."""
+    # diffusers' flow-matching schedulers never scale and have no such method
+    scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+    # time-shift may ask about another timestep than the scheduled one
+    told = scheduler.model_timestep(t) if hasattr(scheduler, "model_timestep") else t
+    output, uncond = network(scaled, told, float(t))
+    # The schedulers that read a learned variance keep its kind as an attribute of their own; a
+    # config may carry the field over from another scheduler without meaning it.
+    if vars(scheduler).get("variance_type") not in ("learned", "learned_range"):
+        output = output[:, : x.shape[1]]
+    if rescaled is not None:
+        output = rescaled(output, scaled, told)
+        uncond = None if uncond is None else rescaled(uncond, scaled, told)
+    if uncond is not None:
+        options = {**options, "model_output_uncond": uncond}
+    return scheduler.step(output, t, x, **options)
 
 
 def _step_options(
-    scheduler: Any, images: int, generators: Sequence[torch.Generator] | None, eta: float
+    scheduler: Any, images: int, generators: Sequence[torch.Generator] | None, eta: float, guidance: Guidance
 ) -> dict[str, Any]:
     """The arguments of ``scheduler.step`` beyond the usual three, as far as it has them."""
     if generators is not None and len(generators) != images:
@@ -159,6 +129,8 @@ def _step_options(
         if "eta" not in known:
             raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta; use 0 or sampler 'ddim'")
         options["eta"] = eta
+    if guidance.rule == "cfg++" and "model_output_uncond" not in known:
+        raise ValueError(f"guidance_rule 'cfg++' works with ddim and flow-euler, not with {type(scheduler).__name__}")
     if generators is not None and "generator" in known:
         options["generator"] = list(generators)
     return options

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from samplers import gaussian
-from samplers.grid import ExplicitGrid
+from samplers.grid import ExplicitGrid, Levels, stock_config
 from samplers.noise import Generators, draw_noise
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
@@ -57,11 +57,12 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
         timestep_spacing: str = "trailing",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        data_variance: float | None = None,
     ) -> None:
         kind = _VARIANCE_ALIASES.get(variance_type, variance_type)
         if kind not in gaussian.VARIANCE_TYPES:
             raise ValueError(f"variance_type {variance_type!r} is not one of {', '.join(gaussian.VARIANCE_TYPES)}")
-        super().__init__(**self.config)  # as registered just now: the stock class registers again
+        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
         self.variance_type = kind
         self._build_chain()
 
@@ -78,17 +79,22 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
         ``model_output`` is (N, C, H, W), or (N, 2C, H, W) with learned_range. ``generator`` may be
         one per image. The last step draws nothing. With ``return_dict=False``: a tuple of the two.
         """
-        alpha_bar, alpha_bar_prev, is_last = self._levels(timestep)
-        model_output, v = _split(model_output, sample, self.variance_type == "learned_range")
-        x0, _ = gaussian.predict_x0_and_eps(sample, model_output, alpha_bar, self.config.prediction_type)
-        x0 = self._bounded(x0)
-        x_prev, std = gaussian.ddpm_posterior(sample, x0, alpha_bar, alpha_bar_prev, self.variance_type, v)
-        if not bool(is_last.all()):
-            x_prev = x_prev + std * draw_noise(sample.shape, generator, sample.device)
-        x_prev, x0 = x_prev.to(sample.dtype), x0.to(sample.dtype)
+        x_prev, x0 = self.update(model_output, sample, self.levels(timestep), generator)
         if not return_dict:
             return x_prev, x0
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+
+    def update(
+        self, model_output: Tensor, sample: Tensor, levels: Levels, generator: Generators = None
+    ) -> tuple[Tensor, Tensor]:
+        """(prev_sample, pred_original_sample) of a step between any levels; `step` looks them up on the grid."""
+        model_output, v = _split(model_output, sample, self.variance_type == "learned_range")
+        x0, _ = gaussian.denoise(sample, model_output, levels.net, levels.start, self.config.prediction_type)
+        x0 = self._bounded(x0)
+        x_prev, std = gaussian.ddpm_posterior(sample, x0, levels.start, levels.end, self.variance_type, v)
+        if not bool(levels.is_last.all()):
+            x_prev = x_prev + std * draw_noise(sample.shape, generator, sample.device)
+        return x_prev.to(sample.dtype), x0.to(sample.dtype)
 
 
 class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc]
@@ -119,8 +125,9 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
         sample_max_value: float = 1.0,
         timestep_spacing: str = "trailing",
         rescale_betas_zero_snr: bool = False,
+        data_variance: float | None = None,
     ) -> None:
-        super().__init__(**self.config)  # as registered just now: the stock class registers again
+        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
         self._build_chain(ends_clean=set_alpha_to_one)
 
     def step(
@@ -133,35 +140,56 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
+        model_output_uncond: Tensor | None = None,
     ) -> Any:
         """One step down the grid: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``eta`` 0..1 scales the noise (ValueError outside), drawn from ``generator`` (may be one per
         image) or given as ``variance_noise``, not both. The last step adds none.
-        ``use_clipped_model_output`` derives eps again from a clipped x0. With
-        ``return_dict=False``: a tuple of the two.
+        ``use_clipped_model_output`` derives eps again from a clipped x0. ``model_output_uncond``,
+        the unguided output of the same network call, makes the step a CFG++ one: x0 from the guided
+        output, noise put back with the unguided eps (Chung et al. 2024, arXiv 2406.08070, Alg. 1).
+        With ``return_dict=False``: a tuple of the two.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, but it must be from 0 (DDIM) to 1 (the noise of DDPM)")
         if variance_noise is not None and generator is not None:
             raise ValueError("give either generator or variance_noise, and not both")
-        alpha_bar, alpha_bar_prev, is_last = self._levels(timestep)
-        model_output, _ = _split(model_output, sample, False)
-        x0, eps = gaussian.predict_x0_and_eps(sample, model_output, alpha_bar, self.config.prediction_type)
-        x0 = self._bounded(x0)
-        if use_clipped_model_output:
-            _, eps = gaussian.predict_x0_and_eps(sample, x0, alpha_bar, "sample")
-        sigma = gaussian.ddim_sigma(alpha_bar, alpha_bar_prev, eta) * ~is_last
-        noise = None
-        if eta > 0 and not bool(is_last.all()):
-            noise = variance_noise
-            if noise is None:
-                noise = draw_noise(sample.shape, generator, sample.device)
-        x_prev = gaussian.ddim_update(x0, eps, alpha_bar_prev, sigma, noise).to(sample.dtype)
-        x0 = x0.to(sample.dtype)
+        x_prev, x0 = self.update(
+            model_output, sample, self.levels(timestep), eta, generator,
+            variance_noise=variance_noise, clip_again=use_clipped_model_output, model_output_uncond=model_output_uncond,
+        )  # fmt: skip
         if not return_dict:
             return x_prev, x0
         return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+
+    def update(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        levels: Levels,
+        eta: float = 0.0,
+        generator: Generators = None,
+        *,
+        variance_noise: Tensor | None = None,
+        clip_again: bool = False,
+        model_output_uncond: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(prev_sample, pred_original_sample) of a step between any levels; `step` looks them up on the grid."""
+        kind = self.config.prediction_type
+        model_output, _ = _split(model_output, sample, False)
+        x0, eps = gaussian.denoise(sample, model_output, levels.net, levels.start, kind)
+        x0 = self._bounded(x0)
+        if clip_again:
+            _, eps = gaussian.predict_x0_and_eps(sample, x0, levels.start, "sample")
+        if model_output_uncond is not None:
+            _, eps = gaussian.denoise(sample, model_output_uncond, levels.net, levels.start, kind)
+        sigma = gaussian.ddim_sigma(levels.start, levels.end, eta) * ~levels.is_last
+        noise = None
+        if eta > 0 and not bool(levels.is_last.all()):
+            noise = draw_noise(sample.shape, generator, sample.device) if variance_noise is None else variance_noise
+        x_prev = gaussian.ddim_update(x0, eps, levels.end, sigma, noise)
+        return x_prev.to(sample.dtype), x0.to(sample.dtype)
 
 
 def _split(model_output: Tensor, sample: Tensor, learned_variance: bool) -> tuple[Tensor, Tensor | None]:

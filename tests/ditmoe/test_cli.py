@@ -113,6 +113,15 @@ def test_sample_arguments() -> None:
         assert stopped.value.code == 2
 
 
+def test_sampler_options_are_those_that_were_given() -> None:
+    assert cli.parse_sample(["m"]).sampler_options() == {}
+    asked = ["m", "--exposure-window", "40", "--exposure-variance", "0.3", "--flow-shift", "3"]
+    assert cli.parse_sample(asked).sampler_options() == {"exposure_window": 40, "exposure_variance": 0.3, "shift": 3.0}
+    assert cli.parse_sample(["m", "--exposure-variance", "calibrated"]).exposure_variance == "calibrated"
+    with pytest.raises(ValueError, match="exposure_variance 'lots' is neither"):
+        cli.SampleArgs(Path("m"), exposure_variance="lots")
+
+
 def test_checks_of_single_values() -> None:
     with pytest.raises(ValueError, match="ema_decay is 1.5"):
         TrainConfig(ema_decay=1.5)

@@ -90,11 +90,30 @@ def test_a_flow_model_takes_flow_samplers_only() -> None:
         ({"class_labels": [0], "sampler": "dimm"}, "did you mean 'ddim'"),
         ({"class_labels": [0], "num_inference_steps": 1001}, "1001"),
         ({"class_labels": [0], "output_type": "jpg"}, "pil or pt"),
+        ({"class_labels": [0], "eta": 2.0}, "eta is 2.0"),
+        ({"class_labels": [0], "epsilon_scale": 0.0}, "epsilon_scale"),
+        ({"class_labels": [0], "guidance_rule": "cfg++", "sampler": "ddpm"}, "works with ddim"),
+        ({"class_labels": [0], "sampler": "ts-ddim", "sampler_options": {"exposure_window": -1}}, "exposure_window"),
     ],
 )
 def test_values_that_cannot_be_used(call: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()(**call)
+
+
+def test_a_learned_variance_is_used_whichever_sampler_was_saved(tmp_path: Path) -> None:
+    objective = ObjectiveConfig(prediction_type="epsilon", learn_sigma=True)
+    config = Config(model=ModelConfig(hidden_size=32, depth=2, num_heads=2), objective=objective,
+                    sample=SampleConfig(sampler="dpm++2m", steps=3))  # fmt: skip
+    pipe = pipeline.assemble(build(config, 3), config, {}, data_variance=0.4)
+    pipeline.save(pipe, tmp_path / "model")
+    loaded = pipeline.load(tmp_path / "model")
+    drawn = {name: loaded([0, 1], sampler=name, num_inference_steps=4, output_type="pt").images
+             for name in ("ddpm", "ts-ddpm", "ddim", "pndm", "unipc")}  # fmt: skip
+    assert all(images.isfinite().all() for images in drawn.values())
+    assert loaded._scheduler_config()["variance_type"] == "learned_range"
+    assert loaded.scheduler.config.data_variance == 0.4
+    assert loaded.network_calls("pndm", 20) == 29
 
 
 def test_pixels_are_rounded_half_up() -> None:

@@ -71,6 +71,19 @@ def test_export_writes_a_model_to_share(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_time_shift_and_its_meter_know_the_variance_of_the_data(run: Path, tmp_path: Path) -> None:
+    saved = json.loads((run / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert 0.3 < saved["data_variance"] < 0.8  # digits, in [-1, 1]
+    shift = ["--sampler", "ts-ddim", "--steps", 4, "--exposure-window", 200, "--exposure-variance", "calibrated"]
+    done = python("sample.py", run, "--num", 4, *shift, "--out", tmp_path / "g.png")
+    assert done.returncode == 0, done.stderr
+    assert "ts-ddim, 4 steps, 4 network calls" in done.stdout
+    done = python("-m", "samplers.exposure", run, "--steps", 3, "--num", 8, "--out", tmp_path / "bias.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 999 |") == 1
+    assert (tmp_path / "bias.png").is_file()
+
+
 def test_sample_then_score(run: Path, tmp_path: Path) -> None:
     done = python("sample.py", run, "--num", 40, "--steps", 2, "--out", tmp_path / "s.npz")
     assert done.returncode == 0, done.stderr
@@ -92,6 +105,7 @@ def test_sample_then_score(run: Path, tmp_path: Path) -> None:
         (["sample.py", "{run}", "--classes", "3", "12"], "label 12 is out of range"),
         (["sample.py", "{run}", "--sampler", "flow-euler"], "cannot sample a model with prediction_type"),
         (["sample.py", "{empty}"], "holds no model"),
+        (["sample.py", "{run}", "--exposure-window", "40"], "'ddim' has no exposure_window; it belongs to ts-ddpm"),
     ],
 )
 def test_mistakes(run: Path, tmp_path: Path, argv: list[str], sentence: str) -> None:

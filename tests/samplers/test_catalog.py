@@ -1,12 +1,23 @@
 """Names to schedulers, and which networks each one fits."""
 
 import json
+import re
 
 import diffusers
 import pytest
 import torch
+from gaussian_world import OptimalNetwork, Z
 
-from samplers import SAMPLERS, DDIMScheduler, DDPMScheduler, FlowEulerScheduler, make_scheduler
+from samplers import (
+    SAMPLERS,
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowEulerScheduler,
+    TimeShiftScheduler,
+    make_scheduler,
+    network_calls,
+    sample,
+)
 
 
 def test_every_sampler_is_made_for_every_objective_that_it_fits():
@@ -52,12 +63,12 @@ def test_stock_configs_say_what_they_predict():
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
-        ("flow-euler", {"prediction_type": "epsilon"}, "'epsilon'; use ddpm or ddim"),
-        ("flow-euler", {}, "'epsilon'; use ddpm or ddim"),
+        ("flow-euler", {"prediction_type": "epsilon"}, "'epsilon'; use ddpm or ddim or pndm or ts-ddpm"),
+        ("flow-euler", {}, "'epsilon'; use ddpm or ddim or pndm or ts-ddpm"),
         ("ddim", {"prediction_type": "flow_prediction"}, "'flow_prediction'; use flow-euler"),
         ("ddim", {"shift": 1.0}, "use flow-euler"),
         ("ddmp", {}, "no sampler 'ddmp'; did you mean 'ddpm'"),
-        ("zzz", {}, "no sampler 'zzz'; choose from ddpm, ddim, flow-euler"),
+        ("zzz", {}, "no sampler 'zzz'; choose from ddpm, ddim, pndm, ts-ddpm, .*, flow-sde"),
         ("ddpm", {"prediction_type": "noise"}, "'noise' is not one of epsilon, v_pred"),
         (
             "flow-euler",
@@ -69,3 +80,91 @@ def test_stock_configs_say_what_they_predict():
 def test_what_does_not_fit_is_refused_in_a_sentence(name, config, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_scheduler(name, config)
+
+
+# Names, options, costs
+
+
+def test_the_names():
+    assert list(SAMPLERS) == [
+        *("ddpm", "ddim", "pndm", "ts-ddpm", "ts-ddim", "ts-pndm", "dpm++2m", "unipc"),
+        *("flow-euler", "flow-heun", "flow-sde"),
+    ]
+    for base in ("ddpm", "ddim", "pndm"):
+        scheduler = make_scheduler(f"ts-{base}", {})
+        assert scheduler.config.base == base
+        assert scheduler.config.exposure_window > 1  # the name means that it shifts
+        assert make_scheduler(base, {}).config.get("exposure_window") is None
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [4, 11])
+def test_network_calls_are_the_calls_that_a_network_gets(name, steps):
+    kind = SAMPLERS[name].prediction_types[0]
+    config = {"prediction_type": kind}
+    expected = {"pndm": steps + 9, "ts-pndm": steps + 9, "flow-heun": 2 * steps}.get(name, steps)
+    network = OptimalNetwork(kind)
+    sample(network, make_scheduler(name, config), Z, num_inference_steps=steps)
+    assert len(network.batches) == network_calls(name, config, steps) == expected
+
+
+def test_options_differ_from_the_config_and_from_the_name():
+    saved = DDPMScheduler(timestep_spacing="linspace", variance_type="learned_range").config
+    scheduler = make_scheduler("ts-ddpm", saved, {"exposure_window": 64, "exposure_mode": "network"})
+    assert scheduler.config.base == "ddpm"
+    assert scheduler.variance_type == "learned_range"
+    assert scheduler.config.timestep_spacing == "linspace"
+    assert (scheduler.config.exposure_window, scheduler.config.exposure_mode) == (64, "network")
+    assert make_scheduler("ddim", saved, {"timestep_spacing": "leading"}).config.timestep_spacing == "leading"
+    assert make_scheduler("flow-sde", {"shift": 2.0}, {"last_step": 0.1}).config.last_step == 0.1
+
+
+def test_a_samplers_options_do_not_stay_with_the_next_one():
+    shifted = make_scheduler("ts-ddim", {}, {"exposure_window": 64})
+    plain = make_scheduler("ddim", shifted.config)
+    assert not [field for field in plain.config if field.startswith("exposure_")]
+    network = OptimalNetwork()
+    assert torch.equal(
+        sample(network, plain, Z, num_inference_steps=5), sample(network, DDIMScheduler(), Z, num_inference_steps=5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        (
+            "ddim",
+            {"exposure_window": 20},
+            "sampler 'ddim' has no exposure_window; it belongs to ts-ddpm, ts-ddim, ts-pndm",
+        ),
+        ("flow-euler", {"last_step": 0.1}, "'flow-euler' has no last_step; it belongs to flow-sde"),
+        ("unipc", {"clip_sample": True}, "'unipc' has no clip_sample; it belongs to ddpm, ddim, ts-ddpm"),
+        ("pndm", {"wobble": 1}, "sampler 'pndm' has no wobble$"),
+        ("ts-ddim", {"exposure_window": -1}, "exposure_window is -1"),
+    ],
+)
+def test_options_that_a_sampler_lacks_are_refused(name, options, sentence):
+    config = {"prediction_type": SAMPLERS[name].prediction_types[0]}
+    with pytest.raises(ValueError, match=sentence):
+        make_scheduler(name, config, options)
+
+
+@pytest.mark.parametrize("name", ["pndm", "dpm++2m", "unipc"])
+@pytest.mark.parametrize("field", ["clip_sample", "rescale_betas_zero_snr"])
+def test_a_chain_that_a_sampler_cannot_walk_is_refused(name, field):
+    with pytest.raises(ValueError, match=re.escape(f"sampler '{name}' has no {field}; remove it")):
+        make_scheduler(name, {"prediction_type": "v_prediction", field: True})
+
+
+def test_time_shift_fits_a_short_chain():
+    scheduler = make_scheduler("ts-ddim", {"num_train_timesteps": 100})
+    assert type(scheduler) is TimeShiftScheduler
+
+
+def test_network_calls_refuses_what_the_sampler_refuses():
+    with pytest.raises(ValueError, match="needs at least 4 steps"):
+        network_calls("pndm", {}, 3)
+    for steps in (0, 1001):
+        for name in ("ddim", "unipc", "ts-ddim"):
+            with pytest.raises(ValueError, match="must be an integer from 1 to 1000"):
+                network_calls(name, {}, steps)

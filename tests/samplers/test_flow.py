@@ -89,7 +89,9 @@ def test_every_timestep_of_every_grid_is_found():
     for n in (1, 3, 7, 333, 999, 1000):
         for shift in (0.3, 1.0, 6.0):
             scheduler = make(n, shift=shift)
-            assert scheduler._index(scheduler.timesteps).tolist() == list(range(n))
+            start, end = scheduler._ends(scheduler.timesteps)
+            assert torch.equal(start, scheduler.sigmas[:-1])
+            assert torch.equal(end, scheduler.sigmas[1:])
 
 
 def test_half_precision_goes_in_and_out_and_the_arithmetic_is_float32():

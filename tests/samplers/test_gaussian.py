@@ -112,3 +112,18 @@ def test_unknown_names_are_refused():
         gaussian.predict_x0_and_eps(x, x, a, "eps")
     with pytest.raises(ValueError, match="'learned' is not one of fixed_small"):
         gaussian.ddpm_posterior(x, x, a, LEVELS[4], "learned")
+
+
+@pytest.mark.parametrize("kind", gaussian.PREDICTION_TYPES)
+def test_what_a_network_says_of_another_level_is_its_eps(kind):
+    """x0 follows from eps at the image's own level; where the two levels agree it has the plain bits."""
+    x_t, output = images(0), images(1)
+    net, start = LEVELS[[700, 300, 500, 40]], LEVELS[[650, 300, 520, 40]]
+    x0, eps = gaussian.denoise(x_t, output, net, start, kind)
+    plain_x0, plain_eps = gaussian.predict_x0_and_eps(x_t, output, net, kind)
+    assert torch.equal(eps, plain_eps)
+    assert torch.equal(x0[[1, 3]], plain_x0[[1, 3]])
+    torch.testing.assert_close(gaussian.noisy_image(x0, eps, start), x_t, atol=1e-5, rtol=1e-5)
+    assert (x0 - plain_x0)[[0, 2]].abs().amin(dim=(1, 2, 3)).max() > 0
+    one = gaussian.denoise(x_t, output, LEVELS[9], LEVELS[9], kind)
+    assert torch.equal(one[0], gaussian.predict_x0_and_eps(x_t, output, LEVELS[9], kind)[0])

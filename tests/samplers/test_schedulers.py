@@ -85,6 +85,7 @@ DDIM_ERROR = {
     20: (0.0688, 0.4314),
     40: (0.0356, 0.4645),
     100: (0.0146, 0.4854),
+    200: (0.00739, 0.4926),
 }
 
 
@@ -103,6 +104,7 @@ def test_ddim_converges_to_the_exact_flow_with_order_one():
         assert (pixels[2] - pixels[0]) / 2 == pytest.approx(std, abs=6e-5)
     assert 1.85 < errors[10] / errors[20] < 2
     assert 1.9 < errors[20] / errors[40] < 2
+    assert 1.95 < errors[100] / errors[200] < 2
 
 
 @pytest.mark.parametrize(("n", "std"), [(150, 0.4902), (300, 0.4950), (400, 0.4962)])

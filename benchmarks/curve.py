@@ -1,0 +1,110 @@
+"""Scores over the course of training: every checkpoint of some runs, sampled and scored in the same way.
+
+    python -m benchmarks.curve RUN [RUN ...] --num 5000 --cfg 1.0 1.5 --every 1500 --out curve.jsonl
+
+The runs must have kept their checkpoints (`--train.keep 0`) and share a data set. A line of the JSONL is one
+(run, step, guidance); lines that are there are not made again. Ends with a table of them all.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.scoring import Scorer
+from ditmoe import checkpoint, pipeline
+from ditmoe.facts import read_config
+from ditmoe.generate import balanced_labels, draw
+from ditmoe.model import build
+from ditmoe.objective import Objective
+
+
+def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipeline.DiTMoEPipeline:
+    """The pipeline of a checkpoint's moving average."""
+    config = read_config(run)
+    model = build(config, len(names))
+    model.load_state_dict(checkpoint.load(folder)[0]["ema"])
+    return pipeline.assemble(model.eval(), config, names)
+
+
+@torch.inference_mode()
+def held_out_mse(run: Path, pipe: pipeline.DiTMoEPipeline, scorer: Scorer, num: int = 5000) -> float:
+    """Mean squared error on held-out images, with the same noise and times for every model."""
+    objective = Objective(read_config(run).objective)
+    total = 0.0
+    for start in range(0, num, 250):
+        rows = list(range(start, min(start + 250, num)))
+        x = scorer.test.tensors(rows)
+        draws = objective.draw(12345, rows, tuple(x.shape[1:]))
+        x_t, target = objective.corrupt(x, draws.t, draws.noise)
+        labels = torch.from_numpy(scorer.test.labels[rows])
+        out = pipe.transformer(x_t, draws.t, labels).sample[:, : x.shape[1]]
+        total += float((out - target).square().mean(dim=(1, 2, 3)).sum())
+    return total / num
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--num", type=int, default=5000)
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.5])
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="only checkpoints whose step is a multiple of this")
+    parser.add_argument("--extractor", default="random-conv-v1")
+    parser.add_argument("--num-ref", type=int, help="default: all training images")
+    parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    scorer = Scorer(read_config(args.runs[0]), args.cache, args.extractor, args.num_ref)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    protocol = {name: getattr(args, name) for name in ("num", "sampler", "steps", "seed", "extractor", "num_ref")}
+    if not any(row["run"] == "real" and row["num"] == args.num for row in done):
+        append(args.out, {"run": "real", "step": 0, "cfg": 0, **protocol, **scorer.real(args.num)}, done)
+    for run in args.runs:
+        for folder in sorted((run / "checkpoints").glob("step-*")):
+            step = int(folder.name.removeprefix("step-"))
+            if step % args.every == 0:
+                add_rows(run, folder, step, args.cfg, protocol, scorer, args.out, done)
+    print("| run | step | cfg | Fréchet distance | recognised | held-out mse |\n|---|---|---|---|---|---|")
+    for row in sorted(done, key=lambda row: (row["step"], row["cfg"], row["run"])):
+        mse = f"{row['mse']:.5f}" if "mse" in row else ""
+        print(f"| {row['run']} | {row['step']} | {row['cfg']} | {row['fd']:.4f} | {row['recognised']:.1%} | {mse} |")
+
+
+def add_rows(
+    run: Path, folder: Path, step: int, scales: list[float], protocol: dict[str, Any], scorer: Scorer, out: Path,
+    done: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """One row a guidance scale for one checkpoint, unless it is there."""
+    keys = [{"run": run.name, "step": step, "cfg": scale, **protocol} for scale in scales]
+    keys = [key for key in keys if not any(key.items() <= row.items() for row in done)]
+    if not keys:
+        return
+    pipe = averaged_pipeline(run, folder, scorer.train.id2label)
+    mse = held_out_mse(run, pipe, scorer)
+    num = protocol["num"]
+    labels = balanced_labels(pipe, num)
+    for key in keys:
+        images = draw(
+            pipe, labels, num, sampler=protocol["sampler"], steps=protocol["steps"], cfg=key["cfg"],
+            seed=protocol["seed"], batch_size=250,
+        )  # fmt: skip
+        scores = {"fd": scorer.distance(images), "recognised": scorer.recognised(images, np.asarray(labels))}
+        append(out, {**key, **scores, "mse": mse}, done)
+
+
+def append(path: Path, row: dict[str, Any], done: list[dict[str, Any]]) -> None:
+    done.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Fréchet distance against network calls: every sampler, time-shift over its window and cutoff, epsilon scaling.
+
+    python -m benchmarks.samplers MODEL --num 5000 --seeds 0 1 2 --parts nfe shift epsilon --out samplers.jsonl
+
+Appends a line for each (point, seed); lines that are there are not made again, so it can be stopped and continued.
+MODEL is an exported model (its training.json names the data) or a run.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scoring import Scorer
+from ditmoe import pipeline
+from ditmoe.config import Config
+from ditmoe.facts import read_config
+from ditmoe.generate import balanced_labels, draw
+from samplers import SAMPLERS, network_calls, prediction_type_of
+
+NFE = (5, 10, 20, 50, 100)
+WINDOWS, CUTOFFS = (20, 40, 80, 160), (100, 300, 500)
+LAMBDAS = (0.98, 0.99, 0.995, 1.005, 1.01, 1.02, 1.04)
+
+
+def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
+    """What to draw: sampler, steps, and further arguments of the pipeline."""
+    kind = prediction_type_of(scheduler)
+    names = [name for name, entry in SAMPLERS.items() if kind in entry.prediction_types]
+    if part == "nfe":
+        yield {"sampler": "ddpm", "steps": 250} if "ddpm" in names else {"sampler": "flow-euler", "steps": 250}
+        for calls in NFE:
+            for name in names:
+                steps = [n for n in range(1, calls + 1) if n > 3 or "pndm" not in name]
+                steps = [n for n in steps if network_calls(name, scheduler, n) == calls]
+                if steps:
+                    yield {"sampler": name, "steps": steps[-1]}
+    elif part == "shift":
+        for steps in (10, 20):
+            for mode in ("target", "network", "both"):
+                for variance in ("published", "calibrated"):
+                    for window in WINDOWS:
+                        for cutoff in CUTOFFS:
+                            options = {
+                                "exposure_mode": mode, "exposure_variance": variance, "exposure_window": window,
+                                "exposure_cutoff": cutoff,
+                            }  # fmt: skip
+                            yield {"sampler": "ts-ddim", "steps": steps, "sampler_options": options}
+    else:
+        for steps in (10, 20, 50):
+            for scale in LAMBDAS:
+                yield {"sampler": "ddim", "steps": steps, "epsilon_scale": scale}
+
+
+def training_config(model: Path) -> Config:
+    """Of an exported model (training.json) or of a run (config.json)."""
+    return read_config(model, "training.json" if (model / "training.json").is_file() else "config.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--num", type=int, default=5000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "epsilon"])
+    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    scorer = Scorer(training_config(args.model), args.cache)
+    pipe = pipeline.load(args.model)
+    labels = balanced_labels(pipe, args.num)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for seed in args.seeds:
+        for part in args.parts:
+            for point in points(part, pipe.scheduler.config):
+                key = {"part": part, "seed": seed, "num": args.num, "cfg": args.cfg, **point}
+                if any(key.items() <= row.items() for row in done):
+                    continue
+                more = {name: value for name, value in point.items() if name not in ("sampler", "steps")}
+                start = time.perf_counter()
+                images = draw(
+                    pipe, labels, args.num, sampler=point["sampler"], steps=point["steps"], cfg=args.cfg, seed=seed,
+                    batch_size=args.batch_size, more=more,
+                )  # fmt: skip
+                row = {
+                    **key,
+                    "nfe": network_calls(point["sampler"], pipe.scheduler.config, point["steps"]),
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "fd": scorer.distance(images),
+                    "recognised": scorer.recognised(images, np.asarray(labels)),
+                }
+                done.append(row)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

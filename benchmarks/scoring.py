@@ -1,0 +1,77 @@
+"""Scores of many image sets against one data set, whose statistics and classifier are made once and kept on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ditmoe.config import Config
+from ditmoe.data import ImageSet, open_data
+from ditmoe.judge import Classifier, accuracy, train_classifier
+from eval.extractors import load_extractor
+from eval.frechet import FeatureStatistics, Gaussian, frechet_distance
+
+Images = NDArray[np.uint8]
+
+
+class Scorer:
+    """Fréchet distance to the training images, and how many samples a classifier recognises.
+
+    Args:
+        config: Says which data set, and its image size.
+        cache: Folder for the statistics of the training images and the classifier.
+        extractor: See eval.extractors.
+        num_ref: Training images of the reference, the first ones; None takes all.
+    """
+
+    def __init__(
+        self, config: Config, cache: Path, extractor: str = "random-conv-v1", num_ref: int | None = None
+    ) -> None:
+        self.train = self._open(config, "train")
+        self.test = self._open(config, "test")
+        self.net = load_extractor(extractor)
+        cache.mkdir(parents=True, exist_ok=True)
+        self.reference = self._reference(cache / f"{config.data.name}-{extractor}-{num_ref or 'all'}.npz", num_ref)
+        self.classifier = self._classifier(cache / f"{config.data.name}-classifier.pt")
+
+    def distance(self, images: Images) -> float:
+        """Of uint8 images (N, H, W, C)."""
+        return frechet_distance(self._gaussian(images), self.reference)
+
+    def recognised(self, images: Images, labels: NDArray[np.int64]) -> float:
+        """Share of images that the classifier takes for the class asked for."""
+        return accuracy(self.classifier, images, labels)
+
+    def real(self, num: int) -> dict[str, float]:
+        """The same scores of the first `num` held-out real images."""
+        images = self.test.images(range(num))
+        return {"fd": self.distance(images), "recognised": self.recognised(images, self.test.labels[:num])}
+
+    def _open(self, config: Config, split: str) -> ImageSet:
+        return open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels, split=split)
+
+    def _gaussian(self, images: Images) -> Gaussian:
+        statistics = FeatureStatistics(self.net.num_features)
+        with torch.inference_mode():
+            for start in range(0, len(images), 500):
+                part = torch.from_numpy(images[start : start + 500].transpose(0, 3, 1, 2).copy())
+                statistics.update(self.net(part).numpy())
+        return statistics.gaussian()
+
+    def _reference(self, path: Path, num: int | None) -> Gaussian:
+        if not path.exists():
+            made = self._gaussian(self.train.images(range(num or len(self.train))))
+            np.savez(path, mu=made.mean, sigma=made.covariance)
+        with np.load(path, allow_pickle=False) as file:
+            return Gaussian(file["mu"], file["sigma"])
+
+    def _classifier(self, path: Path) -> Classifier:
+        shape = self.train.images([0]).shape
+        if not path.exists():
+            rows = np.random.default_rng(0).permutation(len(self.train))
+            trained = train_classifier(self.train.images(rows.tolist()), self.train.labels[rows])
+            torch.save(trained.state_dict(), path)
+        net = Classifier(shape[3], (shape[1], shape[2]), len(self.train.id2label))
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net.eval()

@@ -1,0 +1,201 @@
+"""How far do the images that a sampler passes through stray from those that the network was trained on?
+
+    python -m samplers.exposure MODEL [--samplers ddim ts-ddim ...] [--steps 20] [--num 256] [--out exposure.png]
+
+Exposure bias: in training the network sees clean images with noise, in sampling its own results. The meter follows
+the mean over images of their variance over pixels, step by step, and sets it against the training marginal
+``signal^2 v + noise^2``, v being the mean variance of clean training images: above 1 the images are too noisy for
+their timestep, below 1 too smooth.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from samplers.catalog import SAMPLERS, make_scheduler, prediction_type_of
+from samplers.loop import sample
+from samplers.noise import image_generators, initial_noise
+
+NETWORKS = ("diffusers", "ditmoe.model")  # modules that a pipeline folder may name
+
+
+class Reading(NamedTuple):
+    """What the meter reads before one network call.
+
+    Attributes:
+        timestep: the scheduled timestep.
+        variance: mean over the images of their unbiased variance over the pixels.
+        expected: the same of training images at that timestep.
+    """
+
+    timestep: float
+    variance: float
+    expected: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over expected: 1 without exposure bias."""
+        return self.variance / self.expected
+
+
+def measure(
+    model: Any,
+    scheduler: Any,
+    data_variance: float,
+    *,
+    num_images: int,
+    num_inference_steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    guidance_scale: float = 1.0,
+    epsilon_scale: float = 1.0,
+) -> list[Reading]:
+    """One `Reading` before every network call.
+
+    ``model`` is a network with diffusers' config (sample_size, in_channels, num_classes; the null label is
+    num_classes), ``data_variance`` the mean over clean training images of their variance over the pixels. Classes are
+    taken in turn; image i depends on (seed, i). Raises ValueError for what `samplers.sample` refuses.
+    """
+    sums: dict[int, float] = {}
+    times: dict[int, float] = {}
+
+    def note(k: int, t: Tensor, x_t: Tensor, _x0: Tensor | None) -> None:
+        variance = x_t.flatten(1).float().var(dim=1, unbiased=True)
+        sums[k] = sums.get(k, 0.0) + float(variance.double().sum())
+        times[k] = float(t)
+
+    c = model.config
+    classes = c.num_classes or 0
+    for start in range(0, num_images, batch_size):
+        indices = range(start, min(start + batch_size, num_images))
+        generators = image_generators(seed, indices)
+        sample(
+            model,
+            scheduler,
+            initial_noise(generators, (c.in_channels, c.sample_size, c.sample_size), model.device),
+            num_inference_steps=num_inference_steps,
+            class_labels=torch.tensor([i % classes for i in indices]) if classes else None,
+            null_label=classes if classes else None,
+            guidance_scale=guidance_scale if classes else 1.0,
+            epsilon_scale=epsilon_scale,
+            generators=generators,
+            callback=note,
+        )
+    return [
+        Reading(times[k], sums[k] / num_images, training_variance(scheduler, times[k], data_variance))
+        for k in sorted(sums)
+    ]
+
+
+def training_variance(scheduler: Any, timestep: float, data_variance: float) -> float:
+    """Expected variance over the pixels of a training image at ``timestep``: signal^2 v + noise^2."""
+    if prediction_type_of(scheduler.config) == "flow_prediction":
+        s = timestep / scheduler.config.num_train_timesteps
+        return float((1 - s) ** 2 * data_variance + s**2)
+    alpha_bar = float(scheduler.alphas_cumprod[int(timestep)])
+    return alpha_bar * data_variance + 1 - alpha_bar
+
+
+def table(readings: dict[str, list[Reading]]) -> str:
+    """Markdown: a row a network call, a column a sampler, in it the ratio of measured to expected variance."""
+    lines = []
+    for name, rows in readings.items():
+        worst = max(rows, key=lambda row: abs(math.log(row.ratio)))
+        lines += [f"{name}: variance over that of training, worst {worst.ratio:.3f} at t = {worst.timestep:.0f}", ""]
+        lines += ["| t | variance | expected | ratio |", "|---|---|---|---|"]
+        lines += [f"| {r.timestep:.0f} | {r.variance:.4f} | {r.expected:.4f} | {r.ratio:.3f} |" for r in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(readings: dict[str, list[Reading]], path: Path) -> None:
+    """A picture of the ratios over the timesteps, one line a sampler."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, rows in readings.items():
+        axes.plot([r.timestep for r in rows], [r.ratio for r in rows], marker=".", label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.invert_xaxis()
+    axes.set(xlabel="timestep (noise to data)", ylabel="variance of x_t / that of training images")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and plot; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m samplers.exposure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a pipeline folder, or a run folder with model/ in it")
+    parser.add_argument("--samplers", nargs="+", default=["ddim"], help=f"of {', '.join(SAMPLERS)}")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--num", type=int, default=256, help="images")
+    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 is none")
+    parser.add_argument("--epsilon-scale", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--data-variance", type=float, help="default: saved with the model")
+    parser.add_argument("--out", type=Path, default=Path("exposure.png"))
+    args = parser.parse_args(argv)
+    try:
+        readings = _read(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(readings))
+    plot(readings, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
+    for name in ("num", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be 1 or more")
+    if args.out.suffix not in (".png", ".pdf", ".svg") or not args.out.absolute().parent.is_dir():
+        raise ValueError(f"out {args.out} must be a .png, .pdf or .svg file in a folder that exists")
+    folder = args.model if (args.model / "model_index.json").is_file() else args.model / "model"
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{args.model} holds no model: neither model_index.json nor model/model_index.json is there")
+    model = load_network(folder).float().to("cuda" if torch.cuda.is_available() else "cpu")
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    variance = config.get("data_variance") if args.data_variance is None else args.data_variance
+    if variance is None or not 0 < variance < math.inf:
+        raise ValueError(f"data_variance is {variance}; give --data-variance, the mean variance of training images")
+    schedulers = {name: make_scheduler(name, config) for name in args.samplers}  # every name is checked first
+    return {
+        name: measure(
+            model, scheduler, variance, num_images=args.num, num_inference_steps=args.steps, seed=args.seed,
+            batch_size=args.batch_size, guidance_scale=args.cfg, epsilon_scale=args.epsilon_scale,
+        )
+        for name, scheduler in schedulers.items()
+    }  # fmt: skip
+
+
+def load_network(folder: Path) -> Any:
+    """The network of a pipeline folder, without the pipeline's own class.
+
+    Raises ValueError when it is of a library that is not known: a model folder does not decide what is imported.
+    """
+    library, name = json.loads((folder / "model_index.json").read_text()).get("transformer", (None, None))
+    if library not in NETWORKS:
+        raise ValueError(f"{folder}: its transformer is of {library!r}, which is not one of {', '.join(NETWORKS)}")
+    found = getattr(import_module(library), name, None)
+    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
+        raise ValueError(f"{folder}: {library} has no network {name!r}")
+    return found.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True).eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

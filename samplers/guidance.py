@@ -1,0 +1,173 @@
+"""One call of the network: labels, classifier-free guidance, and epsilon scaling.
+
+Shapes: images (N, C, H, W); labels int64 (N,); timesteps () or (N,).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samplers import gaussian
+
+RULES = ("cfg", "cfg++")
+
+Rescale = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How the answers with and without the label are joined (Ho & Salimans 2022, arXiv 2207.12598).
+
+    Attributes:
+        scale: w of ``uncond + w (cond - uncond)``; 1 is the conditional model alone, 0 the unconditional one.
+        interval: (lowest, highest) timestep, on the network's scale, at which to guide; elsewhere the conditional
+            model alone, in a pass of half the size (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: everywhere.
+        channels: how many of the first channels are guided, the others staying conditional (DiT's code guides 3 of
+            4 latent channels); None: all.
+        rule: "cfg", or "cfg++" (Chung et al. 2024, arXiv 2406.08070): the step takes the clean image from the guided
+            answer and puts noise back with the unconditional one; useful scales are in 0..1.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    channels: int | None = None
+    rule: str = "cfg"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.scale < 0:
+            raise ValueError(f"guidance_scale is {self.scale}, but it must be 0 or more; 1 is off")
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"guidance_interval {self.interval} must be (lowest, highest) timestep")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance_channels is {self.channels}, but it must be 1 or more")
+        if self.rule not in RULES:
+            raise ValueError(f"guidance_rule {self.rule!r} is not one of {', '.join(RULES)}")
+        if self.off and (self.interval is not None or self.channels is not None):
+            raise ValueError("guidance_interval and guidance_channels do nothing at guidance_scale 1; leave them out")
+
+    @property
+    def off(self) -> bool:
+        """Is the conditional model all that is asked for?"""
+        return self.scale == 1 and self.rule == "cfg"
+
+    def applies(self, t: float) -> bool:
+        """Is the network's answer at timestep t guided?"""
+        return not self.off and (self.interval is None or self.interval[0] <= t <= self.interval[1])
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with its labels and guidance: x_t -> what the scheduler wants.
+
+    Attributes:
+        model: called as ``model(x, t, class_labels=y).sample``.
+        labels: (N,), or None for a model without classes.
+        null_label: the label that means "no class".
+        guidance: see `Guidance`.
+    """
+
+    model: nn.Module
+    labels: Tensor | None
+    null_label: int | None
+    guidance: Guidance
+
+    def check(self, noise: Tensor) -> None:
+        """Raise ValueError for labels or guidance that cannot apply to these images."""
+        scale = self.guidance.scale
+        if self.labels is None:
+            if not self.guidance.off:
+                what = f"guidance_scale {scale}" if scale != 1 else f"guidance_rule {self.guidance.rule!r}"
+                raise ValueError(
+                    f"{what} needs class labels; an unconditional model can only be sampled with guidance_scale 1 "
+                    "and guidance_rule 'cfg'"
+                )
+            return
+        if self.labels.shape != noise.shape[:1]:
+            raise ValueError(
+                f"class_labels has shape {tuple(self.labels.shape)} for {len(noise)} images; give one label per image"
+            )
+        if not self.guidance.off and self.null_label is None:
+            raise ValueError(
+                f"guidance_scale {scale} needs the model's null label; pass null_label "
+                "(num_classes for a DiT) or use guidance_scale 1"
+            )
+        channels = self.guidance.channels
+        if channels is not None and channels > noise.shape[1]:
+            raise ValueError(f"guidance_channels is {channels}, but the images have {noise.shape[1]}")
+
+    def __call__(self, x: Tensor, t: Tensor, scheduled: float) -> tuple[Tensor, Tensor | None]:
+        """(answer, unguided answer or None), float32; (N, C, H, W), or the answer 2C with a learned variance.
+
+        ``t`` () or (N,) is what the network is told, ``scheduled`` what the guidance interval goes by. A learned
+        variance stays the conditional one. The unguided answer is for "cfg++" steps that are guided.
+        """
+        guided = self.guidance.applies(scheduled)
+        labels = self.labels
+        if guided:
+            assert labels is not None
+            assert self.null_label is not None
+            x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, self.null_label)])
+            t = torch.cat([t, t]) if t.ndim else t
+        output = self._ask(x, t, labels)
+        if not guided:
+            return output, None
+        channels = x.shape[1]
+        cond, uncond = output.chunk(2)
+        mean, rest = cond[:, :channels], cond[:, channels:]
+        null = uncond[:, :channels]
+        joined = null + self.guidance.scale * (mean - null)
+        if self.guidance.channels is not None:
+            joined = torch.cat([joined[:, : self.guidance.channels], mean[:, self.guidance.channels :]], dim=1)
+            null = torch.cat([null[:, : self.guidance.channels], mean[:, self.guidance.channels :]], dim=1)
+        return torch.cat([joined, rest], dim=1), null if self.guidance.rule == "cfg++" else None
+
+    def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        output: Tensor = self.model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample.float()
+        channels = x.shape[1]
+        if output.shape[1] not in (channels, 2 * channels):
+            raise ValueError(
+                f"the model emits {output.shape[1]} channels for images of {channels}; "
+                f"it must emit {channels}, or {2 * channels} with a learned variance"
+            )
+        return output
+
+
+def epsilon_scaling(scheduler: Any, prediction_type: str, scale: float | tuple[float, float]) -> Rescale | None:
+    """A function (output, x_t, t) -> output with eps divided by lambda_t = k t + b; None where lambda is 1.
+
+    Epsilon scaling (Ning et al. 2024, arXiv 2308.15321): a network that meets its own errors sees images that are
+    too noisy and predicts too much noise. For "v_prediction" and "sample" the output is turned into eps and back.
+
+    Args:
+        scheduler: knows ``alphas_cumprod``.
+        prediction_type: of the network.
+        scale: b (with k = 0), or (k, b).
+
+    Raises:
+        ValueError: lambda is not above 0 everywhere, or the network has no eps to scale.
+    """
+    k, b = scale if isinstance(scale, Sequence) else (0.0, scale)
+    if (k, b) == (0.0, 1.0):
+        return None
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if prediction_type not in gaussian.PREDICTION_TYPES or alphas is None:
+        raise ValueError(f"epsilon_scale {scale} is for Gaussian diffusion, not for {prediction_type!r}; leave it at 1")
+    if not min(b, k * (len(alphas) - 1) + b) > 0 or not math.isfinite(k + b):
+        raise ValueError(f"epsilon_scale {scale} must be above 0 at every timestep; 1 is off")
+
+    def scaled(output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        channels = x_t.shape[1]
+        level = alphas.double()[t.cpu().long()]
+        _, eps = gaussian.predict_x0_and_eps(x_t, output[:, :channels], level, prediction_type)
+        eps = eps / gaussian.per_image(k * t.cpu().double() + b, x_t)
+        turned = gaussian.from_eps(x_t, eps, level, prediction_type)
+        # without any signal eps says nothing about the image: left as it is
+        turned = torch.where(gaussian.per_image(level, x_t) > 0, turned, output[:, :channels])
+        return torch.cat([turned, output[:, channels:]], dim=1)
+
+    return scaled

@@ -1,0 +1,108 @@
+"""Two fast solvers of diffusers, DPM-Solver++(2M) and UniPC, on a grid that is right for every number of steps.
+
+The stock classes build "trailing" grids by summing floats, which for 111 of the numbers 1..1000 gives one
+timestep too many (61 steps: 62, the last at t = -1); and a config that was saved with a learned variance
+makes them cut images to three channels. Both also need float32 images: the loop gives them those.
+"""
+
+from inspect import signature
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from samplers.grid import check_steps, stock_config, timestep_grid
+
+# DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
+__all__ = ["DPMSolverScheduler", "SchedulerMixin", "UniPCScheduler"]
+
+
+class _OwnFields:
+    """A mixin: `from_config` takes the fields of ``__init__`` alone; the stock code would obey any other it finds."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        known = signature(cls.__init__).parameters
+        left = (config or {}).get("_use_default_values", ())  # the saving class was not told these
+        fields = {key: value for key, value in (config or {}).items() if key in known and key not in left}
+        fields |= {key: value for key, value in kwargs.items() if key in known}
+        made = cls(**fields)
+        return (made, {}) if return_unused_kwargs else made
+
+
+class DPMSolverScheduler(_OwnFields, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), ending in clean data.
+
+    A subset of the config of `diffusers.DPMSolverMultistepScheduler` (see there for each field); the default
+    grid is "trailing". It remembers steps: call `set_timesteps` before each batch.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        data_variance: float | None = None,
+    ) -> None:
+        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Set ``timesteps`` (N,) int64 on ``device`` and ``sigmas`` (N + 1,), the last 0."""
+        _set_grid(self, super().set_timesteps, num_inference_steps, device)
+
+
+class UniPCScheduler(_OwnFields, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
+    """UniPC, bh2 (Zhao et al. 2023, arXiv 2302.04867), ending in clean data.
+
+    A subset of the config of `diffusers.UniPCMultistepScheduler` (see there for each field); the default grid is
+    "trailing". It remembers steps: call `set_timesteps` before each batch.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        data_variance: float | None = None,
+    ) -> None:
+        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Set ``timesteps`` (N,) int64 on ``device`` and ``sigmas`` (N + 1,), the last 0."""
+        _set_grid(self, super().set_timesteps, num_inference_steps, device)
+
+
+def _set_grid(scheduler: Any, stock: Any, steps: int, device: torch.device | str | None) -> None:
+    """The stock method, which also forgets earlier steps, and then the right grid."""
+    config = scheduler.config
+    check_steps(steps, config.num_train_timesteps)
+    stock(steps, device)
+    grid = timestep_grid(config.timestep_spacing, steps, config.num_train_timesteps, config.steps_offset)
+    alpha_bar = scheduler.alphas_cumprod.double()[grid]
+    ratio: Tensor = ((1 - alpha_bar) / alpha_bar).sqrt()  # noise over signal, the solvers' sigma
+    scheduler.sigmas = torch.cat([ratio, ratio.new_zeros(1)]).float()
+    scheduler.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
+    scheduler.num_inference_steps = steps
