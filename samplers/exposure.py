@@ -191,7 +191,7 @@ def load_network(folder: Path) -> Any:
     library, name = json.loads((folder / "model_index.json").read_text()).get("transformer", (None, None))
     if library not in NETWORKS:
         raise ValueError(f"{folder}: its transformer is of {library!r}, which is not one of {', '.join(NETWORKS)}")
-    found = getattr(import_module(library), name, None)
+    found: Any = getattr(import_module(library), name, None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise ValueError(f"{folder}: {library} has no network {name!r}")
     return found.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True).eval()
