@@ -192,7 +192,8 @@ def load_network(folder: Path) -> Any:
     if library not in NETWORKS:
         raise ValueError(f"{folder}: its transformer is of {library!r}, which is not one of {', '.join(NETWORKS)}")
     found: Any = getattr(import_module(library), name, None)
-    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
+    is_network = isinstance(found, type) and issubclass(found, ModelMixin)
+    if not is_network:
         raise ValueError(f"{folder}: {library} has no network {name!r}")
     return found.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True).eval()
 
