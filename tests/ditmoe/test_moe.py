@@ -16,7 +16,7 @@ def layer(rule: RoutingRule, **options: object) -> MoELayer:
     values = {"num_experts": E, "expert_width": F, "shared_width": 12, **options}
     made = MoELayer(D, rule=rule, **values)  # type: ignore[arg-type]
     with torch.no_grad():
-        made.router.weight.mul_(40)  # spread the logits: the initial ones are nearly even
+        made.router.weight.mul_(2)  # spread the logits
     return made
 
 
