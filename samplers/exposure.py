@@ -132,8 +132,8 @@ def plot(readings: dict[str, list[Reading]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and plot; the exit code."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m samplers.exposure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,7 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--data-variance", type=float, help="default: saved with the model")
     parser.add_argument("--out", type=Path, default=Path("exposure.png"))
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and plot; the exit code."""
+    args = arguments(argv)
     try:
         readings = _read(args)
     except ValueError as error:

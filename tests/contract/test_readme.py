@@ -9,8 +9,10 @@ import tyro
 
 from ditmoe import cli
 from ditmoe.config import save
+from ditmoe.export import ExportArgs
 from ditmoe.presets import PRESETS
 from eval.fid import Arguments
+from samplers import SAMPLERS, exposure
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -45,6 +47,13 @@ def test_sample_commands(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m eval.fid")])
 def test_score_commands(command: str) -> None:
     tyro.cli(Arguments, args=shlex.split(command)[3:])
+
+
+def test_other_commands() -> None:
+    (meter,) = (c for c in COMMANDS if c.startswith("python -m samplers.exposure"))
+    assert set(exposure.arguments(shlex.split(meter)[3:]).samplers) <= SAMPLERS.keys()
+    (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.export"))
+    tyro.cli(ExportArgs, args=shlex.split(gift)[3:])
 
 
 def test_make_targets_and_links_exist() -> None:
