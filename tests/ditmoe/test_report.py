@@ -133,7 +133,7 @@ def test_unconditional_flow_model_and_few_samples(tiny: Tiny, num: int) -> None:
     assert made["classes"] is None
     assert made["copies"]["held_out"]
     assert made["sampling"] | {"seconds": 0} == {
-        "num": num, "sampler": "flow-euler", "steps": 3, "guidance": 1.0, "seed": 0, "seconds": 0
+        "num": num, "sampler": "flow-euler", "steps": 3, "nfe": 3, "guidance": 1.0, "seed": 0, "seconds": 0
     }  # fmt: skip
     shown = Page(run)
     assert "Unconditional" in shown.text
