@@ -63,8 +63,9 @@ def main() -> None:
     scorer = Scorer(read_config(args.runs[0]), args.cache, args.extractor, args.num_ref)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     protocol = {name: getattr(args, name) for name in ("num", "sampler", "steps", "seed", "extractor", "num_ref")}
-    if not any(row["run"] == "real" and row["num"] == args.num for row in done):
-        append(args.out, {"run": "real", "step": 0, "cfg": 0, **protocol, **scorer.real(args.num)}, done)
+    real = {"run": "real", "step": 0, "cfg": 0, **protocol}
+    if not any(real.items() <= row.items() for row in done):
+        append(args.out, {**real, **scorer.real(args.num)}, done)
     for run in args.runs:
         for folder in sorted((run / "checkpoints").glob("step-*")):
             step = int(folder.name.removeprefix("step-"))

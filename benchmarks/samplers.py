@@ -35,10 +35,9 @@ def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
         yield {"sampler": "ddpm", "steps": 250} if "ddpm" in names else {"sampler": "flow-euler", "steps": 250}
         for calls in NFE:
             for name in names:
-                steps = [n for n in range(1, calls + 1) if n > 3 or "pndm" not in name]
-                steps = [n for n in steps if network_calls(name, scheduler, n) == calls]
-                if steps:
-                    yield {"sampler": name, "steps": steps[-1]}
+                steps = calls - 9 if "pndm" in name else calls // 2 if name == "flow-heun" else calls
+                if (steps > 3 or "pndm" not in name) and network_calls(name, scheduler, steps) == calls:
+                    yield {"sampler": name, "steps": steps}
     elif part == "shift":
         for steps in (10, 20):
             for mode in ("target", "network", "both"):

@@ -45,7 +45,7 @@ def export(args: ExportArgs) -> None:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
     read_config(args.run)  # refuses what is no run
     pipe = pipeline.load(args.run)
-    pipe.transformer.to(getattr(torch, args.dtype))
+    torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)
     (args.folder / "training.json").write_text((args.run / "config.json").read_text())

@@ -28,8 +28,8 @@ def _time_shift(base: str) -> Sampler:
     return Sampler(TimeShiftScheduler, gaussian.PREDICTION_TYPES, MappingProxyType({"base": base}))
 
 
-# What `ts-*` does unless it or the saved config is told otherwise: docs/samplers.md has the measurements.
-# Both are in thousandths of the training steps.
+# What `ts-*` does unless it or the saved config is told otherwise, in thousandths of the training steps.
+# Placeholders: no sweep supports them yet.
 TIME_SHIFT = {"exposure_window": 20, "exposure_cutoff": 300}
 
 SAMPLERS: dict[str, Sampler] = {

@@ -106,7 +106,7 @@ def training_variance(scheduler: Any, timestep: float, data_variance: float) -> 
 
 
 def table(readings: dict[str, list[Reading]]) -> str:
-    """Markdown: a row a network call, a column a sampler, in it the ratio of measured to expected variance."""
+    """Markdown: for each sampler its worst step, and a table with a row a network call."""
     lines = []
     for name, rows in readings.items():
         worst = max(rows, key=lambda row: abs(math.log(row.ratio)))

@@ -37,6 +37,16 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     order = 1
 
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        prediction_type: str = "flow_prediction",
+        data_variance: float | None = None,
+    ) -> None:
+        self._start()
+
     def _start(self) -> None:
         if self.config.prediction_type != "flow_prediction":
             raise ValueError(
@@ -108,16 +118,6 @@ class FlowEulerScheduler(FlowScheduler):
     image's timestep while it runs. It keeps no state between steps.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        prediction_type: str = "flow_prediction",
-        data_variance: float | None = None,
-    ) -> None:
-        self._start()
-
     def step(
         self,
         model_output: Tensor,
@@ -150,16 +150,6 @@ class FlowHeunScheduler(FlowScheduler):
     N steps take 2N network calls, the last at s = 0. Grid and ``shift`` are those of `FlowEulerScheduler`. It
     remembers the first half of a step: use it for one batch at a time, after `set_timesteps`.
     """
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        prediction_type: str = "flow_prediction",
-        data_variance: float | None = None,
-    ) -> None:
-        self._start()
 
     def _calls(self, sigmas: Tensor) -> Tensor:
         self._index = 0

@@ -20,11 +20,34 @@ from samplers.grid import check_steps, stock_config, timestep_grid
 __all__ = ["DPMSolverScheduler", "SchedulerMixin", "UniPCScheduler"]
 
 
-class _OwnFields:
-    """A mixin: `from_config` takes the fields of ``__init__`` alone; the stock code would obey any other it finds."""
+class _Solver:
+    """What the two share, in front of a stock class: fewer fields, of which none is obeyed unseen, and the grid."""
+
+    config: Any
+    alphas_cumprod: Tensor
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        data_variance: float | None = None,
+    ) -> None:
+        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As ever, but with the fields of ``__init__`` alone: the stock code would obey any other that it finds."""
         known = signature(cls.__init__).parameters
         left = (config or {}).get("_use_default_values", ())  # the saving class was not told these
         fields = {key: value for key, value in (config or {}).items() if key in known and key not in left}
@@ -32,77 +55,32 @@ class _OwnFields:
         made = cls(**fields)
         return (made, {}) if return_unused_kwargs else made
 
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Set ``timesteps`` (N,) int64 on ``device`` and ``sigmas`` (N + 1,), the last 0; forgets earlier steps."""
+        config = self.config
+        check_steps(num_inference_steps, config.num_train_timesteps)
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        grid = timestep_grid(
+            config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+        )
+        alpha_bar = self.alphas_cumprod.double()[grid]
+        ratio = ((1 - alpha_bar) / alpha_bar).sqrt()  # noise over signal, the solvers' sigma
+        self.sigmas = torch.cat([ratio, ratio.new_zeros(1)]).float()
+        self.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
+        self.num_inference_steps = num_inference_steps
 
-class DPMSolverScheduler(_OwnFields, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
+
+class DPMSolverScheduler(_Solver, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), ending in clean data.
 
     A subset of the config of `diffusers.DPMSolverMultistepScheduler` (see there for each field); the default
     grid is "trailing". It remembers steps: call `set_timesteps` before each batch.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
-        data_variance: float | None = None,
-    ) -> None:
-        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Set ``timesteps`` (N,) int64 on ``device`` and ``sigmas`` (N + 1,), the last 0."""
-        _set_grid(self, super().set_timesteps, num_inference_steps, device)
-
-
-class UniPCScheduler(_OwnFields, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
+class UniPCScheduler(_Solver, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
     """UniPC, bh2 (Zhao et al. 2023, arXiv 2302.04867), ending in clean data.
 
     A subset of the config of `diffusers.UniPCMultistepScheduler` (see there for each field); the default grid is
     "trailing". It remembers steps: call `set_timesteps` before each batch.
     """
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
-        data_variance: float | None = None,
-    ) -> None:
-        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Set ``timesteps`` (N,) int64 on ``device`` and ``sigmas`` (N + 1,), the last 0."""
-        _set_grid(self, super().set_timesteps, num_inference_steps, device)
-
-
-def _set_grid(scheduler: Any, stock: Any, steps: int, device: torch.device | str | None) -> None:
-    """The stock method, which also forgets earlier steps, and then the right grid."""
-    config = scheduler.config
-    check_steps(steps, config.num_train_timesteps)
-    stock(steps, device)
-    grid = timestep_grid(config.timestep_spacing, steps, config.num_train_timesteps, config.steps_offset)
-    alpha_bar = scheduler.alphas_cumprod.double()[grid]
-    ratio: Tensor = ((1 - alpha_bar) / alpha_bar).sqrt()  # noise over signal, the solvers' sigma
-    scheduler.sigmas = torch.cat([ratio, ratio.new_zeros(1)]).float()
-    scheduler.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
-    scheduler.num_inference_steps = steps

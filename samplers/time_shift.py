@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
+from samplers.criterion import Variance, VarianceCriterion, clean_variance
 from samplers.grid import Levels
 from samplers.noise import Generators
 from samplers.pndm import PNDMScheduler
@@ -122,15 +123,13 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.betas, self.alphas_cumprod = self._base.betas, self._base.alphas_cumprod
         self.init_noise_sigma = 1.0
         self._alpha_bar = self._base._alpha_bar  # (T,) float64
-        v = exposure_variance
-        if v is None or isinstance(v, str):
-            v = data_variance if v == "calibrated" else 0.0
-        # This form is exactly 1 everywhere at v = 1, so that there nothing is nearer than the scheduled timestep.
-        self._expected = 1 - self._alpha_bar * (1 - torch.as_tensor(v, dtype=torch.float64))  # (T,)
+        v = clean_variance(exposure_variance, data_variance, num_train_timesteps)
+        self._criterion = VarianceCriterion(self._alpha_bar, v, exposure_window, exposure_cutoff, exposure_min_snr)
         self._chosen: Tensor | None = None  # timesteps (N,) to ask the network about next
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._levels_on: dict[torch.device, Tensor] = {}
         self._restart()
-        self._warn()
+        self._said: set[str] = set()
+        self._warn(v)
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -233,7 +232,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         after = self._after(timestep, self._calls)
         if self._calls == 0 or after is None or self._warming_up():
             return levels, None
-        chosen = self._choose(sample, after, highest=timestep - 1 if stochastic else None)
+        chosen = self._criterion.choose(sample, after, highest=timestep - 1 if stochastic else None)
         if chosen is None:
             return levels, None
         return levels._replace(end=self._alpha_bar_on(sample.device)[chosen]), chosen - after
@@ -243,39 +242,12 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         t = self._after(timestep, self._calls - 1)
         if t is None or self._warming_up():
             return None
-        lowest = None
+        lowest = 0
         if stochastic and self.config.exposure_mode == "both":  # a step with noise never starts below its end
             after = self._after(t, self._calls)
             lowest = (-1 if after is None else after) + 1
-        self._chosen = self._choose(x, t, lowest=lowest)
+        self._chosen = self._criterion.choose(x, t, lowest=lowest)
         return None if self._chosen is None else self._chosen - t
-
-    def _choose(self, x: Tensor, t: int, *, lowest: int | None = None, highest: int | None = None) -> Tensor | None:
-        """(N,) int64 timesteps round t whose expected variance is nearest to the images'; None: no shift."""
-        half = self.config.exposure_window // 2
-        low = max(t - half, 0, lowest or 0)
-        high = min(t + half, len(self) - 1, len(self) - 1 if highest is None else highest)
-        if half == 0 or x[0].numel() == 1 or t <= self.config.exposure_cutoff or not low <= t <= high:
-            return None
-        flat = x.detach().flatten(1)
-        if self._is_noise(low, high, flat.shape[1]):
-            return None
-        expected = self._expected_on(x.device)[low : high + 1]
-        variance = flat.float().var(dim=1, unbiased=True).to(expected.dtype)  # (N,)
-        distance = (variance[:, None] - expected).abs()  # (N, W)
-        steps_off = torch.arange(low, high + 1, device=x.device).sub(t).abs()
-        nearest = distance == distance.amin(dim=1, keepdim=True)
-        chosen: Tensor = low + torch.where(nearest, steps_off, len(self) + 1).argmin(dim=1)
-        return chosen
-
-    def _is_noise(self, low: int, high: int, values: int) -> bool:
-        """Do the expected variances of the window differ by less than the noise guard asks for?"""
-        if not self.config.exposure_min_snr:
-            return False
-        window = self._expected[low : high + 1]
-        spread = float(window.max() - window.min())
-        wanted: float = self.config.exposure_min_snr * math.sqrt(2 / max(values - 1, 1))
-        return spread < wanted
 
     # ----------------------------------------------------------------------------------------- bookkeeping
 
@@ -301,16 +273,10 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return bool(getattr(self._base, "in_warm_up", False))
 
     def _alpha_bar_on(self, device: torch.device) -> Tensor:
-        return self._on(device)[0]
-
-    def _expected_on(self, device: torch.device) -> Tensor:
-        return self._on(device)[1]
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._tables:
+        if device not in self._levels_on:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._tables[device] = (self._alpha_bar.to(dtype).to(device), self._expected.to(dtype).to(device))
-        return self._tables[device]
+            self._levels_on[device] = self._alpha_bar.to(dtype).to(device)
+        return self._levels_on[device]
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
@@ -327,20 +293,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             value = c[name]
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= T:
                 raise ValueError(f"{name} is {value!r}, but it is {what}: an integer from 0 to {T}")
-        v = c.exposure_variance
-        if isinstance(v, str) and v not in ("published", "calibrated"):
-            raise ValueError(f"exposure_variance {v!r} is neither published, calibrated nor a number")
-        if v == "calibrated" and c.data_variance is None:
-            raise ValueError("exposure_variance 'calibrated' needs data_variance, which this model was not saved with")
-        v = c.data_variance if v == "calibrated" else None if v == "published" else v
-        values = [] if v is None else list(v) if isinstance(v, (list, tuple)) else [v]
-        if isinstance(v, (list, tuple)) and len(v) != T:
-            raise ValueError(f"exposure_variance has {len(v)} values; give one, or one for each of {T} timesteps")
-        wrong = [each for each in values if not 0 <= float(each) < math.inf]
-        if wrong:
-            raise ValueError(f"exposure_variance {wrong[0]} must be 0 or more, and finite")
-        if c.data_variance is not None and not 0 < c.data_variance < math.inf:
-            raise ValueError(f"data_variance is {c.data_variance}, but it must be above 0, and finite")
         lacking = [
             name
             for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr")
@@ -351,15 +303,14 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not 0 <= c.exposure_min_snr < math.inf:
             raise ValueError(f"exposure_min_snr is {c.exposure_min_snr}, but it must be 0 or more; 0 is no guard")
 
-    def _warn(self) -> None:
-        self._said: set[str] = set()
+    def _warn(self, v: Variance) -> None:
         c = self.config
-        if c.exposure_window > 1 and c.exposure_variance in (None, "published") and (c.data_variance or 0.0) >= UNIT:
+        if c.exposure_window <= 1:
+            return
+        if c.exposure_variance in (None, "published") and (c.data_variance or 0.0) >= UNIT:
             self._say_once(
                 f"the data has variance {c.data_variance:.2f}, so that x_t has about the same at every timestep: the "
                 "published criterion only shifts to the edge of its window here; calibrate it with exposure_variance"
             )
-        v = c.data_variance if c.exposure_variance == "calibrated" else c.exposure_variance
-        near_unit = isinstance(v, float) and v != 1 and abs(1 - v) <= 1 - UNIT
-        if c.exposure_window > 1 and near_unit and not c.exposure_min_snr:
+        if isinstance(v, float) and v != 1 and abs(1 - v) <= 1 - UNIT and not c.exposure_min_snr:
             self._say_once(f"with a data variance of {v:.3f} the choice follows its own noise; set exposure_min_snr")
