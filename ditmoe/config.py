@@ -77,6 +77,9 @@ class MoEConfig:
     """Hidden width F of one routed expert."""
     shared_width: int = 128
     """Hidden width of the shared expert that serves every token; 0 leaves it out."""
+    router_input: Literal["token", "position"] = "token"
+    """What the router looks at: the token, or its place in the image (for aligned images: the same experts serve a
+    place at every noise level)."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become scores."""
     renormalize: bool = True

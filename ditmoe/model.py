@@ -104,6 +104,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         top_k: Experts K of a token.
         expert_width: Hidden width of one routed expert.
         shared_width: Hidden width of the shared expert; 0 for none.
+        router_input: "token", or "position": the place in the image decides, see `ditmoe.moe.Router`.
         router_score: "softmax" or "sigmoid".
         router_renormalize: Divide the K scores by their sum.
         router_scale: Factor on the routed weights.
@@ -139,6 +140,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         top_k: int = 3,
         expert_width: int = 256,
         shared_width: int = 256,
+        router_input: Literal["token", "position"] = "token",
         router_score: Literal["softmax", "sigmoid"] = "sigmoid",
         router_renormalize: bool = True,
         router_scale: float = 1.0,
@@ -155,6 +157,10 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self._add_positions(positions, hidden_size, hidden_size // num_heads, sample_size // patch_size)
+        places = None
+        if router_input == "position":
+            table = sincos_positions(hidden_size, sample_size // patch_size)[0]  # (T, D)
+            places = nn.functional.layer_norm(table, (hidden_size,))
         rule = RoutingRule(top_k, router_score, router_renormalize, router_scale)
 
         def feed_forward(i: int) -> MoELayer | FeedForward:
@@ -167,6 +173,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 shared_width=shared_width,
                 rule=rule,
                 activation=activation,
+                positions=places,
                 with_bias=router_bias,
                 backend=backend,
             )
@@ -288,6 +295,7 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
         top_k=e.top_k,
         expert_width=e.expert_width,
         shared_width=e.shared_width,
+        router_input=e.router_input,
         router_score=e.score,
         router_renormalize=e.renormalize,
         router_scale=e.scale,

@@ -61,11 +61,26 @@ _DIGITS = Config(
     sample=SampleConfig(steps=25, cfg=1.5),
 )
 _FASHION = Config(
-    max_steps=4500,
-    model=ModelConfig(sample_size=28, patch_size=4, hidden_size=128, depth=6, ffn_width=384),
-    moe=MoEConfig(num_experts=16, top_k=2, expert_width=128, shared_width=128, scale=2.0),
+    max_steps=10_000,
+    model=ModelConfig(
+        sample_size=28,
+        patch_size=4,
+        hidden_size=64,
+        depth=6,
+        ffn_width=192,
+        positions="sincos",
+    ),
+    moe=MoEConfig(
+        blocks="all",
+        num_experts=16,
+        top_k=2,
+        expert_width=64,
+        shared_width=64,
+        router_input="position",
+        scale=2.0,
+    ),
     data=DataConfig(name="fashion"),
-    train=TrainConfig(decay_steps=4500, checkpoint_every=500),
+    train=TrainConfig(decay_steps=10_000, checkpoint_every=500),
 )
 _FOLDER = Config(
     max_steps=20_000,

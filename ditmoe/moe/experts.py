@@ -7,6 +7,7 @@ P = S * K (token, expert) pairs sorted by expert.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from .select import Plan
 
 Activation = Literal["swiglu", "gelu"]
+_LOOP_PAYS = 2**16  # D * F from which the loop is the faster one on a CPU (docs/results.md)
 
 
 class FeedForward(nn.Module):
@@ -62,8 +64,9 @@ class Experts(nn.Module):
         width: Hidden width F.
         activation: As in FeedForward.
         backend: "grouped" (torch.nn.functional.grouped_mm: float32, bfloat16, float16; D and F multiples of 16
-            bytes), "loop" (any dtype and size, one matrix product an expert), or "auto": grouped where it applies.
-            On a CPU both give the same bits.
+            bytes), "loop" (any dtype and size, one expert after the other), or "auto": grouped where it applies,
+            but on a CPU the loop for experts of D * F >= 65,536, whose rows it keeps in cache. On a CPU both give
+            the same bits (with gelu where F is a multiple of 64: torch rounds the ends of its runs differently).
     """
 
     def __init__(
@@ -97,20 +100,24 @@ class Experts(nn.Module):
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not know autocast: cast by hand
             dtype = torch.get_autocast_dtype(x.device.type)
-        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)
-        rows = _Dispatch.apply(x.to(dtype), plan.token, plan.slot)  # (P, D)
-        multiply = _grouped if self._use_grouped(dtype) else _loop
-        hidden = _activate(multiply(rows, w_in, plan.counts), self.activation)  # (P, F)
-        out = multiply(hidden, w_out, plan.counts)  # (P, D)
-        y: Tensor = _Combine.apply(out, plan.weight, plan.token, plan.slot)
+        x, w_in, w_out = x.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
+        y: Tensor
+        if not self._use_grouped(x):
+            y = _Loop.apply(x, w_in, w_out, plan.weight, plan.token, plan.slot, plan.counts, self.activation)
+            return y
+        rows = _Dispatch.apply(x, plan.token, plan.slot)  # (P, D)
+        hidden = _activate(_grouped(rows, w_in, plan.counts), self.activation)  # (P, F)
+        out = _grouped(hidden, w_out, plan.counts)  # (P, D)
+        y = _Combine.apply(out, plan.weight, plan.token, plan.slot)
         return y
 
-    def _use_grouped(self, dtype: torch.dtype) -> bool:
+    def _use_grouped(self, x: Tensor) -> bool:
         if self.backend != "auto":
             return self.backend == "grouped"
-        fits = _fits_grouped(self.w_out.shape[1], self.w_out.shape[2], dtype)
-        # torch's compiler knows grouped_mm in 16-bit types only
-        return fits and not (torch.compiler.is_compiling() and dtype == torch.float32)
+        D, width = self.w_out.shape[1:]
+        if not _fits_grouped(D, width, x.dtype) or (torch.compiler.is_compiling() and x.dtype == torch.float32):
+            return False  # torch's compiler knows grouped_mm in 16-bit types only
+        return x.device.type != "cpu" or D * width < _LOOP_PAYS
 
 
 def _inner(width: int, activation: Activation) -> int:
@@ -135,10 +142,69 @@ def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
 
 
-def _loop(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """The same, one product an expert. unbind, not weight[e]: its backward fills one gradient, not E of them."""
-    parts = rows.split(counts.tolist())
-    return torch.cat([part @ w.T for part, w in zip(parts, weight.unbind(0), strict=True)])
+class _Loop(torch.autograd.Function):
+    """Gather, both products, activation and combine, one expert after the other.
+
+    What is as long as all pairs together is touched once; the rest has an expert's rows and stays in cache. The
+    rows are gathered again for the backward pass, where the sums over a token's experts have a fixed order too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor, token: Tensor, slot: Tensor, counts: Tensor,
+        activation: Activation,
+    ) -> Tensor:  # fmt: skip
+        out = x.new_empty(len(token), x.shape[1])
+        hidden = []
+        runs = _runs(counts)
+        for e, run in runs:
+            h = x.index_select(0, token[run]) @ w_in[e].T
+            torch.mm(_activation(h, activation), w_out[e].T, out=out[run])
+            hidden.append(h)
+        ctx.save_for_backward(x, w_in, w_out, weight, token, slot, out, *hidden)
+        ctx.runs, ctx.activation = runs, activation
+        return F.embedding_bag(slot, out, mode="sum", per_sample_weights=weight.to(out.dtype)[slot])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, weight, token, slot, out, *hidden = ctx.saved_tensors
+        grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
+        grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
+        for (e, run), h in zip(ctx.runs, hidden, strict=True):
+            g = grad.index_select(0, token[run])
+            torch.sum(g.to(weight.dtype) * out[run].to(weight.dtype), dim=-1, out=grad_weight[run])
+            g = g * weight[run].to(g.dtype).unsqueeze(-1)
+            torch.mm(g.T, _activation(h, ctx.activation), out=grad_out[e])
+            grad_h = torch.empty_like(h)
+            _activation_backward(g @ w_out[e], h, ctx.activation, grad_h)
+            torch.mm(grad_h.T, x.index_select(0, token[run]), out=grad_in[e])
+            torch.mm(grad_h, w_in[e], out=grad_rows[run])
+        return F.embedding_bag(slot, grad_rows, mode="sum"), grad_in, grad_out, grad_weight, None, None, None, None
+
+
+def _runs(counts: Tensor) -> list[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has any."""
+    ends = counts.cumsum(0).tolist()
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
+
+
+def _activation(h: Tensor, activation: Activation) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(h, approximate="tanh")
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _activation_backward(grad: Tensor, h: Tensor, activation: Activation, out: Tensor) -> None:
+    """The gradient of h, into `out`."""
+    if activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=out)
+        return
+    gate, up = h.chunk(2, dim=-1)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -147,8 +213,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _activation(h, "swiglu")
 
     @staticmethod
     @once_differentiable
@@ -157,10 +222,7 @@ class _SwiGLU(torch.autograd.Function):
         h2, grad2 = h.flatten(0, -2), grad.reshape(-1, grad.shape[-1])
         total = torch.empty_like(h2)
         for rows in _blocks(h2):
-            gate, up = h2[rows].chunk(2, dim=-1)
-            grad_gate, grad_up = total[rows].chunk(2, dim=-1)
-            torch.mul(grad2[rows], F.silu(gate), out=grad_up)
-            torch.ops.aten.silu_backward.grad_input(grad2[rows] * up, gate, grad_input=grad_gate)
+            _activation_backward(grad2[rows], h2[rows], "swiglu", total[rows])
         return total.view_as(h)
 
 

@@ -42,6 +42,7 @@ class MoELayer(nn.Module):
         shared_width: Hidden width of the shared expert; 0 for none.
         rule: The routing rule.
         activation: Of all experts.
+        positions: (T, D), lets a token's place decide instead of the token, see `Router`.
         with_bias: Keep a balancing bias in the router.
         backend: Expert kernels, see `Experts`.
 
@@ -57,12 +58,13 @@ class MoELayer(nn.Module):
         shared_width: int,
         rule: RoutingRule,
         activation: Literal["swiglu", "gelu"] = "swiglu",
+        positions: Tensor | None = None,
         with_bias: bool = False,
         backend: Literal["auto", "grouped", "loop"] = "auto",
     ) -> None:
         super().__init__()
         self.rule = rule
-        self.router = Router(hidden_size, num_experts, with_bias=with_bias)
+        self.router = Router(hidden_size, num_experts, positions=positions, with_bias=with_bias)
         self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
 
@@ -70,7 +72,7 @@ class MoELayer(nn.Module):
         """x (N, T, D) -> y (N, T, D) of x's dtype, and the record. Changes no state."""
         N, T, D = x.shape
         flat = x.reshape(N * T, D)
-        logits = self.router(flat)
+        logits = self.router(x).reshape(N * T, -1)
         chosen = select(logits, self.rule, self.router.expert_bias)
         y = self.experts(flat, chosen.plan)
         if self.shared is not None:

@@ -1,6 +1,6 @@
 """The router: one logit for every token and expert, in float32 whatever the model's precision.
 
-Shapes: S tokens laid flat, D width, E experts.
+Shapes: N images, T tokens of an image, D width, E experts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Linear router, logits = x W^T.
+    """Linear router, logits = z W^T, where z is the token, or the vector of its place in the image.
 
     W starts with variance 1 / D, logits of about 1 for a normalised token, and wants a learning rate of its own,
     D^-1/2 times that of the rest: Adam moves every weight by the same amount a step, and a router whose weights turn
@@ -20,14 +20,20 @@ class Router(nn.Module):
     Args:
         hidden_size: Width D of a token.
         num_experts: Experts E.
+        positions: (T, D) one vector a place, of about unit variance: the place decides, whatever the token shows, so
+            that a place has the same experts in every image and at every noise level. None: the token decides.
         with_bias: Keep a balancing bias (see `losses.balanced_bias`) as the buffer `expert_bias`.
     """
 
     expert_bias: Tensor | None
+    positions: Tensor | None
 
-    def __init__(self, hidden_size: int, num_experts: int, *, with_bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, positions: Tensor | None = None, with_bias: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if with_bias else None)
         self.reset_parameters()
 
@@ -36,7 +42,15 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (S, D), any float dtype -> logits (S, E) float32 (float64 stays float64)."""
+        """x (N, T, D), any float dtype -> logits (N, T, E) float32 (float64 stays float64).
+
+        Raises:
+            ValueError: Another number of tokens than there are positions.
+        """
+        if self.positions is not None and x.shape[1] != len(self.positions):
+            raise ValueError(f"the router has positions for {len(self.positions)} tokens an image, got {x.shape[1]}")
+        z = x if self.positions is None else self.positions
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            logits = F.linear(z.to(dtype), self.weight.to(dtype))
+        return logits.expand(*x.shape[:2], -1)

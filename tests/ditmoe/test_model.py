@@ -62,7 +62,7 @@ def test_our_presets_activate_what_the_dense_dit_has(name: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "fashion", "folder"])
 def test_small_presets_have_a_dense_twin_of_equal_activated_size(name: str) -> None:
     dense = replace(PRESETS[name], moe=replace(PRESETS[name].moe, blocks="none"))
-    assert count_parameters(meta(dense))[0] == pytest.approx(count_parameters(meta(PRESETS[name]))[1], rel=0.01)
+    assert count_parameters(meta(dense))[0] == pytest.approx(count_parameters(meta(PRESETS[name]))[1], rel=0.02)
 
 
 @pytest.mark.parametrize("positions", ["rope", "sincos"])
@@ -75,6 +75,21 @@ def test_shapes(positions: str, qk_norm: str, moe_blocks: str) -> None:
     assert out.sample.shape == (3, 4, 8, 8)
     assert len(out.routing) == {"all": 4, "every-second": 2, "none": 0}[moe_blocks]
     assert all(r.counts.sum() == 3 * 16 * 2 for r in out.routing)
+
+
+def test_routing_by_place_survives_saving(tmp_path: Path) -> None:
+    model = small(router_input="position", moe_blocks="all").eval()
+    x, t, y = inputs()
+    out = model(x, t, y)
+    first, second = (model(x[i : i + 1], t[i : i + 1], y[i : i + 1]).routing for i in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.expert_ids, b.expert_ids)  # other image, time and label: the same experts
+        assert len(torch.unique(a.expert_ids, dim=0)) > 1  # other place: others
+    model.save_pretrained(tmp_path)
+    again = DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(x, t, y).sample, out.sample)
+    with pytest.raises(ValueError, match="positions"):
+        model.blocks[0].moe(torch.randn(1, 9, 32))
 
 
 def test_a_new_model_predicts_zero() -> None:

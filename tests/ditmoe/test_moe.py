@@ -32,6 +32,18 @@ def test_equals_the_obvious_version(score: str, renormalize: bool, activation: s
     torch.testing.assert_close(made(x)[0], reference_moe(made, x), rtol=1e-10, atol=1e-10)
 
 
+def test_routing_by_place_equals_the_obvious_version_and_serves_a_place_alike_in_every_image() -> None:
+    made = layer(RoutingRule(2, "sigmoid", True), positions=torch.randn(5, D), backend="loop").double()
+    x = torch.randn(3, 5, D, dtype=torch.float64)
+    y, routing = made(x)
+    torch.testing.assert_close(y, reference_moe(made, x), rtol=1e-10, atol=1e-10)
+    ids = routing.expert_ids.view(3, 5, 2)
+    assert torch.equal(ids, ids[:1].expand(3, -1, -1))
+    assert len(torch.unique(ids[0], dim=0)) > 1
+    y.square().mean().backward()
+    assert made.router.weight.grad.abs().sum() > 0
+
+
 def test_gradients_are_right() -> None:
     made = layer(RoutingRule(3, "sigmoid", True), backend="loop").double()
     x = torch.randn(1, 4, D, dtype=torch.float64, requires_grad=True)
@@ -49,7 +61,7 @@ def test_gradients_are_right() -> None:
 def test_backends_agree_to_the_bit(dtype: torch.dtype, activation: str) -> None:
     results = []
     for backend in ("grouped", "loop"):
-        made = layer(RoutingRule(2), backend=backend, activation=activation).to(dtype)
+        made = layer(RoutingRule(2), backend=backend, activation=activation, expert_width=64).to(dtype)
         x = torch.randn(3, 7, D, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         y, _ = made(x)
         y.float().square().mean().backward()

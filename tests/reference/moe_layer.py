@@ -24,7 +24,7 @@ def moe(layer: MoELayer, x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     for n, image in enumerate(x):
         for t, token in enumerate(image):
-            logits = layer.router.weight @ token
+            logits = layer.router.weight @ (token if layer.router.positions is None else layer.router.positions[t])
             scores = logits.softmax(0) if rule.score == "softmax" else logits.sigmoid()
             ranked = scores if bias is None else scores + bias
             chosen = sorted(range(len(scores)), key=lambda e: -float(ranked[e]))[: rule.top_k]
