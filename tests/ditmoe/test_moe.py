@@ -141,3 +141,22 @@ def test_grouped_refuses_odd_widths_and_auto_takes_the_loop() -> None:
         Experts(16, 4, 7, backend="grouped")
     odd = MoELayer(6, num_experts=3, expert_width=7, shared_width=0, rule=RoutingRule(1))
     assert odd(torch.randn(1, 4, 6))[0].shape == (1, 4, 6)
+
+
+@pytest.mark.parametrize(("width", "loops"), [(128, False), (1024, True)])
+def test_auto_takes_the_loop_for_large_experts_on_a_cpu(
+    width: int, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MoELayer(64, num_experts=2, expert_width=width, shared_width=0, rule=RoutingRule(1))
+    x = torch.randn(1, 4, 64)
+    expected = made(x)[0]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("grouped_mm was called")
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", refuse)
+    if loops:
+        assert torch.equal(made(x)[0], expected)
+    else:
+        with pytest.raises(AssertionError, match="grouped_mm"):
+            made(x)
