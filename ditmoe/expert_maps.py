@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .figures import FAINT, INK, MUTED, WIDTH, Array, bare_axes, save_figure, shorten, spread, title
-from .model import DiTMoETransformer2DModel
+from .model import DiTMoETransformer2DModel, tokens_per_image
 from .objective import Objective
 
 MARGIN = 0.9  # inches that labels take from the width of the picture
@@ -44,7 +44,7 @@ def count_experts(
     noise = torch.randn((Y, n, *size), generator=generator)
     y = torch.arange(Y).repeat_interleave(n)
     labels = torch.tensor(classes)[y].to(net.device) if net.null_label is not None else None
-    total: list[Tensor] = []
+    T, total = tokens_per_image(net), list[Tensor]()
     for b in range(num_bins):
         t = ((b + (torch.arange(n) + 0.5) / n) * (1000 / num_bins)).floor().clamp_min(1).repeat(Y)
         x_t, _ = objective.corrupt(x.flatten(0, 1), t, noise.flatten(0, 1))
@@ -53,8 +53,7 @@ def count_experts(
             _, routing = net(x_t[rows].to(net.device), t[rows].to(net.device), some, return_dict=False)
             for layer, record in enumerate(routing):
                 E = record.logits.shape[1]
-                ids = record.expert_ids.view(len(rows), -1, record.expert_ids.shape[1]).cpu()  # (rows, T, K)
-                T = ids.shape[1]
+                ids = record.expert_ids.unflatten(0, (-1, T)).cpu()  # (rows, T, K), or (1, T, K) by place
                 cell = ((b * Y + y[rows])[:, None, None] * T + torch.arange(T)[:, None]) * E + ids
                 counts = torch.bincount(cell.flatten(), minlength=num_bins * Y * T * E)
                 if layer == len(total):

@@ -1,7 +1,7 @@
 """The experts: stacked feed-forward networks that carry out a plan, with two interchangeable kernels.
 
-Shapes: S tokens laid flat, D width, E experts, K experts per token, F hidden width of an expert,
-P = S * K (token, expert) pairs sorted by expert.
+Shapes: S tokens laid flat, B rows that share a token's plan, D width, E experts, K experts per token, F hidden width
+of an expert, P = S * K (token, expert) pairs sorted by expert.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .select import Plan
 
 Activation = Literal["swiglu", "gelu"]
 _LOOP_PAYS = 2**16  # D * F; on a CPU the loop won at 147,456 and 589,824, the grouped products at 16,384
+_JOIN_PAYS = 2**20  # S * K * D * F: the matrices of all S places still fit in a cache
 
 
 class FeedForward(nn.Module):
@@ -96,20 +97,51 @@ class Experts(nn.Module):
         nn.init.uniform_(self.w_out, -bound, bound)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """The weighted sum of every token's experts: x (S, D) -> (S, D), of x's dtype or autocast's."""
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):  # grouped_mm does not know autocast: cast by hand
-            dtype = torch.get_autocast_dtype(x.device.type)
+        """The weighted sum of every token's experts: x (S, B, D) -> (S, B, D), of x's dtype or autocast's.
+
+        B is 1 where every token has a plan of its own, and the number of images where the S places of an image
+        decide for all of them.
+        """
+        dtype = autocast_dtype(x)
         x, w_in, w_out = x.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
         y: Tensor
         if not self._use_grouped(x):
             y = _Loop.apply(x, w_in, w_out, plan.weight, plan.token, plan.slot, plan.counts, self.activation)
             return y
-        rows = _Dispatch.apply(x, plan.token, plan.slot)  # (P, D)
-        hidden = _activate(_grouped(rows, w_in, plan.counts), self.activation)  # (P, F)
-        out = _grouped(hidden, w_out, plan.counts)  # (P, D)
+        S, B, D = x.shape
+        counts = plan.counts * B
+        rows = _Dispatch.apply(x.reshape(S, B * D), plan.token, plan.slot).view(-1, D)  # (P * B, D)
+        hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P * B, F)
+        out = _grouped(hidden, w_out, counts).view(-1, B * D)  # (P, B * D)
         y = _Combine.apply(out, plan.weight, plan.token, plan.slot)
-        return y
+        return y.view(S, B, D)
+
+    def joins(self, places: int, top_k: int) -> bool:
+        """Whether `joined` pays for an image of so many places: never where a backend was asked for by name."""
+        return self.backend == "auto" and places * top_k * self.w_out[0].numel() <= _JOIN_PAYS
+
+    def joined(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """`forward` where all B rows of a place have the same experts: they make up one dense layer of width K * F.
+
+        The weighted sum happens inside the second product, without sorting, gathering or combining rows.
+
+        Args:
+            x: (S, B, D), S places of B images.
+            expert_ids: (S, K) int64.
+            weights: (S, K) float32.
+
+        Returns:
+            (S, B, D) of x's dtype or autocast's.
+        """
+        S, K = expert_ids.shape
+        D, width = self.w_out.shape[1:]
+        dtype = autocast_dtype(x)
+        w_in = F.embedding(expert_ids, self.w_in.to(dtype).flatten(1)).view(S, K, -1, width, D)
+        w_in = w_in.transpose(1, 2).reshape(S, -1, D)  # gate rows of all K, then up rows of all K
+        w_out = F.embedding(expert_ids, self.w_out.to(dtype).flatten(1)).view(S, K, D, width)
+        w_out = (w_out * weights[..., None, None].to(dtype)).transpose(1, 2).reshape(S, D, -1)
+        hidden = _activate(torch.bmm(x.to(dtype), w_in.transpose(1, 2)), self.activation)  # (S, B, K * F)
+        return torch.bmm(hidden, w_out.transpose(1, 2))
 
     def _use_grouped(self, x: Tensor) -> bool:
         if self.backend != "auto":
@@ -118,6 +150,12 @@ class Experts(nn.Module):
         if not _fits_grouped(D, width, x.dtype) or (torch.compiler.is_compiling() and x.dtype == torch.float32):
             return False  # torch's compiler knows grouped_mm in 16-bit types only
         return x.device.type != "cpu" or D * width < _LOOP_PAYS
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype, or else x's: grouped_mm does not know autocast, so casts are made by hand."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _inner(width: int, activation: Activation) -> int:
@@ -155,33 +193,39 @@ class _Loop(torch.autograd.Function):
         ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor, token: Tensor, slot: Tensor, counts: Tensor,
         activation: Activation,
     ) -> Tensor:  # fmt: skip
-        out = x.new_empty(len(token), x.shape[1])
+        S, B, D = x.shape
+        x = x.reshape(S, B * D)
+        out = x.new_empty(len(token), B * D)
         hidden = []
         runs = _runs(counts)
         for e, run in runs:
-            h = x.index_select(0, token[run]) @ w_in[e].T
-            torch.mm(_activation(h, activation), w_out[e].T, out=out[run])
+            h = x.index_select(0, token[run]).view(-1, D) @ w_in[e].T
+            torch.mm(_activation(h, activation), w_out[e].T, out=out[run].view(-1, D))
             hidden.append(h)
         ctx.save_for_backward(x, w_in, w_out, weight, token, slot, out, *hidden)
         ctx.runs, ctx.activation = runs, activation
-        return F.embedding_bag(slot, out, mode="sum", per_sample_weights=weight.to(out.dtype)[slot])
+        y = F.embedding_bag(slot, out, mode="sum", per_sample_weights=weight.to(out.dtype)[slot])
+        return y.view(S, B, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, weight, token, slot, out, *hidden = ctx.saved_tensors
+        shape, D = grad.shape, grad.shape[-1]
+        grad = grad.reshape(x.shape)
         grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
         grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
         for (e, run), h in zip(ctx.runs, hidden, strict=True):
             g = grad.index_select(0, token[run])
             torch.sum(g.to(weight.dtype) * out[run].to(weight.dtype), dim=-1, out=grad_weight[run])
-            g = g * weight[run].to(g.dtype).unsqueeze(-1)
+            g = (g * weight[run].to(g.dtype).unsqueeze(-1)).view(-1, D)
             torch.mm(g.T, _activation(h, ctx.activation), out=grad_out[e])
             grad_h = torch.empty_like(h)
             _activation_backward(g @ w_out[e], h, ctx.activation, grad_h)
-            torch.mm(grad_h.T, x.index_select(0, token[run]), out=grad_in[e])
-            torch.mm(grad_h, w_in[e], out=grad_rows[run])
-        return F.embedding_bag(slot, grad_rows, mode="sum"), grad_in, grad_out, grad_weight, None, None, None, None
+            torch.mm(grad_h.T, x.index_select(0, token[run]).view(-1, D), out=grad_in[e])
+            torch.mm(grad_h, w_in[e], out=grad_rows[run].view(-1, D))
+        grad_x = F.embedding_bag(slot, grad_rows, mode="sum").view(shape)
+        return grad_x, grad_in, grad_out, grad_weight, None, None, None, None
 
 
 def _runs(counts: Tensor) -> list[tuple[int, slice]]:

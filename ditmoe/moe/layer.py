@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .experts import Experts, FeedForward
+from .experts import Experts, FeedForward, autocast_dtype
 from .router import Router
 from .select import RoutingRule, select
 
@@ -17,11 +18,13 @@ from .select import RoutingRule, select
 class Routing(NamedTuple):
     """What one layer's router did with one batch. Losses, logs and pictures are functions of it.
 
+    It has R rows, one a decision: R = S, every token, or R = T, every place, for all images alike.
+
     Attributes:
-        logits: (S, E) float32.
-        scores: (S, E) float32, softmax or sigmoid of the logits.
-        expert_ids: (S, K) int64, best first.
-        weights: (S, K) float32.
+        logits: (R, E) float32.
+        scores: (R, E) float32, softmax or sigmoid of the logits.
+        expert_ids: (R, K) int64, best first.
+        weights: (R, K) float32.
         counts: (E,) int64, assignments of each expert; they sum to S * K.
     """
 
@@ -70,12 +73,26 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x (N, T, D) -> y (N, T, D) of x's dtype, and the record. Changes no state."""
+        if self.router.positions is not None:
+            return self._by_place(x)
         N, T, D = x.shape
-        flat = x.reshape(N * T, D)
-        logits = self.router(x).reshape(N * T, -1)
+        logits = self.router(x).flatten(0, 1)  # (S, E)
         chosen = select(logits, self.rule, self.router.expert_bias)
-        y = self.experts(flat, chosen.plan)
-        if self.shared is not None:
-            y = y + self.shared(flat)
-        routing = Routing(logits, chosen.scores, chosen.expert_ids, chosen.weights, chosen.plan.counts)
-        return y.view(N, T, D), routing
+        y = self.experts(x.reshape(N * T, 1, D), chosen.plan).view(N, T, D)
+        return self._with_shared(x, y), Routing(logits, *chosen[:3], chosen.plan.counts)
+
+    def _by_place(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """One plan for the T places of an image, carried out on all N images at once."""
+        logits = self.router(x[:1]).squeeze(0)  # (T, E)
+        chosen = select(logits, self.rule, self.router.expert_bias)
+        dtype = autocast_dtype(x)
+        rows = x.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)  # (T, N, D)
+        if self.experts.joins(*chosen.expert_ids.shape):
+            y = self.experts.joined(rows, chosen.expert_ids, chosen.weights)
+        else:
+            y = self.experts(rows, chosen.plan)
+        y = self._with_shared(rows, y).transpose(0, 1)
+        return y, Routing(logits, *chosen[:3], chosen.plan.counts * len(x))
+
+    def _with_shared(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.shared is None else y + self.shared(x)

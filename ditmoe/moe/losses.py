@@ -1,6 +1,6 @@
 """Balance: pure functions of what a layer's router did. They return values; nothing is injected into a graph.
 
-Shapes: S tokens laid flat, E experts, K experts per token.
+Shapes: E experts, K experts per token.
 """
 
 from __future__ import annotations

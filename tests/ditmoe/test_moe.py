@@ -32,21 +32,26 @@ def test_equals_the_obvious_version(score: str, renormalize: bool, activation: s
     torch.testing.assert_close(made(x)[0], reference_moe(made, x), rtol=1e-10, atol=1e-10)
 
 
-def test_routing_by_place_equals_the_obvious_version_and_serves_a_place_alike_in_every_image() -> None:
-    made = layer(RoutingRule(2, "sigmoid", True), positions=torch.randn(5, D), backend="loop").double()
+@pytest.mark.parametrize("backend", ["loop", "auto"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_routing_by_place_equals_the_obvious_version(backend: str, activation: str) -> None:
+    rule = RoutingRule(2, "sigmoid", True, 2.0)
+    made = layer(rule, positions=torch.randn(5, D), backend=backend, activation=activation).double()
     x = torch.randn(3, 5, D, dtype=torch.float64)
     y, routing = made(x)
     torch.testing.assert_close(y, reference_moe(made, x), rtol=1e-10, atol=1e-10)
-    ids = routing.expert_ids.view(3, 5, 2)
-    assert torch.equal(ids, ids[:1].expand(3, -1, -1))
-    assert len(torch.unique(ids[0], dim=0)) > 1
+    assert routing.expert_ids.shape == (5, 2)  # one decision a place
+    assert len(torch.unique(routing.expert_ids, dim=0)) > 1
+    assert routing.counts.tolist() == (3 * torch.bincount(routing.expert_ids.flatten(), minlength=E)).tolist()
     y.square().mean().backward()
     assert made.router.weight.grad.abs().sum() > 0
 
 
-def test_gradients_are_right() -> None:
-    made = layer(RoutingRule(3, "sigmoid", True), backend="loop").double()
-    x = torch.randn(1, 4, D, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(("by_place", "backend"), [(False, "loop"), (True, "loop"), (True, "auto")])
+def test_gradients_are_right(by_place: bool, backend: str) -> None:
+    positions = torch.randn(4, D) if by_place else None
+    made = layer(RoutingRule(3, "sigmoid", True), positions=positions, backend=backend).double()
+    x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*made.named_parameters(), strict=True)
 
     def forward(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
@@ -58,16 +63,35 @@ def test_gradients_are_right() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_backends_agree_to_the_bit(dtype: torch.dtype, activation: str) -> None:
+@pytest.mark.parametrize("by_place", [False, True])
+def test_backends_agree_to_the_bit(dtype: torch.dtype, activation: str, by_place: bool) -> None:
     results = []
+    options = {"activation": activation, "expert_width": 64, "positions": torch.randn(7, D) if by_place else None}
     for backend in ("grouped", "loop"):
-        made = layer(RoutingRule(2), backend=backend, activation=activation, expert_width=64).to(dtype)
+        made = layer(RoutingRule(2), backend=backend, **options).to(dtype)
         x = torch.randn(3, 7, D, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         y, _ = made(x)
         y.float().square().mean().backward()
         results.append([y, x.grad, *(p.grad for p in made.parameters())])
     for grouped, loop in zip(*results, strict=True):
         assert torch.equal(grouped, loop)
+
+
+def test_joined_experts_are_used_where_they_are_small_and_agree_with_the_plan() -> None:
+    made = layer(RoutingRule(2), positions=torch.randn(7, D), expert_width=64)
+    x = torch.randn(3, 7, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        joined = made(x)[0]
+        made.experts.backend = "grouped"
+        planned = made(x)[0]
+    assert joined.dtype == planned.dtype == torch.bfloat16
+    assert not torch.equal(joined, planned)  # the sum over experts is rounded once instead of after each of them
+    torch.testing.assert_close(joined, planned, rtol=2e-2, atol=2e-2)
+    made.experts.backend = "auto"
+    assert made.experts.joins(7, 2)
+    assert not made.experts.joins(7 * 100, 2)
+    made.experts.backend = "loop"
+    assert not made.experts.joins(7, 2)
 
 
 def test_an_expert_without_tokens_has_zero_gradient() -> None:

@@ -185,8 +185,9 @@ def test_a_saved_configuration_comes_back_equal(tiny: Tiny) -> None:
     assert read_config(config.out) == config
 
 
-def test_expert_counts_are_those_of_single_images(tiny: Tiny) -> None:
-    net = load(trained(tiny(max_steps=2, model={"depth": 4}))).transformer
+@pytest.mark.parametrize("router_input", ["token", "position"])
+def test_expert_counts_are_those_of_single_images(tiny: Tiny, router_input: str) -> None:
+    net = load(trained(tiny(max_steps=2, model={"depth": 4}, moe={"router_input": router_input}))).transformer
     objective = Objective(ObjectiveConfig())
     classes, B, n = [7, 2, 5], 2, 2
     x = torch.randn(3, n, 1, 8, 8)
