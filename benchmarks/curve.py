@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.scoring import Scorer
+from benchmarks.scoring import Scorer, precision
 from ditmoe import checkpoint, pipeline
 from ditmoe.facts import read_config
 from ditmoe.generate import balanced_labels, draw
 from ditmoe.model import build
 from ditmoe.objective import Objective
+
+PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precision")
 
 
 def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipeline.DiTMoEPipeline:
@@ -57,12 +59,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="only checkpoints whose step is a multiple of this")
     parser.add_argument("--extractor", default="random-conv-v1")
     parser.add_argument("--num-ref", type=int, help="default: all training images")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     scorer = Scorer(read_config(args.runs[0]), args.cache, args.extractor, args.num_ref)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    protocol = {name: getattr(args, name) for name in ("num", "sampler", "steps", "seed", "extractor", "num_ref")}
+    protocol = {name: getattr(args, name) for name in PROTOCOL}
     real = {"run": "real", "step": 0, "cfg": 0, **protocol}
     if not any(real.items() <= row.items() for row in done):
         append(args.out, {**real, **scorer.real(args.num)}, done)
@@ -91,10 +94,11 @@ def add_rows(
     num = protocol["num"]
     labels = balanced_labels(pipe, num)
     for key in keys:
-        images = draw(
-            pipe, labels, num, sampler=protocol["sampler"], steps=protocol["steps"], cfg=key["cfg"],
-            seed=protocol["seed"], batch_size=250,
-        )  # fmt: skip
+        with precision(protocol["precision"]):
+            images = draw(
+                pipe, labels, num, sampler=protocol["sampler"], steps=protocol["steps"], cfg=key["cfg"],
+                seed=protocol["seed"], batch_size=250,
+            )  # fmt: skip
         scores = {"fd": scorer.distance(images), "recognised": scorer.recognised(images, np.asarray(labels))}
         append(out, {**key, **scores, "mse": mse}, done)
 

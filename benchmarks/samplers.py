@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scoring import Scorer
+from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
 from ditmoe.config import Config
 from ditmoe.facts import read_config
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=1.0)
     parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "epsilon"])
     parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -78,15 +79,17 @@ def main() -> None:
     for seed in args.seeds:
         for part in args.parts:
             for point in points(part, pipe.scheduler.config):
-                key = {"part": part, "seed": seed, "num": args.num, "cfg": args.cfg, **point}
+                key = {"part": part, "seed": seed, "num": args.num, "cfg": args.cfg, "precision": args.precision}
+                key |= point
                 if any(key.items() <= row.items() for row in done):
                     continue
                 more = {name: value for name, value in point.items() if name not in ("sampler", "steps")}
                 start = time.perf_counter()
-                images = draw(
-                    pipe, labels, args.num, sampler=point["sampler"], steps=point["steps"], cfg=args.cfg, seed=seed,
-                    batch_size=args.batch_size, more=more,
-                )  # fmt: skip
+                with precision(args.precision):
+                    images = draw(
+                        pipe, labels, args.num, sampler=point["sampler"], steps=point["steps"], cfg=args.cfg, seed=seed,
+                        batch_size=args.batch_size, more=more,
+                    )  # fmt: skip
                 row = {
                     **key,
                     "nfe": network_calls(point["sampler"], pipe.scheduler.config, point["steps"]),

@@ -15,6 +15,11 @@ from eval.frechet import FeatureStatistics, Gaussian, frechet_distance
 Images = NDArray[np.uint8]
 
 
+def precision(name: str) -> torch.autocast:
+    """The context in which a network runs: "bf16", products in bfloat16 as in training, or "fp32"."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=name == "bf16")
+
+
 class Scorer:
     """Fréchet distance to the training images, and how many samples a classifier recognises.
 
