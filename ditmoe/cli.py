@@ -29,8 +29,9 @@ class SampleArgs:
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, or a pipeline folder such as models/fashion."""
-    out: Path = Path("samples.png")
-    """FILE.png (one grid, a row a class) or FILE.npz (arr_0, arr_1 labels), replaced if there; or a new folder."""
+    out: Path | None = None
+    """FILE.png (one grid, a row a class) or FILE.npz (arr_0, arr_1 labels), replaced if there; or a folder, continued
+    if it holds a part of the same images. Default: samples.png; with --score, nothing is kept."""
     sampler: str | None = None
     """A name of samplers.SAMPLERS; default: the one saved with the model."""
     steps: int | None = None
@@ -45,6 +46,16 @@ class SampleArgs:
     """Image i depends on (seed, i, its label) alone."""
     batch_size: int = 64
     """Images drawn at once; does not change them."""
+    score: str | None = None
+    """Score the images against this reference, as python -m eval.fid has it: folder, .npz, fashion:train, ..."""
+    extractor: str = "random-conv-v1"
+    """Feature network of the score."""
+    weights: Path | None = None
+    """File of the extractor's weights, where it reads one."""
+    metrics: tuple[Literal["sfid", "is", "kid", "prdc"], ...] = ()
+    """Scores beside the Fréchet distance."""
+    report: Path | None = None
+    """JSON file for the score's report; default: printed."""
     eta: float = 0.0
     """Noise of ddim and ts-ddim: 0 (none) to 1 (as much as DDPM)."""
     guidance_interval: tuple[float, float] | None = None
@@ -73,10 +84,13 @@ class SampleArgs:
             raise ValueError("give --num or --classes, not both")
         if self.classes == ():
             raise ValueError("classes is empty; give the label of every image, as in --classes 3 7 7")
-        if self.out.suffix not in (".png", ".npz") and self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out {self.out} is a file that is neither .png nor .npz; give a folder, or one of those")
-        if self.out.suffix in (".png", ".npz") and self.out.is_dir():
-            raise ValueError(f"out {self.out} is a folder; give a file name")
+        if self.report is not None and self.report.suffix != ".json":
+            raise ValueError(f"report {self.report} must end in .json")
+        if self.score is None and (self.report or self.weights or self.metrics):
+            raise ValueError("report, weights and metrics belong to a score; give --score REF too")
+        if self.out is not None and self.out.exists() and self.out.is_dir() == (self.out.suffix in (".png", ".npz")):
+            kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
+            raise ValueError(f"out {self.out} {kind}")
         if self.exposure_variance not in (None, "published", "calibrated") and not _is_number(self.exposure_variance):
             raise ValueError(
                 f"exposure_variance {self.exposure_variance!r} is neither published, calibrated nor a number"
@@ -85,6 +99,10 @@ class SampleArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
+
+    def score_options(self) -> dict[str, Any]:
+        """What `eval.fid.score` is told."""
+        return {name: getattr(self, name) for name in ("extractor", "weights", "metrics", "batch_size")}
 
     def sampler_options(self) -> dict[str, Any]:
         """Fields of the scheduler that were asked for, by the names that the schedulers have for them."""

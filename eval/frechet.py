@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from eval.processes import Processes
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -52,6 +54,16 @@ class FeatureStatistics:
         self.n += len(values)
         self._sum += values.sum(axis=0)
         self._outer += values.T @ values
+
+    def merge(self, processes: Processes) -> None:
+        """Add up what several processes saw; afterwards all of them hold the same sums."""
+        shift = processes.gather(self._shift)[0]  # the first process has the first batch
+        moved = self._shift - shift
+        self._outer += np.outer(self._sum, moved) + np.outer(moved, self._sum) + self.n * np.outer(moved, moved)
+        self._sum += self.n * moved
+        self._shift = shift
+        self.n = round(processes.total(np.array([self.n], dtype=np.float64))[0])
+        self._sum, self._outer = processes.total(self._sum), processes.total(self._outer)
 
     def gaussian(self) -> Gaussian:
         """Mean (D,) and unbiased covariance (D, D), divisor n - 1. Raises ValueError when n < 2."""

@@ -4,19 +4,18 @@ Every source of images yields uint8 batches (n, H, W, C), C = 1 or 3, one size t
 Imports no torch. Every fault of a file is a ValueError of one sentence that names the file.
 """
 
-import hashlib
+import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from eval.arrays import DAMAGE, ReadBatches, UInt8Array, open_idx, open_npz_images, read_npz_arrays
-from eval.frechet import Gaussian
+from eval.arrays import DAMAGE, IndexArray, UInt8Array, open_idx, read_npz_arrays, share
+from eval.images import Images, Statistics
+from eval.npz import members, open_npz
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
@@ -25,43 +24,21 @@ FASHION_FOLDERS = (Path("data/FashionMNIST/raw"), Path("/usr/share/datasets/fash
 FASHION_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 
 
-@dataclass(frozen=True)
-class Images:
-    """At least two images of one size, read in batches in a fixed order."""
-
-    kind: str  # folder | zip | npz | dataset | array
-    path: str  # as the user wrote it
-    count: int
-    shape: tuple[int, int, int]  # (H, W, C)
-    read: ReadBatches
-
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[UInt8Array]:
-        """Batches uint8 (n, H, W, C), n <= batch_size, of the first `limit` images, or of all."""
-        return self.read(self.count if limit is None else limit, batch_size)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and covariance from a file: features of images that are no longer there."""
-
-    kind: str  # stats
-    path: str
-    gaussian: Gaussian
-    sha256: str  # of the file
-
-
-def open_source(source: str | Path | UInt8Array) -> Images | Statistics:
+def open_source(source: str | Path | UInt8Array | Images, skip_bad: int = 0) -> Images | Statistics:
     """The images (or statistics) that `source` names: the kinds are in this module's first line.
 
-    Looks at every image's header but decodes none. Raises ValueError when the source is missing,
+    Looks at every image's header but decodes none. Up to `skip_bad` images of a folder or zip may be
+    unreadable: they are left out and named in `Images.bad`. Raises ValueError when the source is missing,
     damaged, of an unknown kind, empty, a single image, or has images of different sizes.
     """
-    if isinstance(source, np.ndarray):
-        opened: Images | Statistics = _array(source)
+    if isinstance(source, Images):
+        opened: Images | Statistics = source
+    elif isinstance(source, np.ndarray):
+        opened = _array(source)
     elif Path(source).is_dir():
-        opened = _folder(Path(source), str(source))
+        opened = _folder(Path(source), str(source), skip_bad)
     elif Path(source).exists():
-        opened = _file(Path(source), str(source))
+        opened = _file(Path(source), str(source), skip_bad)
     else:
         opened = _dataset(str(source))
     if isinstance(opened, Images):
@@ -83,69 +60,52 @@ def _array(array: UInt8Array) -> Images:
     return _in_memory("array", "array", array)
 
 
-def _in_memory(kind: str, path: str, array: UInt8Array) -> Images:
-    def read(limit: int, batch_size: int) -> Iterator[UInt8Array]:
-        for start in range(0, limit, batch_size):
-            yield array[start : min(start + batch_size, limit)]
+def _in_memory(
+    kind: str, path: str, array: UInt8Array, fingerprint: str = "", labels: IndexArray | None = None
+) -> Images:
+    def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
+        starts = range(0, limit, batch_size)
+        return share((array[start : min(start + batch_size, limit)] for start in starts), batch_size, rank, world)
 
     height, width, channels = array.shape[1:]
-    return Images(kind, path, len(array), (height, width, channels), read)
+    return Images(kind, path, len(array), (height, width, channels), read, fingerprint, labels)
 
 
-def _file(file: Path, path: str) -> Images | Statistics:
+def _file(file: Path, path: str, skip_bad: int) -> Images | Statistics:
     suffix = file.suffix.lower()
     if suffix == ".npz":
-        return _npz(file, path)
+        return open_npz(file, path)
     if suffix == ".zip":
-        return _zip(file, path)
+        return _zip(file, path, skip_bad)
     raise ValueError(f"{path}: a file that is neither .zip nor .npz; give a folder of images, a .zip or an .npz")
-
-
-# ------------------------------------------------------------------------------ .npz
-
-
-def _npz(file: Path, path: str) -> Images | Statistics:
-    """ADM's layout: arr_0 uint8 (N, H, W, C); or statistics `mu` (D,) and `sigma` (D, D)."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except DAMAGE as error:
-        raise ValueError(f"{path}: not a readable .npz ({error}); write it again") from error
-    if "arr_0" in names:
-        count, shape, read = open_npz_images(file, "arr_0")
-        return Images("npz", path, count, shape, read)
-    if {"mu", "sigma"} <= names:
-        arrays = read_npz_arrays(file, ("mu", "sigma"))
-        mean, covariance = (_as_float64(arrays[name], name, path) for name in ("mu", "sigma"))
-        with file.open("rb") as handle:
-            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-        return Statistics("stats", path, Gaussian(mean, covariance), sha256)
-    raise ValueError(f"{path}: holds {sorted(names)}; expected arr_0 (images) or mu and sigma (statistics)")
-
-
-def _as_float64(array: npt.NDArray[np.generic], name: str, path: str) -> npt.NDArray[np.float64]:
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{path}: {name} is {array.dtype}; expected float64")
-    return array.astype(np.float64)
 
 
 # ----------------------------------------------------------------- folders and zips
 
 
-def _folder(folder: Path, path: str) -> Images:
+def _folder(folder: Path, path: str, skip_bad: int) -> Images:
     files = [file for file in folder.rglob("*") if file.is_file()]
     names = _image_names(file.relative_to(folder).as_posix() for file in files)
-    return _image_files("folder", path, names, lambda name: (folder / name).open("rb"))
+    fingerprint = repr([(name, *_stamp(folder / name)) for name in names])
+    images = _image_files("folder", path, names, lambda name: (folder / name).open("rb"), skip_bad, fingerprint)
+    note = folder / "sampling.json"
+    if note.is_file():
+        try:
+            images.facts.update(json.loads(note.read_text(encoding="utf-8")))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{note}: not a JSON object ({error}); remove it") from error
+    return images
 
 
-def _zip(file: Path, path: str) -> Images:
+def _zip(file: Path, path: str, skip_bad: int) -> Images:
     try:
         archive = zipfile.ZipFile(file)
     except DAMAGE as error:
         raise ValueError(f"{path}: not a readable zip ({error}); write it again") from error
     if any(info.flag_bits & 1 for info in archive.infolist()):
         raise ValueError(f"{path}: the zip is encrypted; write it again without a password")
-    return _image_files("zip", path, _image_names(archive.namelist()), archive.open)
+    names = _image_names(archive.namelist())
+    return _image_files("zip", path, names, archive.open, skip_bad, members(archive))
 
 
 def _image_names(names: Iterator[str] | Sequence[str]) -> list[str]:
@@ -158,7 +118,14 @@ def _image_names(names: Iterator[str] | Sequence[str]) -> list[str]:
     )
 
 
-def _image_files(kind: str, path: str, names: list[str], open_file: Callable[[str], IO[bytes]]) -> Images:
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _image_files(
+    kind: str, path: str, names: list[str], open_file: Callable[[str], IO[bytes]], skip_bad: int, fingerprint: str
+) -> Images:
     """Images decoded to RGB one by one; all headers are read now, so that faults come early."""
     if not names:
         raise ValueError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}); is the path right?")
@@ -170,25 +137,37 @@ def _image_files(kind: str, path: str, names: list[str], open_file: Callable[[st
                 sizes[name] = image.size
         except DAMAGE as error:
             bad.append(f"{name} ({type(error).__name__})")
-    if bad:
+    if len(bad) > skip_bad or not sizes:
         raise ValueError(
             f"{path}: {len(bad)} of {len(names)} images cannot be read, "
             f"remove or replace them: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
         )
-    width, height = sizes[names[0]]
+    left = list(sizes)
+    width, height = sizes[left[0]]
     for name, size in sizes.items():
         if size != (width, height):
             raise ValueError(
-                f"{path}: {name} is {size[0]}x{size[1]} but {names[0]} is {width}x{height}; "
+                f"{path}: {name} is {size[0]}x{size[1]} but {left[0]} is {width}x{height}; "
                 "resize or crop all images to one size"
             )
 
-    def read(limit: int, batch_size: int) -> Iterator[UInt8Array]:
-        for start in range(0, limit, batch_size):
-            chosen = names[start : min(start + batch_size, limit)]
-            yield np.stack([_decode(path, name, open_file) for name in chosen])
+    def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
+        for start in range(rank * batch_size, limit, world * batch_size):
+            found = {}
+            for i in range(start, min(start + batch_size, limit)):
+                try:
+                    found[i] = _decode(path, left[i], open_file)
+                except ValueError:
+                    images.bad.append(left[i])
+                    if len(images.bad) > skip_bad:
+                        raise
+            if found:
+                yield np.array(list(found)), np.stack(list(found.values()))
 
-    return Images(kind, path, len(names), (height, width, 3), read)
+    images = Images(
+        kind, path, len(left), (height, width, 3), read, fingerprint, bad=[name.split(" (")[0] for name in bad]
+    )
+    return images
 
 
 def _decode(path: str, name: str, open_file: Callable[[str], IO[bytes]]) -> UInt8Array:
@@ -224,8 +203,9 @@ def _dataset(path: str) -> Images:
 
 
 def _digits(path: str, split: str) -> Images:
-    array = read_npz_arrays(DIGITS_FILE, (f"{split}_images",))[f"{split}_images"]
-    return _in_memory("dataset", path, array[..., None].astype(np.uint8))
+    arrays = read_npz_arrays(DIGITS_FILE, (f"{split}_images", f"{split}_labels"))
+    images, labels = arrays[f"{split}_images"][..., None], arrays[f"{split}_labels"]
+    return _in_memory("dataset", path, images.astype(np.uint8), repr(_stamp(DIGITS_FILE)), labels.astype(np.int64))
 
 
 def _fashion(path: str, split: str) -> Images:
@@ -234,7 +214,7 @@ def _fashion(path: str, split: str) -> Images:
             file = folder / (FASHION_FILES[split] + suffix)
             if file.is_file():
                 count, shape, read = open_idx(file)
-                return Images("dataset", path, count, shape, read)
+                return Images("dataset", path, count, shape, read, repr(_stamp(file)))
     folders = " or ".join(str(folder) for folder in FASHION_FOLDERS)
     raise ValueError(
         f"{path}: {FASHION_FILES[split]}[.gz] is not in {folders}; install Debian's "

@@ -18,7 +18,7 @@ RANK = {
     "model": 2,
     "objective": 3,
     "pipeline": 4, "checkpoint": 4, "metrics": 4, "cli": 4, "figures": 4, "expert_maps": 5, "judge": 4, "page": 4,
-    "folders": 4, "data": 5, "stream": 6, "state": 6, "generate": 5, "facts": 5, "export": 6,
+    "folders": 4, "data": 5, "stream": 6, "state": 6, "generate": 5, "facts": 5, "image_sets": 6, "export": 6,
     "training": 7, "report": 7,
 }  # fmt: skip
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}

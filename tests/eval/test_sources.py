@@ -307,7 +307,7 @@ BAD = {
     ),
     "stats of another net": (
         lambda p: npz_of(p / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048)),
-        "mu has 2048 values but random-conv-v1 gives 256 features",
+        "mu has 2048 values of one with 2048 features, but random-conv-v1 gives 256 features",
     ),
     "stats shape": (
         lambda p: npz_of(p / "a.npz", mu=np.zeros(256), sigma=np.zeros(256)),

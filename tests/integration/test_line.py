@@ -89,7 +89,46 @@ def test_sample_then_score(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = python("-m", "eval.fid", tmp_path / "s.npz", "--ref", "digits:test", "--out", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["n_gen"] == 40
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["n_gen"] == 40
+    assert report["generation"]["sampler"]["nfe"] == 2  # the .npz knows how it was made
+    assert report["generation"]["label_sampling"] == "balanced"
+    # the same images drawn, scored and not kept, by two processes
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "sample.py", run]
+    score = ["--num", 40, "--steps", 2, "--batch-size", 8, "--score", "digits:test", "--report", tmp_path / "t.json"]
+    done = python(*launch, *score)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "t.json").read_text())
+    assert two["world_size"] == 2
+    assert two["images"]["kind"] == "model"
+    assert two["value"] == pytest.approx(report["value"], rel=1e-3)  # a pixel may differ between batch sizes
+    assert two["generation"] == report["generation"]
+    assert {file.name for file in tmp_path.iterdir()} == {"s.npz", "r.json", "t.json"}
+    # and drawn into a file by two processes
+    done = python(*launch, "--num", 40, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "two.npz")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("40 images in") == 1
+    with np.load(tmp_path / "s.npz") as one, np.load(tmp_path / "two.npz") as both:
+        assert np.abs(one["arr_0"].astype(int) - both["arr_0"]).max() <= 1
+        assert np.array_equal(one["arr_1"], both["arr_1"])
+
+
+def test_a_sweep_draws_scores_plots_and_goes_on(run: Path, tmp_path: Path) -> None:
+    sweep = ["-m", "eval.sweep", run, "--ref", "digits:test", "--num", 30, "--out", tmp_path / "sweep"]
+    grid = ["--sampler", "ddim", "dpm++2m", "--steps", 2]
+    done = python(*sweep, *grid)
+    assert done.returncode == 0, done.stderr
+    reports = sorted((tmp_path / "sweep").glob("*.json"))
+    assert len(reports) == 2
+    assert done.stdout.count("| ddim |") == done.stdout.count("| dpm++2m |") == 1
+    assert Image.open(tmp_path / "sweep" / "sweep.png").size[0] > 500
+    times = {file: file.stat().st_mtime_ns for file in reports}
+    reports[0].unlink()
+    assert python(*sweep, *grid).returncode == 0
+    assert [file for file in reports if file.stat().st_mtime_ns != times[file]] == reports[:1]
+    done = python(*sweep, "--sampler", "flow-euler")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot sample a model with prediction_type" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,6 +144,9 @@ def test_sample_then_score(run: Path, tmp_path: Path) -> None:
         (["sample.py", "{run}", "--classes", "3", "12"], "label 12 is out of range"),
         (["sample.py", "{run}", "--sampler", "flow-euler"], "cannot sample a model with prediction_type"),
         (["sample.py", "{empty}"], "holds no model"),
+        (["sample.py", "{run}", "--score", "nope"], "'nope' does not exist"),
+        (["sample.py", "{run}", "--report", "r.json"], "give --score REF too"),
+        (["sample.py", "{run}", "--score", "digits:test", "--out", "{new}.png"], "goes to an .npz file or a folder"),
         (["sample.py", "{run}", "--exposure-window", "40"], "'ddim' has no exposure_window; it belongs to ts-ddpm"),
     ],
 )

@@ -1,0 +1,297 @@
+"""Sets of images too large for memory: drawn by several processes, written to disk, continued after an interruption.
+
+Image i is a function of (seed, i, its label) alone, so a set does not depend on the batch size, on the number of
+processes, or on how often it was interrupted. Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .cli import SampleArgs
+from .facts import read_config
+from .generate import balanced_labels, draw_some, write_grid
+from .pipeline import QUANTIZE, DiTMoEPipeline, best_device, load
+
+Pixels = NDArray[np.uint8]
+PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
+NOTE = "sampling.json"  # what made the images of a folder
+
+
+class Processes(Protocol):
+    """Those that draw one set together."""
+
+    rank: int
+    world: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value; all wait for the last."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that a pipeline can draw.
+
+    Attributes:
+        pipe: The pipeline.
+        labels: One a image, None of a model without labels.
+        num: N.
+        options: Arguments of the pipeline's call.
+        facts: What makes the images, as JSON values; it goes into the report of a score.
+    """
+
+    pipe: DiTMoEPipeline
+    labels: list[int] | None
+    num: int
+    options: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the pictures."""
+        config = self.pipe.transformer.config
+        if self.pipe.vae is None:
+            return config.sample_size, config.sample_size, config.in_channels
+        side = config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        return side, side, self.pipe.vae.config.out_channels
+
+    def source(self, path: Path) -> dict[str, Any]:
+        """The fields of an `eval` source that draws the images when they are asked for."""
+        labels = None if self.labels is None else np.asarray(self.labels, np.int64)
+        return {
+            "kind": "model", "path": str(path), "count": self.num, "shape": self.shape, "read": self.read,
+            "labels": labels, "facts": self.facts,
+        }  # fmt: skip
+
+    def read(self, limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+        """A process's share of the first `limit` images: indices (n,) and pictures (n, H, W, C)."""
+        for start in range(rank * batch_size, limit, world * batch_size):
+            indices = range(start, min(start + batch_size, limit))
+            yield np.array(indices), draw_some(self.pipe, self.labels, indices, self.options)
+
+
+def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] | Path], None] | None = None) -> None:
+    """What `sample.py` does: load, draw, write, score, say where.
+
+    Args:
+        args: The command line.
+        processes: Those that share the work.
+        score: Scores a set as it is drawn, or the file or folder it was written to.
+
+    Raises:
+        ValueError: A model that cannot be loaded, a value that does not fit it, or an output that exists.
+    """
+    out = args.out or (None if score else Path("samples.png"))
+    if out is not None and out.suffix == ".jpg":
+        raise ValueError(f"out {out}: give a .png or .npz file, or a folder of PNG files")
+    images = requested(args)
+    if score and out is not None and out.suffix == ".png":
+        raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")
+    if out is None:
+        assert score is not None
+        score(images.source(args.model))
+        return
+    if out.suffix == ".npz":
+        write_npz(images, out, args.batch_size, processes)
+    elif out.suffix == ".png":
+        if processes.rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            pictures = np.concatenate([batch for _, batch in _shown(images, args.batch_size)])
+            write_grid(pictures, images.labels, images.pipe.id2label, out)
+    else:
+        write_folder(images, out, args.batch_size, processes)
+    if processes.rank == 0:
+        sampler = images.facts["sampler"]
+        what = f"{sampler['name']}, {sampler['steps']} steps, {sampler['nfe']} network calls an image"
+        print(f"{images.num} images in {out} ({what})", flush=True)
+    if score:
+        score(out)
+
+
+def requested(args: SampleArgs) -> ImageSet:
+    """The set that a command line asks for."""
+    pipe = load(args.model).to(best_device())
+    if args.classes is not None:
+        labels: list[int] | None = list(args.classes)
+        num, sampling = len(args.classes), "given"
+    else:
+        num = args.num or 8 * min(max(len(pipe.id2label), 1), 20)
+        labels = balanced_labels(pipe, num)
+        sampling = "none" if labels is None else "balanced"
+    name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
+    cfg = args.cfg if args.cfg is not None or labels is None else pipe.config.guidance_scale
+    more = {option: getattr(args, option) for option in PIPELINE_OPTIONS}
+    options = {"sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more}
+    options["sampler_options"] = args.sampler_options()
+    facts = {
+        "checkpoint": _checkpoint(args.model),
+        "ema_decay": _ema_decay(args.model),
+        "vae": None if pipe.vae is None else getattr(pipe.vae.config, "_name_or_path", "unknown"),
+        "sampler": {
+            "name": name, "steps": steps, "nfe": pipe.network_calls(name, steps), "cfg": cfg, **more,
+            **args.sampler_options(),
+        },
+        "seed": args.seed,
+        "label_sampling": sampling,
+        "labels_sha256": None if labels is None else hashlib.sha256(repr(labels).encode()).hexdigest(),
+        "num": num,
+        "quantize": QUANTIZE,
+    }  # fmt: skip
+    return ImageSet(pipe, labels, num, options, json.loads(json.dumps(facts)))
+
+
+def _shown(images: ImageSet, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+    total = -(-images.num // batch_size)
+    return iter(tqdm(images.read(images.num, batch_size, 0, 1), "sampling", total, unit="batch", disable=None))
+
+
+def _checkpoint(model: Path) -> dict[str, Any]:
+    """Path, training steps and weights of a model."""
+    folder = model if (model / "model_index.json").is_file() else model / "model"
+    digest = hashlib.sha256()
+    for file in sorted((folder / "transformer").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return {"path": str(model), "steps": _of_run(model, "max_steps"), "sha256": digest.hexdigest()}
+
+
+def _ema_decay(model: Path) -> float | None:
+    train = _of_run(model, "train")
+    return None if train is None else float(train.ema_decay)
+
+
+def _of_run(model: Path, field: str) -> Any:
+    """A field of the configuration that trained a model, None where it is not there."""
+    for folder, name in ((model, "config.json"), (model, "training.json"), (model.parent, "config.json")):
+        if (folder / name).is_file():
+            try:
+                return getattr(read_config(folder, name), field)
+            except ValueError:
+                continue
+    return None
+
+
+# ---- files
+
+
+def write_folder(images: ImageSet, folder: Path, batch_size: int, processes: Processes) -> None:
+    """One PNG an image, 000000.png, or 000000-class7.png, and what made them in sampling.json.
+
+    A folder that holds a part of the same set is completed; each file is whole or absent.
+
+    Raises:
+        ValueError: The folder holds something else.
+    """
+    _same_set(folder, images, "--out")
+    labels = images.labels
+    names = [f"{i:06d}" + (f"-class{labels[i]}" if labels else "") + ".png" for i in range(images.num)]
+    _agree(folder, images, processes)
+    for indices in _share(images, batch_size, processes):
+        missing = [i for i in indices if not (folder / names[i]).exists()]
+        if missing:
+            for i, pixels in zip(missing, draw_some(images.pipe, images.labels, missing, images.options), strict=True):
+                partial = folder / f".{names[i]}.tmp"
+                picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+                picture.save(partial, format="PNG")
+                partial.replace(folder / names[i])
+    processes.gather(None)
+
+
+def write_npz(images: ImageSet, path: Path, batch_size: int, processes: Processes) -> None:
+    """ADM's layout: arr_0 uint8 (N, H, W, C) and, for a model with classes, arr_1 labels (N,) int64; and `facts`.
+
+    Batches are kept in `path`.parts until all are there, so an interrupted set is continued; memory does not grow
+    with N. The file is whole or absent.
+
+    Raises:
+        ValueError: The parts are those of another set.
+    """
+    parts = path.with_name(path.name + ".parts")
+    _same_set(parts, images, f"the unfinished set of {path}, ")
+    _agree(parts, images, processes)
+    for indices in _share(images, batch_size, processes):
+        part = parts / f"{indices[0]:09d}-{indices[-1]:09d}.npy"
+        if not part.exists():
+            partial = part.with_suffix(".tmp")
+            with partial.open("wb") as file:
+                np.save(file, draw_some(images.pipe, images.labels, indices, images.options))
+            partial.replace(part)
+    processes.gather(None)
+    if processes.rank == 0:
+        _join(parts, images, path, batch_size)
+        shutil.rmtree(parts)
+    processes.gather(None)
+
+
+def _share(images: ImageSet, batch_size: int, processes: Processes) -> Iterator[range]:
+    """The indices of this process's batches, under a progress bar on the first."""
+    starts = range(processes.rank * batch_size, images.num, processes.world * batch_size)
+    for start in tqdm(starts, "sampling", unit="batch", disable=True if processes.rank else None):
+        yield range(start, min(start + batch_size, images.num))
+
+
+def _join(parts: Path, images: ImageSet, path: Path, batch_size: int) -> None:
+    """The parts, in order, as one .npz."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (images.num, *images.shape)}
+    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for start in range(0, images.num, batch_size):
+                stop = min(start + batch_size, images.num)
+                member.write(np.load(parts / f"{start:09d}-{stop - 1:09d}.npy", allow_pickle=False).tobytes())
+        if images.labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(images.labels, np.int64), allow_pickle=False)
+        with archive.open("facts.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(json.dumps(images.facts)), allow_pickle=False)
+    temporary.replace(path)
+
+
+def _same_set(folder: Path, images: ImageSet, what: str) -> None:
+    """Refuse a folder that holds anything but a part of the same set."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    note = folder / NOTE
+    try:
+        facts = json.loads(note.read_text()) if note.is_file() else None
+    except ValueError:
+        facts = None
+    if facts is None:
+        raise ValueError(f"{what} {folder} is not empty; give another folder")
+    differing = sorted(key for key in {*facts, *images.facts} if _what(facts, key) != _what(images.facts, key))
+    if differing:
+        raise ValueError(
+            f"{what} {folder} holds a part of another set (other {', '.join(differing)}); "
+            "repeat that command to complete it, or give another place"
+        )
+
+
+def _what(facts: dict[str, Any], key: str) -> Any:
+    """A fact, of the checkpoint its weights: the same model may be reached by another path."""
+    found = facts.get(key)
+    return found.get("sha256") if key == "checkpoint" and isinstance(found, dict) else found
+
+
+def _agree(folder: Path, images: ImageSet, processes: Processes) -> None:
+    """Every process has looked at the folder; then the first one makes it."""
+    processes.gather(None)
+    if processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / NOTE).exists():
+            (folder / NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+    processes.gather(None)

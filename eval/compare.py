@@ -1,0 +1,106 @@
+"""Scores side by side: `python -m eval.compare A.json B.json ...`. Numbers of different protocols are not ranked."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from eval.report import Report, check_report
+
+# Two numbers may be ranked when these agree; what made the images (steps, guidance, model) is what is compared.
+PROTOCOL = (
+    "metric", "n_gen", "n_ref", "extractor.name", "extractor.version", "extractor.sha256", "resize", "crop",
+    "ref.sha256", "dtype.features", "tf32", "repeats", "aggregate",
+    "generation.label_sampling", "generation.quantize",
+)  # fmt: skip
+LOWER_IS_BETTER = ("fid", "fd_", "sfid", "kid")
+
+
+def field(report: Report, name: str) -> Any:
+    """A field by its dotted name; None where a part of the path is missing.
+
+    `ref.sha256` is that of the images, also where only their statistics were at hand and say it.
+    """
+    if name == "ref.sha256" and (images := field(report, "ref.made_from.images.sha256")):
+        return images
+    found: Any = report
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def differences(reports: Sequence[Report]) -> dict[str, list[Any]]:
+    """The protocol fields in which the reports differ, with the value of each."""
+    values = {name: [field(report, name) for report in reports] for name in PROTOCOL}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def read_report(path: Path) -> Report:
+    """Raises ValueError for a file that is missing, no JSON, or no complete report."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{path}: holds no report")
+    try:
+        check_report(report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; write it again with python -m eval.fid") from error
+    return report
+
+
+def table(paths: Sequence[Path], reports: Sequence[Report]) -> str:
+    """Markdown: a row a report, a column a score that all have, best first where the protocols agree."""
+    order = list(range(len(reports)))
+    names = [name for name in reports[0]["scores"] if all(name in report["scores"] for report in reports)]
+    if not differences(reports) and reports[0]["metric"].startswith(LOWER_IS_BETTER):
+        order.sort(key=lambda i: reports[i]["value"])
+    heads = names or ["metric", "value"]
+    lines = ["| report | images | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    for i in order:
+        report = reports[i]
+        values = [f"{report['scores'][name]:.6g}" for name in names] or [report["metric"], f"{report['value']:.6g}"]
+        lines.append(f"| {paths[i]} | {report['images']['path']} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare reports of python -m eval.fid. Exits with 1 where their protocols differ: then nothing is ranked."""
+
+    reports: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="REPORT.json")]
+    """Two or more report files."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 ranked, 1 the protocols differ, 2 the user's mistake."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.compare")
+    try:
+        if len(arguments.reports) < 2:
+            raise ValueError(f"give at least 2 reports, got {len(arguments.reports)}")
+        reports = [read_report(path) for path in arguments.reports]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(arguments.reports, reports))
+    found = differences(reports)
+    if not found:
+        return 0
+    print("\nNot ranked: these numbers come from different protocols.")
+    for name, values in found.items():
+        print(f"  {name}: " + ", ".join(_short(value) for value in values))
+    return 1
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:16] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

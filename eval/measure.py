@@ -1,0 +1,203 @@
+"""One pass over a set of images: everything that the metrics need of it, in memory that does not grow with it.
+
+Shapes: n images, b in a batch, D features, C classes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from eval.arrays import IndexArray, UInt8Array
+from eval.frechet import FeatureStatistics, Gaussian
+from eval.images import Images, Statistics
+from eval.inception_score import InceptionScore, Score
+from eval.processes import Processes
+from eval.reservoir import Float32Array, Reservoir, chosen_indices
+
+if TYPE_CHECKING:
+    from eval.extractors import Extractor, Features
+
+Classify = Callable[[UInt8Array], npt.NDArray[np.integer[Any]]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to collect besides the moments of the pooled features.
+
+    Attributes:
+        spatial: Moments of sFID's features.
+        logits: The Inception Score.
+        keep: Feature rows to keep for KID, precision and recall; 0 for none.
+        seed: Chooses those rows.
+        classify: uint8 images (b, H, W, C) -> classes (b,), to count how many have their label.
+    """
+
+    spatial: bool = False
+    logits: bool = False
+    keep: int = 0
+    seed: int = 0
+    classify: Classify | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one side of a score comes to. `count` and `shape` are None where a statistics file does not say."""
+
+    gaussian: Gaussian
+    count: int | None
+    shape: tuple[int, int, int] | None  # (H, W, C)
+    facts: dict[str, Any]  # path, kind, sha256, shape, generation: as reported
+    spatial: Gaussian | None = None
+    features: Float32Array | None = None  # (min(n, keep), D)
+    inception: Score | None = None
+    accuracy: float | None = None
+    bad: list[str] = field(default_factory=list)
+
+
+def measure(
+    source: Images,
+    net: "Extractor",
+    wanted: Wanted,
+    num: int | None = None,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    processes: Processes | None = None,
+) -> Measured:
+    """Read, look, add up: the first `num` images of a source, or all.
+
+    The batches are the same for any number of processes; each takes its share and the sums are added at the end.
+    Raises ValueError, in every process, where an image or a feature is bad in one of them.
+    """
+    processes = processes or Processes()
+    count = source.count if num is None else num
+    pass_ = _Pass(source, net, wanted, count)
+    problem = None
+    try:
+        total = -(-count // batch_size) - processes.rank
+        total = min(batch_size * -(-total // processes.world), count)
+        # disable=None: no bar when stderr is not a terminal
+        bar = tqdm(total=total, desc=source.path, unit="img", disable=None if progress and not processes.rank else True)
+        with bar:
+            for indices, batch in source.read(count, batch_size, processes.rank, processes.world):
+                pass_.add(indices, batch)
+                bar.update(len(batch))
+    except ValueError as error:
+        problem = str(error)
+    problems = [found for found in processes.gather(problem) if found]
+    if problems:
+        raise ValueError(problems[0])
+    return pass_.close(processes)
+
+
+class _Pass:
+    """The accumulators of one pass."""
+
+    def __init__(self, source: Images, net: "Extractor", wanted: Wanted, count: int) -> None:
+        self.source, self.net, self.wanted, self.count = source, net, wanted, count
+        self.moments = FeatureStatistics(net.num_features)
+        self.spatial: FeatureStatistics | None = None
+        self.inception: InceptionScore | None = None
+        self.reservoir = None
+        if wanted.keep:
+            self.reservoir = Reservoir(chosen_indices(count, wanted.keep, wanted.seed), net.num_features)
+        self.right = 0
+        self.digests: dict[int, bytes] = {}
+
+    def add(self, indices: IndexArray, batch: UInt8Array) -> None:
+        found = features_of(self.net, batch)
+        pool = found.pool.numpy()
+        self.moments.update(pool)
+        if self.reservoir is not None:
+            self.reservoir.update(indices, pool)
+        if self.wanted.spatial:
+            assert found.spatial is not None
+            self.spatial = self.spatial or FeatureStatistics(found.spatial.shape[1])
+            self.spatial.update(found.spatial.numpy())
+        if self.wanted.logits:
+            assert found.logits is not None
+            self.inception = self.inception or InceptionScore(self.count, found.logits.shape[1])
+            self.inception.update(indices, found.logits.numpy())
+        if self.wanted.classify is not None:
+            assert self.source.labels is not None
+            self.right += int((self.wanted.classify(batch) == self.source.labels[indices]).sum())
+        for i, image in zip(indices.tolist(), np.broadcast_to(batch, (*batch.shape[:3], 3)), strict=True):
+            self.digests[i] = hashlib.sha256(image.tobytes()).digest()
+
+    def close(self, processes: Processes) -> Measured:
+        self.moments.merge(processes)
+        spatial = self._merged_spatial(processes)
+        inception = self._merged_inception(processes)
+        parts = processes.gather((self.digests, self.source.bad, self.right))
+        digests = {i: digest for part in parts for i, digest in part[0].items()}
+        bad = sorted({name for part in parts for name in part[1]})
+        features = self._merged_features(processes, bool(bad))
+        assert self.moments.n == len(digests), (self.moments.n, len(digests))
+        joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in sorted(digests))
+        facts: dict[str, Any] = {
+            "path": self.source.path,
+            "kind": self.source.kind,
+            "sha256": hashlib.sha256(joined).hexdigest(),
+        }
+        facts |= {"shape": list(self.source.shape), "generation": self.source.facts or None}
+        accuracy = sum(part[2] for part in parts) / self.moments.n if self.wanted.classify else None
+        gaussian = self.moments.gaussian()
+        return Measured(
+            gaussian, self.moments.n, self.source.shape, facts, spatial, features, inception, accuracy, bad
+        )  # fmt: skip
+
+    def _merged_spatial(self, processes: Processes) -> Gaussian | None:
+        if not self.wanted.spatial:
+            return None
+        sizes = processes.gather(self.spatial and self.spatial.num_features)
+        mine = self.spatial or FeatureStatistics(max(size or 0 for size in sizes))
+        mine.merge(processes)
+        return mine.gaussian()
+
+    def _merged_inception(self, processes: Processes) -> Score | None:
+        if not self.wanted.logits:
+            return None
+        sizes = processes.gather(self.inception and self.inception.sum_p.shape[1])
+        mine = self.inception or InceptionScore(self.count, max(size or 0 for size in sizes))
+        mine.count, mine.sum_p = processes.total(mine.count), processes.total(mine.sum_p)
+        mine.sum_p_log_p = processes.total(mine.sum_p_log_p)
+        return mine.compute()
+
+    def _merged_features(self, processes: Processes, bad: bool) -> Float32Array | None:
+        if self.reservoir is None:
+            return None
+        whole = Reservoir(self.reservoir.indices, self.net.num_features)
+        for part in processes.gather(self.reservoir.rows()):
+            whole.update(*part)
+        return whole.rows().features if bad else whole.features()
+
+
+def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
+    """An extractor's features of uint8 images (b, H, W, C)."""
+    import torch
+
+    pixels = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device)
+    # TF32 would round a GPU's convolutions to three digits; these flags are cuDNN's and change nothing elsewhere
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found = net.features(pixels)
+    spatial, logits = (None if part is None else part.cpu() for part in (found.spatial, found.logits))
+    return found._replace(pool=found.pool.cpu(), spatial=spatial, logits=logits)
+
+
+def of_statistics(source: Statistics, net: "Extractor") -> Measured:
+    """A statistics file as one side of a score. Raises ValueError when another extractor made it."""
+    size = len(source.gaussian.mean)
+    made_by = source.facts.get("extractor", {}).get("sha256")
+    if size != net.num_features or made_by not in (None, net.sha256):
+        other = source.facts.get("extractor", {}).get("name", f"one with {size} features")
+        raise ValueError(
+            f"{source.path}: mu has {size} values of {other}, but {net.name} gives {net.num_features} features; "
+            "use the extractor that made it, or give images"
+        )
+    facts = {"path": source.path, "kind": source.kind, "sha256": source.sha256, "made_from": source.facts or None}
+    return Measured(source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features)

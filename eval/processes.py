@@ -1,0 +1,63 @@
+"""Several processes that score one set of images together, as torchrun or accelerate launch starts them."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Processes(NamedTuple):
+    """This process among those that work together; the methods do nothing where it is alone.
+
+    Attributes:
+        rank: Its number.
+        world: How many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def total(self, values: FloatArray) -> FloatArray:
+        """The sum over processes, float64 in and out, the same bits in every process."""
+        if self.world == 1:
+            return values
+        import torch
+
+        summed = torch.from_numpy(np.array(values, dtype=np.float64))  # a copy
+        torch.distributed.all_reduce(summed)
+        return summed.numpy()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        if self.world == 1:
+            return [value]
+        import torch
+
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def join() -> Processes:
+    """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo.
+
+    A process that was started by itself is alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def leave(processes: Processes) -> None:
+    """Leave the group, if there is one: gloo may abort at interpreter exit otherwise."""
+    if processes.world > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()

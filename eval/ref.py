@@ -1,0 +1,70 @@
+"""Statistics of a reference in one file for `eval.fid --ref`: `python -m eval.ref IMAGES --out stats.npz`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eval.fid import ExtractorName
+from eval.images import Statistics
+from eval.measure import Wanted, measure
+from eval.processes import Processes, join, leave
+from eval.sources import open_source
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write the statistics of IMAGES as an .npz: mu, sigma, the count, the extractor, and features if asked for."""
+
+    images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """A folder of images, a .zip, an .npz (arr_0), or NAME:SPLIT."""
+    out: Path
+    """The .npz to write."""
+    extractor: ExtractorName = "random-conv-v1"
+    """Feature network."""
+    weights: Path | None = None
+    """File of the extractor's weights, where it reads one."""
+    keep: int = 0
+    """Feature rows to keep for kid and prdc (eval.fid's default looks at 10,000)."""
+    seed: int = 0
+    """Chooses those rows."""
+    batch_size: int = 64
+    """Images per forward pass."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the user's mistake (a sentence on stderr)."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.ref")
+    processes = Processes()
+    try:
+        if arguments.out.suffix != ".npz" or arguments.out.is_dir() or not arguments.out.parent.is_dir():
+            raise ValueError(f"--out {arguments.out} must be an .npz in a folder that exists")
+        source = open_source(arguments.images)
+        if isinstance(source, Statistics):
+            raise ValueError(f"{arguments.images}: these are statistics already; give images")
+        processes = join()
+        from eval.extractors import best_device, load_extractor
+        from eval.statistics import write_statistics
+
+        net = load_extractor(arguments.extractor, arguments.weights).to(best_device())
+        wanted = Wanted(spatial=net.fid_named, keep=arguments.keep, seed=arguments.seed)
+        found = measure(
+            source, net, wanted, batch_size=arguments.batch_size, progress=True, processes=processes
+        )  # fmt: skip
+        if not processes.rank:
+            write_statistics(arguments.out, found, net)
+            print(f"{found.count} images, {net.num_features} features -> {arguments.out}")
+    except ValueError as error:
+        if not processes.rank:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        leave(processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

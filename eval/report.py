@@ -1,0 +1,146 @@
+"""The report of a score: every fact of the protocol, checked against a schema and written whole or not at all."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+
+from eval.measure import Measured
+
+if TYPE_CHECKING:
+    from eval.extractors import Extractor
+
+Report = dict[str, Any]
+SMALL_SAMPLE = 10_000  # images; below this the distance's upward bias is large
+NUMBER, NONE = (int, float), type(None)
+
+# What every report holds, beside the metric's own key, which repeats `value`.
+SCHEMA: dict[str, Any] = {
+    "metric": str,
+    "value": NUMBER,
+    "scores": dict,
+    "n_gen": int,
+    "n_ref": (int, NONE),
+    "extractor": {"name": str, "version": str, "sha256": str, "dim": int, "layer": str},
+    "resize": str,
+    "crop": str,
+    "images": {"path": str, "kind": str, "sha256": str},
+    "ref": {"path": str, "kind": str, "sha256": str},
+    "generation": (dict, NONE),
+    "world_size": int,
+    "batch_size": int,
+    "dtype": {"features": str, "statistics": str},
+    "device": str,
+    "tf32": bool,
+    "repeats": int,
+    "aggregate": str,
+    "versions": {"python": str, "numpy": str, "pillow": str, "torch": str, "ditmoe": (str, NONE)},
+    "git": (str, NONE),
+    "seconds": NUMBER,
+    "bad_images": list,
+    "warnings": list,
+}
+
+
+def check_report(report: Report) -> None:
+    """Raises ValueError naming the first field that is missing or of another type than the schema says."""
+    _check(report, SCHEMA, "")
+    metric = report["metric"]
+    if report.get(metric) != report["value"]:
+        raise ValueError(f"the report's {metric} is {report.get(metric)!r} and its value {report['value']!r}")
+
+
+def _check(found: Any, schema: Any, name: str) -> None:
+    if isinstance(schema, dict):
+        if not isinstance(found, dict):
+            raise ValueError(f"the report's {name} is {found!r}; expected an object")
+        for key, part in schema.items():
+            where = f"{name}.{key}" if name else key
+            if key not in found:
+                raise ValueError(f"the report has no field {where}")
+            _check(found[key], part, where)
+    elif not isinstance(found, schema) or (isinstance(found, bool) and schema is not bool):
+        raise ValueError(f"the report's {name} is {found!r}, a {type(found).__name__}")
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the report as JSON under its name only once it is complete and on disk."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
+    """What a reader of the number should know: few images, rank deficiency, another split, the same data, ..."""
+    warnings: list[str] = []
+    for name, side in (("n_gen", gen), ("n_ref", ref)):
+        if side.count is None:
+            warnings.append(f"{name} unknown: a statistics file names no count and no extractor")
+        elif side.count < SMALL_SAMPLE:
+            warnings.append(
+                f"{name} = {side.count} is below {SMALL_SAMPLE}: the distance is biased upwards, "
+                "compare it only with others at the same counts"
+            )
+        if side.count is not None and side.count <= net.num_features:
+            warnings.append(
+                f"{name} = {side.count} is not above {net.num_features} features: the covariance is rank-deficient"
+            )
+        if side.bad:
+            warnings.append(f"{len(side.bad)} images of {side.facts['path']} could not be read and were left out")
+    if gen.shape and ref.shape and gen.shape[:2] != ref.shape[:2]:
+        warnings.append(f"sizes differ: images {gen.shape[:2]}, ref {ref.shape[:2]} (H, W)")
+    if gen.facts["sha256"] == ref.facts["sha256"]:
+        warnings.append("images and ref are the same data")
+    origin = ((ref.facts.get("made_from") or {}).get("images") or ref.facts)["path"]
+    if origin.endswith((":test", ":val")) or Path(origin).stem.lower() in ("test", "val", "validation"):
+        warnings.append(f"ref comes from {origin}: published scores compare with the training split")
+    return warnings
+
+
+def versions() -> dict[str, str | None]:
+    """Of what can change a number."""
+    import torch
+
+    try:
+        own: str | None = version("ditmoe")
+    except PackageNotFoundError:
+        own = None
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "torch": str(torch.__version__),
+        "ditmoe": own,
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this code, with a + where files have changed; None outside a checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

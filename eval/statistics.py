@@ -1,0 +1,96 @@
+"""Statistics of a reference on disk: written once, and found again as long as nothing that made them changed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval.images import Images
+from eval.measure import Measured, Wanted, of_statistics
+from eval.npz import open_npz
+from eval.processes import Processes
+
+if TYPE_CHECKING:
+    from eval.extractors import Extractor
+
+FORMAT = 1  # of the files; a change makes older cached ones unused
+
+
+def default_folder() -> Path:
+    """Where statistics are kept unless told otherwise: $XDG_CACHE_HOME/ditmoe/stats or ~/.cache/ditmoe/stats."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditmoe" / "stats"
+
+
+def write_statistics(path: Path, measured: Measured, net: "Extractor") -> None:
+    """An .npz with mu, sigma, mu_s and sigma_s and features where there are any, and what made them as `facts`.
+
+    The names are those of ADM's and pytorch-fid's files. Written beside its place first, so it is whole or absent.
+    """
+    arrays: dict[str, Any] = {"mu": measured.gaussian.mean, "sigma": measured.gaussian.covariance}
+    if measured.spatial is not None:
+        arrays |= {"mu_s": measured.spatial.mean, "sigma_s": measured.spatial.covariance}
+    if measured.features is not None:
+        arrays["features"] = measured.features
+    made = {"name": net.name, "version": net.version, "sha256": net.sha256, "resize": net.resize}
+    facts = {"count": measured.count, "shape": measured.shape, "images": measured.facts, "extractor": made}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays, facts=np.array(json.dumps(facts)))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def cached(
+    source: Images,
+    net: "Extractor",
+    wanted: Wanted,
+    folder: Path | None,
+    compute: Callable[[], Measured],
+    processes: Processes | None = None,
+) -> tuple[Measured, str | None]:
+    """`compute()`, or what it gave for the same images, extractor and wishes before; and a warning or None.
+
+    The key is a hash of the source's fingerprint (names, sizes and times of files, checksums inside archives), the
+    extractor's weights, version and resize, and what is wanted. A damaged file is computed again. Where `folder` is
+    None or the source has no fingerprint, nothing is kept. The first process reads; the others take its word.
+    """
+    processes = processes or Processes()
+    if folder is None or not source.fingerprint:
+        return compute(), None
+    made = [net.name, net.version, net.sha256, net.resize, source.shape, wanted.spatial, wanted.keep, wanted.seed]
+    key = hashlib.sha256(json.dumps([FORMAT, source.fingerprint, *made]).encode()).hexdigest()
+    path = folder / f"{key}.npz"
+    found, problem = _read(path, source, net) if processes.rank == 0 else (None, None)
+    found, problem = processes.gather((found, problem))[0]
+    if found is not None:
+        return found, None
+    measured = compute()
+    if processes.rank == 0:
+        write_statistics(path, measured, net)
+    return measured, problem
+
+
+def _read(path: Path, source: Images, net: "Extractor") -> tuple[Measured | None, str | None]:
+    if not path.is_file():
+        return None, None
+    try:
+        statistics = open_npz(path, str(path))
+        assert not isinstance(statistics, Images)
+        facts = statistics.facts
+        images = {**facts["images"], "path": source.path}
+        side = of_statistics(statistics, net)
+        return (
+            Measured(side.gaussian, facts["count"], source.shape, images, side.spatial, side.features),
+            None,
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        return None, f"the cached statistics {path} are damaged ({error}) and were computed again"

@@ -1,0 +1,135 @@
+"""Score against network calls and guidance: `python -m eval.sweep MODEL --ref REF --sampler ... --steps ... --cfg ...`.
+
+Every point is one `python sample.py MODEL ... --score REF`, whose report is kept; a sweep that was stopped goes on.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from eval.compare import differences, field, read_report
+from eval.report import Report
+
+DOOR = Path(__file__).resolve().parent.parent / "sample.py"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Sample MODEL in every combination, score it, and write table.md, sweep.png and a report a point."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run folder or a pipeline folder."""
+    ref: str
+    """What to compare with, as in eval.fid: folder, .npz, fashion:train, ..."""
+    out: Path
+    """Folder for the table, the plot and the reports."""
+    sampler: tuple[str, ...] = ("ddim",)
+    """Samplers, as in sample.py."""
+    steps: tuple[int, ...] = (10, 20, 50)
+    """Numbers of steps."""
+    cfg: tuple[float, ...] = (1.0,)
+    """Guidance scales; 1 is none."""
+    num: int = 5000
+    """Images a point."""
+    seed: int = 0
+    """Of the images."""
+    batch_size: int = 250
+    """Images drawn at once."""
+    extractor: str = "random-conv-v1"
+    """Feature network."""
+    weights: Path | None = None
+    """File of the extractor's weights, where it reads one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the user's mistake (a sentence on stderr)."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.sweep")
+    points = list(itertools.product(arguments.sampler, arguments.steps, arguments.cfg))
+    try:
+        if not points or min(arguments.steps) < 1 or arguments.num < 2:
+            raise ValueError("give at least one sampler, steps and cfg; steps of 1 or more, num of 2 or more")
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise ValueError(f"--out {arguments.out} is a file; give a folder")
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        reports = [_point(arguments, *point) for point in tqdm(points, unit="point", disable=None)]
+        found = differences(reports)
+        if found:
+            raise ValueError(f"{arguments.out} holds other protocols ({', '.join(found)}); give another folder")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = table(reports)
+    (arguments.out / "table.md").write_text(text)
+    plot(reports, arguments.out / "sweep.png")
+    print(text)
+    return 0
+
+
+def _point(arguments: Arguments, sampler: str, steps: int, cfg: float) -> Report:
+    """The report of one point, made unless it is there."""
+    path = arguments.out / f"{sampler}-steps{steps}-cfg{cfg:g}-n{arguments.num}-seed{arguments.seed}.json"
+    if path.exists():
+        return read_report(path)
+    command = [sys.executable, str(DOOR), str(arguments.model), "--score", arguments.ref, "--report", str(path)]
+    for name, value in {"sampler": sampler, "steps": steps, "cfg": cfg}.items():
+        command += [f"--{name}", str(value)]
+    for name in ("num", "seed", "batch_size", "extractor", "weights"):
+        value = getattr(arguments, name)
+        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return read_report(path)
+
+
+def _row(report: Report) -> dict[str, Any]:
+    found = {name: field(report, f"generation.sampler.{name}") for name in ("name", "steps", "nfe", "cfg")}
+    return {**found, "value": report["value"]}
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Markdown: a row a point, by sampler, guidance and network calls."""
+    rows = sorted((_row(report) for report in reports), key=lambda row: (row["name"], row["cfg"] or 1, row["nfe"]))
+    first = reports[0]
+    lines = [
+        f"{first['n_gen']} images a point against {first['ref']['path']}, lower is better.",
+        "",
+        f"| sampler | steps | network calls | cfg | {first['metric']} |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {r['name']} | {r['steps']} | {r['nfe']} | {r['cfg']} | {r['value']:.5g} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def plot(reports: Sequence[Report], path: Path) -> None:
+    """Two panels: score against network calls, a line a (sampler, cfg); against cfg, a line a (sampler, steps)."""
+    from matplotlib.figure import Figure
+
+    rows = [_row(report) for report in reports]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, x, other in zip(figure.subplots(1, 2), ("nfe", "cfg"), ("cfg", "steps"), strict=True):
+        for key in sorted({(row["name"], row[other]) for row in rows}, key=json.dumps):
+            line = sorted((row[x], row["value"]) for row in rows if (row["name"], row[other]) == key)
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"{key[0]}, {other} {key[1]}")
+        axes.set_xlabel({"nfe": "network calls an image", "cfg": "guidance scale"}[x])
+        axes.set_ylabel(reports[0]["metric"])
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    if len({row["nfe"] for row in rows}) > 1:
+        figure.axes[0].set_xscale("log")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Reports side by side: ranked when their protocols agree, and only then."""
+
+import json
+
+import pytest
+
+from eval import compare
+from eval.fid import score
+from eval.report import write_report
+
+
+@pytest.fixture
+def reports(tmp_path, digits):
+    for name, images, options in (
+        ("near", digits[0][:100], {}),
+        ("far", digits[0][:100] // 2, {}),
+        ("fewer", digits[0][:50], {}),
+        ("other", digits[0][:100], {"extractor": "efficientnet-lite0"}),
+    ):
+        write_report(tmp_path / f"{name}.json", score(images, "digits:test", **options))
+    return tmp_path
+
+
+def run(folder, *names):
+    return compare.main([str(folder / f"{name}.json") for name in names])
+
+
+def test_equal_protocols_are_ranked_best_first(reports, capsys):
+    assert run(reports, "far", "near") == 0
+    out = capsys.readouterr().out
+    assert out.index("near.json") < out.index("far.json")
+    assert "Not ranked" not in out
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [(("near", "fewer"), ["n_gen: 100, 50"]), (("far", "other"), ["metric", "extractor.sha256", "resize"])],
+)
+def test_other_protocols_are_not_ranked_and_the_fields_are_named(reports, capsys, names, fields):
+    assert run(reports, *names) == 1
+    out = capsys.readouterr().out
+    assert "Not ranked" in out
+    assert all(field in out for field in fields)
+    assert "ref.sha256" not in out
+    assert out.index(f"{names[0]}.json") < out.index(f"{names[1]}.json")  # the order of the command line
+
+
+def test_what_made_the_images_may_differ_but_not_how_labels_were_drawn(reports):
+    a, b = (json.loads((reports / f"{name}.json").read_text()) for name in ("near", "far"))
+    a["generation"] = {"sampler": {"steps": 10}, "label_sampling": "balanced"}
+    b["generation"] = {"sampler": {"steps": 20}, "label_sampling": "balanced"}
+    assert compare.differences([a, b]) == {}
+    b["generation"]["label_sampling"] = "given"
+    assert compare.differences([a, b]) == {"generation.label_sampling": ["balanced", "given"]}
+
+
+def test_mistakes(reports, tmp_path, capsys):
+    (tmp_path / "text.json").write_text("hello")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "part.json").write_text('{"metric": "fid"}')
+    for names, text in (
+        (("near",), "at least 2"), (("near", "absent"), "absent.json"), (("near", "text"), "cannot be read as JSON"),
+        (("near", "list"), "holds no report"), (("near", "part"), "no field value"),
+    ):  # fmt: skip
+        assert run(reports, *names) == 2
+        assert text in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""One score on one, two and three processes: the same number, and really that many processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.fid import score
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def launched(world, *arguments, launcher="torchrun"):
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={world}"]
+        command += ["--main_process_port=0"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=REPO, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.mark.parametrize(("world", "launcher"), [(2, "torchrun"), (3, "torchrun"), (2, "accelerate")])
+def test_processes_share_the_work_and_change_nothing(tmp_path, digits, world, launcher):
+    count = 203 if world == 2 else 130  # 130 in batches of 64 with 3 processes: a batch each; 203: uneven
+    labels = digits[1][:count]
+    np.savez(tmp_path / "a.npz", arr_0=digits[0][:count], arr_1=labels)
+    out = tmp_path / "r.json"
+    options = ["--metrics", "kid", "prdc", "--keep", "100", "--no-cache", "--out", out]
+    done = launched(world, "-m", "eval.fid", tmp_path / "a.npz", "--ref", "digits:test", *options, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report["world_size"] == world  # several processes, not one that was started quietly
+    alone = score(tmp_path / "a.npz", "digits:test", metrics=["kid", "prdc"], keep=100)
+    assert alone["world_size"] == 1
+    assert report["n_gen"] == alone["n_gen"] == count
+    assert report["images"]["sha256"] == alone["images"]["sha256"]
+    for name, value in alone["scores"].items():
+        assert report["scores"][name] == pytest.approx(value, rel=1e-9), name
+    assert done.stdout.count("fd_random_conv_v1") == 1
+
+
+def test_more_processes_than_batches(tmp_path, digits):
+    np.savez(tmp_path / "a.npz", arr_0=digits[0][:50])
+    out = tmp_path / "r.json"
+    done = launched(3, "-m", "eval.fid", tmp_path / "a.npz", "--ref", "digits:test", "--no-cache", "--out", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report["world_size"] == 3
+    assert report["value"] == pytest.approx(score(tmp_path / "a.npz", "digits:test")["value"], rel=1e-9)
+
+
+def test_one_process_that_meets_a_bad_image_stops_them_all(tmp_path, digits):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(digits[0][:130]):
+        Image.fromarray(image[..., 0]).save(folder / f"{i:03d}.png")
+    whole = (folder / "100.png").read_bytes()
+    (folder / "100.png").write_bytes(whole[: len(whole) - 30])  # the second process's batch; its header is intact
+    out = tmp_path / "r.json"
+    done = launched(2, "-m", "eval.fid", folder, "--ref", "digits:test", "--no-cache", "--out", out)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "100.png" in done.stderr
+    assert not out.exists()

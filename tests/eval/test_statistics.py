@@ -1,0 +1,192 @@
+"""The reference's statistics: kept, found again, dropped when anything changed; and ADM's reference files."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import fid as fid_module
+from eval import measure as measure_module
+from eval import ref
+from eval.extractors import Extractor
+from eval.fid import score
+from eval.sources import open_source
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many images went through an extractor."""
+    seen = []
+    forward = measure_module.features_of
+    monkeypatch.setattr(measure_module, "features_of", lambda net, x: (seen.append(len(x)), forward(net, x))[1])
+    return seen
+
+
+@pytest.fixture
+def folder(tmp_path, digits):
+    made = tmp_path / "ref"
+    made.mkdir()
+    for i, image in enumerate(digits[0][:40]):
+        Image.fromarray(image[..., 0]).save(made / f"{i:02d}.png")
+    return made
+
+
+def test_a_second_score_reads_the_cache(tmp_path, digits, folder, calls):
+    first = score(digits[0][40:70], folder, cache=tmp_path / "cache")
+    assert sum(calls) == 70
+    second = score(digits[0][40:70], folder, cache=tmp_path / "cache")
+    assert sum(calls) == 100  # only the images, not the reference
+    assert second["value"] == first["value"]
+    assert second["ref"] == first["ref"]
+    assert second["n_ref"] == 40
+
+
+def test_the_cache_knows_when_something_changed(tmp_path, digits, folder, calls):
+    options = {"cache": tmp_path / "cache"}
+    score(digits[0][40:70], folder, **options)
+
+    def reads_the_reference(**more):
+        calls.clear()
+        score(digits[0][40:70], folder, **options, **more)
+        return sum(calls) > 30
+
+    assert not reads_the_reference()
+    assert reads_the_reference(metrics=["kid"])
+    assert not reads_the_reference(metrics=["kid"])
+    assert reads_the_reference(metrics=["kid"], keep=20)
+    assert reads_the_reference(metrics=["kid"], keep=20, seed=1)
+    os.utime(folder / "07.png", (1, 1))
+    assert reads_the_reference()
+    (folder / "08.png").unlink()
+    assert reads_the_reference()
+    assert reads_the_reference(extractor="efficientnet-lite0")
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut short"])
+def test_a_damaged_cache_is_computed_again_and_said_so(tmp_path, digits, folder, damage):
+    cache = tmp_path / "cache"
+    expected = score(digits[0][40:70], folder, cache=cache)["value"]
+    (file,) = cache.iterdir()
+    file.write_bytes(damage)
+    report = score(digits[0][40:70], folder, cache=cache)
+    assert report["value"] == expected
+    assert any("damaged" in warning and "computed again" in warning for warning in report["warnings"])
+    assert not any("damaged" in warning for warning in score(digits[0][40:70], folder, cache=cache)["warnings"])
+
+
+def test_statistics_in_a_file_stand_for_the_images(tmp_path, digits, folder, capsys):
+    out = tmp_path / "stats.npz"
+    assert ref.main([str(folder), "--out", str(out), "--keep", "30"]) == 0
+    assert "40 images, 256 features" in capsys.readouterr().out
+    with np.load(out, allow_pickle=False) as file:
+        assert set(file) == {"mu", "sigma", "features", "facts"}
+        assert file["features"].shape == (30, 256)
+    direct = score(digits[0][40:70], folder, metrics=["kid", "prdc"], keep=30)
+    report = score(digits[0][40:70], out, metrics=["kid", "prdc"], keep=30)
+    assert report["scores"] == pytest.approx(direct["scores"], rel=1e-9)
+    assert report["n_ref"] == 40
+    assert report["ref"]["made_from"]["images"]["sha256"] == direct["ref"]["sha256"]
+    with pytest.raises(ValueError, match="mu has 256 values of random-conv-v1, but efficientnet-lite0 gives 1280"):
+        score(digits[0][40:70], out, extractor="efficientnet-lite0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["digits:test", "--out", "x.txt"], "must be an .npz"),
+        (["digits:test", "--out", "absent/x.npz"], "folder that exists"),
+        (["nope", "--out", "x.npz"], "does not exist"),
+    ],
+)
+def test_mistakes_of_the_reference_command(tmp_path, monkeypatch, capsys, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    assert ref.main(arguments) == 2
+    assert text in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_adms_reference_gives_statistics_to_fid_and_images_to_kid(tmp_path, digits):
+    whole, few = digits[0][:300], digits[0][300:340]
+    ref.main(["digits:train", "--out", str(tmp_path / "s.npz")])
+    with np.load(tmp_path / "s.npz") as file:
+        np.savez(tmp_path / "adm.npz", arr_0=few, mu=file["mu"], sigma=file["sigma"])
+    assert open_source(tmp_path / "adm.npz").statistics is not None
+    report = score(whole, tmp_path / "adm.npz", metrics=["kid"])
+    assert report["value"] == pytest.approx(score(whole, "digits:train")["value"], rel=1e-9)
+    assert report["scores"]["kid_random_conv_v1"] == score(whole, few, metrics=["kid"])["scores"]["kid_random_conv_v1"]
+    assert report["value"] != score(whole, few)["value"]
+    images = score(tmp_path / "adm.npz", whole)  # as what is scored, the images count
+    assert images["n_gen"] == 40
+
+
+def test_metrics_that_cannot_be_had_are_refused(tmp_path, digits):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(256), sigma=np.eye(256))
+    images = digits[0][:20]
+    with pytest.raises(ValueError, match="sfid is defined on inception-2015 alone"):
+        score(images, images, metrics=["sfid"])
+    with pytest.raises(ValueError, match="KID and prdc need images"):
+        score(images, tmp_path / "s.npz", metrics=["kid"])
+    with pytest.raises(ValueError, match="unknown metric 'fvd'"):
+        score(images, images, metrics=["fvd"])
+    with pytest.raises(ValueError, match="class accuracy needs labels"):
+        score(images, images, classify=lambda x: np.zeros(len(x), np.int64))
+
+
+def test_class_accuracy_is_the_share_of_images_taken_for_their_label(tmp_path, digits):
+    np.savez(tmp_path / "a.npz", arr_0=digits[0][:50], arr_1=digits[1][:50])
+    report = score(tmp_path / "a.npz", "digits:test", classify=lambda x: np.full(len(x), 3), batch_size=7)
+    assert report["scores"]["accuracy"] == (digits[1][:50] == 3).mean()
+
+
+def test_unreadable_images_are_left_out_up_to_a_number_and_named(tmp_path, digits, folder):
+    (folder / "05.png").write_bytes(b"no image")
+    whole = (folder / "09.png").read_bytes()
+    (folder / "09.png").write_bytes(whole[: len(whole) - 30])
+    for allowed in (0, 1):
+        with pytest.raises(ValueError, match=r"0[59]\.png"):
+            score(folder, "digits:test", skip_bad=allowed)
+    with pytest.raises(ValueError, match="Inception Score needs every image"):
+        score(folder, "digits:test", skip_bad=2, metrics=["is"])
+    report = score(folder, "digits:test", skip_bad=2, metrics=["prdc"])
+    assert report["n_gen"] == 38
+    assert report["bad_images"] == ["05.png", "09.png"]
+    assert any("2 images of" in warning for warning in report["warnings"])
+
+
+def test_inception_and_spatial_features_reach_the_report(digits, monkeypatch):
+    """A network of random weights in Inception's place: every key, and only its own extractor may have them."""
+    net = small_inception()
+    monkeypatch.setattr("eval.extractors.load_extractor", lambda *_: net)
+    report = score(digits[0][:60], digits[0][60:120], extractor="inception-2015", metrics=["sfid", "is", "kid", "prdc"])
+    assert set(report["scores"]) == {
+        "fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std",
+        "precision", "recall", "density", "coverage",
+    }  # fmt: skip
+    assert report["metric"] == "fid"
+    assert report["fid"] == report["value"] > 0
+    assert 1 <= report["scores"]["inception_score"] <= 5
+    assert json.loads(json.dumps(report)) == report
+
+
+def small_inception() -> Extractor:
+    import torch
+
+    from eval.extractors import Features, random_conv_v1
+
+    class Small(Extractor):
+        fid_named = True
+
+        def features(self, images):
+            pool = super().features(images).pool
+            return Features(pool, pool[:, :9] ** 2, torch.log(pool[:, :5] + 1))
+
+    net = random_conv_v1()
+    net.__class__ = Small
+    return net
+
+
+def test_the_measure_of_nothing_is_refused(digits):
+    with pytest.raises(ValueError, match="keep 1 at least 2"):
+        fid_module.score(digits[0][:9], digits[0][:9], keep=1)
