@@ -11,6 +11,7 @@ from ditmoe import cli
 from ditmoe.config import save
 from ditmoe.export import ExportArgs
 from ditmoe.presets import PRESETS
+from eval import compare, sweep
 from eval.fid import Arguments
 from samplers import SAMPLERS, exposure
 
@@ -50,6 +51,10 @@ def test_score_commands(command: str) -> None:
 
 
 def test_other_commands() -> None:
+    (ranked,) = (c for c in COMMANDS if c.startswith("python -m eval.compare"))
+    tyro.cli(compare.Arguments, args=shlex.split(ranked)[3:])
+    (swept,) = (c for c in COMMANDS if c.startswith("python -m eval.sweep"))
+    tyro.cli(sweep.Arguments, args=shlex.split(swept)[3:])
     (meter,) = (c for c in COMMANDS if c.startswith("python -m samplers.exposure"))
     assert set(exposure.arguments(shlex.split(meter)[3:]).samplers) <= SAMPLERS.keys()
     (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.export"))
