@@ -10,16 +10,11 @@ def main() -> None:
     args = cli.parse_sample(sys.argv[1:])
     from ditmoe import image_sets
     from eval import fid, processes
-    from eval.images import Images
 
     group = processes.join()
-
-    def score(drawn: object) -> None:
-        images = Images(**drawn) if isinstance(drawn, dict) else drawn
-        fid.score_and_show(images, args.score, args.report, group, **args.score_options())
-
     try:
-        image_sets.run(args, group, score if args.score else None)
+        score = fid.scorer(args.score, args.report, group, **args.score_options()) if args.score else None
+        image_sets.run(args, group, score)
     finally:
         processes.leave(group)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -149,6 +148,8 @@ def requested(args: SampleArgs) -> ImageSet:
         "labels_sha256": None if labels is None else hashlib.sha256(repr(labels).encode()).hexdigest(),
         "num": num,
         "quantize": QUANTIZE,
+        "dtype": "float32",
+        "device": pipe.device.type,
     }  # fmt: skip
     return ImageSet(pipe, labels, num, options, json.loads(json.dumps(facts)))
 
@@ -159,12 +160,16 @@ def _shown(images: ImageSet, batch_size: int) -> Iterator[tuple[NDArray[np.int64
 
 
 def _checkpoint(model: Path) -> dict[str, Any]:
-    """Path, training steps and weights of a model."""
+    """Path and training steps of a model, and a hash of its weights and settings, scheduler and VAE included."""
     folder = model if (model / "model_index.json").is_file() else model / "model"
     digest = hashlib.sha256()
-    for file in sorted((folder / "transformer").glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return {"path": str(model), "steps": _of_run(model, "max_steps"), "sha256": digest.hexdigest()}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".json", ".safetensors") and file.is_file():
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    config = folder.parent / "config.json"
+    going_on = config.is_file() and config.stat().st_mtime > (folder / "model_index.json").stat().st_mtime
+    steps = None if going_on else _of_run(model, "max_steps")  # a longer run has begun: the file is ahead of the model
+    return {"path": str(model), "steps": steps, "sha256": digest.hexdigest()}
 
 
 def _ema_decay(model: Path) -> float | None:
@@ -231,20 +236,24 @@ def write_npz(images: ImageSet, path: Path, batch_size: int, processes: Processe
     processes.gather(None)
     if processes.rank == 0:
         _join(parts, images, path, batch_size)
-        shutil.rmtree(parts)
+        finished = parts.rename(parts.with_name(parts.name + ".done"))  # at once: no half-removed parts to go on from
+        shutil.rmtree(finished)
     processes.gather(None)
 
 
 def _share(images: ImageSet, batch_size: int, processes: Processes) -> Iterator[range]:
     """The indices of this process's batches, under a progress bar on the first."""
     starts = range(processes.rank * batch_size, images.num, processes.world * batch_size)
-    for start in tqdm(starts, "sampling", unit="batch", disable=True if processes.rank else None):
-        yield range(start, min(start + batch_size, images.num))
+    total = sum(min(batch_size, images.num - start) for start in starts)
+    with tqdm(desc="sampling", total=total, unit="img", disable=True if processes.rank else None) as bar:
+        for start in starts:
+            yield range(start, min(start + batch_size, images.num))
+            bar.update(min(batch_size, images.num - start))
 
 
 def _join(parts: Path, images: ImageSet, path: Path, batch_size: int) -> None:
     """The parts, in order, as one .npz."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = parts / "whole.tmp"  # leaves with the parts if this is interrupted
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.num, *images.shape)}
     with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -290,8 +299,9 @@ def _agree(folder: Path, images: ImageSet, processes: Processes) -> None:
     processes.gather(None)
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / NOTE).exists():
-            (folder / NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
         for left in folder.glob("*.tmp"):
             left.unlink()
+        if not (folder / NOTE).exists():
+            (folder / "note.tmp").write_text(json.dumps(images.facts, indent=2) + "\n")
+            (folder / "note.tmp").replace(folder / NOTE)
     processes.gather(None)

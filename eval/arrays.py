@@ -4,8 +4,10 @@ A file's fault is a ValueError of one sentence that names the file. Nothing is e
 """
 
 import gzip
+import lzma
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,12 @@ DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    SyntaxError,
     NotImplementedError,
+    RuntimeError,  # zipfile: the member is encrypted
+    MemoryError,  # a header that claims more than there is
     Image.DecompressionBombError,
 )
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
@@ -54,7 +61,7 @@ def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], R
             shape, fortran, dtype = _read_header(stream)
             offset = stream.tell()
             length = archive.getinfo(member).file_size
-    except (*DAMAGE, ValueError) as error:
+    except (*DAMAGE, ValueError, KeyError) as error:
         raise ValueError(f"{file}: cannot read {name} ({error}); write it again") from error
     if dtype != np.uint8 or len(shape) != 4 or fortran:
         order = ", Fortran order" if fortran else ""

@@ -15,8 +15,11 @@ from eval.report import Report, check_report
 PROTOCOL = (
     "metric", "n_gen", "n_ref", "extractor.name", "extractor.version", "extractor.sha256", "resize", "crop",
     "ref.sha256", "dtype.features", "tf32", "repeats", "aggregate",
-    "generation.label_sampling", "generation.quantize",
+    "generation.label_sampling", "generation.labels_sha256", "generation.quantize",
+    "parameters.rows", "parameters.rows_seed", "parameters.kid", "parameters.prdc", "parameters.inception_score",
+    "parameters.classify",
 )  # fmt: skip
+MAY_BE_UNKNOWN = ("generation.", "parameters.")  # of images of unknown origin, of metrics that were not asked for
 LOWER_IS_BETTER = ("fid", "fd_", "sfid", "kid")
 
 
@@ -34,9 +37,23 @@ def field(report: Report, name: str) -> Any:
 
 
 def differences(reports: Sequence[Report]) -> dict[str, list[Any]]:
-    """The protocol fields in which the reports differ, with the value of each."""
+    """The protocol fields in which the reports differ, with the value of each.
+
+    What is unknown of some of them (how images were made that another program wrote) does not count as different.
+    """
     values = {name: [field(report, name) for report in reports] for name in PROTOCOL}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    differing = {}
+    for name, found in values.items():
+        known = [value for value in found if value is not None] if name.startswith(MAY_BE_UNKNOWN) else found
+        if any(value != known[0] for value in known):
+            differing[name] = found
+    return differing
+
+
+def unknowns(reports: Sequence[Report]) -> list[str]:
+    """Protocol fields of the images that some reports have and others do not."""
+    names = [name for name in PROTOCOL if name.startswith("generation.")]
+    return [name for name in names if len({field(report, name) is None for report in reports}) == 2]
 
 
 def read_report(path: Path) -> Report:
@@ -88,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(arguments.reports, reports))
+    if unknown := unknowns(reports):
+        print(f"\nUnknown of some images: {', '.join(unknown)}.")
     found = differences(reports)
     if not found:
         return 0

@@ -23,6 +23,7 @@ class Images:
         labels: (count,) int64, the class of each image, or None.
         facts: How the images were made, as `sample.py` writes it beside them; {} where unknown.
         statistics: Of a larger set that these images stand for, as ADM's reference batches hold them, or None.
+        may_skip: How many unreadable images may be left out.
         bad: Names of images that turned out unreadable and were left out, filled while reading.
     """
 
@@ -35,6 +36,7 @@ class Images:
     labels: IndexArray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     statistics: "Statistics | None" = None
+    may_skip: int = 0
     bad: list[str] = field(default_factory=list)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[UInt8Array]:

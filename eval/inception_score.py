@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+SPLIT_SIZE = 5000  # images, ADM's
+
 
 class Score(NamedTuple):
     """Inception Score over splits: between 1 and C, higher is better."""
@@ -30,7 +32,7 @@ class InceptionScore:
     the score is the same up to rounding.
     """
 
-    def __init__(self, n: int, num_classes: int, *, split_size: int = 5000) -> None:
+    def __init__(self, n: int, num_classes: int, *, split_size: int = SPLIT_SIZE) -> None:
         if n < 1 or num_classes < 1 or split_size < 1:
             raise ValueError(f"n {n}, num_classes {num_classes} and split_size {split_size} must be at least 1")
         self.n, self.split_size = n, split_size

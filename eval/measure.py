@@ -74,6 +74,8 @@ def measure(
     The batches are the same for any number of processes; each takes its share and the sums are added at the end.
     Raises ValueError, in every process, where an image or a feature is bad in one of them.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} must be at least 1")
     processes = processes or Processes()
     count = source.count if num is None else num
     pass_ = _Pass(source, net, wanted, count)
@@ -125,7 +127,10 @@ class _Pass:
             self.inception.update(indices, found.logits.numpy())
         if self.wanted.classify is not None:
             assert self.source.labels is not None
-            self.right += int((self.wanted.classify(batch) == self.source.labels[indices]).sum())
+            classes = np.asarray(self.wanted.classify(batch))
+            if classes.shape != (len(batch),):
+                raise ValueError(f"classify gave {classes.shape} for {len(batch)} images; expected one class each")
+            self.right += int((classes == self.source.labels[indices]).sum())
         for i, image in zip(indices.tolist(), np.broadcast_to(batch, (*batch.shape[:3], 3)), strict=True):
             self.digests[i] = hashlib.sha256(image.tobytes()).digest()
 
@@ -136,6 +141,8 @@ class _Pass:
         parts = processes.gather((self.digests, self.source.bad, self.right))
         digests = {i: digest for part in parts for i, digest in part[0].items()}
         bad = sorted({name for part in parts for name in part[1]})
+        if len(bad) > self.source.may_skip:
+            raise ValueError(f"{self.source.path}: {len(bad)} images cannot be read: {', '.join(bad[:5])}")
         features = self._merged_features(processes, bool(bad))
         assert self.moments.n == len(digests), (self.moments.n, len(digests))
         joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in sorted(digests))
@@ -182,22 +189,32 @@ def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
     import torch
 
     pixels = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device)
-    # TF32 would round a GPU's convolutions to three digits; these flags are cuDNN's and change nothing elsewhere
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        found = net.features(pixels)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False  # TF32 would round a GPU's products to three digits
+    try:
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found = net.features(pixels)
+    finally:
+        matmul.allow_tf32 = before
     spatial, logits = (None if part is None else part.cpu() for part in (found.spatial, found.logits))
     return found._replace(pool=found.pool.cpu(), spatial=spatial, logits=logits)
 
 
 def of_statistics(source: Statistics, net: "Extractor") -> Measured:
-    """A statistics file as one side of a score. Raises ValueError when another extractor made it."""
-    size = len(source.gaussian.mean)
-    made_by = source.facts.get("extractor", {}).get("sha256")
-    if size != net.num_features or made_by not in (None, net.sha256):
-        other = source.facts.get("extractor", {}).get("name", f"one with {size} features")
-        raise ValueError(
-            f"{source.path}: mu has {size} values of {other}, but {net.name} gives {net.num_features} features; "
-            "use the extractor that made it, or give images"
-        )
+    """A statistics file as one side of a score. Raises ValueError when it is a `misfit`."""
+    if (problem := misfit(source, net)) is not None:
+        raise ValueError(f"{source.path}: {problem}; use the extractor that made it, or give images")
     facts = {"path": source.path, "kind": source.kind, "sha256": source.sha256, "made_from": source.facts or None}
     return Measured(source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features)
+
+
+def misfit(source: Statistics, net: "Extractor") -> str | None:
+    """Why these statistics are not those of this extractor; None where nothing speaks against it."""
+    size, made = len(source.gaussian.mean), source.facts.get("extractor")
+    if size != net.num_features:
+        origin = made["name"] if made else f"one with {size} features"
+        return f"mu has {size} values of {origin}, but {net.name} gives {net.num_features} features"
+    for name in ("sha256", "version", "resize"):
+        if made and made[name] != getattr(net, name):
+            return f"{name} is {made[name]!r} of {made['name']}, but {net.name} has {getattr(net, name)!r}"
+    return None

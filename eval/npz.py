@@ -52,8 +52,28 @@ def _statistics(file: Path, path: str, names: set[str]) -> Statistics:
     features = read_npz_arrays(file, ("features",))["features"] if "features" in names else None
     if features is not None and (features.ndim != 2 or features.dtype != np.float32):
         raise ValueError(f"{path}: features is {features.dtype} {features.shape}; expected float32 (m, D)")
+    for gaussian in gaussians:
+        if gaussian.mean.ndim != 1 or gaussian.covariance.shape != (len(gaussian.mean),) * 2:
+            shapes = f"{gaussian.mean.shape} and {gaussian.covariance.shape}"
+            raise ValueError(f"{path}: mu and sigma have shapes {shapes}; expected (D,) and (D, D)")
     spatial = gaussians[1] if len(gaussians) > 1 else None
-    return Statistics("stats", path, gaussians[0], spatial, features, sha256, _facts(file, path, names))
+    facts = _facts(file, path, names)
+    if facts and not _is_made_by_us(facts):
+        raise ValueError(f"{path}: facts does not say what made these statistics; write the file again")
+    return Statistics("stats", path, gaussians[0], spatial, features, sha256, facts)
+
+
+def _is_made_by_us(facts: dict[str, Any]) -> bool:
+    """Whether the facts are those that `eval.statistics.write_statistics` writes."""
+    extractor, images, count = facts.get("extractor"), facts.get("images"), facts.get("count")
+    return (
+        isinstance(extractor, dict)
+        and all(isinstance(extractor.get(name), str) for name in ("name", "version", "sha256", "resize"))
+        and isinstance(images, dict)
+        and all(isinstance(images.get(name), str) for name in ("path", "sha256"))
+        and type(count) is int
+        and count >= 2
+    )
 
 
 def _facts(file: Path, path: str, names: set[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Several processes that score one set of images together, as torchrun or accelerate launch starts them."""
 
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,10 @@ def join() -> Processes:
     import torch.distributed
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        # One process may finish its share hours before another, or wait while the first writes a large file.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL
 
+from eval.inception_score import SPLIT_SIZE
 from eval.measure import Measured
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 SMALL_SAMPLE = 10_000  # images; below this the distance's upward bias is large
+ADM_BATCH = 10_000  # images of ADM's reference batches, beside the statistics of the whole training set
 NUMBER, NONE = (int, float), type(None)
 
 # What every report holds, beside the metric's own key, which repeats `value`.
@@ -44,6 +46,7 @@ SCHEMA: dict[str, Any] = {
     "git": (str, NONE),
     "seconds": NUMBER,
     "bad_images": list,
+    "parameters": dict,
     "warnings": list,
 }
 
@@ -51,9 +54,12 @@ SCHEMA: dict[str, Any] = {
 def check_report(report: Report) -> None:
     """Raises ValueError naming the first field that is missing or of another type than the schema says."""
     _check(report, SCHEMA, "")
-    metric = report["metric"]
-    if report.get(metric) != report["value"]:
-        raise ValueError(f"the report's {metric} is {report.get(metric)!r} and its value {report['value']!r}")
+    metric, value = report["metric"], report["value"]
+    for where, found in ((metric, report.get(metric)), (f"scores.{metric}", report["scores"].get(metric))):
+        if found != value:
+            raise ValueError(f"the report's {where} is {found!r} and its value {value!r}")
+    for name, score in report["scores"].items():
+        _check(score, NUMBER, f"scores.{name}")
 
 
 def _check(found: Any, schema: Any, name: str) -> None:
@@ -102,9 +108,17 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
             warnings.append(f"{len(side.bad)} images of {side.facts['path']} could not be read and were left out")
     if gen.shape and ref.shape and gen.shape[:2] != ref.shape[:2]:
         warnings.append(f"sizes differ: images {gen.shape[:2]}, ref {ref.shape[:2]} (H, W)")
-    if gen.facts["sha256"] == ref.facts["sha256"]:
+    source = (ref.facts.get("made_from") or {}).get("images") or ref.facts
+    if gen.facts["sha256"] == source["sha256"]:
         warnings.append("images and ref are the same data")
-    origin = ((ref.facts.get("made_from") or {}).get("images") or ref.facts)["path"]
+    if ref.count == ADM_BATCH and "made_from" not in ref.facts:
+        warnings.append("ref is 10,000 images; published FIDs use the statistics of a whole training set")
+    made = gen.facts.get("generation") or {}
+    if made.get("num") not in (None, gen.count):
+        warnings.append(f"images were made as a set of {made['num']}, and {gen.count} were scored")
+    if gen.inception is not None and gen.count is not None and gen.count % SPLIT_SIZE:
+        warnings.append(f"the Inception Score has a last split of {gen.count % SPLIT_SIZE} images, not {SPLIT_SIZE}")
+    origin = source["path"]
     if origin.endswith((":test", ":val")) or Path(origin).stem.lower() in ("test", "val", "validation"):
         warnings.append(f"ref comes from {origin}: published scores compare with the training split")
     return warnings
@@ -129,18 +143,12 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The git commit of this code, with a + where files have changed; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    here = str(Path(__file__).parent)
+    describe = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    ours = ["git", "-C", here, "ls-files", "--error-unmatch", "report.py"]  # not a checkout that merely surrounds us
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        tracked = subprocess.run(ours, capture_output=True, timeout=10).returncode == 0
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return (done.stdout.strip() or None) if tracked else None

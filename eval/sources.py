@@ -86,13 +86,13 @@ def _file(file: Path, path: str, skip_bad: int) -> Images | Statistics:
 def _folder(folder: Path, path: str, skip_bad: int) -> Images:
     files = [file for file in folder.rglob("*") if file.is_file()]
     names = _image_names(file.relative_to(folder).as_posix() for file in files)
-    fingerprint = repr([(name, *_stamp(folder / name)) for name in names])
+    fingerprint = repr([str(folder.resolve()), *((name, *_stamp(folder / name)) for name in names)])
     images = _image_files("folder", path, names, lambda name: (folder / name).open("rb"), skip_bad, fingerprint)
     note = folder / "sampling.json"
     if note.is_file():
         try:
-            images.facts.update(json.loads(note.read_text(encoding="utf-8")))
-        except (ValueError, OSError) as error:
+            images.facts.update(dict(json.loads(note.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{note}: not a JSON object ({error}); remove it") from error
     return images
 
@@ -118,9 +118,10 @@ def _image_names(names: Iterator[str] | Sequence[str]) -> list[str]:
     )
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What changes with a file: its size, times of writing and of any change, and its place on the disk."""
     found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _image_files(
@@ -135,7 +136,7 @@ def _image_files(
         try:
             with open_file(name) as file, Image.open(file, formats=FORMATS) as image:
                 sizes[name] = image.size
-        except DAMAGE as error:
+        except (*DAMAGE, ValueError) as error:
             bad.append(f"{name} ({type(error).__name__})")
     if len(bad) > skip_bad or not sizes:
         raise ValueError(
@@ -164,9 +165,8 @@ def _image_files(
             if found:
                 yield np.array(list(found)), np.stack(list(found.values()))
 
-    images = Images(
-        kind, path, len(left), (height, width, 3), read, fingerprint, bad=[name.split(" (")[0] for name in bad]
-    )
+    images = Images(kind, path, len(left), (height, width, 3), read, fingerprint, may_skip=skip_bad)
+    images.bad.extend(name for name in names if name not in sizes)
     return images
 
 
@@ -175,15 +175,16 @@ def _decode(path: str, name: str, open_file: Callable[[str], IO[bytes]]) -> UInt
     try:
         with open_file(name) as file, Image.open(file, formats=FORMATS) as image:
             image.load()
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{path}: {name} is not 8-bit (mode {image.mode}); save it as 8-bit")
-            if image.has_transparency_data:
-                alpha = image.convert("RGBA").getchannel("A")
-                if alpha.getextrema() != (255, 255):
-                    raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
-            return np.asarray(image.convert("RGB"))
-    except (*DAMAGE, SyntaxError) as error:
+            picture = image.copy()
+    except (*DAMAGE, ValueError) as error:
         raise ValueError(f"{path}: cannot decode {name} ({error}); remove or replace it") from error
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"{path}: {name} is not 8-bit (mode {picture.mode}); save it as 8-bit")
+    if picture.has_transparency_data:
+        alpha = picture.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
+    return np.asarray(picture.convert("RGB"))
 
 
 # ---------------------------------------------------------------------- named sets
@@ -204,8 +205,8 @@ def _dataset(path: str) -> Images:
 
 def _digits(path: str, split: str) -> Images:
     arrays = read_npz_arrays(DIGITS_FILE, (f"{split}_images", f"{split}_labels"))
-    images, labels = arrays[f"{split}_images"][..., None], arrays[f"{split}_labels"]
-    return _in_memory("dataset", path, images.astype(np.uint8), repr(_stamp(DIGITS_FILE)), labels.astype(np.int64))
+    images, labels = arrays[f"{split}_images"][..., None], arrays[f"{split}_labels"].astype(np.int64)
+    return _in_memory("dataset", path, images.astype(np.uint8), path + repr(_stamp(DIGITS_FILE)), labels)
 
 
 def _fashion(path: str, split: str) -> Images:
@@ -214,7 +215,7 @@ def _fashion(path: str, split: str) -> Images:
             file = folder / (FASHION_FILES[split] + suffix)
             if file.is_file():
                 count, shape, read = open_idx(file)
-                return Images("dataset", path, count, shape, read, repr(_stamp(file)))
+                return Images("dataset", path, count, shape, read, path + repr((str(file), *_stamp(file))))
     folders = " or ".join(str(folder) for folder in FASHION_FOLDERS)
     raise ValueError(
         f"{path}: {FASHION_FILES[split]}[.gz] is not in {folders}; install Debian's "

@@ -59,14 +59,16 @@ def cached(
 ) -> tuple[Measured, str | None]:
     """`compute()`, or what it gave for the same images, extractor and wishes before; and a warning or None.
 
-    The key is a hash of the source's fingerprint (names, sizes and times of files, checksums inside archives), the
-    extractor's weights, version and resize, and what is wanted. A damaged file is computed again. Where `folder` is
-    None or the source has no fingerprint, nothing is kept. The first process reads; the others take its word.
+    The key is a hash of the source's fingerprint (checksums inside archives; of other files place, name, inode, size
+    and the times of writing and of any change), the extractor's weights, version and resize, and what is wanted. A
+    damaged file is computed again, and so is a folder of which images were left out. Where `folder` is None or the
+    source has no fingerprint, nothing is kept. The first process reads; the others take its word.
     """
     processes = processes or Processes()
     if folder is None or not source.fingerprint:
         return compute(), None
-    made = [net.name, net.version, net.sha256, net.resize, source.shape, wanted.spatial, wanted.keep, wanted.seed]
+    made = [source.kind, source.shape, net.name, net.version, net.sha256, net.resize]
+    made += [str(part) for part in (wanted.spatial, wanted.keep, wanted.seed)]
     key = hashlib.sha256(json.dumps([FORMAT, source.fingerprint, *made]).encode()).hexdigest()
     path = folder / f"{key}.npz"
     found, problem = _read(path, source, net) if processes.rank == 0 else (None, None)
@@ -74,8 +76,11 @@ def cached(
     if found is not None:
         return found, None
     measured = compute()
-    if processes.rank == 0:
-        write_statistics(path, measured, net)
+    if processes.rank == 0 and not measured.bad:  # what was left out is to be said every time
+        try:
+            write_statistics(path, measured, net)
+        except OSError as error:
+            problem = f"the statistics of {source.path} could not be kept in {folder} ({error})"
     return measured, problem
 
 
@@ -88,9 +93,6 @@ def _read(path: Path, source: Images, net: "Extractor") -> tuple[Measured | None
         facts = statistics.facts
         images = {**facts["images"], "path": source.path}
         side = of_statistics(statistics, net)
-        return (
-            Measured(side.gaussian, facts["count"], source.shape, images, side.spatial, side.features),
-            None,
-        )
-    except (ValueError, KeyError, AssertionError) as error:
+        return Measured(side.gaussian, facts["count"], source.shape, images, side.spatial, side.features), None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         return None, f"the cached statistics {path} are damaged ({error}) and were computed again"

@@ -3,6 +3,7 @@
 Every point is one `python sample.py MODEL ... --score REF`, whose report is kept; a sweep that was stopped goes on.
 """
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.out.exists() and not arguments.out.is_dir():
             raise ValueError(f"--out {arguments.out} is a file; give a folder")
         arguments.out.mkdir(parents=True, exist_ok=True)
+        _same_sweep(arguments)
         reports = [_point(arguments, *point) for point in tqdm(points, unit="point", disable=None)]
         found = differences(reports)
         if found:
@@ -73,9 +75,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _same_sweep(arguments: Arguments) -> None:
+    """Note what all points have in common, or refuse a folder in which it was something else."""
+    folder = arguments.model if (arguments.model / "model_index.json").is_file() else arguments.model / "model"
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.suffix in (".json", ".safetensors"):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    wanted = {name: str(getattr(arguments, name)) for name in ("ref", "num", "seed", "extractor", "weights")}
+    wanted["model_sha256"] = digest.hexdigest()
+    note = arguments.out / "sweep.json"
+    if not note.exists():
+        if any(arguments.out.iterdir()):
+            raise ValueError(f"--out {arguments.out} is not empty; give another folder")
+        note.write_text(json.dumps(wanted, indent=2) + "\n")
+    found = json.loads(note.read_text())
+    if found != wanted:
+        names = [name for name in wanted if found.get(name) != wanted[name]]
+        raise ValueError(f"--out {arguments.out} holds a sweep with other {', '.join(names)}; give another folder")
+
+
 def _point(arguments: Arguments, sampler: str, steps: int, cfg: float) -> Report:
     """The report of one point, made unless it is there."""
-    path = arguments.out / f"{sampler}-steps{steps}-cfg{cfg:g}-n{arguments.num}-seed{arguments.seed}.json"
+    path = arguments.out / f"{sampler}-steps{steps}-cfg{cfg:g}.json"
     if path.exists():
         return read_report(path)
     command = [sys.executable, str(DOOR), str(arguments.model), "--score", arguments.ref, "--report", str(path)]

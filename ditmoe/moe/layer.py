@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .experts import Experts, FeedForward, autocast_dtype
@@ -86,7 +85,7 @@ class MoELayer(nn.Module):
         logits = self.router(x[:1]).squeeze(0)  # (T, E)
         chosen = select(logits, self.rule, self.router.expert_bias)
         dtype = autocast_dtype(x)
-        rows = x.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)  # (T, N, D)
+        rows = x.transpose(0, 1).to(dtype).contiguous()  # (T, N, D)
         if self.experts.joins(*chosen.expert_ids.shape):
             y = self.experts.joined(rows, chosen.expert_ids, chosen.weights)
         else:

@@ -54,6 +54,25 @@ def test_what_made_the_images_may_differ_but_not_how_labels_were_drawn(reports):
     assert compare.differences([a, b]) == {"generation.label_sampling": ["balanced", "given"]}
 
 
+def test_given_labels_are_compared_and_the_unknown_is_named(reports, capsys):
+    a, b = (json.loads((reports / f"{name}.json").read_text()) for name in ("near", "far"))
+    a["generation"] = {"label_sampling": "given", "labels_sha256": "1"}
+    write_report(reports / "near.json", a)
+    assert run(reports, "near", "far") == 0  # the other's origin is unknown
+    assert "Unknown of some images: generation.label_sampling" in capsys.readouterr().out
+    b["generation"] = {"label_sampling": "given", "labels_sha256": "2"}
+    assert compare.differences([a, b]) == {"generation.labels_sha256": ["1", "2"]}
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 7.0])
+def test_scores_that_are_no_numbers_or_contradict_the_value_are_refused(reports, capsys, value):
+    report = json.loads((reports / "near.json").read_text())
+    report["scores"][report["metric"]] = value
+    (reports / "near.json").write_text(json.dumps(report))
+    assert run(reports, "near", "far") == 2
+    assert "scores.fd_random_conv_v1" in capsys.readouterr().err
+
+
 def test_mistakes(reports, tmp_path, capsys):
     (tmp_path / "text.json").write_text("hello")
     (tmp_path / "list.json").write_text("[]")

@@ -100,7 +100,7 @@ def test_stats(tmp_path):
 
 
 def test_images_win_over_statistics_in_adms_reference_files(tmp_path):
-    file = npz_of(tmp_path / "ref.npz", arr_0=GREY, mu=np.zeros(2048), sigma=np.eye(2))
+    file = npz_of(tmp_path / "ref.npz", arr_0=GREY, mu=np.zeros(2), sigma=np.eye(2))
     assert open_source(file).kind == "npz"
 
 
@@ -311,7 +311,7 @@ BAD = {
     ),
     "stats shape": (
         lambda p: npz_of(p / "a.npz", mu=np.zeros(256), sigma=np.zeros(256)),
-        r"covariance of shape \(256,\); expected \(D,\) and \(D, D\)",
+        r"shapes \(256,\) and \(256,\); expected \(D,\) and \(D, D\)",
     ),
     "other file": (
         lambda p: (p / "a.png").write_bytes(png(GREY[0])) and p / "a.png",

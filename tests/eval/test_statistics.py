@@ -10,6 +10,7 @@ from PIL import Image
 from eval import fid as fid_module
 from eval import measure as measure_module
 from eval import ref
+from eval.compare import differences
 from eval.extractors import Extractor
 from eval.fid import score
 from eval.sources import open_source
@@ -190,3 +191,111 @@ def small_inception() -> Extractor:
 def test_the_measure_of_nothing_is_refused(digits):
     with pytest.raises(ValueError, match="keep 1 at least 2"):
         fid_module.score(digits[0][:9], digits[0][:9], keep=1)
+
+
+# ------------------------------------------------------ what a second pair of eyes found
+
+
+def test_splits_and_folders_of_the_same_look_are_not_mixed_up(tmp_path, digits):
+    cache = tmp_path / "cache"
+    for split, count in (("train", 1497), ("test", 300)):
+        assert score(digits[0][:60], f"digits:{split}", cache=cache)["n_ref"] == count
+    for i, place in enumerate(("a", "b")):
+        (tmp_path / place).mkdir()
+        for j in range(10):  # same names, sizes and times, as from an archive that sets them
+            file = tmp_path / place / f"{j}.ppm"
+            Image.fromarray(np.full((8, 8, 3), 20 * j + 5 * i, np.uint8)).save(file)
+            os.utime(file, (0, 0))
+    cached = [score(digits[0][:60], tmp_path / place, cache=cache)["value"] for place in ("a", "b")]
+    assert cached == [score(digits[0][:60], tmp_path / place)["value"] for place in ("a", "b")]
+
+
+def test_a_reference_with_images_left_out_is_not_kept(tmp_path, digits, folder):
+    whole = (folder / "09.png").read_bytes()
+    (folder / "09.png").write_bytes(whole[: len(whole) - 30])
+    cache = tmp_path / "cache"
+    first = score(digits[0][:60], folder, cache=cache, skip_bad=3)
+    assert first["bad_images"] == ["09.png"]
+    with pytest.raises(ValueError, match=r"09\.png"):
+        score(digits[0][:60], folder, cache=cache)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, digits, folder):
+    (tmp_path / "file").write_text("in the way")
+    report = score(digits[0][:60], folder, cache=tmp_path / "file" / "cache")
+    assert any("could not be kept" in warning for warning in report["warnings"])
+
+
+def test_sfid_does_not_change_what_fid_looks_at(tmp_path, digits, monkeypatch):
+    net = small_inception()
+    monkeypatch.setattr("eval.extractors.load_extractor", lambda *_: net)
+    np.savez(tmp_path / "adm.npz", arr_0=digits[0][:50], mu=np.zeros(256), sigma=np.eye(256))
+    with pytest.raises(ValueError, match="sFID needs mu_s"):
+        score(digits[0][:60], tmp_path / "adm.npz", extractor="inception-2015", metrics=["sfid"])
+
+
+def test_a_reference_batch_of_another_extractor_gives_its_images(tmp_path, digits):
+    np.savez(tmp_path / "adm.npz", arr_0=digits[0][:50], mu=np.zeros(2048), sigma=np.eye(2048))
+    report = score(digits[0][60:120], tmp_path / "adm.npz")
+    assert report["value"] == score(digits[0][60:120], digits[0][:50])["value"]
+    assert any("were not used (mu has 2048 values" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"extractor": "x"}, {"extractor": None, "images": {}, "count": 9}, [1], 5, {"count": "9"},
+        {"extractor": {"name": "a", "version": "1", "sha256": "b", "resize": "c"}, "images": "x", "count": 9},
+        {"extractor": {"name": "a", "version": "1", "sha256": "b", "resize": "c"}, "images": {"path": 1}, "count": 9},
+        {"extractor": {"name": "random-conv-v1", "version": "0", "sha256": "b", "resize": "c"},
+         "images": {"path": "a", "sha256": "b"}, "count": 9},
+    ],
+)  # fmt: skip
+def test_facts_of_odd_types_are_one_sentence(tmp_path, digits, facts):
+    file = tmp_path / "s.npz"
+    np.savez(file, mu=np.zeros(256), sigma=np.eye(256), facts=np.array(json.dumps(facts)))
+    with pytest.raises(ValueError, match=r"s\.npz: "):
+        score(digits[0][:60], file)
+
+
+def test_statistics_of_another_resize_are_refused(tmp_path, digits, folder):
+    out = tmp_path / "s.npz"
+    ref.main([str(folder), "--out", str(out)])
+    with np.load(out) as file:
+        arrays = dict(file)
+    facts = json.loads(str(arrays["facts"]))
+    facts["extractor"]["resize"] = "nearest"
+    np.savez(out, **{**arrays, "facts": np.array(json.dumps(facts))})
+    with pytest.raises(ValueError, match="resize is 'nearest'"):
+        score(digits[0][:60], out)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma"), [(np.float64(1), np.eye(2)), (np.zeros(3), np.eye(2)), (np.eye(2), np.eye(2))]
+)
+def test_statistics_of_odd_shapes_are_one_sentence(tmp_path, digits, mu, sigma):
+    np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
+    with pytest.raises(ValueError, match=r"expected \(D,\) and \(D, D\)"):
+        score(digits[0][:60], tmp_path / "s.npz")
+
+
+def test_a_classifier_of_the_wrong_shape_is_refused(tmp_path, digits):
+    np.savez(tmp_path / "a.npz", arr_0=digits[0][:50], arr_1=digits[1][:50])
+    with pytest.raises(ValueError, match="expected one class each"):
+        score(tmp_path / "a.npz", "digits:test", classify=lambda x: np.zeros((len(x), 1)))
+
+
+def test_a_set_that_is_not_complete_is_warned_about(tmp_path, digits, folder):
+    (folder / "sampling.json").write_text('{"num": 50000}')
+    warnings = score(folder, "digits:test")["warnings"]
+    assert "images were made as a set of 50000, and 40 were scored" in warnings
+    (folder / "sampling.json").write_text("5")
+    with pytest.raises(ValueError, match=r"sampling\.json"):
+        score(folder, "digits:test")
+
+
+def test_the_report_says_what_the_other_metrics_depend_on(digits):
+    few, more = (score(digits[0][:80], digits[0][80:160], metrics=["kid"], keep=keep) for keep in (20, 40))
+    assert few["parameters"]["rows"] == [20, 20]
+    assert few["parameters"]["kid"]["subset_size"] == 20
+    assert set(differences([few, more])) == {"parameters.rows", "parameters.kid"}

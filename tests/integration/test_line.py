@@ -118,7 +118,7 @@ def test_a_sweep_draws_scores_plots_and_goes_on(run: Path, tmp_path: Path) -> No
     grid = ["--sampler", "ddim", "dpm++2m", "--steps", 2]
     done = python(*sweep, *grid)
     assert done.returncode == 0, done.stderr
-    reports = sorted((tmp_path / "sweep").glob("*.json"))
+    reports = sorted((tmp_path / "sweep").glob("*-steps2-*.json"))
     assert len(reports) == 2
     assert done.stdout.count("| ddim |") == done.stdout.count("| dpm++2m |") == 1
     assert Image.open(tmp_path / "sweep" / "sweep.png").size[0] > 500
@@ -129,6 +129,8 @@ def test_a_sweep_draws_scores_plots_and_goes_on(run: Path, tmp_path: Path) -> No
     done = python(*sweep, "--sampler", "flow-euler")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "cannot sample a model with prediction_type" in done.stderr
+    done = python(*sweep, *grid, "--seed", 1)
+    assert (done.returncode, "holds a sweep with other seed" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,245 @@
+"""One score: two sources, an extractor, the Fréchet distance and its companions, and the report.
+
+torch is imported only once the arguments and both sources have been found good.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval import report as reporting
+from eval import statistics
+from eval.arrays import UInt8Array
+from eval.frechet import frechet_distance
+from eval.images import Images, Statistics
+from eval.inception_score import SPLIT_SIZE
+from eval.measure import Classify, Measured, Wanted, measure, misfit, of_statistics
+from eval.processes import Processes
+from eval.report import Report, check_report
+from eval.sources import open_source
+
+if TYPE_CHECKING:
+    from eval.extractors import Extractor
+
+INCEPTION = "inception-2015"
+KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
+PR_K, DC_K = 3, 5  # of Kynkäänniemi et al. and of Naeem et al.
+
+
+def score(
+    images: str | Path | UInt8Array | Images,
+    ref: str | Path | UInt8Array | Images,
+    *,
+    extractor: str = "random-conv-v1",
+    weights: str | Path | None = None,
+    metrics: Sequence[str] = (),
+    num: int | None = None,
+    keep: int = 10_000,
+    seed: int = 0,
+    classify: Classify | None = None,
+    batch_size: int = 64,
+    skip_bad: int = 0,
+    cache: Path | None = None,
+    progress: bool = False,
+    processes: Processes | None = None,
+) -> Report:
+    """The Fréchet distance of `images` to `ref` with every fact of the protocol, ready for JSON.
+
+    Args:
+        images, ref: uint8 array (N, H, W, C), C = 1 or 3, or what `eval.sources.open_source`
+            opens: folder, zip, ADM .npz (arr_0), statistics .npz (mu, sigma), NAME:SPLIT.
+            A reference .npz with both statistics and images, as ADM's are, gives the statistics
+            to FID and sFID and the images to KID, precision and recall.
+        extractor: random-conv-v1, efficientnet-lite0, inception-2015 or dinov2-vitl14.
+        weights: file of the extractor's weights, where it reads one.
+        metrics: besides the Fréchet distance: "sfid" and "is" (Inception Score), of inception-2015
+            alone; "kid"; "prdc" (precision, recall, density, coverage).
+        num: score only the first `num` of `images`, in the source's order (default: all).
+        keep: images a side, chosen by `seed`, that KID and prdc look at.
+        classify: uint8 (b, H, W, C) -> classes (b,): adds `accuracy`, the share of images that
+            are taken for their label (arr_1 of an .npz).
+        batch_size: images per forward pass; changes speed and memory, not the value.
+        skip_bad: images of a folder or zip that may be unreadable; they are left out and named.
+        cache: folder for the statistics of the reference; None keeps none.
+        progress: show a bar on stderr when that is a terminal.
+        processes: those that share the work; only the first one's report is written.
+
+    Returns: the value under its own name (`fd_random_conv_v1`, ..., `fid` for inception-2015 alone)
+    and under `value`, that name under `metric`, all metrics under `scores`; counts, extractor,
+    resize, both sources with a hash of their pixels, versions, seconds, warnings (`report.SCHEMA`).
+
+    Raises ValueError for every fault of the arguments and files.
+    """
+    started = time.perf_counter()
+    processes = processes or Processes()
+    if batch_size < 1 or keep < 2:
+        raise ValueError(f"batch size {batch_size} must be at least 1 and keep {keep} at least 2")
+    sources = open_source(images, skip_bad), open_source(ref, skip_bad)
+    if skip_bad and "is" in metrics:
+        raise ValueError(f"skip_bad {skip_bad}: the Inception Score needs every image of its splits; leave it out")
+    check_sources(sources, metrics, extractor, num, classify)
+
+    from eval.extractors import best_device, load_extractor  # imports torch: after the cheap checks
+
+    net = load_extractor(extractor, None if weights is None else Path(weights)).to(best_device())
+    wanted = Wanted("sfid" in metrics, "is" in metrics, keep if {"kid", "prdc"} & set(metrics) else 0, seed, classify)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
+    for side in sources:
+        if isinstance(side, Statistics):
+            of_statistics(side, net)  # a misfit is found before the work
+    gen = _generated(sources[0], net, wanted, num, options)
+    target, problems = _reference(sources[1], net, replace(wanted, logits=False, classify=None), cache, options)
+    scores = _scores(gen, target, net, metrics)
+    metric = metric_name(net.name, fid_named=net.fid_named)
+    report = {
+        "metric": metric,
+        "value": scores[metric],
+        metric: scores[metric],
+        "scores": scores,
+        "n_gen": gen.count,
+        "n_ref": target.count,
+        "extractor": {
+            "name": net.name,
+            "version": net.version,
+            "sha256": net.sha256,
+            "dim": net.num_features,
+            "layer": net.layer,
+        },
+        "resize": net.resize,
+        "crop": "none",
+        "images": gen.facts,
+        "ref": target.facts,
+        "generation": gen.facts.get("generation"),
+        "world_size": processes.world,
+        "batch_size": batch_size,
+        "dtype": {"features": "float32", "statistics": "float64"},
+        "device": net.center.device.type,
+        "tf32": False,  # `measure.features_of` sees to it
+        "repeats": 1,
+        "aggregate": "single",
+        "versions": reporting.versions(),
+        "git": reporting.commit(),
+        "seconds": round(time.perf_counter() - started, 3),
+        "bad_images": gen.bad + target.bad,
+        "parameters": _parameters(gen, target, wanted, metrics),
+        "warnings": reporting.warnings_of(gen, target, net) + problems,
+    }
+    check_report(report)
+    return report
+
+
+def metric_name(extractor: str, metric: str = "fid", *, fid_named: bool = False) -> str:
+    """The key of a metric: fd_<extractor>, kid_<extractor>, ..., but fid, kid, ... where `Extractor.fid_named`.
+
+    `fid` means the pinned Inception-2015 network behind TensorFlow 1's resize and nothing else, so
+    no name can produce that key.
+    """
+    if fid_named:
+        return metric
+    return ("fd" if metric == "fid" else metric) + "_" + extractor.replace("-", "_")
+
+
+def check_sources(
+    sources: tuple[Images | Statistics, Images | Statistics],
+    metrics: Sequence[str],
+    extractor: str,
+    num: int | None,
+    classify: Classify | None,
+) -> None:
+    """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs."""
+    images = sources[0]
+    for metric in metrics:
+        if metric not in ("sfid", "is", "kid", "prdc"):
+            raise ValueError(f"unknown metric {metric!r}; choose from sfid, is, kid, prdc")
+        if metric in ("sfid", "is") and extractor != INCEPTION:
+            raise ValueError(f"metric {metric} is defined on inception-2015 alone, not on {extractor}")
+    if isinstance(images, Statistics):
+        if num is not None:
+            raise ValueError(f"{images.path}: num {num} needs images, and these are statistics")
+        if "is" in metrics:
+            raise ValueError(f"{images.path}: the Inception Score needs images, and these are statistics")
+    elif num is not None and not 2 <= num <= images.count:
+        raise ValueError(f"num {num} must be between 2 and the {images.count} of {images.path}")
+    for side in sources:
+        if isinstance(side, Statistics) and {"kid", "prdc"} & set(metrics) and side.features is None:
+            raise ValueError(f"{side.path}: KID and prdc need images, and these are statistics without features")
+        stored = side if isinstance(side, Statistics) or side is images else side.statistics
+        if isinstance(stored, Statistics) and "sfid" in metrics and stored.spatial is None:
+            raise ValueError(f"{stored.path}: sFID needs mu_s and sigma_s, which this file does not have")
+    if classify is not None and (isinstance(images, Statistics) or images.labels is None):
+        raise ValueError(f"{images.path}: class accuracy needs labels, the arr_1 of an .npz")
+
+
+def _generated(
+    source: Images | Statistics, net: "Extractor", wanted: Wanted, num: int | None, options: dict[str, Any]
+) -> Measured:
+    if isinstance(source, Statistics):
+        return of_statistics(source, net)
+    return measure(source, net, wanted, num, **options)
+
+
+def _reference(
+    source: Images | Statistics, net: "Extractor", wanted: Wanted, cache: Path | None, options: dict[str, Any]
+) -> tuple[Measured, list[str]]:
+    """The reference's side, and warnings."""
+    if isinstance(source, Statistics):
+        return of_statistics(source, net), []
+    problem = None if source.statistics is None else misfit(source.statistics, net)
+    if source.statistics is None or problem:
+        found, warning = statistics.cached(
+            source, net, wanted, cache, lambda: measure(source, net, wanted, **options), options["processes"]
+        )
+        passed_over = [f"the statistics in {source.path} were not used ({problem}), but its images"] if problem else []
+        return found, passed_over + ([warning] if warning else [])
+    whole = of_statistics(source.statistics, net)
+    if not wanted.keep:
+        return whole, []
+    kept = measure(source, net, replace(wanted, spatial=False), **options)
+    return replace(whole, features=kept.features, shape=kept.shape, bad=kept.bad), []
+
+
+def _parameters(gen: Measured, ref: Measured, wanted: Wanted, metrics: Sequence[str]) -> dict[str, Any]:
+    """What the metrics besides the Fréchet distance depend on; None where one was not asked for."""
+    rows = [None if side.features is None else len(side.features) for side in (gen, ref)]
+    size = min(KID_SUBSET_SIZE, *(row for row in rows if row is not None)) if rows != [None, None] else None
+    return {
+        "rows": rows if wanted.keep else None,
+        "rows_seed": wanted.seed if wanted.keep else None,
+        "kid": {"subsets": KID_SUBSETS, "subset_size": size, "seed": KID_SEED} if "kid" in metrics else None,
+        "prdc": {"pr_k": PR_K, "dc_k": DC_K} if "prdc" in metrics else None,
+        "inception_score": {"split_size": SPLIT_SIZE} if "is" in metrics else None,
+        "classify": getattr(wanted.classify, "__qualname__", repr(wanted.classify)) if wanted.classify else None,
+    }
+
+
+def _scores(gen: Measured, ref: Measured, net: "Extractor", metrics: Sequence[str]) -> dict[str, Any]:
+    """Every metric under its key."""
+
+    def name(metric: str) -> str:
+        return metric_name(net.name, metric, fid_named=net.fid_named)
+
+    scores: dict[str, Any] = {name("fid"): frechet_distance(gen.gaussian, ref.gaussian)}
+    if "sfid" in metrics:
+        assert gen.spatial is not None
+        assert ref.spatial is not None
+        scores[name("sfid")] = frechet_distance(gen.spatial, ref.spatial)
+    if "is" in metrics:
+        assert gen.inception is not None
+        scores["inception_score"], scores["inception_score_std"] = gen.inception
+    if gen.features is not None and ref.features is not None:
+        if "kid" in metrics:
+            from eval.kid import kernel_distance
+
+            scores[name("kid")], scores[name("kid") + "_std"] = kernel_distance(
+                gen.features, ref.features, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=KID_SEED
+            )
+        if "prdc" in metrics:
+            from eval.manifold import prdc
+
+            found = prdc(ref.features, gen.features, pr_k=PR_K, dc_k=DC_K)
+            scores |= {name(key): value for key, value in found._asdict().items()}
+    if gen.accuracy is not None:
+        scores["accuracy"] = gen.accuracy
+    return scores
