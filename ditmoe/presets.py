@@ -66,6 +66,7 @@ _FASHION = Config(
     moe=MoEConfig(blocks="all", num_experts=16, expert_width=64, shared_width=64, router_input="position", scale=2.0),
     data=DataConfig(name="fashion"),
     train=TrainConfig(decay_steps=10_000, checkpoint_every=500),
+    sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
 )
 _FOLDER = Config(
     max_steps=20_000,

@@ -5,6 +5,7 @@ timestep too many (61 steps: 62, the last at t = -1); and a config that was save
 makes them cut images to three channels. Both also need float32 images: the loop gives them those.
 """
 
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -12,6 +13,7 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from samplers.grid import check_steps, stock_config, timestep_grid
@@ -20,11 +22,20 @@ from samplers.grid import check_steps, stock_config, timestep_grid
 __all__ = ["DPMSolverScheduler", "SchedulerMixin", "UniPCScheduler"]
 
 
+@dataclass
+class SolverOutput(BaseOutput):  # type: ignore[misc]
+    """What a step gives: prev_sample, and the prediction of the clean image, both (N, C, H, W) float32."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
 class _Solver:
     """What the two share, in front of a stock class: fewer fields, of which none is obeyed unseen, and the grid."""
 
     config: Any
     alphas_cumprod: Tensor
+    model_outputs: list[Tensor]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -68,6 +79,14 @@ class _Solver:
         self.sigmas = torch.cat([ratio, ratio.new_zeros(1)]).float()
         self.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
         self.num_inference_steps = num_inference_steps
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+    ) -> SolverOutput | tuple[Tensor, Tensor]:
+        """The stock step, and what it took the clean image for, as the other samplers tell it."""
+        made = super().step(model_output, timestep, sample, return_dict=False)  # type: ignore[misc]
+        both = made[0], self.model_outputs[-1]  # both solvers keep data predictions
+        return SolverOutput(*both) if return_dict else both
 
 
 class DPMSolverScheduler(_Solver, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]

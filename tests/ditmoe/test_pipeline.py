@@ -119,6 +119,16 @@ def test_a_learned_variance_is_used_whichever_sampler_was_saved(tmp_path: Path) 
     assert loaded.network_calls("pndm", 20) == 29
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "pndm", "ts-ddim", "dpm++2m", "unipc"])
+def test_every_sampler_tells_what_it_takes_the_clean_image_for(sampler: str) -> None:
+    seen: list[torch.Tensor] = []
+    x = make()([1, 2], sampler=sampler, num_inference_steps=6, output_type="pt",
+               callback=lambda k, t, x_t, x_0: seen.append(x_0)).images  # fmt: skip
+    assert all(x_0.shape == x.shape for x_0 in seen)
+    if sampler != "pndm":  # which mixes its last predictions
+        torch.testing.assert_close(seen[-1], x, rtol=1e-4, atol=1e-4)  # the last step goes there
+
+
 def test_pixels_are_rounded_half_up() -> None:
     levels = torch.arange(256) / 127.5 - 1
     assert pipeline.to_pixels(levels.view(1, 1, 1, 256)).flatten().tolist() == list(range(256))

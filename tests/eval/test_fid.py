@@ -285,3 +285,25 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(fid_module, "score", broken)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         main(["digits:test", "--ref", "digits:test"])
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from eval.fid import score
+score(sys.argv[1], "digits:test")
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    peaks = []
+    for count in (2_000, 20_000):
+        images = np.random.RandomState(0).randint(0, 256, (count, 4, 4, 1), dtype=np.uint8)
+        np.savez(tmp_path / f"{count}.npz", arr_0=images)
+        done = run("-c", PEAK, str(tmp_path / f"{count}.npz"))
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] <= peaks[0] + 30, peaks  # megabytes
