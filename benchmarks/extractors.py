@@ -2,7 +2,7 @@
 
     python -m benchmarks.extractors [--rounds 5] [--extractor random-conv-v1 efficientnet-lite0]
 
-The peak is that of a fresh process that scores an .npz against its own first half (`--peak N` measures one).
+The peak is that of a fresh process that scores an .npz against itself (`--peak FILE.npz` measures one).
 """
 
 import argparse

@@ -7,6 +7,7 @@ MODEL is an exported model (its training.json names the data) or a run.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from ditmoe.generate import balanced_labels, draw
 from samplers import SAMPLERS, network_calls, prediction_type_of
 
 NFE = (5, 10, 20, 50, 100)
+MODES = ("target", "network", "both")
 WINDOWS, CUTOFFS = (20, 60, 160), (100, 400)
 LAMBDAS = (0.98, 0.99, 1.01, 1.02, 1.04)
 
@@ -40,16 +42,12 @@ def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
                     yield {"sampler": name, "steps": steps}
         yield {"sampler": "ddpm", "steps": 250} if "ddpm" in names else {"sampler": "flow-euler", "steps": 250}
     elif part == "shift":
-        for steps in (10,):
-            for mode in ("target", "network", "both"):
-                for variance in ("published", "calibrated"):
-                    for window in WINDOWS:
-                        for cutoff in CUTOFFS:
-                            options = {
-                                "exposure_mode": mode, "exposure_variance": variance, "exposure_window": window,
-                                "exposure_cutoff": cutoff,
-                            }  # fmt: skip
-                            yield {"sampler": "ts-ddim", "steps": steps, "sampler_options": options}
+        for mode, variance, window, cutoff in itertools.product(MODES, ("published", "calibrated"), WINDOWS, CUTOFFS):
+            options = {
+                "exposure_mode": mode, "exposure_variance": variance, "exposure_window": window,
+                "exposure_cutoff": cutoff,
+            }  # fmt: skip
+            yield {"sampler": "ts-ddim", "steps": 10, "sampler_options": options}
     else:
         for steps in (10, 20):
             for scale in LAMBDAS:

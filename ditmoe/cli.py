@@ -48,8 +48,8 @@ class SampleArgs:
     """Images drawn at once; does not change them."""
     score: str | None = None
     """Score the images against this reference, as python -m eval.fid has it: folder, .npz, fashion:train, ..."""
-    extractor: str = "random-conv-v1"
-    """Feature network of the score."""
+    extractor: str | None = None
+    """Feature network of the score; default: random-conv-v1."""
     weights: Path | None = None
     """File of the extractor's weights, where it reads one."""
     metrics: tuple[Literal["sfid", "is", "kid", "prdc"], ...] = ()
@@ -86,8 +86,8 @@ class SampleArgs:
             raise ValueError("classes is empty; give the label of every image, as in --classes 3 7 7")
         if self.report is not None and self.report.suffix != ".json":
             raise ValueError(f"report {self.report} must end in .json")
-        if self.score is None and (self.report or self.weights or self.metrics):
-            raise ValueError("report, weights and metrics belong to a score; give --score REF too")
+        if self.score is None and (self.report or self.extractor or self.weights or self.metrics):
+            raise ValueError("report, extractor, weights and metrics belong to a score; give --score REF too")
         if self.out is not None and self.out.exists() and self.out.is_dir() == (self.out.suffix in (".png", ".npz")):
             kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
             raise ValueError(f"out {self.out} {kind}")
@@ -102,7 +102,8 @@ class SampleArgs:
 
     def score_options(self) -> dict[str, Any]:
         """What `eval.fid.score` is told."""
-        return {name: getattr(self, name) for name in ("extractor", "weights", "metrics", "batch_size")}
+        options = {name: getattr(self, name) for name in ("weights", "metrics", "batch_size")}
+        return {**options, "extractor": self.extractor or "random-conv-v1"}
 
     def sampler_options(self) -> dict[str, Any]:
         """Fields of the scheduler that were asked for, by the names that the schedulers have for them."""

@@ -44,6 +44,13 @@ def draw(
     `more`: further arguments of the pipeline's call, such as {"eta": 1.0}.
     """
     options = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": cfg, "seed": seed, **(more or {})}
+    return draw_all(pipe, labels, num, options, batch_size)
+
+
+def draw_all(
+    pipe: DiTMoEPipeline, labels: Sequence[int] | None, num: int, options: Mapping[str, Any], batch_size: int
+) -> NDArray[np.uint8]:
+    """Images 0..num-1, uint8 (num, H, W, C), under a progress bar; `options` are arguments of the pipeline's call."""
     starts = tqdm(range(0, num, batch_size), desc="sampling", unit="batch", disable=None)
     return np.concatenate(
         [draw_some(pipe, labels, range(start, min(start + batch_size, num)), options) for start in starts]

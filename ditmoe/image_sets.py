@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .cli import SampleArgs
 from .facts import read_config
-from .generate import balanced_labels, draw_some, write_grid
+from .generate import balanced_labels, draw_all, draw_some, write_grid
 from .pipeline import QUANTIZE, DiTMoEPipeline, best_device, load
 
 Pixels = NDArray[np.uint8]
@@ -108,7 +108,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     elif out.suffix == ".png":
         if processes.rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
-            pictures = np.concatenate([batch for _, batch in _shown(images, args.batch_size)])
+            pictures = draw_all(images.pipe, images.labels, images.num, images.options, args.batch_size)
             write_grid(pictures, images.labels, images.pipe.id2label, out)
     else:
         write_folder(images, out, args.batch_size, processes)
@@ -154,18 +154,15 @@ def requested(args: SampleArgs) -> ImageSet:
     return ImageSet(pipe, labels, num, options, json.loads(json.dumps(facts)))
 
 
-def _shown(images: ImageSet, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
-    total = -(-images.num // batch_size)
-    return iter(tqdm(images.read(images.num, batch_size, 0, 1), "sampling", total, unit="batch", disable=None))
-
-
 def _checkpoint(model: Path) -> dict[str, Any]:
     """Path and training steps of a model, and a hash of its weights and settings, scheduler and VAE included."""
     folder = model if (model / "model_index.json").is_file() else model / "model"
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors") and file.is_file():
-            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+            with file.open("rb") as handle:
+                content = hashlib.file_digest(handle, "sha256").digest()
+            digest.update(file.relative_to(folder).as_posix().encode() + content)
     config = folder.parent / "config.json"
     going_on = config.is_file() and config.stat().st_mtime > (folder / "model_index.json").stat().st_mtime
     steps = None if going_on else _of_run(model, "max_steps")  # a longer run has begun: the file is ahead of the model

@@ -12,7 +12,7 @@ import tyro
 
 from eval import statistics
 from eval.images import Images
-from eval.processes import Processes, join, leave
+from eval.processes import Processes, together
 from eval.report import write_report
 from eval.score import check_sources, metric_name, score
 from eval.sources import open_source
@@ -62,20 +62,10 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr). A bug keeps its traceback."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.fid")
-    processes = Processes()
-    try:
-        if arguments.out is not None:
-            check_out(arguments.out)
-        processes = join()
-        options = {k: v for k, v in vars(arguments).items() if k not in ("images", "ref", "out")}
-        score_and_show(arguments.images, arguments.ref, arguments.out, processes, **options)
-    except ValueError as error:
-        if not processes.rank:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        leave(processes)
-    return 0
+    options = {k: v for k, v in vars(arguments).items() if k not in ("images", "ref", "out")}
+    return together(
+        lambda processes: score_and_show(arguments.images, arguments.ref, arguments.out, processes, **options)
+    )
 
 
 def score_and_show(

@@ -16,7 +16,7 @@ class Images:
     Attributes:
         kind: folder, zip, npz, dataset, array or model.
         path: As the user wrote it.
-        count: Images, those that cannot be read included.
+        count: Images whose headers can be read; pixels may still turn out damaged, see `bad`.
         shape: (H, W, C).
         read: See `eval.arrays.ReadBatches`.
         fingerprint: Changes when the images do, without reading them all; "" where nothing tells.

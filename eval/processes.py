@@ -1,6 +1,8 @@
 """Several processes that score one set of images together, as torchrun or accelerate launch starts them."""
 
 import os
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -57,6 +59,24 @@ def join() -> Processes:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def together(work: Callable[[Processes], None]) -> int:
+    """Join, work, leave; the exit code: 0 done, 2 the user's mistake, a sentence on stderr from the first process.
+
+    A bug keeps its traceback.
+    """
+    processes = Processes()
+    try:
+        processes = join()
+        work(processes)
+    except ValueError as error:
+        if not processes.rank:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        leave(processes)
+    return 0
 
 
 def leave(processes: Processes) -> None:

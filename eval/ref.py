@@ -11,7 +11,7 @@ import tyro
 from eval.fid import ExtractorName
 from eval.images import Statistics
 from eval.measure import Wanted, measure
-from eval.processes import Processes, join, leave
+from eval.processes import Processes, together
 from eval.sources import open_source
 
 
@@ -38,32 +38,25 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr)."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.ref")
-    processes = Processes()
-    try:
-        if arguments.out.suffix != ".npz" or arguments.out.is_dir() or not arguments.out.parent.is_dir():
-            raise ValueError(f"--out {arguments.out} must be an .npz in a folder that exists")
-        source = open_source(arguments.images)
-        if isinstance(source, Statistics):
-            raise ValueError(f"{arguments.images}: these are statistics already; give images")
-        processes = join()
-        from eval.extractors import best_device, load_extractor
-        from eval.statistics import write_statistics
+    return together(lambda processes: write(arguments, processes))
 
-        net = load_extractor(arguments.extractor, arguments.weights).to(best_device())
-        wanted = Wanted(spatial=net.fid_named, keep=arguments.keep, seed=arguments.seed)
-        found = measure(
-            source, net, wanted, batch_size=arguments.batch_size, progress=True, processes=processes
-        )  # fmt: skip
-        if not processes.rank:
-            write_statistics(arguments.out, found, net)
-            print(f"{found.count} images, {net.num_features} features -> {arguments.out}")
-    except ValueError as error:
-        if not processes.rank:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        leave(processes)
-    return 0
+
+def write(arguments: Arguments, processes: Processes) -> None:
+    """Measure and write the file. Raises ValueError for the user's mistakes."""
+    if arguments.out.suffix != ".npz" or arguments.out.is_dir() or not arguments.out.parent.is_dir():
+        raise ValueError(f"--out {arguments.out} must be an .npz in a folder that exists")
+    source = open_source(arguments.images)
+    if isinstance(source, Statistics):
+        raise ValueError(f"{arguments.images}: these are statistics already; give images")
+    from eval.extractors import best_device, load_extractor
+    from eval.statistics import write_statistics
+
+    net = load_extractor(arguments.extractor, arguments.weights).to(best_device())
+    wanted = Wanted(spatial=net.fid_named, keep=arguments.keep, seed=arguments.seed)
+    found = measure(source, net, wanted, batch_size=arguments.batch_size, progress=True, processes=processes)
+    if not processes.rank:
+        write_statistics(arguments.out, found, net)
+        print(f"{found.count} images, {net.num_features} features -> {arguments.out}")
 
 
 if __name__ == "__main__":

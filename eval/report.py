@@ -4,9 +4,11 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -27,7 +29,7 @@ SCHEMA: dict[str, Any] = {
     "metric": str,
     "value": NUMBER,
     "scores": dict,
-    "n_gen": int,
+    "n_gen": (int, NONE),
     "n_ref": (int, NONE),
     "extractor": {"name": str, "version": str, "sha256": str, "dim": int, "layer": str},
     "resize": str,
@@ -49,6 +51,41 @@ SCHEMA: dict[str, Any] = {
     "parameters": dict,
     "warnings": list,
 }
+
+
+def assemble(
+    gen: Measured, ref: Measured, net: "Extractor", metric: str, scores: dict[str, Any], parameters: dict[str, Any]
+) -> Report:
+    """The facts that two measured sides, the extractor and the scores come to; the caller adds how it ran."""
+    return {
+        "metric": metric,
+        "value": scores[metric],
+        metric: scores[metric],
+        "scores": scores,
+        "n_gen": gen.count,
+        "n_ref": ref.count,
+        "extractor": {
+            "name": net.name,
+            "version": net.version,
+            "sha256": net.sha256,
+            "dim": net.num_features,
+            "layer": net.layer,
+        },
+        "resize": net.resize,
+        "crop": "none",
+        "images": gen.facts,
+        "ref": ref.facts,
+        "generation": gen.facts.get("generation"),
+        "dtype": {"features": "float32", "statistics": "float64"},
+        "device": net.center.device.type,
+        "tf32": False,  # `measure.features_of` sees to it
+        "repeats": 1,
+        "aggregate": "single",
+        "versions": versions(),
+        "git": commit(),
+        "bad_images": gen.bad + ref.bad,
+        "parameters": parameters,
+    }
 
 
 def check_report(report: Report) -> None:
@@ -78,10 +115,17 @@ def _check(found: Any, schema: Any, name: str) -> None:
 def write_report(path: Path, report: Report) -> None:
     """Write the report as JSON under its name only once it is complete and on disk."""
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    with whole_or_absent(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
+    """A file that stands at `path` once the block is done and its bytes are on disk, and not at all if it fails."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -94,36 +94,10 @@ def score(
     scores = _scores(gen, target, net, metrics)
     metric = metric_name(net.name, fid_named=net.fid_named)
     report = {
-        "metric": metric,
-        "value": scores[metric],
-        metric: scores[metric],
-        "scores": scores,
-        "n_gen": gen.count,
-        "n_ref": target.count,
-        "extractor": {
-            "name": net.name,
-            "version": net.version,
-            "sha256": net.sha256,
-            "dim": net.num_features,
-            "layer": net.layer,
-        },
-        "resize": net.resize,
-        "crop": "none",
-        "images": gen.facts,
-        "ref": target.facts,
-        "generation": gen.facts.get("generation"),
+        **reporting.assemble(gen, target, net, metric, scores, _parameters(gen, target, wanted, metrics)),
         "world_size": processes.world,
         "batch_size": batch_size,
-        "dtype": {"features": "float32", "statistics": "float64"},
-        "device": net.center.device.type,
-        "tf32": False,  # `measure.features_of` sees to it
-        "repeats": 1,
-        "aggregate": "single",
-        "versions": reporting.versions(),
-        "git": reporting.commit(),
         "seconds": round(time.perf_counter() - started, 3),
-        "bad_images": gen.bad + target.bad,
-        "parameters": _parameters(gen, target, wanted, metrics),
         "warnings": reporting.warnings_of(gen, target, net) + problems,
     }
     check_report(report)

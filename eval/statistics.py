@@ -13,6 +13,7 @@ from eval.images import Images
 from eval.measure import Measured, Wanted, of_statistics
 from eval.npz import open_npz
 from eval.processes import Processes
+from eval.report import whole_or_absent
 
 if TYPE_CHECKING:
     from eval.extractors import Extractor
@@ -38,15 +39,8 @@ def write_statistics(path: Path, measured: Measured, net: "Extractor") -> None:
     made = {"name": net.name, "version": net.version, "sha256": net.sha256, "resize": net.resize}
     facts = {"count": measured.count, "shape": measured.shape, "images": measured.facts, "extractor": made}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays, facts=np.array(json.dumps(facts)))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_or_absent(path) as file:
+        np.savez(file, **arrays, facts=np.array(json.dumps(facts)))
 
 
 def cached(

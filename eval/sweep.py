@@ -81,7 +81,9 @@ def _same_sweep(arguments: Arguments) -> None:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.suffix in (".json", ".safetensors"):
-            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+            with file.open("rb") as handle:
+                content = hashlib.file_digest(handle, "sha256").digest()
+            digest.update(file.relative_to(folder).as_posix().encode() + content)
     wanted = {name: str(getattr(arguments, name)) for name in ("ref", "num", "seed", "extractor", "weights")}
     wanted["model_sha256"] = digest.hexdigest()
     note = arguments.out / "sweep.json"

@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x (N, T, D) -> y (N, T, D) of x's dtype, and the record. Changes no state."""
+        """x (N, T, D) -> y (N, T, D) of x's dtype or autocast's, and the record. Changes no state."""
         if self.router.positions is not None:
             return self._by_place(x)
         N, T, D = x.shape

@@ -26,7 +26,7 @@ def launched(world, *arguments, launcher="torchrun"):
     )
 
 
-@pytest.mark.parametrize(("world", "launcher"), [(2, "torchrun"), (3, "torchrun"), (2, "accelerate")])
+@pytest.mark.parametrize(("world", "launcher"), [(3, "torchrun"), (2, "accelerate")])
 def test_processes_share_the_work_and_change_nothing(tmp_path, digits, world, launcher):
     count = 403 if world == 2 else 330  # more than features: a rank-deficient distance magnifies the last bits
     labels = digits[1][:count]

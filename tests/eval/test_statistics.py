@@ -93,6 +93,15 @@ def test_statistics_in_a_file_stand_for_the_images(tmp_path, digits, folder, cap
         score(digits[0][40:70], out, extractor="efficientnet-lite0")
 
 
+def test_statistics_may_be_what_is_scored_too(tmp_path, digits, folder):
+    ref.main([str(folder), "--out", str(tmp_path / "s.npz")])
+    report = score(tmp_path / "s.npz", digits[0][40:70])
+    assert report["value"] == pytest.approx(score(folder, digits[0][40:70])["value"], rel=1e-9)
+    assert report["n_gen"] == 40
+    np.savez(tmp_path / "bare.npz", mu=np.zeros(256), sigma=np.eye(256))
+    assert score(tmp_path / "bare.npz", digits[0][40:70])["n_gen"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -93,21 +93,17 @@ def test_sample_then_score(run: Path, tmp_path: Path) -> None:
     assert report["n_gen"] == 40
     assert report["generation"]["sampler"]["nfe"] == 2  # the .npz knows how it was made
     assert report["generation"]["label_sampling"] == "balanced"
-    # the same images drawn, scored and not kept, by two processes
+    # the same images drawn into a file and scored by two processes
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "sample.py", run]
-    score = ["--num", 40, "--steps", 2, "--batch-size", 8, "--score", "digits:test", "--report", tmp_path / "t.json"]
-    done = python(*launch, *score)
-    assert done.returncode == 0, done.stderr
-    two = json.loads((tmp_path / "t.json").read_text())
-    assert two["world_size"] == 2
-    assert two["images"]["kind"] == "model"
-    assert two["value"] == pytest.approx(report["value"], rel=1e-3)  # a pixel may differ between batch sizes
-    assert two["generation"] == report["generation"]
-    assert {file.name for file in tmp_path.iterdir()} == {"s.npz", "r.json", "t.json"}
-    # and drawn into a file by two processes
-    done = python(*launch, "--num", 40, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "two.npz")
+    options = ["--num", 40, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "two.npz"]
+    done = python(*launch, *options, "--score", "digits:test", "--report", tmp_path / "t.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("40 images in") == 1
+    two = json.loads((tmp_path / "t.json").read_text())
+    assert two["world_size"] == 2
+    assert two["value"] == pytest.approx(report["value"], rel=1e-3)  # a pixel may differ between batch sizes
+    assert two["generation"] == report["generation"]
+    assert {file.name for file in tmp_path.iterdir()} == {"s.npz", "r.json", "two.npz", "t.json"}
     with np.load(tmp_path / "s.npz") as one, np.load(tmp_path / "two.npz") as both:
         assert np.abs(one["arr_0"].astype(int) - both["arr_0"]).max() <= 1
         assert np.array_equal(one["arr_1"], both["arr_1"])
@@ -121,6 +117,7 @@ def test_a_sweep_draws_scores_plots_and_goes_on(run: Path, tmp_path: Path) -> No
     reports = sorted((tmp_path / "sweep").glob("*-steps2-*.json"))
     assert len(reports) == 2
     assert done.stdout.count("| ddim |") == done.stdout.count("| dpm++2m |") == 1
+    assert {json.loads(file.read_text())["images"]["kind"] for file in reports} == {"model"}  # drawn, not kept
     assert Image.open(tmp_path / "sweep" / "sweep.png").size[0] > 500
     times = {file: file.stat().st_mtime_ns for file in reports}
     reports[0].unlink()
@@ -148,6 +145,7 @@ def test_a_sweep_draws_scores_plots_and_goes_on(run: Path, tmp_path: Path) -> No
         (["sample.py", "{empty}"], "holds no model"),
         (["sample.py", "{run}", "--score", "nope"], "'nope' does not exist"),
         (["sample.py", "{run}", "--report", "r.json"], "give --score REF too"),
+        (["sample.py", "{run}", "--extractor", "dinov2-vitl14"], "give --score REF too"),
         (["sample.py", "{run}", "--score", "digits:test", "--out", "{new}.png"], "goes to an .npz file or a folder"),
         (["sample.py", "{run}", "--exposure-window", "40"], "'ddim' has no exposure_window; it belongs to ts-ddpm"),
     ],
