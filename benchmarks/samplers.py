@@ -26,7 +26,7 @@ from samplers import SAMPLERS, network_calls, prediction_type_of
 
 NFE = (5, 10, 20, 50, 100)
 MODES = ("target", "network", "both")
-WINDOWS, CUTOFFS = (20, 60, 160), (100, 400)
+WINDOWS, CUTOFFS = (6, 20, 60, 160), (100, 500)
 LAMBDAS = (0.98, 0.99, 1.01, 1.02, 1.04)
 
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cfg", type=float, default=1.0)
     parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "epsilon"])
+    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="these alone")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; --num in whole batches")
@@ -83,6 +84,8 @@ def main() -> None:
             for point in points(part, pipe.scheduler.config):
                 key = {"part": part, "seed": seed, "num": args.num, "cfg": args.cfg, "precision": args.precision}
                 key |= point
+                if args.samplers and point["sampler"] not in args.samplers:
+                    continue
                 if any(key.items() <= row.items() for row in done):
                     continue
                 more = {name: value for name, value in point.items() if name not in ("sampler", "steps")}
