@@ -49,10 +49,8 @@ SAMPLERS: dict[str, Sampler] = {
 # Fields that change what a chain is; a sampler without them cannot stand in for one that was saved with them.
 _MEANINGFUL = ("rescale_betas_zero_snr", "clip_sample", "thresholding")
 
-# What a saved time-shift sampler has to say is of no use to others.
-_OF_TIME_SHIFT = frozenset(
-    field for field in signature(TimeShiftScheduler.__init__).parameters if field.startswith("exposure_")
-) | {"base"}
+# What a saved sampler has to say about the chain, and the next one hands on whether or not it knows the field.
+_OF_THE_CHAIN = frozenset(signature(DDPMScheduler.__init__).parameters)
 
 # Options of diffusers' flow-matching schedulers that change the path and that ours do not have.
 _FOREIGN_FLOW_OPTIONS = (
@@ -105,8 +103,9 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
         )
     # Take every field at its word: from_config would swap those that another scheduler left at its
     # default for defaults of the new one, so a config would change meaning when saved to disk.
-    dropped = _OF_TIME_SHIFT.difference(known) | {"_use_default_values"}
-    fields = {key: value for key, value in config.items() if key not in dropped}
+    fields = {key: value for key, value in config.items() if key in known or key in _OF_THE_CHAIN}
+    if fields.get("variance_type", "") is None:  # the stock solvers say so, and mean that they do not know
+        del fields["variance_type"]
     if sampler.scheduler is TimeShiftScheduler:
         T = config.get("num_train_timesteps", 1000)
         fields = {**{name: value * T // 1000 for name, value in TIME_SHIFT.items()}, **fields}

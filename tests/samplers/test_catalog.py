@@ -39,6 +39,23 @@ def test_a_model_keeps_its_schedule_from_sampler_to_sampler():
     assert back.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("first", [name for name, entry in SAMPLERS.items() if "epsilon" in entry.prediction_types])
+def test_every_sampler_goes_on_from_what_any_other_saved(first, tmp_path, caplog):
+    """As `sample.py MODEL --sampler` does with a model that was saved with another sampler; and nothing is said."""
+    diffusers.utils.logging.enable_propagation()
+    saved = {"num_train_timesteps": 500, "prediction_type": "v_prediction", "data_variance": 0.4}
+    make_scheduler(first, saved).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    for name, entry in SAMPLERS.items():
+        if "epsilon" in entry.prediction_types:
+            scheduler = make_scheduler(name, config)
+            assert {key: scheduler.config[key] for key in saved} == saved
+            if name in ("ddpm", "ts-ddpm"):
+                assert scheduler.variance_type == "fixed_small"
+    diffusers.utils.logging.disable_propagation()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("stock", [diffusers.HeunDiscreteScheduler, diffusers.DDPMScheduler])
 def test_a_config_means_the_same_in_memory_and_on_disk(stock, tmp_path):
     """Heun's default betas are not those of DDPM; from_config alone would switch to ours."""
