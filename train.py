@@ -10,7 +10,7 @@ def main() -> None:
     config = cli.parse_train(sys.argv[1:])
     from accelerate import PartialState
 
-    from ditmoe import data, generate, report, training
+    from ditmoe import data, generate, ranks, report, training
     from eval.fid import score
 
     if config.dry_run:
@@ -21,7 +21,7 @@ def main() -> None:
     if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
         report.write(config.out, score=judge)
     PartialState().print(f"{config.out} is finished: open {config.out}/index.html, or python sample.py {config.out}")
-    training.shutdown()
+    ranks.shutdown()
 
 
 if __name__ == "__main__":

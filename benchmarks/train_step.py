@@ -19,10 +19,12 @@ from benchmarks.timing import machine, round_robin
 from ditmoe import training
 from ditmoe.config import Config
 from ditmoe.data import open_data
+from ditmoe.health import Health, Watch
 from ditmoe.objective import Objective
 from ditmoe.presets import PRESETS
+from ditmoe.signals import Signals
 from ditmoe.state import new_state, update_ema
-from ditmoe.stream import stream
+from ditmoe.stream import Batches
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
 PRODUCTS |= {f"aten::_scaled_dot_product_flash_attention_for_cpu{s}" for s in ("", "_backward")}
@@ -47,12 +49,21 @@ def one_step(config: Config) -> Callable[[], object]:
     data = open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
     accelerator = training._accelerator(config.train)
     state = new_state(config, len(data.id2label))
-    batches = stream(config, data, first_step=0, rank=0, num_processes=1)
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
-    objective = Objective(config.objective)
+    run = training._Run(
+        config=config,
+        accelerator=accelerator,
+        raw=state.model,
+        model=model,
+        optimizer=optimizer,
+        objective=Objective(config.objective),
+        batches=Batches(config, data, first_step=0, rank=0, num_processes=1),
+        watch=Watch(accelerator, Signals(), 0, []),
+        health=Health(accelerator, 0, 0),
+    )
 
     def step() -> None:
-        training._optimise(accelerator, model, optimizer, state.model, objective, batches, config)
+        training._optimise(run, 0)
         update_ema(state.ema, state.model, 0.999)
 
     return step

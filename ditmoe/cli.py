@@ -19,6 +19,7 @@ import tyro
 
 from .config import Config
 from .presets import PRESETS
+from .signals import EXIT_CODE, Interrupted, Signals
 
 DEFAULT_PRESET = "digits"
 
@@ -147,22 +148,24 @@ def parse_sample(argv: Sequence[str]) -> SampleArgs:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call `main` and turn what it raises into an exit code; a user's mistake is one sentence on stderr."""
+    """Call `main` and turn what it raises into an exit code; a user's mistake is one sentence on stderr.
+
+    A signal raises Interrupted in it, wherever it is, but where training has to save first.
+    """
     try:
-        main()
+        with Signals(raising=True):
+            main()
     except ValueError as error:
         if not _is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted as error:
         print(error, file=sys.stderr)
-        return 143
+        return EXIT_CODE
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

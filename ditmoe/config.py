@@ -159,9 +159,12 @@ class DataConfig:
     """Mirror images left-right at random."""
     num_workers: int = 0
     """Processes that read images; 0 reads in the training process."""
+    max_bad: int = 0
+    """folder: files that cannot be used and are skipped, each named, before the run stops."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "num_workers")
+        _not_negative(self, "num_workers", "max_bad")
+        _require(not self.max_bad or self.name == "folder", f"max_bad works with folder, not {self.name}")
         _require(
             not self.download or self.name == "fashion",
             f"download works with the data set fashion, not {self.name}",
@@ -200,7 +203,11 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 2
-    """Newest checkpoints to keep; 0 keeps all."""
+    """Newest checkpoints to keep, each read back and found whole before an older one goes; 0 keeps all."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (disk full): train on and try again at the next one, or stop."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped because a loss, gradient or router logit is not finite, before the run stops."""
     sample_every: int = 0
     """Steps between sample grids and scores during training; 0 makes none."""
     tensorboard: bool = False
@@ -209,7 +216,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "accumulation", "learning_rate", "log_every")
         _positive(self, "checkpoint_every")
-        _not_negative(self, "warmup_steps", "weight_decay", "clip", "keep", "sample_every")
+        _not_negative(self, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
         for name in ("ema_decay", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")

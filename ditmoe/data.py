@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import DataConfig
-from .folders import FolderImages
+from .folders import BadImage, FolderImages
 from .objective import sample_rng
 
 DIGITS_FILE = Path(__file__).parent / "data_files" / "digits.npz"
@@ -63,19 +63,23 @@ class ImageSet(Protocol):
 
 @dataclass
 class ArrayImages:
-    """Images held in memory: pixels (len, H, W, C) uint8, labels (len,) int64."""
+    """Images held in memory: pixels (len, H, W, C) uint8, labels (len,) int64; `bad` says what is wrong by row."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     id2label: dict[int, str]
     source: str
     is_latent: bool = False
+    bad: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, C) uint8."""
+        """(n, H, W, C) uint8. Raises BadImage at the first row that is bad."""
+        for row in indices if self.bad else []:
+            if row in self.bad:
+                raise BadImage(row, self.bad[row])
         chosen: NDArray[np.uint8] = self.pixels[np.asarray(indices)]
         return chosen
 
@@ -125,12 +129,8 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
             raise ValueError(f"the data set {config.name} needs --data.path FOLDER")
         if split == "test":
             raise ValueError(f"the data set {config.name} has no test split")
-        folder = (
-            _in_memory(FolderImages(config.path, size, channels, config.fit))
-            if config.name == "folder"
-            else _open_latents(config.path)
-        )
-        found = tuple(folder.tensors([0]).shape[1:])
+        folder = _open_folder(config, size, channels) if config.name == "folder" else _open_latents(config.path)
+        found = (channels, size, size) if config.name == "folder" else tuple(folder.tensors([0]).shape[1:])
     else:
         folder = _open_digits(split) if config.name == "digits" else _open_fashion(config, split)
         found = (folder.pixels.shape[3], *folder.pixels.shape[1:3])
@@ -150,7 +150,8 @@ def reference(config: DataConfig, data: ImageSet, seed: int) -> str | NDArray[np
     """What samples are scored against: a name that `eval` knows, or training images (at random, at most 10,000)."""
     if config.name in ("digits", "fashion") and config.path is None:
         return f"{config.name}:train"
-    return data.images(sample_rng(seed, 5, 0).permutation(len(data))[:10_000].tolist())
+    rows = sample_rng(seed, 5, 0).permutation(len(data))[:10_000].tolist()
+    return data.images(readable(data, rows))
 
 
 def pixel_variance(data: ImageSet, seed: int) -> float:
@@ -158,26 +159,64 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
 
     Noise of level 1 - alpha_bar makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
     """
-    rows = sample_rng(seed, 6, 0).permutation(len(data))[:2000].tolist()
+    rows = readable(data, sample_rng(seed, 6, 0).permutation(len(data))[:2000].tolist())
     parts = [data.tensors(rows[i : i + 100]) for i in range(0, len(rows), 100)]
     return float(torch.cat([x.flatten(1).double().var(dim=1) for x in parts]).mean())
 
 
+def readable(data: ImageSet, rows: Sequence[int]) -> list[int]:
+    """Those of the rows whose images can be used."""
+    if not isinstance(data, FolderImages):
+        bad = getattr(data, "bad", {})
+        return [row for row in rows if row not in bad]
+    good = []
+    for row in rows:
+        try:
+            data.images([row])
+            good.append(row)
+        except BadImage:
+            pass  # training names and counts it
+    return good
+
+
 def fingerprint(data: ImageSet) -> str:
-    """A hash of what decides which image is which: the classes and the label of every image in order."""
-    text = json.dumps([len(data), data.id2label], sort_keys=True).encode()
-    return hashlib.sha256(text + data.labels.tobytes()).hexdigest()[:16]
+    """A hash of the classes, of every label in order, and of the images: their values, or names and sizes of files."""
+    known = hashlib.sha256(json.dumps([len(data), data.id2label], sort_keys=True).encode() + data.labels.tobytes())
+    if isinstance(data, FolderImages):
+        known.update(json.dumps(data.inventory).encode())
+    elif isinstance(data, Latents):
+        known.update(data.values.contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(data, ArrayImages):
+        known.update(np.ascontiguousarray(data.pixels).data)
+    return known.hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------- readers
 
 
-def _in_memory(folder: FolderImages) -> ArrayImages | FolderImages:
-    """A folder small enough is decoded once, which also finds every damaged file before training starts."""
-    channels = 1 if folder.mode == "L" else 3
-    if len(folder) * folder.size**2 * channels > _IN_MEMORY_BYTES:
-        return folder
-    return ArrayImages(folder.images(range(len(folder))), folder.labels, folder.id2label, folder.source)
+def _open_folder(config: DataConfig, size: int, channels: int) -> ArrayImages | FolderImages:
+    """A folder small enough is decoded once, which also finds every bad file before training starts."""
+    assert config.path is not None
+    folder = FolderImages(config.path, size, channels, config.fit)
+    small = len(folder) * size**2 * channels <= _IN_MEMORY_BYTES
+    pixels = np.zeros((len(folder) if small else 0, size, size, channels), np.uint8)
+    bad = {} if small else folder.check_headers()
+    for row in range(len(pixels)):
+        try:
+            pixels[row] = folder.images([row])[0]
+        except BadImage as error:
+            bad[row] = str(error)
+    check_bad(list(bad.values()), config.max_bad)
+    if len(bad) == len(folder):
+        raise ValueError(f"data.path {config.path}: none of {len(folder)} images can be used; the first: {bad[0]}")
+    return ArrayImages(pixels, folder.labels, folder.id2label, folder.source, bad=bad) if small else folder
+
+
+def check_bad(sentences: Sequence[str], max_bad: int) -> None:
+    """Raise ValueError where more images are bad than are to be skipped."""
+    if len(sentences) > max_bad:
+        how = f"{len(sentences)} images cannot be used, data.max_bad is {max_bad}: " if max_bad else ""
+        raise ValueError(how + f"{sentences[-1] if max_bad else sentences[0]}, or let it be skipped: --data.max-bad N")
 
 
 def _open_digits(split: str) -> ArrayImages:

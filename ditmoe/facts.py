@@ -45,8 +45,9 @@ def read_config(run: Path, name: str = "config.json") -> Config:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, oldest first; none without the file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of metrics.jsonl, oldest first, without those of skipped steps; none without the file."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["loss"] is not None]
 
 
 def describe(run: Path, net: DiTMoETransformer2DModel) -> dict[str, Any]:

@@ -12,11 +12,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+_DECODING = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+
+
+class BadImage(ValueError):  # noqa: N818 - what is raised is the image
+    """An image file that cannot be used.
+
+    Attributes:
+        row: Its number in the set.
+    """
+
+    def __init__(self, row: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.row = row
 
 
 class FolderImages:
@@ -26,10 +39,11 @@ class FolderImages:
         root: The folder; without sub-folders its images have no labels.
         size: Height and width of the model's images.
         channels: 1 (grey) or 3 (RGB).
-        fit: "exact": other sizes and modes are refused; "crop": resized, centre-cropped and converted.
+        fit: "exact": other sizes and modes cannot be used; "crop": resized, centre-cropped and converted. Either
+            way a picture is turned upright first, as its EXIF orientation says.
 
     Raises:
-        ValueError: No images, or (with "exact") an image of another size or mode; it names the file.
+        ValueError: No images.
     """
 
     is_latent = False
@@ -53,18 +67,31 @@ class FolderImages:
             raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self.labels = np.asarray(labels, dtype=np.int64)
         self.id2label = dict(enumerate(classes))
+        self.root = root
         self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
-        if fit == "exact":
-            for file in self.files:
-                with _opened(file) as image:
-                    self._check(file, image)
 
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def inventory(self) -> list[tuple[str, int]]:
+        """Every file's place below the root and its size in bytes."""
+        return [(file.relative_to(self.root).as_posix(), file.stat().st_size) for file in self.files]
+
     def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, C) uint8."""
-        return np.stack([self._read(self.files[i]) for i in indices])
+        """(n, H, W, C) uint8. Raises BadImage at the first file that cannot be used."""
+        return np.stack([self._image(i) for i in indices])
+
+    def check_headers(self) -> dict[int, str]:
+        """With fit "exact", what is wrong with files by their number, as far as their headers tell."""
+        wrong = {}
+        for row, file in enumerate(self.files if self.fit == "exact" else []):
+            try:
+                with _opened(file) as image:
+                    self._check(file, image)
+            except (ValueError, *_DECODING) as error:
+                wrong[row] = str(error)
+        return wrong
 
     def tensors(self, indices: Sequence[int]) -> Tensor:
         """(n, C, H, W) float32 in [-1, 1]."""
@@ -78,15 +105,22 @@ class FolderImages:
                 f"{self.mode}; add --data.fit crop to resize, centre-crop and convert every image"
             )
 
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        try:
+            return self._read(self.files[row])
+        except ValueError as error:
+            raise BadImage(row, str(error)) from error
+
     def _read(self, file: Path) -> NDArray[np.uint8]:
         with _opened(file) as image:
             if self.fit == "exact":
                 self._check(file, image)
             try:
-                image.load()
-            except (OSError, SyntaxError, ValueError, zlib.error) as error:
+                upright = ImageOps.exif_transpose(image)
+                upright.load()
+            except _DECODING as error:
                 raise ValueError(f"{file} cannot be decoded ({error}); remove or replace it") from error
-            fitted = image if self.fit == "exact" else _centre_crop(_converted(file, image, self.mode), self.size)
+            fitted = upright if self.fit == "exact" else _centre_crop(_converted(file, upright, self.mode), self.size)
             return np.asarray(fitted, dtype=np.uint8).reshape(self.size, self.size, -1)
 
 

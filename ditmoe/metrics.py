@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -17,11 +19,21 @@ from .config import Config, TrainConfig
 
 
 class StepResult(NamedTuple):
-    """One optimiser step: mean losses over its micro-batches, gradient norm, (L, E) assignments over all processes."""
+    """One optimiser step.
+
+    Attributes:
+        losses: Means over its micro-batches.
+        grad_norm: Of the whole gradient, before clipping.
+        counts: (L, E) assignments over all processes.
+        faults: What was not finite, in words; the step was then skipped.
+        skipped: Steps of the run that were skipped so far.
+    """
 
     losses: dict[str, Tensor]
     grad_norm: Tensor
     counts: Tensor | None
+    faults: Sequence[str] = ()
+    skipped: int = 0
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -57,7 +69,8 @@ class Log:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
         if self.file:
-            self.file.close()
+            with suppress(OSError):
+                self.file.close()
         if self.board:
             self.board.close()
 
@@ -66,9 +79,11 @@ class Log:
         return _Pause(self)
 
     def row(self, step: int, result: StepResult) -> None:
-        """Note one step; every `log_every` steps, write its row."""
+        """Note one step; every `log_every` steps, write its row. A skipped step's row has the loss null and why."""
         self.images += self.config.train.batch_size
         self.bar.update()
+        if result.faults:
+            return self._write({"step": step, "loss": None, "skipped_steps": result.skipped, "faults": result.faults})
         if step % self.every and step != self.config.max_steps:
             return
         names = list(result.losses)
@@ -84,18 +99,22 @@ class Log:
             "grad_norm": float(result.grad_norm),
             "lr": learning_rate(self.config.train, step - 1),
             "images_per_second": round(self.images / (now - self.mark), 2),
+            "skipped_steps": result.skipped,
             **expert_load(result.counts),
         }
         self.mark, self.images = now, 0
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise FloatingPointError(f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {step}")
         self._write(row)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file is None:
             return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()  # what a full disk refuses stays in the buffer, for the next row
+        except OSError as error:
+            print(f"warning: metrics.jsonl could not be written ({error})", flush=True)
+        if row["loss"] is None:
+            return
         if self.board:
             for name, value in row.items():
                 if isinstance(value, float):

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H W size.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         sampler: Name of the sampler to use when none is asked for.
         num_inference_steps: Its steps.
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
+        trained_steps: Optimiser steps behind the weights, where known.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -49,6 +51,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         sampler: str = "ddim",
         num_inference_steps: int = 50,
         guidance_scale: float = 1.5,
+        trained_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -57,6 +60,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             sampler=sampler,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            trained_steps=trained_steps,
         )
 
     @property
@@ -213,7 +217,11 @@ def best_device() -> torch.device:
 
 
 def assemble(
-    model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str], data_variance: float | None = None
+    model: DiTMoETransformer2DModel,
+    config: Config,
+    id2label: dict[int, str],
+    data_variance: float | None = None,
+    trained_steps: int | None = None,
 ) -> DiTMoEPipeline:
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
@@ -223,14 +231,28 @@ def assemble(
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
     names = {str(label): name for label, name in id2label.items()}
     guidance = config.sample.cfg if model.null_label is not None else 1.0
-    return DiTMoEPipeline(model, scheduler, None, names, config.sample.sampler, config.sample.steps, guidance)
+    sampler, steps = config.sample.sampler, config.sample.steps
+    return DiTMoEPipeline(model, scheduler, None, names, sampler, steps, guidance, trained_steps)
+
+
+def trained_steps(folder: Path) -> int | None:
+    """Optimiser steps behind a saved pipeline; None when there is none, or it does not say."""
+    try:
+        steps = json.loads((folder / "model_index.json").read_text()).get("trained_steps")
+    except (OSError, ValueError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def save(pipeline: DiTMoEPipeline, folder: Path) -> None:
     """Write a pipeline folder; an older one at the same place is replaced when the new one is complete."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary)
+    try:
+        pipeline.save_pretrained(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import figures, page
 from .config import Config, to_dict
-from .data import ArrayImages, ImageSet, open_data
+from .data import ArrayImages, ImageSet, open_data, readable
 from .expert_maps import count_experts, expert_maps, routing_summary
 from .facts import describe, moe_layer_names, read_config, read_rows, summarise
 from .figures import visible
@@ -215,8 +215,9 @@ def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int)
     cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS
     members = [np.flatnonzero(data.labels == c) for c in classes]
     n = int(np.clip(ROUTING_FLOPS / cost, 2, 32))
-    rows = [rng.choice(m, n, replace=len(m) < n) for m in members]
-    return classes, torch.stack([data.tensors(r.tolist()) for r in rows])
+    rows = [readable(data, rng.permutation(m)[: 2 * n].tolist()) for m in members]
+    kept = [(label, (r * n)[:n]) for label, r in zip(classes, rows, strict=True) if r]
+    return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
 
 
 # ---- judgement
@@ -230,7 +231,7 @@ def _judge(
         return {"classes": None, "copies": None}
     rng = np.random.default_rng(config.seed)
     most = MOST_REAL[isinstance(data, ArrayImages)]
-    rows = rng.permutation(len(data))[:most]
+    rows = np.array(readable(data, rng.permutation(len(data))[:most].tolist()))
     train, train_labels = data.images(rows.tolist()), data.labels[rows]
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
     real = None

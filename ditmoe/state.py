@@ -1,14 +1,8 @@
-"""What a run is made of and how it lives on disk: the network, its moving average, the optimiser, the run folder.
-
-A checkpoint holds all three and the facts that a resumed run must share: the data's fingerprint, the precision, the
-number of processes.
-"""
+"""What a run is made of: the network, its moving average, the optimiser; and how a checkpoint becomes one again."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import Config, differences, to_dict
+from .config import Config
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
 from .moe import Router
-
-# What may change between the parts of one run: it has no influence on the weights at a given step.
-# (data.path has: the data's fingerprint is checked instead.)
-_FREE = {
-    "out",
-    "max_steps",
-    "dry_run",
-    "data.path",
-    "data.download",
-    "data.num_workers",
-    "moe.backend",
-}
-_FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard")}
 
 
 class State(NamedTuple):
@@ -87,34 +68,36 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         ours[name].copy_(theirs[name])
 
 
-def save_checkpoint(config: Config, state: State, step: int, facts: dict[str, Any]) -> None:
-    """Write checkpoints/step-<step>/ with all that learns and `facts`, then prune older ones."""
+def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
     names = {p: n for n, p in state.model.named_parameters()}
     moments = {
         f"{names[p]}.{key}": torch.as_tensor(value)
         for p, entry in state.optimizer.state.items()
         for key, value in entry.items()
     }
-    parts = {
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": moments,
-    }
-    checkpoint.save(config.out / "checkpoints", step, parts, {"config": to_dict(config), **facts})
-    checkpoint.prune(config.out / "checkpoints", config.train.keep)
+    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
 
 
-def resume(root: Path, state: State, facts: dict[str, Any]) -> int:
-    """Load the newest whole checkpoint into the state; the number of steps it has seen, 0 without one."""
-    path = checkpoint.newest(root)
-    if path is None:
-        return 0
+def resume(path: Path, state: State, facts: dict[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint into the state, which is touched only when all of it fits; its saved values.
+
+    Raises:
+        ValueError: It is not whole, of other data, or of another network.
+    """
+    fault = checkpoint.find_fault(path)
+    if fault is not None:
+        raise ValueError(f"{path}: {fault}; all processes must see the same run folder")
     parts, meta = checkpoint.load(path)
     if meta["data"] != facts["data"]:
         raise ValueError(
             f"the data set is not the one that {path} was trained on (other images, order or classes); "
             f"restore it, or give another --out"
         )
+    wrong = _mismatches(parts, state)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path} is of another network: {'; '.join(wrong[:5])}{more}; give another --out")
     for name in ("precision", "num_processes"):
         if meta[name] != facts[name]:
             print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
@@ -127,32 +110,22 @@ def resume(root: Path, state: State, facts: dict[str, Any]) -> int:
     for name, parameter in state.model.named_parameters():
         if name in moments:
             state.optimizer.state[parameter] = dict(moments[name])
-    return int(meta["step"])
+    return meta
 
 
-def check_folder(config: Config) -> None:
-    """An existing run folder must hold the same run. Writes nothing.
-
-    Raises:
-        ValueError: It holds another run, or things that are no run, or cannot be a folder.
-    """
-    path = config.out / "config.json"
-    parent = next(p for p in (config.out, *config.out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
-    if path.exists():
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a configuration that can be read: {error}") from error
-        changed = [
-            line
-            for line in differences(old, to_dict(config))
-            if line.split(":")[0] not in _FREE and not line.startswith("sample.")
-        ]
-        if changed:
-            raise ValueError(
-                f"{config.out} holds another run ({'; '.join(changed[:5])}); give another --out, or the same values"
-            )
-    elif config.out.exists() and any(config.out.iterdir()):
-        raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
+def _mismatches(parts: dict[str, dict[str, Tensor]], state: State) -> list[str]:
+    """What a checkpoint's tensors are and the state's are not, in words."""
+    want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
+    found = {f"{part} {n}": v for part in ("model", "ema") for n, v in parts.get(part, {}).items()}
+    wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
+    wrong += [f"{name} is not known" for name in found.keys() - want.keys()]
+    for name in want.keys() & found.keys():
+        a, b = found[name], want[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            wrong.append(f"{name} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+    shapes = {name: p.shape for name, p in state.model.named_parameters()}
+    for key, value in parts.get("optimizer", {}).items():
+        name = key.rsplit(".", 1)[0]
+        if name not in shapes or (value.ndim and value.shape != shapes[name]):
+            wrong.append(f"optimizer {key} belongs to no parameter")
+    return sorted(wrong)

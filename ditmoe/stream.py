@@ -5,7 +5,7 @@ Shapes: n images of a micro-batch, C channels, H W size.
 
 from __future__ import annotations
 
-import signal
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,33 +14,51 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .config import Config
+from .config import Config, TrainConfig
 from .data import ImageSet
+from .folders import BadImage, FolderImages
 from .objective import sample_rng
+from .signals import ignored_here
 
 
 class Batch(NamedTuple):
-    """A micro-batch: running numbers of its samples, x (n, C, H, W) float32, y (n,) int64."""
+    """A micro-batch: running numbers of its samples, x (n, C, H, W) float32, y (n,) int64, and what was skipped."""
 
     indices: list[int]
     x: Tensor
     y: Tensor
+    bad: list[str]
 
 
 class _Stream(Dataset[Batch]):
-    """Sample number i of a run: image `permutation(epoch)[position]`, perhaps mirrored; a function of (seed, i)."""
+    """Sample number i of a run: image `permutation(epoch)[position]`, perhaps mirrored; a function of (seed, i).
+
+    In the place of an image that cannot be used comes the next one of the permutation that can.
+    """
 
     def __init__(self, data: ImageSet, seed: int, flip: bool) -> None:
         self.data, self.seed, self.flip = data, seed, flip
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._bad: set[int] = set()
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        rows = [self._image_of(i) for i in indices]
-        x = self.data.tensors(rows)
+        x, rows, bad = None, [], []
+        while x is None:
+            rows = [self._image_of(i) for i in indices]
+            try:
+                x = self.data.tensors(rows)
+            except BadImage as error:
+                self._bad.add(error.row)
+                bad.append(str(error))
         if self.flip:
             mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices]
             x = torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
-        return Batch(indices, x, torch.from_numpy(self.data.labels[rows]))
+        return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad)
+
+    def name(self, index: int) -> str:
+        """The file of a sample, or its number in the set."""
+        row = self._image_of(index)
+        return str(self.data.files[row]) if isinstance(self.data, FolderImages) else f"image {row}"
 
     def _image_of(self, index: int) -> int:
         epoch, position = divmod(index, len(self.data))
@@ -49,13 +67,11 @@ class _Stream(Dataset[Batch]):
                 epoch,
                 sample_rng(self.seed, 4, epoch).permutation(len(self.data)),
             )
+        if len(self._bad) == len(self._order):
+            raise ValueError(f"none of the images can be used: {self.data.source}")
+        while int(self._order[position]) in self._bad:
+            position = (position + 1) % len(self._order)
         return int(self._order[position])
-
-
-def _ignore_signals(_: int) -> None:
-    """Readers outlive a signal to the whole process group: the training process saves, then ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class _MicroBatches:
@@ -73,7 +89,7 @@ class _MicroBatches:
         return len(self.numbers)
 
 
-def stream(config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> Iterator[Batch]:
+class Batches:
     """The micro-batches of one process, from `first_step` to the end of the run.
 
     Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
@@ -82,23 +98,46 @@ def stream(config: Config, data: ImageSet, *, first_step: int, rank: int, num_pr
     Raises:
         ValueError: batch_size does not divide into accumulation * num_processes equal parts.
     """
-    train = config.train
+
+    def __init__(self, config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> None:
+        train, workers = config.train, config.data.num_workers
+        size = micro_batch_size(train, num_processes)
+        numbers = range(first_step * train.accumulation, config.max_steps * train.accumulation)
+        self._plan = _MicroBatches(numbers, rank, num_processes, size)
+        self._stream = _Stream(data, config.seed, config.data.flip)
+        self._ahead = max(1, 2 * workers)  # micro-batches that the readers may be at
+        self._given = 0
+        loader = DataLoader(
+            self._stream,
+            sampler=self._plan,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignored_here,
+        )
+        self._batches = iter(loader)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._batches)
+        self._given += 1
+        return batch
+
+    def awaited(self) -> str:
+        """The images that are being read, for a message."""
+        lists = itertools.islice(self._plan, self._given, self._given + self._ahead)
+        names = [self._stream.name(i) for indices in lists for i in indices]
+        return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def micro_batch_size(train: TrainConfig, num_processes: int) -> int:
+    """Images of one forward pass of one process. ValueError when batch_size does not divide."""
     parts = train.accumulation * num_processes
     if train.batch_size % parts:
         raise ValueError(
             f"train.batch_size {train.batch_size} is not a multiple of accumulation {train.accumulation} * "
             f"{num_processes} processes"
         )
-    size = train.batch_size // parts
-    starts = range(first_step * train.accumulation, config.max_steps * train.accumulation)
-    micro_batches = _MicroBatches(starts, rank, num_processes, size)
-    workers = config.data.num_workers
-    loader = DataLoader(
-        _Stream(data, config.seed, config.data.flip),
-        sampler=micro_batches,
-        batch_size=None,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_ignore_signals,
-    )
-    return iter(loader)
+    return train.batch_size // parts

@@ -6,35 +6,33 @@ step: a run is resumed from weights, moments and the step alone, and equals the 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import shlex
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from . import pipeline
+from . import checkpoint, pipeline, ranks, run_folder
 from .config import Config, TrainConfig, save, to_dict
 from .data import ImageSet, fingerprint, pixel_variance
+from .health import Evidence, Health, Watch
 from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
 from .moe import MoELayer, Routing, balanced_bias
 from .objective import Losses, Objective
-from .state import State, check_folder, new_state, num_classes, resume, save_checkpoint, update_ema
-from .stream import Batch, stream
+from .signals import Interrupted, Signals
+from .state import State, new_state, num_classes, resume, to_parts, update_ema
+from .stream import Batch, Batches, micro_batch_size
 
 OnSample = Callable[[int, pipeline.DiTMoEPipeline], None]
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can go on
-    """A signal asked the run to stop; it was saved first."""
 
 
 def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, argv: Sequence[str] = ()) -> bool:
@@ -46,74 +44,139 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         config: The run.
         data: Its training images.
         on_sample: Called on the main process every `train.sample_every` steps with (step, pipeline of the averaged
-            weights).
+            weights), while the others wait.
         argv: The command line, kept in command.txt.
 
     Returns:
         False when there was nothing left to do.
 
     Raises:
-        ValueError: The run folder belongs to another configuration, or holds no whole checkpoint.
-        Interrupted: SIGTERM or SIGINT came; the run was saved.
+        ValueError: The run folder is in use, belongs to another configuration, or holds no whole checkpoint; too many
+            images cannot be used.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1 came; the run was saved.
+        FloatingPointError: More than `train.max_skipped` steps in a row were not finite.
+        OSError: A checkpoint that must be written could not be.
     """
     accelerator = _accelerator(config.train)
+    micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
     state = new_state(config, num_classes(config, data))
-    pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused before training
-    check_folder(config)
+    pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
+    with ExitStack() as stack:
+        ranks.decided_by_first(accelerator, lambda: stack.enter_context(run_folder.locked(config)))
+        return _train(config, data, on_sample, argv, accelerator, state)
+
+
+def _train(
+    config: Config,
+    data: ImageSet,
+    on_sample: OnSample | None,
+    argv: Sequence[str],
+    accelerator: Accelerator,
+    state: State,
+) -> bool:
+    """`train`, in a run folder that is ours."""
     facts = {
         "data": fingerprint(data),
         "precision": resolve_precision(config.train.precision, accelerator.device),
         "num_processes": accelerator.num_processes,
     }
     variance = pixel_variance(data, config.seed)
-    first_step = resume(config.out / "checkpoints", state, facts)
-    if first_step >= config.max_steps and (config.out / "model").exists():
+    newest = ranks.decided_by_first(accelerator, lambda: checkpoint.newest(config.out / "checkpoints"))
+    saved = {} if newest is None else ranks.agreed(accelerator, lambda: resume(newest, state, facts))
+    first_step = int(saved.get("step", 0))
+    last_step = max(first_step, config.max_steps)
+    exported = ranks.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / "model"))
+    if exported == first_step == last_step:
         return False
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        config.out.mkdir(parents=True, exist_ok=True)
-        save(config, config.out / "config.json")
-        (config.out / "index.html").unlink(missing_ok=True)  # it belongs to an earlier state of the run
-        with (config.out / "command.txt").open("a") as file:
-            file.write(shlex.join(["python", *argv]) + "\n")
-    batches = stream(
-        config,
-        data,
-        first_step=first_step,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+        _open_folder(config, argv)
     _announce(config, state.model, data, accelerator, first_step)
+    rank, world = accelerator.process_index, accelerator.num_processes
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     state.ema.to(accelerator.device)
-    objective = Objective(config.objective)
-    with Log(config, first_step, accelerator) as log, _Signals() as signals:
+    bad = list(saved.get("bad_images", []))
+    with Log(config, first_step, accelerator) as log, Signals() as signals, _writer(config, accelerator) as writer:
+        run = _Run(
+            config=config,
+            accelerator=accelerator,
+            raw=state.model,
+            model=model,
+            optimizer=optimizer,
+            objective=Objective(config.objective),
+            batches=Batches(config, data, first_step=first_step, rank=rank, num_processes=world),
+            watch=Watch(accelerator, signals, config.data.max_bad, bad),
+            health=Health(accelerator, config.train.max_skipped, int(saved.get("skipped_steps", 0))),
+        )
+
+        def keep(step: int, *, wait: bool) -> None:
+            if writer:
+                known = {"config": to_dict(config), **facts, "skipped_steps": run.health.skipped, "bad_images": bad}
+                writer.save(step, to_parts(state), known, wait=wait)
+            if wait:
+                accelerator.wait_for_everyone()
+
+        def show(step: int) -> None:
+            assert on_sample is not None
+            on_sample(step, pipeline.assemble(state.ema, config, data.id2label, variance, step))
+
+        every = config.train.sample_every if on_sample else 0
+        if every and 0 < first_step < last_step and first_step % every == 0:
+            ranks.first_works(accelerator, partial(show, first_step), signals, "sample-again")  # if it was cut short
         for step in range(first_step, config.max_steps):
-            set_learning_rate(optimizer, learning_rate(config.train, step))
-            result = _optimise(accelerator, model, optimizer, state.model, objective, batches, config)
-            update_ema(state.ema, state.model, min(config.train.ema_decay, (1 + step) / (10 + step)))
+            try:
+                result = _optimise(run, step)
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    raise RuntimeError(f"{error} It was reading one of: {run.batches.awaited()}") from error
+                raise
+            if result is None:
+                keep(step, wait=True)
+                raise Interrupted(f"stopped at step {step} and saved; the same command goes on")
+            if not result.faults:
+                update_ema(state.ema, state.model, min(config.train.ema_decay, (1 + step) / (10 + step)))
             done = step + 1
             log.row(done, result)
-            stop = _any_process(accelerator, signals.received)
-            if done % config.train.checkpoint_every == 0 or done == config.max_steps or stop:
-                _save(config, state, done, accelerator, result, facts)
-            if stop and done < config.max_steps:
-                raise Interrupted(f"stopped at step {done} and saved; the same command goes on")
-            every = config.train.sample_every
-            if on_sample and every and done % every == 0 and accelerator.is_main_process:
+            if done % config.train.checkpoint_every == 0 or done == config.max_steps:
+                keep(done, wait=done == config.max_steps)
+            if every and done % every == 0:
                 with log.paused():
-                    on_sample(done, pipeline.assemble(state.ema, config, data.id2label, variance))
-    if accelerator.is_main_process:
-        pipeline.save(pipeline.assemble(state.ema.cpu(), config, data.id2label, variance), config.out / "model")
-    accelerator.wait_for_everyone()
+                    ranks.first_works(accelerator, partial(show, done), signals, f"sample-{done}")
+        if accelerator.is_main_process:
+            pipe = pipeline.assemble(state.ema.cpu(), config, data.id2label, variance, last_step)
+            pipeline.save(pipe, config.out / "model")
+        accelerator.wait_for_everyone()
+        if ranks.total(accelerator, [float(bool(signals.received))])[0]:
+            raise Interrupted(f"stopped after step {last_step}, all saved; the same command makes the page")
     return True
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one: gloo may abort at interpreter exit otherwise (torch 2.14)."""
-    gc.collect()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+class _Run(NamedTuple):
+    """What a step needs. `raw` is the network, `model` what Accelerate made of it."""
+
+    config: Config
+    accelerator: Accelerator
+    raw: DiTMoETransformer2DModel
+    model: nn.Module
+    optimizer: Any
+    objective: Objective
+    batches: Batches
+    watch: Watch
+    health: Health
+
+
+def _writer(config: Config, accelerator: Accelerator) -> AbstractContextManager[checkpoint.Writer | None]:
+    """Who writes checkpoints: the first process."""
+    if not accelerator.is_main_process:
+        return nullcontext()
+    tolerant = config.train.on_save_error == "continue"
+    return checkpoint.Writer(config.out / "checkpoints", config.train.keep, tolerant=tolerant)
+
+
+def _open_folder(config: Config, argv: Sequence[str]) -> None:
+    save(config, config.out / "config.json")
+    (config.out / "index.html").unlink(missing_ok=True)  # it belongs to an earlier state of the run
+    with (config.out / "command.txt").open("a") as file:
+        file.write(shlex.join(["python", *argv]) + "\n")
 
 
 def describe(config: Config) -> str:
@@ -145,64 +208,54 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
-def _save(
-    config: Config, state: State, step: int, accelerator: Accelerator, result: StepResult, facts: dict[str, Any]
-) -> None:
-    if not math.isfinite(float(result.grad_norm)):
-        raise FloatingPointError(f"the gradient norm is {float(result.grad_norm)} at step {step}: nothing was saved")
-    if accelerator.is_main_process:
-        save_checkpoint(config, state, step, facts)
-    accelerator.wait_for_everyone()
-
-
 # ------------------------------------------------------------------------------------------- one step
 
 
-def _optimise(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Any,
-    raw: DiTMoETransformer2DModel,
-    objective: Objective,
-    batches: Iterator[Batch],
-    config: Config,
-) -> StepResult:
+def _optimise(run: _Run, step: int) -> StepResult | None:
+    """One optimiser step; without moving anything where a value is not finite; None when asked to stop before it."""
+    config, accelerator = run.config, run.accelerator
+    set_learning_rate(run.optimizer, learning_rate(config.train, step))
     sums: dict[str, Tensor] = {}
     assigned: Tensor | None = None
+    evidence = []
     for _ in range(config.train.accumulation):
-        with accelerator.accumulate(model):
-            losses, counts = _forward(accelerator, model, objective, next(batches), config)
+        batch = run.watch.take(run.batches)
+        if batch is None:
+            return None
+        with accelerator.accumulate(run.model):
+            losses, routing, counts = _forward(run, batch)
             accelerator.backward(losses.total)
+        evidence.append(Evidence(batch, losses, routing))
         for name, value in losses._asdict().items():
             if value is not None:
                 sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
             assigned = counts if assigned is None else assigned + counts
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.train.clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad()
-    if assigned is not None and config.moe.bias_rate:
-        _move_biases(raw, assigned, config.moe.bias_rate)
-    return StepResult(sums, norm, assigned)
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), config.train.clip or math.inf)
+    faults = run.health.faults(step + 1, evidence, norm, run.raw)
+    if not faults:
+        run.optimizer.step()
+        if assigned is not None and config.moe.bias_rate:
+            _move_biases(run.raw, assigned, config.moe.bias_rate)
+    run.optimizer.zero_grad()
+    return StepResult(sums, norm, assigned, faults, run.health.skipped)
 
 
-def _forward(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch, config: Config
-) -> tuple[Losses, Tensor | None]:
-    """The losses of one micro-batch and the (L, E) assignments of all processes."""
-    x_0 = batch.x.to(accelerator.device, non_blocking=True)
+def _forward(run: _Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | None]:
+    """The losses of one micro-batch, the routers' records, and the (L, E) assignments of all processes."""
+    objective, config, device = run.objective, run.config, run.accelerator.device
+    x_0 = batch.x.to(device, non_blocking=True)
     C, H, W = x_0.shape[1:]
     draws = objective.draw(config.seed, batch.indices, (C, H, W))
-    t, noise = draws.t.to(x_0.device), draws.noise.to(x_0.device)
+    t, noise = draws.t.to(device), draws.noise.to(device)
     labels = None
-    null = accelerator.unwrap_model(model).null_label
-    if null is not None:
-        labels = torch.where(draws.drop, null, batch.y).to(x_0.device)
+    if run.raw.null_label is not None:
+        labels = torch.where(draws.drop, run.raw.null_label, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
-    sample, routing = model(x_t, t, labels, return_dict=False)
-    counts = _global_counts(accelerator, routing)
+    sample, routing = run.model(x_t, t, labels, return_dict=False)
+    counts = _global_counts(run.accelerator, routing)
     losses = objective.losses(sample, routing, target, x_0, x_t, t, config.moe, counts)
-    return losses, counts
+    return losses, routing, counts
 
 
 def _global_counts(accelerator: Accelerator, routing: list[Routing]) -> Tensor | None:
@@ -222,7 +275,7 @@ def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         bias.copy_(balanced_bias(bias, load, rate))
 
 
-# --------------------------------------------------------------------------------- processes, signals, log
+# ------------------------------------------------------------------------------------------ processes
 
 
 def _accelerator(train: TrainConfig) -> Accelerator:
@@ -232,7 +285,7 @@ def _accelerator(train: TrainConfig) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=train.accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one process samples, the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
     )
 
 
@@ -257,28 +310,3 @@ def _announce(
         accelerator.print(
             f"note: this run stops at step {config.max_steps}, but the learning rate decays until {decay}"
         )
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    if accelerator.num_processes == 1:
-        return flag
-    total = accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), "sum")
-    return bool(total.item())
-
-
-class _Signals:
-    """While entered, SIGTERM and SIGINT are noted instead of obeyed; a second one is obeyed at once."""
-
-    def __enter__(self) -> _Signals:
-        self.received = False
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.received:
-            raise SystemExit(128 + number)
-        self.received = True
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

@@ -1,9 +1,10 @@
+# ruff: noqa: F401
 """What the fork server of `tests.processes` imports once. Nothing here may compute: threads do not survive a fork."""
 
-import accelerate  # noqa: F401
-import diffusers  # noqa: F401
-import torchmetrics  # noqa: F401
-import torchvision  # noqa: F401
+import accelerate
+import diffusers
+import torchmetrics
+import torchvision
 
 import ditmoe.generate
 import ditmoe.image_sets
@@ -11,4 +12,4 @@ import ditmoe.pipeline
 import ditmoe.report
 import ditmoe.training
 import eval.fid
-import eval.processes  # noqa: F401
+import eval.processes

@@ -38,14 +38,61 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: 
     assert checkpoint.newest(tmp_path) == older
 
 
-def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
     for step in (5, 10, 100):
         write(tmp_path, step)
     (tmp_path / "step-000101.tmp-1").mkdir()
+    checkpoint.remove_unfinished(tmp_path)
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000100"]
     checkpoint.prune(tmp_path, 0)
     assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "step-000100" / "state.json").write_text("{}")
+    write(tmp_path, 101)
+    checkpoint.prune(tmp_path, 2)
+    assert (tmp_path / "step-000010").exists()  # one of the newer two is damaged
+    write(tmp_path, 102)
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000101", "step-000102"]
+
+
+def test_a_step_that_is_saved_whole_is_left_alone_and_a_damaged_one_is_written_again(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    before = path.stat().st_ino
+    assert write(tmp_path, 1).stat().st_ino == before
+    (path / "model.safetensors").write_bytes(b"")
+    assert checkpoint.find_fault(write(tmp_path, 1)) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="model w is not finite at step 3"):
+        checkpoint.save(tmp_path, 3, {"model": {"w": torch.tensor([1.0, float("nan")])}}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_writer_saves_a_state_as_it_was_and_says_what_failed(tmp_path: Path, monkeypatch, capsys) -> None:
+    weight = torch.zeros(3)
+    with checkpoint.Writer(tmp_path, 2, tolerant=False) as writer:
+        writer.save(1, {"model": {"w": weight}}, {}, wait=False)
+        weight += 1  # training goes on
+    parts, _ = checkpoint.load(tmp_path / "step-000001")
+    assert parts["model"]["w"].tolist() == [0, 0, 0]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with checkpoint.Writer(tmp_path, 2, tolerant=True) as writer:
+        writer.save(2, {"model": {"w": weight}}, {}, wait=False)
+        with pytest.raises(OSError, match="No space left"):  # the last one must be written
+            writer.save(3, {"model": {"w": weight}}, {}, wait=True)
+    assert "warning: a checkpoint could not be written" in capsys.readouterr().out
+    with checkpoint.Writer(tmp_path, 2, tolerant=False) as writer:
+        writer.save(2, {"model": {"w": weight}}, {}, wait=False)
+        with pytest.raises(OSError, match="No space left"):
+            writer.save(3, {"model": {"w": weight}}, {}, wait=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_an_interrupted_save_is_never_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ditmoe.config import Config, DataConfig
 from ditmoe.data import open_data, read_idx, reference
-from ditmoe.stream import stream
+from ditmoe.stream import Batches
 
 Tiny = Callable[..., Config]
 
@@ -147,7 +147,7 @@ def test_latents(tmp_path: Path) -> None:
 def samples(config: Config, processes: int, first_step: int = 0) -> list[list[int]]:
     """The sample numbers of each step, over all processes."""
     data = open_data(config.data, size=8, channels=1)
-    parts = [list(stream(config, data, first_step=first_step, rank=r, num_processes=processes))
+    parts = [list(Batches(config, data, first_step=first_step, rank=r, num_processes=processes))
              for r in range(processes)]  # fmt: skip
     micro = [[i for part in parts for i in part[m].indices] for m in range(len(parts[0]))]
     cut = config.train.accumulation
@@ -164,7 +164,7 @@ def test_a_step_has_the_same_samples_however_it_is_cut(tiny: Tiny) -> None:
 def test_an_epoch_shows_every_image_once(tiny: Tiny) -> None:
     config = tiny(max_steps=3, train={"batch_size": 499})
     data = open_data(config.data, size=8, channels=1)
-    seen = torch.cat([b.x for b in stream(config, data, first_step=0, rank=0, num_processes=1)])
+    seen = torch.cat([b.x for b in Batches(config, data, first_step=0, rank=0, num_processes=1)])
     rows = {row.numpy().tobytes() for row in seen}
     assert len(rows) == len({row.numpy().tobytes() for row in data.tensors(range(1497))})
     assert not torch.equal(seen, data.tensors(range(1497)))
@@ -175,7 +175,7 @@ def test_workers_change_nothing(tiny: Tiny) -> None:
     flipped = tiny(max_steps=3, data={"flip": True})
     data = open_data(plain.data, size=8, channels=1)
     first, second, third = (
-        torch.cat([b.x for b in stream(c, data, first_step=0, rank=0, num_processes=1)])
+        torch.cat([b.x for b in Batches(c, data, first_step=0, rank=0, num_processes=1)])
         for c in (workers, flipped, plain)
     )
     assert torch.equal(first, second)

@@ -15,8 +15,9 @@ from ditmoe.config import Config, TrainConfig
 from ditmoe.data import open_data
 from ditmoe.metrics import expert_load, learning_rate
 from ditmoe.model import build
+from ditmoe.signals import Interrupted
 from ditmoe.state import update_ema
-from ditmoe.training import Interrupted, train
+from ditmoe.training import train
 
 Tiny = Callable[..., Config]
 
@@ -109,13 +110,13 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tiny: Tiny, t
             signal.raise_signal(signal.SIGTERM)
 
     section = {"sample_every": 1}
-    with pytest.raises(Interrupted, match="step 3"):
+    with pytest.raises(Interrupted, match="step 2"):
         go(tiny(max_steps=5, train=section), on_sample=at_step)
     assert go(tiny(max_steps=5, train=section), on_sample=at_step)
     go(tiny(out=tmp_path / "straight", max_steps=5))
     last = Path("checkpoints/step-000005")
     same_checkpoint(tiny().out / last, tmp_path / "straight" / last)
-    assert calls == [1, 2, 4, 5]
+    assert calls == [1, 2, 2, 3, 4, 5]  # the one that was cut short is made again
 
 
 def test_gradient_accumulation_equals_one_batch(tiny: Tiny, tmp_path: Path) -> None:
@@ -213,9 +214,21 @@ def test_labels_that_the_data_lacks_are_refused(tiny: Tiny) -> None:
     assert not tiny().out.exists()
 
 
-def test_a_non_finite_step_stops_the_run_and_is_not_saved(tiny: Tiny) -> None:
-    with pytest.raises(FloatingPointError):
-        go(tiny(max_steps=2, train={"learning_rate": 1e30, "warmup_steps": 0, "clip": 0.0, "checkpoint_every": 1}))
-    for path in (tiny().out / "checkpoints").glob("step-*"):
-        parts, _ = checkpoint.load(path)
-        assert all(torch.isfinite(v).all() for part in parts.values() for v in part.values())
+def test_steps_that_are_not_finite_are_skipped_named_and_stop_the_run(
+    tiny: Tiny, capfd: pytest.CaptureFixture[str]
+) -> None:
+    section = {"learning_rate": 1e30, "warmup_steps": 0, "clip": 0.0, "checkpoint_every": 1, "max_skipped": 2}
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 4 .* rank 0: router logits of MoE layer 0"):
+        go(tiny(max_steps=9, train=section))
+    error = capfd.readouterr().err
+    assert "step 2 was skipped, not finite: rank 0: router logits of MoE layer 0" in error
+    assert "of samples 16..31" in error
+    log = rows(tiny().out)
+    assert [(row["step"], row["loss"] is None, row["skipped_steps"]) for row in log] == [
+        (1, False, 0), (2, True, 1), (3, True, 2),
+    ]  # fmt: skip
+    (first, _), (last, state) = (checkpoint.load(tiny().out / f"checkpoints/step-00000{n}") for n in (2, 3))
+    assert state["skipped_steps"] == 2
+    for part in first:
+        assert all(torch.equal(first[part][name], last[part][name]) for name in first[part])
+        assert all(torch.isfinite(v).all() for v in last[part].values())

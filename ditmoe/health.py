@@ -1,0 +1,143 @@
+"""What all processes look at while they train: signals, images that cannot be used, values that are not finite.
+
+Values that are not finite are seen before the optimiser moves; the step is named, skipped and counted.
+
+Shapes: C channels, H W size, n images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from . import ranks
+from .data import check_bad
+from .moe import Routing
+from .objective import Losses
+from .signals import Interrupted, Signals
+from .stream import Batch, Batches
+
+
+class Watch:
+    """Takes micro-batches from the stream until the run ends or is asked to stop.
+
+    Args:
+        accelerator: The processes.
+        signals: Those of this process.
+        max_bad: Images that may be skipped.
+        bad: Sentences about those that were skipped so far; added to.
+    """
+
+    def __init__(self, accelerator: Accelerator, signals: Signals, max_bad: int, bad: list[str]) -> None:
+        self.accelerator, self.signals, self.max_bad, self.bad = accelerator, signals, max_bad, bad
+        self._fresh: list[str] = []
+
+    def take(self, batches: Batches) -> Batch | None:
+        """The next micro-batch, or None on every process when one of them was asked to stop.
+
+        Raises:
+            ValueError: On every process, when more images than `max_bad` could not be used.
+            RuntimeError: A process that reads data died.
+        """
+        stop, fresh = ranks.total(self.accelerator, [float(bool(self.signals.received)), float(len(self._fresh))])
+        if fresh:
+            self._note(ranks.everything(self.accelerator, self._fresh))
+        if stop:
+            return None
+        try:
+            if self.accelerator.num_processes == 1:
+                with self.signals.raising():  # no other process waits for this one's gradients
+                    batch = next(batches)
+            else:
+                batch = next(batches)
+        except Interrupted:
+            return None
+        self._fresh = batch.bad
+        return batch
+
+    def _note(self, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            if sentence not in self.bad:
+                self.bad.append(sentence)
+                if self.accelerator.is_main_process:
+                    print(f"skipped: {sentence}", file=sys.stderr, flush=True)
+        self._fresh = []
+        check_bad(self.bad, self.max_bad)
+
+
+class Evidence:
+    """Of one micro-batch: which of its values are finite, still on the device.
+
+    Args:
+        batch: Its images.
+        losses: Its losses.
+        routing: The records of its MoE layers.
+    """
+
+    def __init__(self, batch: Batch, losses: Losses, routing: Sequence[Routing]) -> None:
+        self.samples = f"samples {batch.indices[0]}..{batch.indices[-1]}"
+        values = {f"router logits of MoE layer {i}": record.logits for i, record in enumerate(routing)}
+        values |= {f"loss {name}": value for name, value in losses._asdict().items() if value is not None}
+        self.images = batch.x
+        self.names = list(values)
+        self.finite = torch.stack([value.detach().isfinite().all() for value in values.values()])
+
+    def sentences(self) -> list[str]:
+        """What is not finite, and in which samples."""
+        wrong = [name for name, fine in zip(self.names, self.finite.tolist(), strict=True) if not fine]
+        if not self.images.isfinite().all():
+            wrong.insert(0, "images")
+        return [f"{', '.join(wrong)} of {self.samples}"] if wrong else []
+
+
+class Health:
+    """Counts the steps that were skipped.
+
+    Args:
+        accelerator: The processes that agree.
+        max_skipped: Steps in a row, beyond which the run stops.
+        skipped: Steps that were skipped before.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_skipped: int, skipped: int) -> None:
+        self.accelerator, self.max_skipped, self.skipped = accelerator, max_skipped, skipped
+        self.in_a_row = 0
+
+    def faults(self, step: int, evidence: Sequence[Evidence], grad_norm: Tensor, model: nn.Module) -> list[str]:
+        """What is not finite in this step on any process, in words; empty when all is well.
+
+        Raises:
+            FloatingPointError: On every process, after more than `max_skipped` such steps in a row.
+        """
+        fine = torch.stack([*(each.finite.all() for each in evidence), grad_norm.isfinite()]).all()
+        if not ranks.total(self.accelerator, [float(not fine)])[0]:
+            self.in_a_row = 0
+            return []
+        own = [sentence for each in evidence for sentence in each.sentences()] or _gradients(grad_norm, model)
+        found = ranks.everything(
+            self.accelerator, [f"rank {self.accelerator.process_index}: {sentence}" for sentence in own]
+        )
+        self.skipped += 1
+        self.in_a_row += 1
+        text = f"step {step} was skipped, not finite: {'; '.join(found)}"
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr, flush=True)
+        if self.in_a_row > self.max_skipped:
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row were not finite, the last: {text}; nothing was saved since the last "
+                f"checkpoint. Lower train.learning_rate or train.clip, or look at these samples"
+            )
+        return found
+
+
+def _gradients(norm: Tensor, model: nn.Module) -> list[str]:
+    """Gradients that are not finite by name, after clipping: by a norm of nan it has spoilt all of them."""
+    if norm.isfinite():
+        return []
+    wrong = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    total = sum(p.grad is not None for p in model.parameters())
+    return [f"gradient norm {float(norm)}" + (f" ({', '.join(wrong[:5])})" if len(wrong) < total else "")]

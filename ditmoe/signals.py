@@ -1,0 +1,70 @@
+"""What SIGTERM, SIGINT and SIGUSR1 do: ask the program to stop, once; a second one ends it at once.
+
+Launchers hand on the signals that they get, so one request may arrive twice: within GRACE seconds of the first it
+counts as the same. Both ways out have exit code 143.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_CODE = 143
+GRACE = 2.0
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: what there was to save was saved
+    """A signal asked the program to stop."""
+
+
+class Signals:
+    """While entered, a signal is noted in `received` (its name), or raises Interrupted where `raising` is on.
+
+    In a thread other than the main one, where Python runs no handlers, it does nothing.
+    """
+
+    def __init__(self, *, raising: bool = False) -> None:
+        self.received = ""
+        self._raising = raising
+        self._first = 0.0
+
+    def __enter__(self) -> Signals:
+        main = threading.current_thread() is threading.main_thread()
+        self._old = {number: signal.signal(number, self._note) for number in STOPPING} if main else {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted wherever the program is; one that came before raises it here."""
+        self._raising = True
+        try:
+            if self.received:
+                raise Interrupted(f"stopped by {self.received}")
+            yield
+        finally:
+            self._raising = False
+
+    def _note(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first = signal.Signals(number).name, now
+            if self._raising:
+                raise Interrupted(f"stopped by {self.received}")
+        elif now - self._first > GRACE:
+            os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
+            os._exit(EXIT_CODE)
+
+
+def ignored_here(_: int = 0) -> None:
+    """For processes that read data: they outlive a signal to the whole group; the training process ends them."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
