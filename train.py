@@ -15,13 +15,17 @@ def main() -> None:
 
     if config.dry_run:
         return print(training.describe(config))
-    images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
-    judge = None if images.is_latent else lambda x: score(x, data.reference(config.data, images, config.seed))
-    news = training.train(config, images, lambda step, pipe: generate.progress(config, step, pipe, judge), sys.argv)
-    if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
-        report.write(config.out, score=judge)
-    PartialState().print(f"{config.out} is finished: open {config.out}/index.html, or python sample.py {config.out}")
-    ranks.shutdown()
+    try:
+        images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
+        judge = None if images.is_latent else lambda x: score(x, data.reference(config.data, images, config.seed))
+        news = training.train(config, images, lambda n, pipe: generate.progress(config, n, pipe, judge), sys.argv)
+        if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
+            report.write(config.out, score=judge)
+        PartialState().print(
+            f"{config.out} is finished: open {config.out}/index.html, or python sample.py {config.out}"
+        )
+    finally:
+        ranks.shutdown()
 
 
 if __name__ == "__main__":

@@ -43,15 +43,21 @@ def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
         yield {"sampler": "ddpm", "steps": 250} if "ddpm" in names else {"sampler": "flow-euler", "steps": 250}
     elif part == "shift":
         for mode, variance, window, cutoff in itertools.product(MODES, ("published", "calibrated"), WINDOWS, CUTOFFS):
-            options = {
-                "exposure_mode": mode, "exposure_variance": variance, "exposure_window": window,
-                "exposure_cutoff": cutoff,
-            }  # fmt: skip
-            yield {"sampler": "ts-ddim", "steps": 10, "sampler_options": options}
+            yield _shifted(10, mode, variance, window, cutoff)
+    elif part == "refine":  # the mode and criterion that "shift" finds best
+        for steps, window, cutoff in itertools.product((10, 20), (10, 20, 30, 40), (50, 100, 200)):
+            yield _shifted(steps, "both", "published", window, cutoff)
     else:
         for steps in (10, 20):
             for scale in LAMBDAS:
                 yield {"sampler": "ddim", "steps": steps, "epsilon_scale": scale}
+
+
+def _shifted(steps: int, mode: str, variance: str, window: int, cutoff: int) -> dict[str, Any]:
+    options = {
+        "exposure_mode": mode, "exposure_variance": variance, "exposure_window": window, "exposure_cutoff": cutoff,
+    }  # fmt: skip
+    return {"sampler": "ts-ddim", "steps": steps, "sampler_options": options}
 
 
 def training_config(model: Path) -> Config:
@@ -65,7 +71,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cfg", type=float, default=1.0)
-    parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "epsilon"])
+    parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "refine", "epsilon"])
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="these alone")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

@@ -290,8 +290,8 @@ def _open_latents(root: Path) -> Latents:
     for file in files:
         try:
             shard = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or truncated ({error})") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged, truncated or no safetensors file ({error})") from error
         if "latents" not in shard:
             raise ValueError(f"{file} has no tensor named latents")
         values.append(shard["latents"])

@@ -153,7 +153,7 @@ def _matrix(ax: Any, loads: Array, rows: Sequence[str], groups: Sequence[str], l
     gap = max(1, E // 16)
     padded = np.pad(loads, ((0, 0), (0, 0), (0, gap)), constant_values=np.nan).reshape(num_rows, -1)[:, :-gap]
     _show(ax, padded, limit, "auto")
-    ax.set_yticks(range(num_rows), [shorten(name) for name in rows], fontsize=9, color=INK)
+    ax.set_yticks(range(num_rows), [shorten(name) for name in rows], fontsize=9, color=INK, parse_math=False)
     if num_groups > 1 or groups[0]:
         centres = [g * (E + gap) + (E - 1) / 2 for g in range(num_groups)]
         ax.set_xticks(centres, groups, fontsize=9, color=INK)

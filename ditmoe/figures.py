@@ -253,7 +253,8 @@ def _check_images(name: str, images: Array, ndim: int) -> None:
 
 
 def shorten(name: str, most: int = 22) -> str:
-    """The name, cut with an ellipsis after `most` characters."""
+    """The name, cut with an ellipsis after `most` characters; what cannot be printed becomes a question mark."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

@@ -28,6 +28,7 @@ from .pipeline import QUANTIZE, DiTMoEPipeline, best_device, load
 Pixels = NDArray[np.uint8]
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 NOTE = "sampling.json"  # what made the images of a folder
+NEW_NOTE = "note.tmp"  # on its way to be that
 
 
 class Processes(Protocol):
@@ -202,8 +203,10 @@ def write_folder(images: ImageSet, folder: Path, batch_size: int, processes: Pro
     _agree(folder, images, processes)
     for indices in _share(images, batch_size, processes):
         missing = [i for i in indices if not (folder / names[i]).exists()]
-        if missing:
-            for i, pixels in zip(missing, draw_some(images.pipe, images.labels, missing, images.options), strict=True):
+        if missing:  # drawn as the batch that it was, for the last bits may depend on its size
+            batch = draw_some(images.pipe, images.labels, indices, images.options)
+            for i in missing:
+                pixels = batch[i - indices[0]]
                 partial = folder / f".{names[i]}.tmp"
                 picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
                 picture.save(partial, format="PNG")
@@ -233,7 +236,9 @@ def write_npz(images: ImageSet, path: Path, batch_size: int, processes: Processe
     processes.gather(None)
     if processes.rank == 0:
         _join(parts, images, path, batch_size)
-        finished = parts.rename(parts.with_name(parts.name + ".done"))  # at once: no half-removed parts to go on from
+        finished = parts.with_name(parts.name + ".done")
+        shutil.rmtree(finished, ignore_errors=True)  # of a process that was killed below
+        parts.rename(finished)  # at once: no half-removed parts to go on from
         shutil.rmtree(finished)
     processes.gather(None)
 
@@ -268,7 +273,7 @@ def _join(parts: Path, images: ImageSet, path: Path, batch_size: int) -> None:
 
 def _same_set(folder: Path, images: ImageSet, what: str) -> None:
     """Refuse a folder that holds anything but a part of the same set."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(entry.name == NEW_NOTE for entry in folder.iterdir()):
         return
     note = folder / NOTE
     try:
@@ -299,6 +304,6 @@ def _agree(folder: Path, images: ImageSet, processes: Processes) -> None:
         for left in folder.glob("*.tmp"):
             left.unlink()
         if not (folder / NOTE).exists():
-            (folder / "note.tmp").write_text(json.dumps(images.facts, indent=2) + "\n")
-            (folder / "note.tmp").replace(folder / NOTE)
+            (folder / NEW_NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
+            (folder / NEW_NOTE).replace(folder / NOTE)
     processes.gather(None)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from samplers import image_generators, initial_noise, make_scheduler, network_calls, sample
+from samplers.model_folder import check_component, is_scheduler, is_vae, read_object
 
 from .config import Config
 from .model import DiTMoETransformer2DModel
@@ -190,25 +192,58 @@ def to_pil(x: Tensor) -> list[Image.Image]:
 
 
 def load(folder: Path) -> DiTMoEPipeline:
-    """The pipeline of a run folder or of its `model/`, in float32 on the CPU.
+    """The pipeline of a run folder or of its `model/`, in float32 on the CPU. Nothing in the folder is executed.
 
     Raises:
-        ValueError: There is no pipeline; it says what was looked for.
+        ValueError: There is no pipeline; it says what was looked for. Or what is there is not one of ours.
     """
     for place in (folder, folder / "model"):
         if (place / "model_index.json").is_file():
             try:
+                tensors = _check(place)
                 logging.disable_progress_bar()
                 pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(
                     place, local_files_only=True, use_safetensors=True
                 )
-                if not isinstance(pipe.transformer, DiTMoETransformer2DModel):
-                    raise ValueError(f"its transformer is a {type(pipe.transformer).__name__}")
+                missing = sorted(pipe.transformer.state_dict().keys() - tensors)
+                if missing:
+                    raise ValueError(f"its weights lack {', '.join(missing[:5])}, which its config.json asks for")
                 pipe.transformer.float()
                 return pipe
-            except (OSError, ValueError, AttributeError) as error:
-                raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {error}") from error
+            except (OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+                sentence = " ".join(str(error).split())
+                raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence}") from error
     raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+
+
+def _check(folder: Path) -> set[str]:
+    """Refuse a pipeline folder that names anything but our classes and diffusers'; the names of the weights."""
+    index = read_object(folder / "model_index.json")
+    known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
+    network = [DiTMoETransformer2DModel.__module__, DiTMoETransformer2DModel.__name__]
+    fits = {
+        "_class_name": index.get("_class_name") == DiTMoEPipeline.__name__,
+        "transformer": index.get("transformer") == network,
+        "scheduler": is_scheduler(index.get("scheduler")),
+        "vae": is_vae(index.get("vae", [None, None])),
+        "id2label": _are_names(index.get("id2label", {})),
+        **{entry: isinstance(index.get(entry, 1), int | float) for entry in ("num_inference_steps", "guidance_scale")},
+        **dict.fromkeys(index.keys() - known, False),
+    }
+    for entry, fitting in fits.items():
+        if not fitting:
+            raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
+    check_component(folder / "scheduler")
+    with_weights = ["transformer"] if index.get("vae", [None])[0] is None else ["vae", "transformer"]
+    for component in with_weights:
+        tensors = check_component(folder / component)
+        if not tensors:
+            raise ValueError(f"{folder / component} holds no .safetensors weights; pickled ones are never opened")
+    return tensors
+
+
+def _are_names(id2label: Any) -> bool:
+    return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
 
 
 def best_device() -> torch.device:

@@ -65,6 +65,7 @@ def write(
     config = read_config(run)
     pipe = load(run).to(best_device())
     data, held_out = _open_data(config, pipe.transformer)
+    (run / "index.html").unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
     num = num_judged or config.sample.num
     labels = balanced_labels(pipe, num)
     images, sampling = _draw_images(pipe, labels, num, config)
@@ -276,5 +277,5 @@ def _notes(report: Mapping[str, Any], images: Images) -> list[str]:
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)

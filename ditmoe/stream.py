@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ class Batches:
             persistent_workers=workers > 0,
             worker_init_fn=ignored_here,
         )
-        self._batches = iter(loader)
+        self._batches: Any = iter(loader)
 
     def __iter__(self) -> Batches:
         return self
@@ -124,6 +124,14 @@ class Batches:
         batch: Batch = next(self._batches)
         self._given += 1
         return batch
+
+    def close(self) -> None:
+        """End the readers. They ignore the signal with which a program that exits would end them."""
+        shutdown = getattr(self._batches, "_shutdown_workers", None)  # what torch itself calls when it is collected
+        if shutdown is not None:
+            shutdown()
+            for worker in self._batches._workers:
+                worker.kill()
 
     def awaited(self) -> str:
         """The images that are being read, for a message."""

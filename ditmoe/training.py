@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,7 +95,12 @@ def _train(
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     state.ema.to(accelerator.device)
     bad = list(saved.get("bad_images", []))
-    with Log(config, first_step, accelerator) as log, Signals() as signals, _writer(config, accelerator) as writer:
+    with (
+        Signals() as signals,
+        Log(config, first_step, accelerator) as log,
+        _writer(config, accelerator) as writer,
+        closing(Batches(config, data, first_step=first_step, rank=rank, num_processes=world)) as batches,
+    ):
         run = _Run(
             config=config,
             accelerator=accelerator,
@@ -103,7 +108,7 @@ def _train(
             model=model,
             optimizer=optimizer,
             objective=Objective(config.objective),
-            batches=Batches(config, data, first_step=first_step, rank=rank, num_processes=world),
+            batches=batches,
             watch=Watch(accelerator, signals, config.data.max_bad, bad),
             health=Health(accelerator, config.train.max_skipped, int(saved.get("skipped_steps", 0))),
         )

@@ -27,6 +27,8 @@ class Group:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
         self.members = []
         for rank in range(world):
+            for name in ("out", "err"):
+                (folder / f"{rank}.{name}").write_text("")
             mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
             extra = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **mine, **(env or {})}
             self.members.append(CONTEXT.Process(target=_child, args=(function, args, str(folder), rank, extra)))
@@ -90,10 +92,12 @@ def door(name, argv):
 
 def _child(function, args, folder, rank, env):
     os.setpgid(0, 0)
+    multiprocessing.set_start_method(None, force=True)  # a child of a fork server has that as its default
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
     os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was started by hand
     code = 1
     try:
         import torch

@@ -1,0 +1,230 @@
+"""What the processes of these tests run, and how they are made to fail. Functions here are found by name in a fork."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from tests.processes import start
+
+TINY = [
+    *("--model.hidden-size", "32", "--model.depth", "2", "--model.num-heads", "2", "--model.patch-size", "4"),
+    *("--model.ffn-width", "48", "--moe.num-experts", "4", "--moe.expert-width", "16", "--moe.shared-width", "16"),
+    *("--moe.bias-rate", "0.01", "--train.batch-size", "16", "--train.precision", "fp32", "--sample.num", "20"),
+]
+
+
+def training(out, *flags, hook=None, args=(), world=1, preset="digits", name="log"):
+    """A tiny run in `out`, without its page, in processes of their own; `hook(*args)` is called in each one first."""
+    argv = [preset, "--out", out, *TINY, *flags]
+    return start(train_only, [str(a) for a in argv], hook, args, folder=out.parent / name, world=world)
+
+
+def train_only(argv, hook, args):
+    from ditmoe import cli, data, ranks
+    from ditmoe.training import train
+
+    def main():
+        config = cli.parse_train(argv)
+        if hook:
+            hook(*args)
+        try:
+            images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
+            train(config, images, SHOW)
+        finally:
+            ranks.shutdown()
+
+    sys.exit(cli.run(main))
+
+
+def show(step, pipe):
+    """The sampling of a run, which here takes as long as it is let."""
+    rank = os.environ.get("RANK", "0")
+    assert rank == "0", "only the first process samples"
+    print(f"sampling {step}", flush=True)
+    while LINGER:
+        time.sleep(0.01)
+
+
+SHOW, LINGER = None, False
+
+
+def lingering_samples():
+    global SHOW, LINGER
+    SHOW, LINGER = show, True
+
+
+def rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def poison(what, at_rank, steps):
+    """On one rank, in the steps with these numbers (from 1): a loss, a gradient, router logits, or images of nan."""
+    from ditmoe import training as module
+    from ditmoe.objective import Objective
+    from ditmoe.stream import Batches
+
+    if rank() != at_rank:
+        return
+    now = [0]
+    forward, losses, read = module._forward, Objective.losses, Batches.__next__
+
+    def counted(run, batch):
+        now[0] += 1
+        bad = now[0] in steps
+        if bad and what == "router":
+            weight = run.raw.blocks[1].moe.router.weight
+            kept = weight.data.clone()
+            weight.data[0, 0] = float("nan")
+            result = forward(run, batch)
+            weight.data.copy_(kept)
+            return result
+        result = forward(run, batch)
+        if bad and what == "gradient":
+            result[0].total.register_hook(lambda g: g * float("inf"))
+        return result
+
+    def spoilt(self, *args, **kwargs):
+        found = losses(self, *args, **kwargs)
+        if now[0] in steps and what == "loss":
+            return found._replace(total=found.total * float("nan"), mse=found.mse * float("nan"))
+        return found
+
+    def next_batch(self):
+        batch = read(self)
+        return batch._replace(x=batch.x * float("nan")) if what == "images" and now[0] + 1 in steps else batch
+
+    module._forward, Objective.losses, Batches.__next__ = counted, spoilt, next_batch
+
+
+def full_disk(root, steps):
+    """Checkpoints of these steps do not fit on the disk."""
+    from ditmoe import checkpoint
+
+    write = checkpoint.save_file
+
+    def save_file(tensors, path):
+        if any(f"step-{step:06d}" in str(path) for step in steps) and "ema" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        write(tensors, path)
+
+    checkpoint.save_file = save_file
+
+
+def die_at(step, at_rank, number=signal.SIGKILL):
+    """One rank ends in the middle of a step."""
+    from ditmoe import training as module
+
+    if rank() != at_rank:
+        return
+    forward, calls = module._forward, [0]
+
+    def counted(run, batch):
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), number)
+        return forward(run, batch)
+
+    module._forward = counted
+
+
+def signal_in(place, number):
+    """The process gets a signal at a certain place of its work, at the second step or first save there is."""
+    from ditmoe import checkpoint
+    from ditmoe import training as module
+
+    def hit():
+        os.kill(os.getpid(), number)
+
+    forward, calls, write = module._forward, [0], checkpoint.save_file
+
+    def counted(run, batch):
+        calls[0] += 1
+        if (place == "first step" and calls[0] == 1) or (place == "micro-step" and calls[0] == 6):
+            hit()
+        return forward(run, batch)
+
+    def saving(tensors, path):
+        if place == "save" and "step-000002" in str(path):
+            hit()
+        write(tensors, path)
+
+    module._forward, checkpoint.save_file = counted, saving
+
+
+def slow_images(seconds):
+    """Reading an image takes long."""
+    from ditmoe.data import ArrayImages
+
+    tensors = ArrayImages.tensors
+
+    def slow(self, indices):
+        if len(indices) in (8, 16):  # a micro-batch
+            time.sleep(seconds)
+        return tensors(self, indices)
+
+    ArrayImages.tensors = slow
+
+
+def save_and_die(root, step, at):
+    """A checkpoint, with the process killed at its `at`-th touch of the disk: each open, sync, rename, removal."""
+    import torch
+
+    from ditmoe import checkpoint
+
+    touches = [0]
+
+    def touched():
+        touches[0] += 1
+        if touches[0] == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def heard(event, args):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(root) in str(args[0]):
+            touched()
+
+    sync = os.fsync
+
+    def fsync(descriptor):
+        touched()
+        sync(descriptor)
+        touched()
+
+    parts = {name: {"w": torch.full((1000,), float(step))} for name in ("model", "ema", "optimizer")}
+    with checkpoint.Writer(root, 2, tolerant=False) as writer:
+        sys.addaudithook(heard)
+        os.fsync = fsync
+        writer.save(step, parts, {"step": step}, wait=True)
+    print(touches[0])
+
+
+def read_from_files():
+    """As for a folder too large for memory."""
+    from ditmoe import data
+
+    data._IN_MEMORY_BYTES = 0
+
+
+def reader_fault(kind, name):
+    """The process that reads the file of this name dies, or raises what no image should."""
+    from torch.utils.data import get_worker_info
+
+    from ditmoe.folders import FolderImages
+
+    read_from_files()
+    read = FolderImages._read
+
+    def faulty(self, file):
+        if get_worker_info() and file.name == name:
+            if kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError(f"{file} made the decoder fail")
+        return read(self, file)
+
+    FolderImages._read = faulty

@@ -1,0 +1,45 @@
+"""Values that are not finite, on one rank of two: all agree, nothing moves, the step is named and counted."""
+
+import pytest
+import torch
+
+from ditmoe import checkpoint
+from tests.faults import runs
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("loss", "rank 1: loss total, loss mse of samples 24..31"),
+        ("gradient", "gradient norm"),
+        ("router", "rank 1: router logits of MoE layer 0"),
+        ("images", "rank 1: images, router logits of MoE layer 0"),
+    ],
+)
+def test_one_bad_rank_skips_the_step_everywhere(tmp_path, what, named):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 3, "--train.checkpoint-every", 1]
+    group = runs.training(out, *flags, "--train.keep", 0, hook=runs.poison, args=(what, 1, [2]), world=2)
+    assert group.wait() == [0, 0], group.err() + group.err(1)
+    assert "step 2 was skipped, not finite: " in group.err()
+    assert named in group.err()
+    one, two, three = (checkpoint.load(out / f"checkpoints/step-00000{n}")[0] for n in (1, 2, 3))
+    for part in one:
+        assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
+    assert not torch.equal(two["model"]["blocks.0.attn.qkv.weight"], three["model"]["blocks.0.attn.qkv.weight"])
+    log = runs.rows(out)
+    assert [row["skipped_steps"] for row in log] == [0, 1, 1]
+    assert log[1]["loss"] is None
+    assert named in "; ".join(log[1]["faults"])
+
+
+def test_too_many_in_a_row_stop_all_ranks(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 9, "--train.max-skipped", 2, "--train.checkpoint-every", 1]
+    group = runs.training(out, *flags, hook=runs.poison, args=("loss", 1, [2, 4, 5, 6]), world=2)
+    assert group.wait(60) == [1, 1]
+    for rank in (0, 1):
+        assert "error: 3 steps in a row were not finite, the last: step 6 was skipped" in group.err(rank)
+        assert "Traceback" not in group.err(rank)
+    path = checkpoint.newest(out / "checkpoints")
+    assert all(v.isfinite().all() for part in checkpoint.load(path)[0].values() for v in part.values())
