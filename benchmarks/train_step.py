@@ -21,9 +21,10 @@ from ditmoe.config import Config
 from ditmoe.data import open_data
 from ditmoe.health import Health, Watch
 from ditmoe.objective import Objective
+from ditmoe.parallel import ExpertParallel
 from ditmoe.presets import PRESETS
 from ditmoe.signals import Signals
-from ditmoe.state import new_state, update_ema
+from ditmoe.state import State, new_state, update_ema
 from ditmoe.stream import Batches
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
@@ -43,6 +44,11 @@ def variants(preset: str) -> dict[str, Config]:
 
 def one_step(config: Config) -> Callable[[], object]:
     """A function that makes one training step of a configuration."""
+    return prepared(config)[0]
+
+
+def prepared(config: Config) -> tuple[Callable[[], object], State]:
+    """The same, and what it trains."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process holds steps of both precisions
@@ -53,6 +59,7 @@ def one_step(config: Config) -> Callable[[], object]:
     run = training._Run(
         config=config,
         accelerator=accelerator,
+        parallel=ExpertParallel(accelerator, 1, config.moe.num_experts),
         raw=state.model,
         model=model,
         optimizer=optimizer,
@@ -66,7 +73,7 @@ def one_step(config: Config) -> Callable[[], object]:
         training._optimise(run, 0)
         update_ema(state.ema, state.model, 0.999)
 
-    return step
+    return step, state
 
 
 def product_share(step: Callable[[], object]) -> float:

@@ -3,6 +3,9 @@
 A checkpoint is a folder `step-000123/` with one `.safetensors` file a part, `state.json`, and `manifest.json` with
 the size and SHA-256 of each. It is written under a temporary name, synced to the disk and renamed; older ones are
 removed only when enough newer ones have been read back and found whole.
+
+Tensors that are split over processes lie in files of their own, `model.shard-0.safetensors`, ..., which each process
+writes into the same temporary folder; they are joined along their first dimension when they are loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
+OTHERS_TAKE = 600.0  # seconds, at most, to write their slices
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = "step-*.tmp-*"
 
@@ -36,31 +41,43 @@ class Writer:
         root: The folder of checkpoints; made when missing. Leftovers of interrupted saves are removed.
         keep: Newest checkpoints to keep, see `prune`.
         tolerant: Say so and go on where a checkpoint cannot be written, instead of raising OSError.
+        token: The same on all processes that write together, another one in every run of the program.
+        shard: Which slice of split tensors this process writes; 0 also writes everything else and ends the save.
+        shards: How many there are.
     """
 
-    def __init__(self, root: Path, keep: int, *, tolerant: bool) -> None:
+    def __init__(
+        self, root: Path, keep: int, *, tolerant: bool, token: str = "", shard: int = 0, shards: int = 1
+    ) -> None:
         self.root, self.keep, self.tolerant = root, keep, tolerant
+        self.token, self.shard, self.shards = token or str(os.getpid()), shard, shards
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        remove_unfinished(root)
+        if shard == 0:
+            remove_unfinished(root)
 
-    def save(self, step: int, parts: Parts, state: Mapping[str, Any], *, wait: bool) -> None:
+    def save(
+        self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts | None = None, *, wait: bool
+    ) -> None:
         """Copy the tensors, then write them in the background; with `wait`, return when they are on the disk.
+
+        `parts` and `state` are those of all processes, `split` this one's slices.
 
         Raises:
             OSError: The one before could not be written, unless tolerant; with `wait` neither could this one.
             FloatingPointError: See `save`.
         """
         try:
-            self._finish()
+            self.finish()
         except OSError as error:
             if not self.tolerant:
                 raise
             print(f"warning: a checkpoint could not be written ({error}); trying again now", flush=True)
         copies = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in parts.items()}
-        self._pending = self._thread.submit(self._write, step, copies, state)
+        slices = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in (split or {}).items()}
+        self._pending = self._thread.submit(self._write, step, copies, state, slices)
         if wait:
-            self._finish()
+            self.finish()
 
     def __enter__(self) -> Writer:
         return self
@@ -68,17 +85,25 @@ class Writer:
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Wait for the last one. Raises what it met."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, parts: Parts, state: Mapping[str, Any]) -> None:
-        save(self.root, step, parts, state)
+    def _write(self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts) -> None:
+        named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
+        if self.shard:
+            write_shard(self.root, step, named, self.token)
+            return
+        others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
+        save(self.root, step, {**parts, **named}, state, token=self.token, others=others)
         prune(self.root, self.keep)
 
 
-def save(root: Path, step: int, parts: Parts, state: Mapping[str, Any]) -> Path:
+def save(
+    root: Path, step: int, parts: Parts, state: Mapping[str, Any], *, token: str = "", others: Sequence[str] = ()
+) -> Path:
     """Write `root/step-<step>/` and return it. The folder appears complete or not at all.
 
     Where it is there already, whole, it stays as it is: a step of a run has one state.
@@ -88,28 +113,25 @@ def save(root: Path, step: int, parts: Parts, state: Mapping[str, Any]) -> Path:
         step: Optimiser steps done.
         parts: File name (without suffix) -> tensors by name.
         state: JSON values.
+        token: See `Writer`.
+        others: Names of parts that other processes write with `write_shard`; they are waited for.
 
     Raises:
         OSError: The disk is full, or fails otherwise; nothing is left of this checkpoint.
         FloatingPointError: A value is not finite; nothing was written.
     """
-    wrong = [f"{part} {name}" for part, tensors in parts.items() for name, v in tensors.items() if not _finite(v)]
-    if wrong:
-        raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: nothing was saved")
+    _check_finite(step, parts)
     final = root / f"step-{step:06d}"
-    if final.exists() and find_fault(final) is None:
+    if not others and final.exists() and find_fault(final) is None:
         return final
-    temporary = root / f"{final.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
-    temporary.mkdir(parents=True)
+    temporary = root / f"{final.name}.tmp-{token or os.getpid()}"
+    temporary.mkdir(parents=True, exist_ok=bool(others))
     try:
-        for name, tensors in parts.items():
-            contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
-            save_file(contiguous, temporary / f"{name}.safetensors")
+        _write_parts(temporary, parts)
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
+        _sync(temporary / "state.json")
+        _wait_for([temporary / f"{name}.safetensors" for name in others])
         files = {p.name: {"size": p.stat().st_size, "sha256": _digest(p)} for p in sorted(temporary.iterdir())}
-        for name in files:
-            _sync(temporary / name)
         manifest = {"format": FORMAT, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _sync(temporary / "manifest.json")
@@ -118,13 +140,18 @@ def save(root: Path, step: int, parts: Parts, state: Mapping[str, Any]) -> Path:
             _remove(final)
         temporary.rename(final)
         _sync(root)
-    except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{temporary} could not be written: {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def write_shard(root: Path, step: int, parts: Parts, token: str) -> None:
+    """This process's slices, for the `save` of another one. Raises as it does."""
+    _check_finite(step, parts)
+    temporary = root / f"step-{step:06d}.tmp-{token}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    _write_parts(temporary, parts)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -184,8 +211,14 @@ def find_fault(path: Path) -> str | None:
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(parts, state) of one checkpoint that was found whole, on the CPU."""
-    parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    """(parts, state) of one checkpoint that was found whole, on the CPU; slices are joined."""
+    found: dict[str, list[dict[str, Tensor]]] = {}
+    for file in sorted(path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"shard-(\d+)", f.name)]):
+        found.setdefault(file.name.split(".")[0], []).append(load_file(file))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for part, files in found.items():
+        keys = dict.fromkeys(key for tensors in files for key in tensors)
+        parts[part] = {key: _joined([tensors[key] for tensors in files if key in tensors]) for key in keys}
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return parts, state
 
@@ -200,6 +233,37 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _write_parts(folder: Path, parts: Parts) -> None:
+    """A file a part, on the disk before it has its name."""
+    for name, tensors in parts.items():
+        file = folder / f"{name}.safetensors"
+        partial = folder / f"{file.name}.part"
+        try:
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written: {error}") from error
+        _sync(partial)
+        partial.rename(file)
+
+
+def _wait_for(files: Sequence[Path]) -> None:
+    end = time.monotonic() + OTHERS_TAKE
+    while missing := [file for file in files if not file.exists()]:
+        if time.monotonic() > end:
+            raise OSError(f"{missing[0]} was not written by the process that has to")
+        time.sleep(0.05)
+
+
+def _check_finite(step: int, parts: Parts) -> None:
+    wrong = [f"{part} {name}" for part, tensors in parts.items() for name, v in tensors.items() if not _finite(v)]
+    if wrong:
+        raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: nothing was saved")
+
+
+def _joined(slices: list[Tensor]) -> Tensor:
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -254,6 +254,17 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is split over the processes of a launch. It may change between the parts of a run."""
+
+    experts: int = 1
+    """Processes that share the experts of every layer (expert parallelism); the rest of the model is replicated."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run."""
 
@@ -271,6 +282,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "max_steps")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from samplers import image_generators, initial_noise, make_scheduler, network_calls, sample
@@ -279,15 +280,42 @@ def trained_steps(folder: Path) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
-def save(pipeline: DiTMoEPipeline, folder: Path) -> None:
-    """Write a pipeline folder; an older one at the same place is replaced when the new one is complete."""
+def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
+    """Write a pipeline folder; an older one at the same place is replaced when the new one is complete.
+
+    Args:
+        pipeline: What is saved.
+        folder: Where.
+        weights: The transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
+            meta device, whose weights are nowhere in one piece. None takes its own.
+    """
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipeline.save_pretrained(temporary)
+        if weights is None:
+            pipeline.save_pretrained(temporary)
+        else:
+            _save_in_lots(pipeline, temporary, weights)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+def _save_in_lots(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]]) -> None:
+    """diffusers' layout of a sharded model: one safetensors file a lot, and an index."""
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.transformer.save_config(folder / "transformer")
+    where: dict[str, str] = {}
+    size = 0
+    for number, lot in enumerate(weights, start=1):
+        name = f"diffusion_pytorch_model-{number:05d}.safetensors"
+        save_file({key: value.contiguous() for key, value in lot.items()}, folder / "transformer" / name)
+        where |= dict.fromkeys(lot, name)
+        size += sum(value.nbytes for value in lot.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    text = json.dumps(index, indent=1) + "\n"
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)

@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 # What may change between the parts of one run: it has no influence on the weights at a given step.
 # (data.path has: the data's fingerprint is checked instead.)
-_FREE = {"out", "max_steps", "dry_run", "moe.backend"}
+_FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts"}
 _FREE |= {f"data.{name}" for name in ("path", "download", "num_workers", "max_bad")}
 _FREE |= {
     f"train.{name}"

@@ -14,6 +14,7 @@ from .config import Config
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
 from .moe import Router
+from .parallel import ExpertParallel, expert_names
 
 
 class State(NamedTuple):
@@ -24,13 +25,15 @@ class State(NamedTuple):
     optimizer: torch.optim.AdamW
 
 
-def new_state(config: Config, num_classes: int) -> State:
+def new_state(config: Config, num_classes: int, parallel: ExpertParallel | None = None) -> State:
     """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only).
 
-    The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`.
+    The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
     """
     torch.manual_seed(config.seed)
     model = build(config, num_classes)
+    if parallel is not None:
+        parallel.split(model)
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -79,7 +82,7 @@ def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
     return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
 
 
-def resume(path: Path, state: State, facts: dict[str, Any]) -> dict[str, Any]:
+def resume(path: Path, state: State, facts: dict[str, Any], parallel: ExpertParallel) -> dict[str, Any]:
     """Load a checkpoint into the state, which is touched only when all of it fits; its saved values.
 
     Raises:
@@ -94,6 +97,7 @@ def resume(path: Path, state: State, facts: dict[str, Any]) -> dict[str, Any]:
             f"the data set is not the one that {path} was trained on (other images, order or classes); "
             f"restore it, or give another --out"
         )
+    parts = parallel.own(parts, expert_names(state.model))
     wrong = _mismatches(parts, state)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

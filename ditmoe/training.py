@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,11 +28,13 @@ from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
 from .moe import MoELayer, Routing, balanced_bias
 from .objective import Losses, Objective
+from .parallel import ExpertParallel
+from .saving import Saving
 from .signals import Interrupted, Signals
-from .state import State, new_state, num_classes, resume, to_parts, update_ema
+from .state import State, new_state, num_classes, resume, update_ema
 from .stream import Batch, Batches, micro_batch_size
 
-OnSample = Callable[[int, pipeline.DiTMoEPipeline], None]
+OnSample = Callable[[int, Any], None]
 
 
 def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, argv: Sequence[str] = ()) -> bool:
@@ -59,11 +61,12 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     """
     accelerator = _accelerator(config.train)
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
-    state = new_state(config, num_classes(config, data))
+    parallel = ExpertParallel(accelerator, config.parallel.experts, config.moe.num_experts)
+    state = new_state(config, num_classes(config, data), parallel)
     pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
     with ExitStack() as stack:
         ranks.decided_by_first(accelerator, lambda: stack.enter_context(run_folder.locked(config)))
-        return _train(config, data, on_sample, argv, accelerator, state)
+        return _train(config, data, on_sample, argv, accelerator, parallel, state)
 
 
 def _train(
@@ -72,6 +75,7 @@ def _train(
     on_sample: OnSample | None,
     argv: Sequence[str],
     accelerator: Accelerator,
+    parallel: ExpertParallel,
     state: State,
 ) -> bool:
     """`train`, in a run folder that is ours."""
@@ -82,7 +86,7 @@ def _train(
     }
     variance = pixel_variance(data, config.seed)
     newest = ranks.decided_by_first(accelerator, lambda: checkpoint.newest(config.out / "checkpoints"))
-    saved = {} if newest is None else ranks.agreed(accelerator, lambda: resume(newest, state, facts))
+    saved = {} if newest is None else ranks.agreed(accelerator, lambda: resume(newest, state, facts, parallel))
     first_step = int(saved.get("step", 0))
     last_step = max(first_step, config.max_steps)
     exported = ranks.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / "model"))
@@ -90,7 +94,7 @@ def _train(
         return False
     if accelerator.is_main_process:
         _open_folder(config, argv)
-    _announce(config, state.model, data, accelerator, first_step)
+    _announce(config, data, accelerator, first_step)
     rank, world = accelerator.process_index, accelerator.num_processes
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     state.ema.to(accelerator.device)
@@ -98,12 +102,13 @@ def _train(
     with (
         Signals() as signals,
         Log(config, first_step, accelerator) as log,
-        _writer(config, accelerator) as writer,
+        Saving(config, data, accelerator, parallel, state, first_step if saved else -1) as saving,
         closing(Batches(config, data, first_step=first_step, rank=rank, num_processes=world)) as batches,
     ):
         run = _Run(
             config=config,
             accelerator=accelerator,
+            parallel=parallel,
             raw=state.model,
             model=model,
             optimizer=optimizer,
@@ -114,19 +119,17 @@ def _train(
         )
 
         def keep(step: int, *, wait: bool) -> None:
-            if writer:
-                known = {"config": to_dict(config), **facts, "skipped_steps": run.health.skipped, "bad_images": bad}
-                writer.save(step, to_parts(state), known, wait=wait)
-            if wait:
-                accelerator.wait_for_everyone()
+            saving.checkpoint(step, {**facts, "skipped_steps": run.health.skipped, "bad_images": bad}, wait=wait)
 
         def show(step: int) -> None:
             assert on_sample is not None
-            on_sample(step, pipeline.assemble(state.ema, config, data.id2label, variance, step))
+            pipe = saving.pipeline(variance, step)
+            with log.paused():
+                ranks.first_works(accelerator, partial(on_sample, step, pipe), signals, f"sample-{step}")
 
         every = config.train.sample_every if on_sample else 0
         if every and 0 < first_step < last_step and first_step % every == 0:
-            ranks.first_works(accelerator, partial(show, first_step), signals, "sample-again")  # if it was cut short
+            show(first_step)  # it may have been cut short
         for step in range(first_step, config.max_steps):
             try:
                 result = _optimise(run, step)
@@ -144,12 +147,8 @@ def _train(
             if done % config.train.checkpoint_every == 0 or done == config.max_steps:
                 keep(done, wait=done == config.max_steps)
             if every and done % every == 0:
-                with log.paused():
-                    ranks.first_works(accelerator, partial(show, done), signals, f"sample-{done}")
-        if accelerator.is_main_process:
-            pipe = pipeline.assemble(state.ema.cpu(), config, data.id2label, variance, last_step)
-            pipeline.save(pipe, config.out / "model")
-        accelerator.wait_for_everyone()
+                show(done)
+        saving.export(variance, last_step)
         if ranks.total(accelerator, [float(bool(signals.received))])[0]:
             raise Interrupted(f"stopped after step {last_step}, all saved; the same command makes the page")
     return True
@@ -160,6 +159,7 @@ class _Run(NamedTuple):
 
     config: Config
     accelerator: Accelerator
+    parallel: ExpertParallel
     raw: DiTMoETransformer2DModel
     model: nn.Module
     optimizer: Any
@@ -167,14 +167,6 @@ class _Run(NamedTuple):
     batches: Batches
     watch: Watch
     health: Health
-
-
-def _writer(config: Config, accelerator: Accelerator) -> AbstractContextManager[checkpoint.Writer | None]:
-    """Who writes checkpoints: the first process."""
-    if not accelerator.is_main_process:
-        return nullcontext()
-    tolerant = config.train.on_save_error == "continue"
-    return checkpoint.Writer(config.out / "checkpoints", config.train.keep, tolerant=tolerant)
 
 
 def _open_folder(config: Config, argv: Sequence[str]) -> None:
@@ -236,7 +228,7 @@ def _optimise(run: _Run, step: int) -> StepResult | None:
                 sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
             assigned = counts if assigned is None else assigned + counts
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), config.train.clip or math.inf)
+    norm = run.parallel.clip(run.raw, config.train.clip or math.inf)
     faults = run.health.faults(step + 1, evidence, norm, run.raw)
     if not faults:
         run.optimizer.step()
@@ -296,12 +288,12 @@ def _accelerator(train: TrainConfig) -> Accelerator:
 
 def _announce(
     config: Config,
-    model: DiTMoETransformer2DModel,
     data: ImageSet,
     accelerator: Accelerator,
     first_step: int,
 ) -> None:
-    total, activated = count_parameters(model)
+    with torch.device("meta"):
+        total, activated = count_parameters(build(config, num_classes(config, data)))
     accelerator.print(f"data: {data.source}")
     accelerator.print(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
     accelerator.print(

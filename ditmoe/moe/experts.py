@@ -6,7 +6,7 @@ of an expert, P = S * K (token, expert) pairs sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -81,6 +81,9 @@ class Experts(nn.Module):
         super().__init__()
         self.activation = activation
         self.backend = backend
+        # Under expert parallelism the weights are those of this process's experts, and this brings it their rows:
+        # exchange(rows (P, D), counts (E,), products) -> (P, D).
+        self.exchange: Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
         self.w_in = nn.Parameter(torch.empty(num_experts, _inner(width, activation), hidden_size))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.bfloat16):
@@ -102,23 +105,32 @@ class Experts(nn.Module):
         B is 1 where every token has a plan of its own, and the number of images where the S places of an image
         decide for all of them.
         """
-        dtype = autocast_dtype(x)
-        x, w_in, w_out = x.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
+        x = x.to(autocast_dtype(x))
         y: Tensor
-        if not self._use_grouped(x):
+        if self.exchange is None and not self._use_grouped(x):
+            w_in, w_out = self.w_in.to(x.dtype), self.w_out.to(x.dtype)
             y = _Loop.apply(x, w_in, w_out, plan.weight, plan.token, plan.slot, plan.counts, self.activation)
             return y
         S, B, D = x.shape
         counts = plan.counts * B
         rows = _Dispatch.apply(x.reshape(S, B * D), plan.token, plan.slot).view(-1, D)  # (P * B, D)
-        hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P * B, F)
-        out = _grouped(hidden, w_out, counts).view(-1, B * D)  # (P, B * D)
-        y = _Combine.apply(out, plan.weight, plan.token, plan.slot)
+        exchange = self.exchange
+        out = self._products(rows, counts) if exchange is None else exchange(rows, counts, self._products)
+        y = _Combine.apply(out.view(-1, B * D), plan.weight, plan.token, plan.slot)
         return y.view(S, B, D)
+
+    def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Both products and the activation, for rows (P, D) sorted by expert: (P, D)."""
+        w_in, w_out = self.w_in.to(rows.dtype), self.w_out.to(rows.dtype)
+        if self._use_grouped(rows):
+            hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P, F)
+            return _grouped(hidden, w_out, counts)
+        parts = zip(rows.split(counts.tolist()), w_in.unbind(0), w_out.unbind(0), strict=True)
+        return torch.cat([_activate(part @ a.T, self.activation) @ b.T for part, a, b in parts])
 
     def joins(self, places: int, top_k: int) -> bool:
         """Whether `joined` pays for an image of so many places: never where a backend was asked for by name."""
-        return self.backend == "auto" and places * top_k * self.w_out[0].numel() <= _JOIN_PAYS
+        return self.backend == "auto" and self.exchange is None and places * top_k * self.w_out[0].numel() <= _JOIN_PAYS
 
     def joined(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` where all B rows of a place have the same experts: they make up one dense layer of width K * F.

@@ -1,0 +1,136 @@
+"""The tables and the plot of docs/samplers.md, from the rows of `benchmarks.samplers`.
+
+    python -m benchmarks.samplers_page samplers.jsonl ... --plot docs/pictures/samplers.png
+
+A cell is the mean over seeds, and the largest distance of a seed from it where there are several.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+COLOURS = {
+    "ddpm": "#888888", "ddim": "#1f77b4", "pndm": "#2ca02c", "dpm++2m": "#d62728", "unipc": "#9467bd",
+    "ts-ddpm": "#888888", "ts-ddim": "#1f77b4", "ts-pndm": "#2ca02c",
+}  # fmt: skip
+
+
+def cell(rows: Iterable[Row]) -> str:
+    values = [row["fd"] for row in rows]
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    return f"{mean:.3f}" + (f" ±{max(abs(v - mean) for v in values):.3f}" if len(values) > 1 else "")
+
+
+def mean(rows: list[Row]) -> float:
+    return float(sum(row["fd"] for row in rows) / len(rows))
+
+
+def nfe_table(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    lines = ["| network calls | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for nfe in sorted({row["nfe"] for row in rows}):
+        cells = [[r for r in rows if r["nfe"] == nfe and r["sampler"] == name] for name in names]
+        best = min(mean(found) for found in cells if found)
+        text = [f"**{cell(found)}**" if found and mean(found) == best else cell(found) for found in cells]
+        lines.append(f"| {nfe} | " + " | ".join(text) + " |")
+    return "\n".join(lines)
+
+
+def shift_table(rows: list[Row]) -> str:
+    """Rows: steps, mode, criterion, cutoff; columns: windows."""
+    keys = ("exposure_mode", "exposure_variance", "exposure_cutoff")
+    windows = sorted({row["sampler_options"]["exposure_window"] for row in rows})
+    lines = ["| steps | mode | criterion | cutoff | " + " | ".join(f"w = {w}" for w in windows) + " |"]
+    lines.append("|---" * (len(windows) + 4) + "|")
+    groups = dict.fromkeys((row["steps"], *(row["sampler_options"][k] for k in keys)) for row in rows)
+    for group in sorted(groups, key=lambda g: (g[0], g[1] != "both", g[1], g[2], g[3])):
+        mine = [r for r in rows if (r["steps"], *(r["sampler_options"][k] for k in keys)) == group]
+        cells = [cell(r for r in mine if r["sampler_options"]["exposure_window"] == w) for w in windows]
+        lines.append(f"| {' | '.join(map(str, group))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def epsilon_table(rows: list[Row]) -> str:
+    scales = sorted({row["epsilon_scale"] for row in rows})
+    lines = ["| steps | " + " | ".join(f"{scale:g}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
+    for steps in sorted({row["steps"] for row in rows}):
+        cells = [cell(r for r in rows if r["steps"] == steps and r["epsilon_scale"] == scale) for scale in scales]
+        lines.append(f"| {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def few_steps(rows: list[Row]) -> str:
+    """The fewest calls of each sampler within 5 % of DDPM with 250."""
+    target = [row for row in rows if row["sampler"] == "ddpm" and row["nfe"] == 250]
+    if not target:
+        return "DDPM with 250 calls is not there yet"
+    limit = 1.05 * mean(target)
+    lines = [f"DDPM with 250 calls: {mean(target):.4f}; within 5 % is {limit:.4f} or less"]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        mine = {n: [r for r in rows if r["sampler"] == name and r["nfe"] == n] for n in {r["nfe"] for r in rows}}
+        reached = sorted(n for n, found in mine.items() if found and mean(found) <= limit)
+        lines.append(f"{name}: {reached[0] if reached else 'never'}")
+    return "\n".join(lines)
+
+
+def draw(nfe: list[Row], shift: list[Row], epsilon: list[Row], path: Path) -> None:
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for name in dict.fromkeys(row["sampler"] for row in nfe):
+        calls = sorted({row["nfe"] for row in nfe if row["sampler"] == name})
+        values = [mean([r for r in nfe if r["sampler"] == name and r["nfe"] == n]) for n in calls]
+        style = {"color": COLOURS.get(name), "linestyle": "--" if name.startswith("ts-") else "-"}
+        left.plot(calls, values, marker="o", markersize=4, label=name, **style)
+    left.set(xscale="log", yscale="log", xlabel="network calls an image", title="samplers")
+    base = {steps: [r for r in nfe if r["sampler"] == "ddim" and r["steps"] == steps] for steps in (10, 20)}
+    for mode in ("target", "network", "both"):
+        for variance, line in (("published", "-"), ("calibrated", ":")):
+            wanted = {"exposure_mode": mode, "exposure_variance": variance, "exposure_cutoff": 100}
+            mine = [r for r in shift if r["steps"] == 10 and wanted.items() <= r["sampler_options"].items()]
+            points = sorted({r["sampler_options"]["exposure_window"] for r in mine})
+            values = [mean([r for r in mine if r["sampler_options"]["exposure_window"] == w]) for w in points]
+            colour = {"target": "#ff7f0e", "network": "#17becf", "both": "#1f77b4"}[mode]
+            middle.plot(points, values, line, marker="o", markersize=4, color=colour, label=f"{mode}, {variance}")
+    middle.set(xscale="log", yscale="log", xlabel="window w, cutoff 100", title="time-shift over DDIM, 10 steps")
+    for steps, colour in ((10, "#1f77b4"), (20, "#d62728")):
+        mine = [r for r in epsilon if r["steps"] == steps]
+        known = {1.0: base[steps], **{s: [r for r in mine if r["epsilon_scale"] == s] for s in _scales(mine)}}
+        points = sorted(scale for scale, found in known.items() if found)
+        values = [mean(known[scale]) for scale in points]
+        right.plot(points, values, marker="o", markersize=4, color=colour, label=f"DDIM, {steps} steps")
+        if base[steps] and steps == 10:
+            middle.axhline(mean(base[steps]), color="black", linewidth=0.8, label="DDIM")
+    right.set(yscale="log", xlabel="epsilon scale", title="epsilon scaling")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    left.set_ylabel("Fréchet distance")
+    figure.savefig(path, dpi=100)
+
+
+def _scales(rows: list[Row]) -> set[float]:
+    return {row["epsilon_scale"] for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("nfe", "shift", "refine", "epsilon")}
+    print(f"{nfe_table(parts['nfe'])}\n\n{few_steps(parts['nfe'])}\n")
+    print(f"{shift_table(parts['shift'])}\n\n{shift_table(parts['refine'])}\n\n{epsilon_table(parts['epsilon'])}")
+    if args.plot:
+        draw(parts["nfe"], parts["shift"] + parts["refine"], parts["epsilon"], args.plot)
+
+
+if __name__ == "__main__":
+    main()

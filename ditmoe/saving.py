@@ -1,0 +1,114 @@
+"""What a run leaves: checkpoints to go on from and pipelines to sample with, also of a state that is split."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import checkpoint, pipeline, ranks
+from .config import Config, to_dict
+from .data import ImageSet
+from .model import build
+from .parallel import ExpertParallel, expert_names
+from .state import State, num_classes, to_parts
+
+
+class Saving:
+    """Writes checkpoints in the background and assembles pipelines. All processes call every method.
+
+    Args:
+        config: The run.
+        data: Its training images, for the names of the classes.
+        accelerator: The processes.
+        parallel: Who holds which experts.
+        state: What learns.
+        step: The step of the checkpoint that the state came from; -1 for none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageSet,
+        accelerator: Accelerator,
+        parallel: ExpertParallel,
+        state: State,
+        step: int,
+    ) -> None:
+        self.config, self.data, self.accelerator = config, data, accelerator
+        self.parallel, self.state, self._last = parallel, state, step
+        self._experts = expert_names(state.ema)
+        self._writer: checkpoint.Writer | None = None
+
+    def __enter__(self) -> Saving:
+        token = ranks.decided_by_first(self.accelerator, lambda: str(os.getpid()))
+        if self.parallel.replica == 0:
+            self._writer = checkpoint.Writer(
+                self.config.out / "checkpoints",
+                self.config.train.keep,
+                tolerant=self.config.train.on_save_error == "continue",
+                token=token,
+                shard=self.parallel.shard,
+                shards=self.parallel.degree,
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._writer:
+            self._writer.__exit__(*exception)
+
+    def checkpoint(self, step: int, facts: dict[str, Any], *, wait: bool) -> None:
+        """Save the state as of a step; with `wait`, return when it is on the disk. Raises as `checkpoint.Writer`."""
+        if self._writer and step != self._last:
+            whole, split = self.parallel.saved(to_parts(self.state), self._experts)
+            entry = {"config": to_dict(self.config), **facts}
+            self._writer.save(step, {} if self.parallel.shard else whole, entry, split, wait=False)
+        self._last = step
+        if wait:
+            if self._writer:
+                self._writer.finish()
+            self.accelerator.wait_for_everyone()
+
+    def pipeline(self, variance: float, step: int) -> pipeline.DiTMoEPipeline | None:
+        """The pipeline of the averaged weights, whole, on the first process; None on the others."""
+        model = self.state.ema
+        if self.parallel.degree > 1:
+            whole = {name: self._whole(name, value) for name, value in self.state.ema.state_dict().items()}
+            if not self.accelerator.is_main_process:
+                return None
+            model = build(self.config, num_classes(self.config, self.data)).eval().requires_grad_(False)
+            model.load_state_dict(whole)
+        return pipeline.assemble(model, self.config, self.data.id2label, variance, step)
+
+    def export(self, variance: float, step: int) -> None:
+        """Write model/ with the averaged weights. Of split experts one block is whole at a time."""
+        first, folder = self.accelerator.is_main_process, self.config.out / "model"
+        if self.parallel.degree == 1:
+            if first:
+                pipe = pipeline.assemble(self.state.ema.cpu(), self.config, self.data.id2label, variance, step)
+                pipeline.save(pipe, folder)
+        elif first:
+            with torch.device("meta"):
+                empty = build(self.config, num_classes(self.config, self.data))
+            pipe = pipeline.assemble(empty, self.config, self.data.id2label, variance, step)
+            pipeline.save(pipe, folder, self._lots())
+        else:
+            for _ in self._lots():
+                pass
+        self.accelerator.wait_for_everyone()
+
+    def _lots(self) -> Iterator[dict[str, Tensor]]:
+        """The averaged weights, a block at a time, whole on the first process."""
+        lots: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in self.state.ema.state_dict().items():
+            lots[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""][name] = value
+        for lot in lots.values():
+            yield {name: whole for name, value in lot.items() if (whole := self._whole(name, value)) is not None}
+
+    def _whole(self, name: str, value: Tensor) -> Tensor | None:
+        return self.parallel.gathered(value) if name in self._experts else value.detach().cpu()

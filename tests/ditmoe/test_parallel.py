@@ -1,0 +1,98 @@
+"""Expert parallelism on real processes: it trains the same network, holds a part of it, and saves all of it."""
+
+import json
+
+import pytest
+import torch
+
+from ditmoe import checkpoint
+from ditmoe.pipeline import load
+from tests.faults import runs
+
+STEPS = ["--max-steps", 6, "--train.learning-rate", 0.002, "--train.warmup-steps", 1, "--train.clip", 0.3]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert runs.training(out, *STEPS).wait() == [0]
+    return out
+
+
+def parts_of(out):
+    return checkpoint.load(checkpoint.newest(out / "checkpoints"))[0]
+
+
+@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 2), (4, 4)])
+def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree):
+    out = tmp_path / "run"
+    group = runs.training(out, *STEPS, "--parallel.experts", degree, world=world)
+    assert group.wait() == [0] * world, group.err() + group.err(1)
+    assert f"training on {world} process(es)" in group.out()
+    found, wanted = parts_of(out), parts_of(alone)
+    for part in ("model", "ema", "optimizer"):
+        assert found[part].keys() == wanted[part].keys()
+        for name, value in wanted[part].items():
+            torch.testing.assert_close(found[part][name], value, rtol=0, atol=1e-4, msg=f"{part} {name}")
+    for one, other in zip(runs.rows(out), runs.rows(alone), strict=True):
+        assert one["grad_norm"] > 0.3  # clipped
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["load_max_over_mean"] == pytest.approx(other["load_max_over_mean"], rel=1e-5)
+    files = sorted(p.name for p in checkpoint.newest(out / "checkpoints").glob("model*"))
+    assert files == ["model.safetensors", *(f"model.shard-{n}.safetensors" for n in range(degree))]
+
+
+def test_a_run_changes_its_degree_and_ends_as_a_pipeline(tmp_path, alone):
+    out = tmp_path / "run"
+    for steps, degree, world in ((2, 2, 2), (4, 1, 1), (6, 2, 2)):
+        flags = [*STEPS[2:], "--max-steps", steps, "--parallel.experts", degree]
+        group = runs.training(out, *flags, world=world)
+        assert group.wait() == [0] * world, group.err()
+    found, wanted = parts_of(out), parts_of(alone)
+    for name, value in wanted["model"].items():
+        torch.testing.assert_close(found["model"][name], value, rtol=0, atol=1e-4, msg=name)
+    shards = sorted(p.name for p in (out / "model" / "transformer").glob("*.safetensors"))
+    assert len(shards) == 3  # one a block, one for the rest
+    weights = load(out / "model").transformer.state_dict()
+    assert weights.keys() == load(alone / "model").transformer.state_dict().keys()
+    assert all(torch.equal(value, found["ema"][name]) for name, value in weights.items())
+    index = json.loads((out / "model/transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in weights.values())
+
+
+def test_it_samples_while_it_trains(tmp_path):
+    out = tmp_path / "run"
+    flags = [*STEPS, "--parallel.experts", 2, "--train.sample-every", 3]
+    group = runs.training(out, *flags, hook=runs.checked_samples, world=2)
+    assert group.wait() == [0, 0], group.err()
+    assert group.out().count("whole network at step") == 2
+
+
+def test_accumulation_and_place_routing(tmp_path):
+    losses = []
+    for name, world, degree in (("one", 1, 1), ("two", 2, 2)):
+        out = tmp_path / name
+        flags = [*STEPS, "--train.accumulation", 2, "--moe.router-input", "position", "--parallel.experts", degree]
+        group = runs.training(out, *flags, world=world)
+        assert group.wait() == [0] * world, group.err()
+        losses.append([(row["loss"], row["grad_norm"]) for row in runs.rows(out)])
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "sentence"),
+    [
+        (1, ["--parallel.experts", 2], "parallel.experts is 2, but the launch has 1 process(es)"),
+        (2, ["--parallel.experts", 4], "parallel.experts is 4, but the launch has 2 process(es)"),
+        (2, ["--parallel.experts", 2, "--moe.num-experts", 5], "parallel.experts 2 does not divide moe.num_experts 5"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_on_every_process(tmp_path, world, flags, sentence):
+    group = runs.training(tmp_path / "run", *STEPS, *flags, world=world)
+    assert group.wait(60) == [2] * world
+    for rank in range(world):
+        assert sentence in group.err(rank)
+        assert "Traceback" not in group.err(rank)
+    assert not (tmp_path / "run").exists()
