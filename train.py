@@ -21,9 +21,7 @@ def main() -> None:
         news = training.train(config, images, lambda n, pipe: generate.progress(config, n, pipe, judge), sys.argv)
         if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
             report.write(config.out, score=judge)
-        PartialState().print(
-            f"{config.out} is finished: open {config.out}/index.html, or python sample.py {config.out}"
-        )
+        PartialState().print(f"{config.out} is finished: see {config.out}/index.html, or python sample.py {config.out}")
     finally:
         ranks.shutdown()
 

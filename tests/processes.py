@@ -92,7 +92,6 @@ def door(name, argv):
 
 def _child(function, args, folder, rank, env):
     os.setpgid(0, 0)
-    multiprocessing.set_start_method(None, force=True)  # a child of a fork server has that as its default
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)

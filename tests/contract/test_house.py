@@ -13,16 +13,17 @@ from ditmoe.config import Config
 
 ROOT = Path(__file__).parents[2]
 RANK = {
-    "config": 0,
+    "config": 0, "signals": 0,
+    "run_folder": 1, "ranks": 1,
     "moe": 1, "layers": 1, "presets": 1,
     "model": 2,
     "objective": 3,
     "pipeline": 4, "checkpoint": 4, "metrics": 4, "cli": 4, "figures": 4, "expert_maps": 5, "judge": 4, "page": 4,
-    "folders": 4, "data": 5, "stream": 6, "state": 6, "generate": 5, "facts": 5, "image_sets": 6, "export": 6,
-    "training": 7, "report": 7,
+    "folders": 4, "data": 5, "parallel": 5, "stream": 6, "state": 6, "generate": 5, "facts": 5, "image_sets": 6, "export": 6,
+    "health": 7, "saving": 7, "training": 8, "report": 8,
 }  # fmt: skip
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
-HEAVY = {"accelerate": {"training", "metrics"}}
+HEAVY = {"accelerate": {"training", "metrics", "ranks", "health", "parallel", "saving"}}
 
 
 def imports(path: Path) -> set[str]:
