@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,8 +24,12 @@ from samplers import image_generators, initial_noise, make_scheduler, network_ca
 from samplers.model_folder import check_component, is_scheduler, is_vae, read_object
 
 from .config import Config
+from .latent_sets import check_vae, denormalize, is_normalization, normalization
 from .model import DiTMoETransformer2DModel
 from .objective import scheduler_config
+
+
+_DECODED_AT_ONCE = 16  # images; a VAE needs about a gigabyte for each of 256 x 256
 
 
 class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -40,6 +44,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: Its steps.
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
         trained_steps: Optimiser steps behind the weights, where known.
+        latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
+            "sha256"}, "mean", "std"}, see `ditmoe.latent_sets`; None: by the scaling factor of the VAE's config.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -55,6 +61,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 50,
         guidance_scale: float = 1.5,
         trained_steps: int | None = None,
+        latents: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -64,6 +71,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             trained_steps=trained_steps,
+            latents=latents,
         )
 
     @property
@@ -158,11 +166,14 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Latents (or pixels) (N, C, H, W) -> pixels about [-1, 1]; the identity without a VAE."""
         if self.vae is None:
             return x
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        latents = x / self.vae.config.scaling_factor + shift
+        if self.config.latents is None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            latents = x / self.vae.config.scaling_factor + shift
+        else:
+            latents = denormalize(x, self.config.latents)
         with torch.inference_mode():
-            pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype)).sample
-        return pixels.float()
+            parts = latents.to(self.vae.dtype).split(_DECODED_AT_ONCE)
+            return torch.cat([self.vae.decode(part).sample.float() for part in parts])
 
     def _labels(self, class_labels: Sequence[int] | None, num_images: int | None) -> tuple[Tensor | None, int]:
         classes = self.transformer.config.num_classes
@@ -210,6 +221,8 @@ def load(folder: Path) -> DiTMoEPipeline:
                 if missing:
                     raise ValueError(f"its weights lack {', '.join(missing[:5])}, which its config.json asks for")
                 pipe.transformer.float()
+                if pipe.vae is not None and pipe.config.latents is not None:
+                    check_vae(pipe.vae, pipe.config.latents)
                 return pipe
             except (OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
                 sentence = " ".join(str(error).split())
@@ -228,6 +241,7 @@ def _check(folder: Path) -> set[str]:
         "scheduler": is_scheduler(index.get("scheduler")),
         "vae": is_vae(index.get("vae", [None, None])),
         "id2label": _are_names(index.get("id2label", {})),
+        "latents": index.get("latents") is None or is_normalization(index["latents"]),
         **{entry: isinstance(index.get(entry, 1), int | float) for entry in ("num_inference_steps", "guidance_scale")},
         **dict.fromkeys(index.keys() - known, False),
     }
@@ -261,14 +275,59 @@ def assemble(
 ) -> DiTMoEPipeline:
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
-    `data_variance` (`ditmoe.data.pixel_variance`) goes into the scheduler's config, for time-shift sampling.
+    `data_variance` (`ditmoe.data.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
+    latents it knows how they were normalised; the VAE is in it where `data.vae` gives one.
+
+    Raises:
+        ValueError: The sampler does not fit the network, or the VAE is not that of the latents.
     """
     known = {} if data_variance is None else {"data_variance": data_variance}
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
     names = {str(label): name for label, name in id2label.items()}
     guidance = config.sample.cfg if model.null_label is not None else 1.0
     sampler, steps = config.sample.sampler, config.sample.steps
-    return DiTMoEPipeline(model, scheduler, None, names, sampler, steps, guidance, trained_steps)
+    latents = normalization(config.data.path) if config.data.name == "latents" else None
+    vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
+    return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
+
+
+def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
+    """The VAE of a pipeline whose network makes these latents, see `DiTMoEPipeline`.
+
+    Raises:
+        ValueError: It is not the one that made them, or the latents do not say which did.
+    """
+    if latents is None:
+        raise ValueError(
+            f"vae {folder} cannot be checked: the latents do not say which VAE made them, as those of python -m "
+            f"ditmoe.latents do"
+        )
+    vae = open_vae(folder)
+    check_vae(vae, latents)
+    return vae
+
+
+def open_vae(folder: Path) -> AutoencoderKL:
+    """A VAE of diffusers from a local folder, float32, for inference. Nothing in the folder is executed.
+
+    Raises:
+        ValueError: The folder holds none that is whole.
+    """
+    try:
+        kind = read_object(folder / "config.json").get("_class_name")
+        if kind != AutoencoderKL.__name__:
+            raise ValueError(f"its config.json is of a {kind!r:.100}, not an AutoencoderKL")
+        tensors = check_component(folder)
+        if not tensors:
+            raise ValueError("it holds no .safetensors weights; pickled ones are never opened")
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        missing = sorted(vae.state_dict().keys() - tensors)
+        if missing:
+            raise ValueError(f"its weights lack {', '.join(missing[:5])}")
+    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        sentence = " ".join(str(error).split())
+        raise ValueError(f"vae {folder} is not a VAE that can be loaded: {sentence}") from error
+    return vae.float().eval().requires_grad_(False)
 
 
 def trained_steps(folder: Path) -> int | None:

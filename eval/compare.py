@@ -58,10 +58,7 @@ def unknowns(reports: Sequence[Report]) -> list[str]:
 
 def read_report(path: Path) -> Report:
     """Raises ValueError for a file that is missing, no JSON, or no complete report."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    report = read_json(path)
     if not isinstance(report, dict):
         raise ValueError(f"{path}: holds no report")
     try:
@@ -69,6 +66,14 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; write it again with python -m eval.fid") from error
     return report
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def table(paths: Sequence[Path], reports: Sequence[Report]) -> str:

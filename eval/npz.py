@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,11 @@ def _facts(file: Path, path: str, names: set[str]) -> dict[str, Any]:
 
 
 def members(archive: zipfile.ZipFile) -> str:
-    """Names, checksums and sizes of what a zip holds."""
+    """Names, checksums and sizes of what a zip holds. ValueError for a name that leads out of it."""
+    for name in archive.namelist():
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive:
+            raise ValueError(f"{archive.filename}: holds the name {name!r}, which leads out of the archive")
     return repr([(info.filename, info.CRC, info.file_size) for info in archive.infolist()])
 
 

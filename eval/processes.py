@@ -1,8 +1,12 @@
 """Several processes that score one set of images together, as torchrun or accelerate launch starts them."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -10,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = 143  # exit code of a program that a signal stopped
+GRACE = 2.0  # launchers hand on the signals that they get: one request may arrive twice
 
 
 class Processes(NamedTuple):
@@ -64,19 +71,52 @@ def join() -> Processes:
 def together(work: Callable[[Processes], None]) -> int:
     """Join, work, leave; the exit code: 0 done, 2 the user's mistake, a sentence on stderr from the first process.
 
-    A bug keeps its traceback.
+    143: stopped by SIGTERM, SIGINT or SIGUSR1. A bug keeps its traceback.
     """
     processes = Processes()
     try:
-        processes = join()
-        work(processes)
+        with stoppable():
+            try:
+                processes = join()
+                work(processes)
+            finally:
+                leave(processes)
     except ValueError as error:
         if not processes.rank:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        leave(processes)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return STOPPED
     return 0
+
+
+class Stopped(BaseException):
+    """A signal asked the program to stop; like KeyboardInterrupt it passes by whoever handles errors."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, the first signal raises Stopped; one that comes more than GRACE seconds later ends the process at once.
+
+    Where Python runs no handlers, in a thread other than the main one, it does nothing.
+    """
+    first: list[float] = []
+
+    def stop(number: int, frame: object) -> None:
+        first.append(time.monotonic())
+        if len(first) == 1:
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
+        if first[-1] - first[0] > GRACE:
+            os._exit(STOPPED)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in SIGNALS} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave(processes: Processes) -> None:

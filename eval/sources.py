@@ -92,7 +92,7 @@ def _folder(folder: Path, path: str, skip_bad: int) -> Images:
     if note.is_file():
         try:
             images.facts.update(dict(json.loads(note.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RecursionError) as error:
             raise ValueError(f"{note}: not a JSON object ({error}); remove it") from error
     return images
 

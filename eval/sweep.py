@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
-from eval.compare import differences, field, read_report
-from eval.report import Report
+from eval.compare import differences, field, read_json, read_report
+from eval.processes import together
+from eval.report import Report, whole_or_absent
 
 DOOR = Path(__file__).resolve().parent.parent / "sample.py"
 
@@ -53,26 +54,28 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr)."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.sweep")
+    return together(lambda _: run(arguments))
+
+
+def run(arguments: Arguments) -> None:
+    """Make the points that are not there, the table and the plot. Raises ValueError for the user's mistakes."""
     points = list(itertools.product(arguments.sampler, arguments.steps, arguments.cfg))
-    try:
-        if not points or min(arguments.steps) < 1 or arguments.num < 2:
-            raise ValueError("give at least one sampler, steps and cfg; steps of 1 or more, num of 2 or more")
-        if arguments.out.exists() and not arguments.out.is_dir():
-            raise ValueError(f"--out {arguments.out} is a file; give a folder")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        _same_sweep(arguments)
-        reports = [_point(arguments, *point) for point in tqdm(points, unit="point", disable=None)]
-        found = differences(reports)
-        if found:
-            raise ValueError(f"{arguments.out} holds other protocols ({', '.join(found)}); give another folder")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not points or min(arguments.steps) < 1 or arguments.num < 2:
+        raise ValueError("give at least one sampler, steps and cfg; steps of 1 or more, num of 2 or more")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out} is a file; give a folder")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    _same_sweep(arguments)
+    reports = [_point(arguments, *point) for point in tqdm(points, unit="point", disable=None)]
+    found = differences(reports)
+    if found:
+        raise ValueError(f"{arguments.out} holds other protocols ({', '.join(found)}); give another folder")
     text = table(reports)
-    (arguments.out / "table.md").write_text(text)
-    plot(reports, arguments.out / "sweep.png")
+    with whole_or_absent(arguments.out / "table.md") as file:
+        file.write(text.encode())
+    with whole_or_absent(arguments.out / "sweep.png") as file:
+        plot(reports, file)
     print(text)
-    return 0
 
 
 def _same_sweep(arguments: Arguments) -> None:
@@ -88,12 +91,13 @@ def _same_sweep(arguments: Arguments) -> None:
     wanted["model_sha256"] = digest.hexdigest()
     note = arguments.out / "sweep.json"
     if not note.exists():
-        if any(arguments.out.iterdir()):
+        if any(entry.name[0] != "." for entry in arguments.out.iterdir()):
             raise ValueError(f"--out {arguments.out} is not empty; give another folder")
-        note.write_text(json.dumps(wanted, indent=2) + "\n")
-    found = json.loads(note.read_text())
+        with whole_or_absent(note) as whole:
+            whole.write((json.dumps(wanted, indent=2) + "\n").encode())
+    found = read_json(note)
     if found != wanted:
-        names = [name for name in wanted if found.get(name) != wanted[name]]
+        names = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
         raise ValueError(f"--out {arguments.out} holds a sweep with other {', '.join(names)}; give another folder")
 
 
@@ -135,7 +139,7 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(reports: Sequence[Report], path: Path) -> None:
+def plot(reports: Sequence[Report], path: Path | IO[bytes]) -> None:
     """Two panels: score against network calls, a line a (sampler, cfg); against cfg, a line a (sampler, steps)."""
     from matplotlib.figure import Figure
 

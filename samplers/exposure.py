@@ -9,7 +9,6 @@ their timestep, below 1 too smooth.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from samplers.catalog import SAMPLERS, make_scheduler, prediction_type_of
 from samplers.loop import sample
+from samplers.model_folder import check_component, read_object
 from samplers.noise import image_generators, initial_noise
 
 NETWORKS = ("diffusers", "ditmoe.model")  # modules that a pipeline folder may name
@@ -174,7 +174,7 @@ def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{args.model} holds no model: neither model_index.json nor model/model_index.json is there")
     model = load_network(folder).float().to("cuda" if torch.cuda.is_available() else "cpu")
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    config = read_object(folder / "scheduler" / "scheduler_config.json")
     variance = config.get("data_variance") if args.data_variance is None else args.data_variance
     if variance is None or not 0 < variance < math.inf:
         raise ValueError(f"data_variance is {variance}; give --data-variance, the mean variance of training images")
@@ -191,16 +191,22 @@ def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
 def load_network(folder: Path) -> Any:
     """The network of a pipeline folder, without the pipeline's own class.
 
-    Raises ValueError when it is of a library that is not known: a model folder does not decide what is imported.
+    Raises ValueError when it is of a library that is not known: a model folder does not decide what is imported; and
+    when its weights cannot be read.
     """
-    library, name = json.loads((folder / "model_index.json").read_text()).get("transformer", (None, None))
+    entry = read_object(folder / "model_index.json").get("transformer")
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
     if library not in NETWORKS:
         raise ValueError(f"{folder}: its transformer is of {library!r}, which is not one of {', '.join(NETWORKS)}")
-    found: Any = getattr(import_module(library), name, None)
+    found: Any = getattr(import_module(library), str(name), None)
     is_network = isinstance(found, type) and issubclass(found, ModelMixin)
     if not is_network:
         raise ValueError(f"{folder}: {library} has no network {name!r}")
-    return found.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True).eval()
+    check_component(folder / "transformer")
+    try:
+        return found.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True).eval()
+    except (OSError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder / 'transformer'} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":
