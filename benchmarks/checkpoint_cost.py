@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    step, state = prepared(PRESETS[args.preset])
+    step, state, _ = prepared(PRESETS[args.preset])
     times: dict[str, list[float]] = {"plain": [], "background": [], "waiting": [], "blocked": []}
     with tempfile.TemporaryDirectory() as folder, Writer(Path(folder), 2, tolerant=False) as writer:
         step()

@@ -47,10 +47,12 @@ def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
     elif part == "refine":  # the mode and criterion that "shift" finds best
         for steps, window, cutoff in itertools.product((10, 20), (10, 20, 30, 40), (50, 100, 200)):
             yield _shifted(steps, "both", "published", window, cutoff)
+    elif part == "few":  # what epsilon scaling gives where distances are small
+        for name, steps, scale in itertools.product(("unipc", "ddim"), (20, 50), (1.003, 1.006, 1.01)):
+            yield {"sampler": name, "steps": steps, "epsilon_scale": scale}
     else:
-        for steps in (10, 20):
-            for scale in LAMBDAS:
-                yield {"sampler": "ddim", "steps": steps, "epsilon_scale": scale}
+        for steps, scale in itertools.product((10, 20), LAMBDAS):
+            yield {"sampler": "ddim", "steps": steps, "epsilon_scale": scale}
 
 
 def _shifted(steps: int, mode: str, variance: str, window: int, cutoff: int) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cfg", type=float, default=1.0)
-    parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "refine", "epsilon"])
+    parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "refine", "epsilon", "few"])
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="these alone")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

@@ -59,10 +59,12 @@ def shift_table(rows: list[Row]) -> str:
 
 def epsilon_table(rows: list[Row]) -> str:
     scales = sorted({row["epsilon_scale"] for row in rows})
-    lines = ["| steps | " + " | ".join(f"{scale:g}" for scale in scales) + " |", "|---" * (len(scales) + 1) + "|"]
-    for steps in sorted({row["steps"] for row in rows}):
-        cells = [cell(r for r in rows if r["steps"] == steps and r["epsilon_scale"] == scale) for scale in scales]
-        lines.append(f"| {steps} | {' | '.join(cells)} |")
+    lines = ["| sampler, steps | " + " | ".join(f"{scale:g}" for scale in scales) + " |"]
+    lines.append("|---" * (len(scales) + 1) + "|")
+    for key in sorted({(row["sampler"], row["steps"]) for row in rows}):
+        mine = [row for row in rows if (row["sampler"], row["steps"]) == key]
+        cells = [cell(r for r in mine if r["epsilon_scale"] == scale) for scale in scales]
+        lines.append(f"| `{key[0]}`, {key[1]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -125,9 +127,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
-    parts = {part: [row for row in rows if row["part"] == part] for part in ("nfe", "shift", "refine", "epsilon")}
+    names = ("nfe", "shift", "refine", "epsilon", "few")
+    parts = {part: [row for row in rows if row["part"] == part] for part in names}
     print(f"{nfe_table(parts['nfe'])}\n\n{few_steps(parts['nfe'])}\n")
-    print(f"{shift_table(parts['shift'])}\n\n{shift_table(parts['refine'])}\n\n{epsilon_table(parts['epsilon'])}")
+    print(f"{shift_table(parts['shift'])}\n\n{shift_table(parts['refine'])}\n")
+    print(epsilon_table(parts["epsilon"] + parts["few"]))
     if args.plot:
         draw(parts["nfe"], parts["shift"] + parts["refine"], parts["epsilon"], args.plot)
 

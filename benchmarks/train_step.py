@@ -21,7 +21,7 @@ from ditmoe.config import Config
 from ditmoe.data import open_data
 from ditmoe.health import Health, Watch
 from ditmoe.objective import Objective
-from ditmoe.parallel import ExpertParallel
+from ditmoe.parallel import Parallel
 from ditmoe.presets import PRESETS
 from ditmoe.signals import Signals
 from ditmoe.state import State, new_state, update_ema
@@ -47,24 +47,26 @@ def one_step(config: Config) -> Callable[[], object]:
     return prepared(config)[0]
 
 
-def prepared(config: Config) -> tuple[Callable[[], object], State]:
-    """The same, and what it trains."""
+def prepared(config: Config) -> tuple[Callable[[], object], State, training._Run]:
+    """The same, what it trains, and with what."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process holds steps of both precisions
     data = open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
     accelerator = training._accelerator(config.train)
-    state = new_state(config, len(data.id2label))
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
+    state = new_state(config, len(data.id2label), parallel)
+    model, optimizer = parallel.prepare(state.model, state.optimizer)
+    rank, world = accelerator.process_index, accelerator.num_processes
     run = training._Run(
         config=config,
         accelerator=accelerator,
-        parallel=ExpertParallel(accelerator, 1, config.moe.num_experts),
+        parallel=parallel,
         raw=state.model,
         model=model,
         optimizer=optimizer,
         objective=Objective(config.objective),
-        batches=Batches(config, data, first_step=0, rank=0, num_processes=1),
+        batches=Batches(config, data, first_step=0, rank=rank, num_processes=world),
         watch=Watch(accelerator, Signals(), 0, []),
         health=Health(accelerator, 0, 0),
     )
@@ -73,7 +75,7 @@ def prepared(config: Config) -> tuple[Callable[[], object], State]:
         training._optimise(run, 0)
         update_ema(state.ema, state.model, 0.999)
 
-    return step, state
+    return step, state, run
 
 
 def product_share(step: Callable[[], object]) -> float:

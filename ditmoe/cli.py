@@ -89,6 +89,10 @@ class SampleArgs:
             raise ValueError(f"report {self.report} must end in .json")
         if self.score is None and (self.report or self.extractor or self.weights or self.metrics):
             raise ValueError("report, extractor, weights and metrics belong to a score; give --score REF too")
+        if self.score == "":
+            raise ValueError("score is empty; give what to compare with: folder, .npz, fashion:train, ...")
+        if self.score is not None and (self.num == 1 or (self.classes is not None and len(self.classes) == 1)):
+            raise ValueError(f"{'num' if self.num else 'classes'} asks for 1 image; a score needs 2 or more")
         if self.out is not None and self.out.exists() and self.out.is_dir() == (self.out.suffix in (".png", ".npz")):
             kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
             raise ValueError(f"out {self.out} {kind}")
@@ -114,6 +118,40 @@ class SampleArgs:
         if _is_number(options.get("exposure_variance")):
             options["exposure_variance"] = float(options["exposure_variance"])
         return options
+
+
+@dataclass(frozen=True)
+class LatentArgs:
+    """Encode images with a VAE into safetensors shards, from which training reads them (--data.name latents). Under
+    torchrun or accelerate launch the processes share the work; the same command again goes on."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder with one sub-folder a class, or with tar files of KEY.jpg (png, ...) and KEY.cls (WebDataset's layout)."""
+    vae: Path
+    """Folder of an AutoencoderKL of diffusers: config.json and .safetensors weights."""
+    out: Path
+    """Folder of the shards and of latents.json, which is written when all are there."""
+    size: int = 256
+    """Height and width to which images are resized and centre-cropped, in pixels."""
+    shard_size: int = 4096
+    """Images in a shard."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the stored latents; the VAE computes in float32."""
+    flip: bool = True
+    """Also encode the mirrored images, which --data.flip needs; twice the time and size."""
+    batch_size: int = 32
+    """Images encoded at once by a process."""
+    num_workers: int = 4
+    """Threads of a process that read images."""
+    max_bad: int = 0
+    """Images that cannot be used and are left out, each named, before the program stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "shard_size", "batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_bad < 0:
+            raise ValueError(f"max_bad is {self.max_bad}; it must be 0 or more")
 
 
 def _is_number(text: str | None) -> bool:
@@ -145,6 +183,11 @@ def parse_train(argv: Sequence[str]) -> Config:
 def parse_sample(argv: Sequence[str]) -> SampleArgs:
     """`MODEL [options]` -> SampleArgs; mistakes end the program with exit code 2."""
     return tyro.cli(SampleArgs, prog="sample.py", args=list(argv))
+
+
+def parse_latents(argv: Sequence[str]) -> LatentArgs:
+    """`DATA --vae PATH --out DIR [options]` -> LatentArgs; mistakes end the program with exit code 2."""
+    return tyro.cli(LatentArgs, prog="python -m ditmoe.latents", args=list(argv))
 
 
 def run(main: Callable[[], None]) -> int:

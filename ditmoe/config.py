@@ -148,15 +148,18 @@ class DataConfig:
     """Where the images come from."""
 
     name: Literal["digits", "fashion", "folder", "latents"] = "digits"
-    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards)."""
+    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards, made by
+    python -m ditmoe.latents)."""
     path: Path | None = None
     """Folder of the images, of the IDX files, or of the latent shards."""
+    vae: Path | None = None
+    """latents: folder of the VAE that made them, saved with the model so that it draws pictures."""
     download: bool = False
     """Let torchvision download Fashion-MNIST into ./data when it is nowhere else."""
     fit: Literal["exact", "crop"] = "exact"
     """folder: images must have sample_size and in_channels exactly, or are resized, centre-cropped and converted."""
     flip: bool = False
-    """Mirror images left-right at random."""
+    """Mirror images left-right at random; of latents, take those of the mirrored images."""
     num_workers: int = 0
     """Processes that read images; 0 reads in the training process."""
     max_bad: int = 0
@@ -171,7 +174,7 @@ class DataConfig:
         )
         _require(self.path is None or self.name != "digits", "path does not apply to digits, which are bundled")
         _require(self.fit == "exact" or self.name == "folder", f"fit crop works with folder, not {self.name}")
-        _require(not self.flip or self.name != "latents", "flip does not apply to latents: mirror the images first")
+        _require(self.vae is None or self.name == "latents", f"vae works with latents, not {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +201,8 @@ class TrainConfig:
     """Decay of the moving average: min(ema_decay, (1 + n) / (10 + n)) at step n, parameters and buffers."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies it fast, else fp32."""
+    compile: bool = False
+    """Compile the blocks (torch.compile): minutes at the start, faster steps after; the last digits change."""
     log_every: int = 20
     """Steps between metrics rows (1 when max_steps is at most 200)."""
     checkpoint_every: int = 1000
@@ -258,10 +263,33 @@ class ParallelConfig:
     """How a model is split over the processes of a launch. It may change between the parts of a run."""
 
     experts: int = 1
-    """Processes that share the experts of every layer (expert parallelism); the rest of the model is replicated."""
+    """Processes that share the experts of every layer (expert parallelism)."""
+    shard: bool = False
+    """Cut everything else into slices too, a slice a process (FSDP2); otherwise it is replicated (DDP)."""
 
     def __post_init__(self) -> None:
         _positive(self, "experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The devices that --dry-run plans for; nothing that trains reads it."""
+
+    devices: int = 0
+    """Devices, one process each; 0 prints no plan."""
+    memory: float = 80.0
+    """Memory of a device, in GB (10^9 bytes)."""
+    tflops: float = 989.0
+    """Peak arithmetic of a device, in 10^12 operations a second (H100 SXM, dense bf16: 989)."""
+    efficiency: float = 0.4
+    """Share of that peak that a training step reaches, in (0, 1]."""
+    bandwidth: float = 50.0
+    """What a device sends, in GB (10^9 bytes) a second (InfiniBand NDR: 50)."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "devices")
+        _positive(self, "memory", "tflops", "bandwidth")
+        _require(0 < self.efficiency <= 1, f"efficiency is {self.efficiency}; it must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +311,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "max_steps")

@@ -19,12 +19,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import DataConfig
 from .folders import BadImage, FolderImages
+from .latent_sets import Latents, LatentShards, open_latents
 from .objective import sample_rng
 
 DIGITS_FILE = Path(__file__).parent / "data_files" / "digits.npz"
@@ -88,28 +87,6 @@ class ArrayImages:
         return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-@dataclass
-class Latents:
-    """Latents (len, C, H, W) float32 in memory with labels (len,)."""
-
-    values: Tensor
-    labels: NDArray[np.int64]
-    id2label: dict[int, str]
-    source: str
-    is_latent: bool = True
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Latents have no pixels."""
-        raise ValueError(f"{self.source}: latents are not pixels; decode them with their VAE first")
-
-    def tensors(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, H, W) float32."""
-        return self.values[torch.as_tensor(indices)].float()
-
-
 def open_data(config: DataConfig, *, size: int, channels: int, split: str = "train") -> ImageSet:
     """The data set of a configuration.
 
@@ -129,7 +106,8 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
             raise ValueError(f"the data set {config.name} needs --data.path FOLDER")
         if split == "test":
             raise ValueError(f"the data set {config.name} has no test split")
-        folder = _open_folder(config, size, channels) if config.name == "folder" else _open_latents(config.path)
+        is_folder = config.name == "folder"
+        folder = _open_folder(config, size, channels) if is_folder else open_latents(config.path, flip=config.flip)
         found = (channels, size, size) if config.name == "folder" else tuple(folder.tensors([0]).shape[1:])
     else:
         folder = _open_digits(split) if config.name == "digits" else _open_fashion(config, split)
@@ -164,6 +142,14 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
     return float(torch.cat([x.flatten(1).double().var(dim=1) for x in parts]).mean())
 
 
+def tensors(data: ImageSet, rows: Sequence[int], mirrored: Sequence[bool]) -> Tensor:
+    """(n, C, H, W) float32, the model's x; of `mirrored` images that of their mirror image."""
+    if isinstance(data, LatentShards):
+        return data.tensors(rows, mirrored)
+    x = data.tensors(rows)
+    return torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
+
+
 def readable(data: ImageSet, rows: Sequence[int]) -> list[int]:
     """Those of the rows whose images can be used."""
     if not isinstance(data, FolderImages):
@@ -184,6 +170,8 @@ def fingerprint(data: ImageSet) -> str:
     known = hashlib.sha256(json.dumps([len(data), data.id2label], sort_keys=True).encode() + data.labels.tobytes())
     if isinstance(data, FolderImages):
         known.update(json.dumps(data.inventory).encode())
+    elif isinstance(data, LatentShards):
+        known.update(json.dumps([data.index[name] for name in ("vae", "mean", "std", "shards")]).encode())
     elif isinstance(data, Latents):
         known.update(data.values.contiguous().flatten().view(torch.uint8).numpy().data)
     elif isinstance(data, ArrayImages):
@@ -279,32 +267,3 @@ def read_idx(file: Path) -> NDArray[np.uint8]:
     if len(raw) != 4 + 4 * dims + math.prod(shape):
         raise ValueError(f"{file} is truncated: {shape} needs {math.prod(shape)} bytes of data; fetch it again")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-
-
-def _open_latents(root: Path) -> Latents:
-    """Shards `*.safetensors`, each with `latents` (n, C, H, W) and, for a set with classes, `labels` (n,)."""
-    files = sorted(root.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"data.path {root} holds no *.safetensors shards of latents")
-    values, labels = [], []
-    for file in files:
-        try:
-            shard = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged, truncated or no safetensors file ({error})") from error
-        if "latents" not in shard:
-            raise ValueError(f"{file} has no tensor named latents")
-        values.append(shard["latents"])
-        labels.append(shard.get("labels", torch.zeros(0, dtype=torch.int64)))
-    if len({v.shape[1:] for v in values}) > 1 or values[0].ndim != 4:
-        raise ValueError(
-            f"the shards in {root} hold latents of different shapes: {[tuple(v.shape) for v in values][:4]}"
-        )
-    latents, classes = torch.cat(values), torch.cat(labels).long().flatten().numpy()
-    if len(latents) == 0 or len(classes) not in (0, len(latents)):
-        raise ValueError(f"the shards in {root} hold {len(latents)} latents but {len(classes)} labels")
-    if len(classes) and not 0 <= classes.min() <= classes.max() < len(latents):
-        raise ValueError(f"the shards in {root} have labels {classes.min()}..{classes.max()}; they must start at 0")
-    names = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
-    classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
-    return Latents(latents, classes, names, f"{len(latents)} latents of {len(names)} classes in {root}")

@@ -26,6 +26,8 @@ class ExportArgs:
     """The new pipeline folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the stored weights; bfloat16 has half the size."""
+    vae: Path | None = None
+    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
     force: bool = False
     """Replace the folder if it is there."""
 
@@ -34,17 +36,20 @@ def export(args: ExportArgs) -> None:
     """Write the pipeline folder: weights in `dtype`, the run's config.json as training.json, and a README.md.
 
     Raises:
-        ValueError: The run holds no model, or the folder exists.
+        ValueError: The run holds no model, the folder exists, or the VAE is not that of the latents.
     """
     import torch
 
     from . import pipeline
     from .facts import read_config
+    from .vae import load_vae
 
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
     read_config(args.run)  # refuses what is no run
     pipe = pipeline.load(args.run)
+    if args.vae is not None:
+        pipe.register_modules(vae=load_vae(args.vae, pipe.config.latents))
     torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)

@@ -35,7 +35,9 @@ def read_config(run: Path, name: str = "config.json") -> Config:
     try:
         values = json.loads(path.read_text())
         values["out"] = Path(values["out"])
-        values["data"]["path"] = None if values["data"]["path"] is None else Path(values["data"]["path"])
+        for place in ("path", "vae"):
+            if values["data"].get(place) is not None:
+                values["data"][place] = Path(values["data"][place])
         for field in dataclasses.fields(Config):
             if callable(field.default_factory):
                 values[field.name] = field.default_factory(**values[field.name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -112,16 +113,28 @@ class FolderImages:
             raise BadImage(row, str(error)) from error
 
     def _read(self, file: Path) -> NDArray[np.uint8]:
+        if self.fit == "crop":
+            return read_cropped(file, self.size, self.mode)
         with _opened(file) as image:
-            if self.fit == "exact":
-                self._check(file, image)
-            try:
-                upright = ImageOps.exif_transpose(image)
-                upright.load()
-            except _DECODING as error:
-                raise ValueError(f"{file} cannot be decoded ({error}); remove or replace it") from error
-            fitted = upright if self.fit == "exact" else _centre_crop(_converted(file, upright, self.mode), self.size)
-            return np.asarray(fitted, dtype=np.uint8).reshape(self.size, self.size, -1)
+            self._check(file, image)
+            return np.asarray(_upright(file, image), dtype=np.uint8).reshape(self.size, self.size, -1)
+
+
+def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = None) -> NDArray[np.uint8]:
+    """The image of a file, upright, resized, centre-cropped and converted: (size, size, C) uint8.
+
+    Args:
+        file: The file, or with `content` what messages call it.
+        size: Height and width.
+        mode: "L" or "RGB".
+        content: What is read instead of the file.
+
+    Raises:
+        ValueError: It cannot be used; the file is named.
+    """
+    with _opened(file, content) as image:
+        fitted = _centre_crop(_converted(file, _upright(file, image), mode), size)
+        return np.asarray(fitted, dtype=np.uint8).reshape(size, size, -1)
 
 
 def _image_files(root: Path, *, deep: bool = True) -> list[Path]:
@@ -129,11 +142,21 @@ def _image_files(root: Path, *, deep: bool = True) -> list[Path]:
     return sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
-def _opened(file: Path) -> Image.Image:
+def _opened(file: Path, content: BinaryIO | None = None) -> Image.Image:
     try:
-        return Image.open(file, formats=IMAGE_FORMATS)
+        return Image.open(file if content is None else content, formats=IMAGE_FORMATS)
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from error
+
+
+def _upright(file: Path, image: Image.Image) -> Image.Image:
+    """Decoded, and turned as its EXIF orientation says."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+        upright.load()
+    except _DECODING as error:
+        raise ValueError(f"{file} cannot be decoded ({error}); remove or replace it") from error
+    return upright
 
 
 def _converted(file: Path, image: Image.Image, mode: str) -> Image.Image:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ Pixels = NDArray[np.uint8]
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 NOTE = "sampling.json"  # what made the images of a folder
 NEW_NOTE = "note.tmp"  # on its way to be that
+EVERY = 10.0  # seconds between two lines of a log
 
 
 class Processes(Protocol):
@@ -244,13 +247,20 @@ def write_npz(images: ImageSet, path: Path, batch_size: int, processes: Processe
 
 
 def _share(images: ImageSet, batch_size: int, processes: Processes) -> Iterator[range]:
-    """The indices of this process's batches, under a progress bar on the first."""
+    """The indices of this process's batches; the first process shows a progress bar, or plain lines in a log."""
     starts = range(processes.rank * batch_size, images.num, processes.world * batch_size)
     total = sum(min(batch_size, images.num - start) for start in starts)
+    done, began = 0, time.monotonic()
+    said = began
     with tqdm(desc="sampling", total=total, unit="img", disable=True if processes.rank else None) as bar:
         for start in starts:
-            yield range(start, min(start + batch_size, images.num))
-            bar.update(min(batch_size, images.num - start))
+            batch = range(start, min(start + batch_size, images.num))
+            yield batch
+            bar.update(len(batch))
+            done, now = done + len(batch), time.monotonic()
+            if bar.disable and not processes.rank and now - said >= EVERY:
+                said = now
+                print(f"sampling: {done} of {total} images, {done / (now - began):.3g} a second", file=sys.stderr)
 
 
 def _join(parts: Path, images: ImageSet, path: Path, batch_size: int) -> None:
@@ -278,9 +288,9 @@ def _same_set(folder: Path, images: ImageSet, what: str) -> None:
     note = folder / NOTE
     try:
         facts = json.loads(note.read_text()) if note.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
-    if facts is None:
+    if not isinstance(facts, dict):
         raise ValueError(f"{what} {folder} is not empty; give another folder")
     differing = sorted(key for key in {*facts, *images.facts} if _what(facts, key) != _what(images.facts, key))
     if differing:

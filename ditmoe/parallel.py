@@ -1,8 +1,9 @@
-"""Expert parallelism: the experts of every layer are split over processes, everything else is replicated.
+"""How a model is split over processes: its experts (expert parallelism), and all the rest (FSDP2's sharding).
 
-The processes form a mesh (data, expert). The `degree` processes of a row hold E / degree experts each, and send each
-other the tokens that those experts serve (two all-to-all exchanges a layer and pass); every process trains on images
-of its own. Source of the rules for gradients: Megatron-LM's distributed data parallel, checked in tests/faults.
+Expert parallelism: the processes form a mesh (data, expert). The `degree` processes of a row hold E / degree experts
+each, and send each other the tokens that those experts serve (two all-to-all exchanges a layer and pass); every process
+trains on images of its own. The rest is replicated (DDP), or with `sharded` every process holds a slice of each
+parameter along its first dimension, gathered block by block when it is needed (torch's `fully_shard`).
 
 Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
 """
@@ -16,9 +17,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from .config import ParallelConfig
+from .model import DiTMoETransformer2DModel
 from .moe import Experts
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -76,107 +81,166 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad, receive, send, ctx.exchange), None, None, None
 
 
-class ExpertParallel:
-    """Which experts this process holds, and what follows from it. With degree 1 everything is as without it.
+class Parallel:
+    """Which part of a model this process holds, and what follows from it. By itself it holds all of it.
 
     Args:
         accelerator: All processes.
-        degree: Processes that share the experts of a layer.
+        config: How to split.
         num_experts: Experts E of a layer.
 
     Raises:
-        ValueError: The degree does not divide the processes or the experts.
+        ValueError: The degree does not divide the processes or the experts; sharding over one process.
     """
 
-    def __init__(self, accelerator: Accelerator, degree: int, num_experts: int) -> None:
-        self.accelerator, self.degree = accelerator, degree
-        self.world = accelerator.num_processes
-        if self.world % degree:
+    def __init__(self, accelerator: Accelerator, config: ParallelConfig, num_experts: int) -> None:
+        degree, world = config.experts, accelerator.num_processes
+        if world % degree:
             raise ValueError(
-                f"parallel.experts is {degree}, but the launch has {self.world} process(es); start a multiple of "
+                f"parallel.experts is {degree}, but the launch has {world} process(es); start a multiple of "
                 f"{degree}, as in: torchrun --nproc-per-node {degree} train.py ..."
             )
         if num_experts % degree:
             raise ValueError(f"parallel.experts {degree} does not divide moe.num_experts {num_experts}")
-        self.shard = accelerator.process_index % degree  # which slice of the experts
-        self.replica = accelerator.process_index // degree  # which copy of it
+        if config.shard and world == 1:
+            raise ValueError("parallel.shard needs several processes: torchrun --nproc-per-node N train.py ...")
+        self.accelerator, self.degree, self.sharded, self.world = accelerator, degree, config.shard, world
+        self.rank = accelerator.process_index
+        device = accelerator.device.type
         self._exchange: Exchange | None = None
         self._data: Any = None
         if degree > 1:
-            device = accelerator.device.type
-            mesh = init_device_mesh(device, (self.world // degree, degree), mesh_dim_names=("data", "expert"))
+            mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "expert"))
             self._exchange = Exchange(mesh["expert"].get_group())
             self._data = mesh["data"].get_group()
+        self._mesh: DeviceMesh | None = init_device_mesh(device, (world,)) if config.shard else None
+
+    @property
+    def writers(self) -> int:
+        """The first so many processes write checkpoints."""
+        return self.world if self.sharded else self.degree
+
+    @property
+    def splits(self) -> bool:
+        """Whether a process holds a part of the model only."""
+        return self.sharded or self.degree > 1
 
     @property
     def bytes_sent(self) -> int:
-        """To other processes by all exchanges so far."""
+        """To other processes by all exchanges of tokens so far."""
         return self._exchange.bytes_sent if self._exchange else 0
 
-    def split(self, model: nn.Module) -> None:
+    def split_experts(self, model: nn.Module) -> None:
         """Keep this process's slice of all experts of a model that is the same on every process."""
         if self._exchange is None:
             return
         for module in model.modules():
             if isinstance(module, Experts):
                 module.exchange = self._exchange
-                module.w_in = nn.Parameter(self.slice(module.w_in.detach()).clone())
-                module.w_out = nn.Parameter(self.slice(module.w_out.detach()).clone())
+                module.w_in = nn.Parameter(self._slice(module.w_in.detach()).clone())
+                module.w_out = nn.Parameter(self._slice(module.w_out.detach()).clone())
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(expert_names(model)))
 
-    def slice(self, value: Tensor) -> Tensor:
-        """This process's experts of (E, ...)."""
-        size = len(value) // self.degree
-        return value[self.shard * size : (self.shard + 1) * size]
+    def shard_rest(self, model: DiTMoETransformer2DModel) -> None:
+        """Keep this process's slice of every parameter that is not a split expert's, along its first dimension."""
+        if self._mesh is None:
+            return
+        names = expert_names(model) if self.degree > 1 else set()
+        left_out = {p for name, p in model.named_parameters() if name in names}
+        for block in model.blocks:
+            fully_shard(block, mesh=self._mesh, ignored_params=left_out)
+        fully_shard(model, mesh=self._mesh, ignored_params=left_out)
+
+    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        """The model and optimiser that train: DDP's on several processes, unless the model is sharded."""
+        if self.sharded:
+            return model, self.accelerator.prepare(optimizer)
+        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
+        return prepared
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Finish the gradients of one step, clip them by their global norm, and return that norm.
 
         The exchanges' backward passes have summed the experts' gradients over a row of the mesh; the others are means
-        over all processes. So the experts' are summed over the rows too, and divided by the number of processes.
+        over all processes. So the experts' are summed over the rows too, and divided by the number of processes
+        (the rule of Megatron-LM's distributed data parallel).
         """
-        if self._exchange is None:
+        if not self.splits:
             norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
             return norm
-        names = expert_names(model)
-        split = [p.grad for n, p in model.named_parameters() if n in names and p.grad is not None]
-        whole = [p.grad for n, p in model.named_parameters() if n not in names and p.grad is not None]
-        for grad in split:
+        names = expert_names(model) if self._exchange else set()
+        grads: dict[str, list[Tensor]] = {"experts": [], "slices": [], "whole": []}
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter.grad, DTensor):
+                grads["slices"].append(parameter.grad.to_local())
+            elif parameter.grad is not None:
+                grads["experts" if name in names else "whole"].append(parameter.grad)
+        for grad in grads["experts"]:
             dist.all_reduce(grad, group=self._data)
             grad.div_(self.world)
-        squares = torch.stack([_square(split), _square(whole)])
-        dist.all_reduce(squares[:1], group=self._exchange.group)
-        norm = squares.sum().sqrt()
-        torch._foreach_mul_(split + whole, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        squares = {kind: _square(found, self.accelerator.device) for kind, found in grads.items()}
+        if self._exchange:
+            dist.all_reduce(squares["experts"], group=self._exchange.group)
+        if self.sharded:
+            dist.all_reduce(squares["slices"])
+        norm = torch.stack([*squares.values()]).sum().sqrt()
+        torch._foreach_mul_([g for found in grads.values() for g in found], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gathered(self, value: Tensor) -> Tensor | None:
-        """The whole (E, ...) tensor of a slice, on the CPU of the first process; None elsewhere. All must call it."""
-        if self._exchange is None:
-            return value.detach().cpu()
-        parts = [torch.empty_like(value) for _ in range(self.degree)]
-        dist.all_gather(parts, value.detach().contiguous(), group=self._exchange.group)
-        return torch.cat([part.cpu() for part in parts]) if self.accelerator.is_main_process else None
+    def gathered(self, value: Tensor, *, expert: bool) -> Tensor | None:
+        """The whole of a slice, on the CPU of the first process; None elsewhere. All processes must call it."""
+        first = self.accelerator.is_main_process
+        whole: Tensor
+        if isinstance(value, DTensor):
+            whole = value.full_tensor().detach()
+        elif expert and self._exchange is not None:
+            parts = [torch.empty_like(value) for _ in range(self.degree)]
+            dist.all_gather(parts, value.detach().contiguous(), group=self._exchange.group)
+            whole = torch.cat(parts)
+        else:
+            whole = value.detach()
+        return whole.cpu() if first else None
 
-    def own(self, parts: Mapping[str, Mapping[str, Tensor]], names: set[str]) -> dict[str, dict[str, Tensor]]:
-        """Of a checkpoint's whole tensors those slices that this process holds."""
-        return {
-            part: {key: self.slice(v) if v.ndim and _parameter(key, part) in names else v for key, v in tensors.items()}
-            for part, tensors in parts.items()
-        }
+    def own(self, parts: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Of a checkpoint's whole tensors what this process holds, like `model`'s parameters."""
+        names = expert_names(model) if self.degree > 1 else set()
+        sliced = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+
+        def mine(name: str, value: Tensor) -> Tensor:
+            if value.ndim and name in names:
+                return self._slice(value)
+            if value.ndim and name in sliced:
+                size = -(-len(value) // self.world)  # as torch cuts it: the last slices may be short, or empty
+                local = value[self.rank * size : (self.rank + 1) * size].to(self.accelerator.device)
+                return DTensor.from_local(
+                    local, self._mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride()
+                )
+            return value
+
+        return {part: {k: mine(_parameter(k, part), v) for k, v in found.items()} for part, found in parts.items()}
 
     def saved(
-        self, parts: Mapping[str, Mapping[str, Tensor]], names: set[str]
+        self, parts: Mapping[str, Mapping[str, Tensor]], model: nn.Module
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-        """What is the same on every process, and slices of experts: the first process saves the one, all the other."""
-        if self._exchange is None:
-            return {part: dict(tensors) for part, tensors in parts.items()}, {}
-        split = {
-            part: {key for key, value in tensors.items() if value.ndim and _parameter(key, part) in names}
-            for part, tensors in parts.items()
-        }
-        whole = {part: {k: v for k, v in tensors.items() if k not in split[part]} for part, tensors in parts.items()}
-        return whole, {part: {k: tensors[k] for k in sorted(split[part])} for part, tensors in parts.items()}
+        """What the first process saves of the state, and the slices that this one saves."""
+        names = expert_names(model) if self.degree > 1 else set()
+        whole: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+        split: dict[str, dict[str, Tensor]] = {part: {} for part in parts} if self.splits else {}
+        for part, tensors in parts.items():
+            for key, value in tensors.items():
+                if isinstance(value, DTensor):
+                    split[part][key] = value.to_local()
+                elif value.ndim and _parameter(key, part) in names:
+                    if self.rank < self.degree:  # the first copy of the experts
+                        split[part][key] = value
+                else:
+                    whole[part][key] = value
+        return ({} if self.rank else whole), split
+
+    def _slice(self, value: Tensor) -> Tensor:
+        size = len(value) // self.degree
+        position = self.rank % self.degree
+        return value[position * size : (position + 1) * size]
 
 
 def expert_names(model: nn.Module) -> set[str]:
@@ -194,5 +258,7 @@ def _parameter(key: str, part: str) -> str:
     return key.rsplit(".", 1)[0] if part == "optimizer" else key
 
 
-def _square(grads: list[Tensor]) -> Tensor:
+def _square(grads: list[Tensor], device: torch.device) -> Tensor:
+    if not grads:
+        return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(grads)).square().sum()

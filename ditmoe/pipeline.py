@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,10 +24,10 @@ from samplers import image_generators, initial_noise, make_scheduler, network_ca
 from samplers.model_folder import check_component, is_scheduler, is_vae, read_object
 
 from .config import Config
-from .latent_sets import check_vae, denormalize, is_normalization, normalization
+from .latent_sets import denormalize, is_normalization, normalization
 from .model import DiTMoETransformer2DModel
 from .objective import scheduler_config
-
+from .vae import check_vae, load_vae
 
 _DECODED_AT_ONCE = 16  # images; a VAE needs about a gigabyte for each of 256 x 256
 
@@ -291,45 +291,6 @@ def assemble(
     return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
 
 
-def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
-    """The VAE of a pipeline whose network makes these latents, see `DiTMoEPipeline`.
-
-    Raises:
-        ValueError: It is not the one that made them, or the latents do not say which did.
-    """
-    if latents is None:
-        raise ValueError(
-            f"vae {folder} cannot be checked: the latents do not say which VAE made them, as those of python -m "
-            f"ditmoe.latents do"
-        )
-    vae = open_vae(folder)
-    check_vae(vae, latents)
-    return vae
-
-
-def open_vae(folder: Path) -> AutoencoderKL:
-    """A VAE of diffusers from a local folder, float32, for inference. Nothing in the folder is executed.
-
-    Raises:
-        ValueError: The folder holds none that is whole.
-    """
-    try:
-        kind = read_object(folder / "config.json").get("_class_name")
-        if kind != AutoencoderKL.__name__:
-            raise ValueError(f"its config.json is of a {kind!r:.100}, not an AutoencoderKL")
-        tensors = check_component(folder)
-        if not tensors:
-            raise ValueError("it holds no .safetensors weights; pickled ones are never opened")
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        missing = sorted(vae.state_dict().keys() - tensors)
-        if missing:
-            raise ValueError(f"its weights lack {', '.join(missing[:5])}")
-    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
-        sentence = " ".join(str(error).split())
-        raise ValueError(f"vae {folder} is not a VAE that can be loaded: {sentence}") from error
-    return vae.float().eval().requires_grad_(False)
-
-
 def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when there is none, or it does not say."""
     try:
@@ -367,6 +328,8 @@ def _save_in_lots(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict
     """diffusers' layout of a sharded model: one safetensors file a lot, and an index."""
     pipeline.save_config(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
+    if pipeline.vae is not None:
+        pipeline.vae.save_pretrained(folder / "vae")
     pipeline.transformer.save_config(folder / "transformer")
     where: dict[str, str] = {}
     size = 0

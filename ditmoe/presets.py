@@ -91,4 +91,8 @@ PRESETS: dict[str, Config] = {
     "dit-moe-xl/2-8e2a": _paper(28, 1152, 16, 8, "layer"),
     "dit-moe-g/2-16e2a": _paper(40, 1408, 16, 16, "layer"),
 }
+PRESETS |= {
+    f"imagenet-256-{size}": replace(PRESETS[size], data=replace(PRESETS[size].data, flip=True))
+    for size in ("s", "b", "l", "xl")
+}
 PRESETS = {name: replace(config, out=Path("runs") / name.replace("/", "-")) for name, config in PRESETS.items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -103,6 +105,42 @@ def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Sig
             if signals.received:
                 store.set(f"{name}/stop", "1")
             time.sleep(_POLL)
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse a launch that was asked for several processes and has quietly started one.
+
+    `accelerate launch --cpu --num_processes 2` does (Accelerate 1.15: --cpu disables its launchers of several).
+
+    Raises:
+        ValueError: The process that started this one was asked for more.
+    """
+    asked = _asked_for()
+    if accelerator.num_processes == 1 and asked > 1:
+        raise ValueError(
+            f"the launch was asked for {asked} processes and has started 1; on CPUs write ACCELERATE_USE_CPU=true "
+            f"accelerate launch --multi_gpu --num_processes {asked} train.py ..., or torchrun --nproc-per-node {asked}"
+        )
+
+
+def _asked_for() -> int:
+    """What `accelerate launch`, if it started this process, was told: by its flags or its configuration file."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")  # Linux; elsewhere nothing is known
+    except OSError:
+        return 1
+    if "launch" not in command and not any(word.endswith("accelerate-launch") for word in command):
+        return 1
+    flags = [word.replace("_", "-") for word in command]
+    for name in ("--num-processes", "--config-file"):
+        for flag, value in zip(flags, [*command[1:], ""], strict=True):
+            value = flag.partition("=")[2] or value
+            if flag.split("=")[0] == name and name == "--num-processes":
+                return int(value) if value.isdigit() else 1
+            if flag.split("=")[0] == name and Path(value).is_file():
+                found = re.search(r"^num_processes:\s*(\d+)", Path(value).read_text(), re.MULTILINE)
+                return int(found[1]) if found else 1
+    return 1
 
 
 def shutdown() -> None:

@@ -16,8 +16,8 @@ LOCK = ".lock"
 
 # What may change between the parts of one run: it has no influence on the weights at a given step.
 # (data.path has: the data's fingerprint is checked instead.)
-_FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts"}
-_FREE |= {f"data.{name}" for name in ("path", "download", "num_workers", "max_bad")}
+_FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard"}
+_FREE |= {f"data.{name}" for name in ("path", "vae", "download", "num_workers", "max_bad")}
 _FREE |= {
     f"train.{name}"
     for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard", "max_skipped", "on_save_error")
@@ -73,7 +73,7 @@ def check_place(config: Config) -> None:
         changed = [
             line
             for line in differences(old, to_dict(config))
-            if line.split(":")[0] not in _FREE and not line.startswith("sample.")
+            if line.split(":")[0] not in _FREE and not line.startswith(("sample.", "plan."))
         ]
         if changed:
             raise ValueError(

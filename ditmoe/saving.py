@@ -15,7 +15,7 @@ from . import checkpoint, pipeline, ranks
 from .config import Config, to_dict
 from .data import ImageSet
 from .model import build
-from .parallel import ExpertParallel, expert_names
+from .parallel import Parallel, expert_names
 from .state import State, num_classes, to_parts
 
 
@@ -26,7 +26,7 @@ class Saving:
         config: The run.
         data: Its training images, for the names of the classes.
         accelerator: The processes.
-        parallel: Who holds which experts.
+        parallel: Who holds what.
         state: What learns.
         step: The step of the checkpoint that the state came from; -1 for none.
     """
@@ -36,7 +36,7 @@ class Saving:
         config: Config,
         data: ImageSet,
         accelerator: Accelerator,
-        parallel: ExpertParallel,
+        parallel: Parallel,
         state: State,
         step: int,
     ) -> None:
@@ -47,14 +47,14 @@ class Saving:
 
     def __enter__(self) -> Saving:
         token = ranks.decided_by_first(self.accelerator, lambda: str(os.getpid()))
-        if self.parallel.replica == 0:
+        if self.parallel.rank < self.parallel.writers:
             self._writer = checkpoint.Writer(
                 self.config.out / "checkpoints",
                 self.config.train.keep,
                 tolerant=self.config.train.on_save_error == "continue",
                 token=token,
-                shard=self.parallel.shard,
-                shards=self.parallel.degree,
+                shard=self.parallel.rank,
+                shards=self.parallel.writers,
             )
         return self
 
@@ -65,9 +65,8 @@ class Saving:
     def checkpoint(self, step: int, facts: dict[str, Any], *, wait: bool) -> None:
         """Save the state as of a step; with `wait`, return when it is on the disk. Raises as `checkpoint.Writer`."""
         if self._writer and step != self._last:
-            whole, split = self.parallel.saved(to_parts(self.state), self._experts)
-            entry = {"config": to_dict(self.config), **facts}
-            self._writer.save(step, {} if self.parallel.shard else whole, entry, split, wait=False)
+            whole, split = self.parallel.saved(to_parts(self.state), self.state.model)
+            self._writer.save(step, whole, {"config": to_dict(self.config), **facts}, split, wait=False)
         self._last = step
         if wait:
             if self._writer:
@@ -77,7 +76,7 @@ class Saving:
     def pipeline(self, variance: float, step: int) -> pipeline.DiTMoEPipeline | None:
         """The pipeline of the averaged weights, whole, on the first process; None on the others."""
         model = self.state.ema
-        if self.parallel.degree > 1:
+        if self.parallel.splits:
             whole = {name: self._whole(name, value) for name, value in self.state.ema.state_dict().items()}
             if not self.accelerator.is_main_process:
                 return None
@@ -88,7 +87,7 @@ class Saving:
     def export(self, variance: float, step: int) -> None:
         """Write model/ with the averaged weights. Of split experts one block is whole at a time."""
         first, folder = self.accelerator.is_main_process, self.config.out / "model"
-        if self.parallel.degree == 1:
+        if not self.parallel.splits:
             if first:
                 pipe = pipeline.assemble(self.state.ema.cpu(), self.config, self.data.id2label, variance, step)
                 pipeline.save(pipe, folder)
@@ -111,4 +110,4 @@ class Saving:
             yield {name: whole for name, value in lot.items() if (whole := self._whole(name, value)) is not None}
 
     def _whole(self, name: str, value: Tensor) -> Tensor | None:
-        return self.parallel.gathered(value) if name in self._experts else value.detach().cpu()
+        return self.parallel.gathered(value, expert=name in self._experts)

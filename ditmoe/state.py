@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import checkpoint
 from .config import Config
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
 from .moe import Router
-from .parallel import ExpertParallel, expert_names
+from .parallel import Parallel, expert_names
 
 
 class State(NamedTuple):
@@ -25,7 +26,7 @@ class State(NamedTuple):
     optimizer: torch.optim.AdamW
 
 
-def new_state(config: Config, num_classes: int, parallel: ExpertParallel | None = None) -> State:
+def new_state(config: Config, num_classes: int, parallel: Parallel | None = None) -> State:
     """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only).
 
     The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
@@ -33,20 +34,30 @@ def new_state(config: Config, num_classes: int, parallel: ExpertParallel | None 
     torch.manual_seed(config.seed)
     model = build(config, num_classes)
     if parallel is not None:
-        parallel.split(model)
+        parallel.split_experts(model)
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if parallel is not None:
+        parallel.shard_rest(model)
+        parallel.shard_rest(ema)
     train = config.train
+    if train.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    names = expert_names(model)
     routers = [m.weight for m in model.modules() if isinstance(m, Router)]
     known = {id(p) for p in routers}
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in known]
+    experts = [p for name, p in model.named_parameters() if name in names]  # split in another way than the rest
+    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known and n not in names]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
         {"params": routers, "weight_decay": train.weight_decay, "lr_factor": config.model.hidden_size**-0.5},
+        {"params": experts, "weight_decay": train.weight_decay},
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
     return State(model.train(), ema, optimizer)
 
@@ -64,11 +75,17 @@ def num_classes(config: Config, data: ImageSet) -> int:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, over parameters and floating-point buffers; others are copied."""
-    ours, theirs = ema.state_dict(), model.state_dict()
+    ours, theirs = ({n: _local(v) for n, v in net.state_dict().items()} for net in (ema, model))
     floating = [name for name, value in ours.items() if value.is_floating_point()]
     torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
     for name in ours.keys() - set(floating):
         ours[name].copy_(theirs[name])
+
+
+def _local(value: Tensor) -> Tensor:
+    """This process's slice of a sharded tensor, itself of any other."""
+    local: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return local
 
 
 def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
@@ -82,7 +99,7 @@ def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
     return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
 
 
-def resume(path: Path, state: State, facts: dict[str, Any], parallel: ExpertParallel) -> dict[str, Any]:
+def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     """Load a checkpoint into the state, which is touched only when all of it fits; its saved values.
 
     Raises:
@@ -94,10 +111,10 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: ExpertPara
     parts, meta = checkpoint.load(path)
     if meta["data"] != facts["data"]:
         raise ValueError(
-            f"the data set is not the one that {path} was trained on (other images, order or classes); "
+            f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
             f"restore it, or give another --out"
         )
-    parts = parallel.own(parts, expert_names(state.model))
+    parts = parallel.own(parts, state.model)
     wrong = _mismatches(parts, state)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import Config, TrainConfig
-from .data import ImageSet
+from .data import ImageSet, tensors
 from .folders import BadImage, FolderImages
 from .objective import sample_rng
 from .signals import ignored_here
@@ -43,16 +43,14 @@ class _Stream(Dataset[Batch]):
 
     def __getitem__(self, indices: list[int]) -> Batch:
         x, rows, bad = None, [], []
+        mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices] if self.flip else []
         while x is None:
             rows = [self._image_of(i) for i in indices]
             try:
-                x = self.data.tensors(rows)
+                x = tensors(self.data, rows, mirrored) if self.flip else self.data.tensors(rows)
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))
-        if self.flip:
-            mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices]
-            x = torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
         return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad)
 
     def name(self, index: int) -> str:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from . import checkpoint, pipeline, ranks, run_folder
+from . import checkpoint, pipeline, plan, ranks, run_folder
 from .config import Config, TrainConfig, save, to_dict
 from .data import ImageSet, fingerprint, pixel_variance
 from .health import Evidence, Health, Watch
@@ -28,7 +28,7 @@ from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
 from .moe import MoELayer, Routing, balanced_bias
 from .objective import Losses, Objective
-from .parallel import ExpertParallel
+from .parallel import Parallel
 from .saving import Saving
 from .signals import Interrupted, Signals
 from .state import State, new_state, num_classes, resume, update_ema
@@ -60,8 +60,9 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = _accelerator(config.train)
+    ranks.check_launch(accelerator)
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
-    parallel = ExpertParallel(accelerator, config.parallel.experts, config.moe.num_experts)
+    parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
     pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
     with ExitStack() as stack:
@@ -75,7 +76,7 @@ def _train(
     on_sample: OnSample | None,
     argv: Sequence[str],
     accelerator: Accelerator,
-    parallel: ExpertParallel,
+    parallel: Parallel,
     state: State,
 ) -> bool:
     """`train`, in a run folder that is ours."""
@@ -96,7 +97,7 @@ def _train(
         _open_folder(config, argv)
     _announce(config, data, accelerator, first_step)
     rank, world = accelerator.process_index, accelerator.num_processes
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    model, optimizer = parallel.prepare(state.model, state.optimizer)
     state.ema.to(accelerator.device)
     bad = list(saved.get("bad_images", []))
     with (
@@ -159,7 +160,7 @@ class _Run(NamedTuple):
 
     config: Config
     accelerator: Accelerator
-    parallel: ExpertParallel
+    parallel: Parallel
     raw: DiTMoETransformer2DModel
     model: nn.Module
     optimizer: Any
@@ -186,6 +187,8 @@ def describe(config: Config) -> str:
     counts = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
     if config.model.num_classes is None and not known:
         counts += ", without the label table, whose size the data set decides"
+    if config.plan.devices:
+        counts += "\n" + plan.table(config, model, micro_batch_size(config.train, config.plan.devices))
     return json.dumps(to_dict(config), indent=2) + "\n" + counts
 
 
@@ -249,7 +252,8 @@ def _forward(run: _Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | N
     if run.raw.null_label is not None:
         labels = torch.where(draws.drop, run.raw.null_label, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
-    sample, routing = run.model(x_t, t, labels, return_dict=False)
+    with run.accelerator.autocast():
+        sample, routing = run.model(x_t, t, labels, return_dict=False)
     counts = _global_counts(run.accelerator, routing)
     losses = objective.losses(sample, routing, target, x_0, x_t, t, config.moe, counts)
     return losses, routing, counts

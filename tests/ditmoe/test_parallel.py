@@ -23,10 +23,14 @@ def parts_of(out):
     return checkpoint.load(checkpoint.newest(out / "checkpoints"))[0]
 
 
-@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 2), (4, 4)])
-def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree):
+WAYS = [(2, 2, False), (4, 2, False), (4, 4, False), (2, 1, True), (2, 2, True), (4, 2, True)]
+
+
+@pytest.mark.parametrize(("world", "degree", "shard"), WAYS)
+def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree, shard):
     out = tmp_path / "run"
-    group = runs.training(out, *STEPS, "--parallel.experts", degree, world=world)
+    flags = ["--parallel.experts", degree, *(["--parallel.shard"] if shard else [])]
+    group = runs.training(out, *STEPS, *flags, world=world)
     assert group.wait() == [0] * world, group.err() + group.err(1)
     assert f"training on {world} process(es)" in group.out()
     found, wanted = parts_of(out), parts_of(alone)
@@ -40,13 +44,15 @@ def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["load_max_over_mean"] == pytest.approx(other["load_max_over_mean"], rel=1e-5)
     files = sorted(p.name for p in checkpoint.newest(out / "checkpoints").glob("model*"))
-    assert files == ["model.safetensors", *(f"model.shard-{n}.safetensors" for n in range(degree))]
+    writers = world if shard else degree
+    assert files == ["model.safetensors", *(f"model.shard-{n}.safetensors" for n in range(writers))]
 
 
-def test_a_run_changes_its_degree_and_ends_as_a_pipeline(tmp_path, alone):
+@pytest.mark.parametrize("shard", [[], ["--parallel.shard"]])
+def test_a_run_changes_its_degree_and_ends_as_a_pipeline(tmp_path, alone, shard):
     out = tmp_path / "run"
     for steps, degree, world in ((2, 2, 2), (4, 1, 1), (6, 2, 2)):
-        flags = [*STEPS[2:], "--max-steps", steps, "--parallel.experts", degree]
+        flags = [*STEPS[2:], "--max-steps", steps, "--parallel.experts", degree, *(shard if world > 1 else [])]
         group = runs.training(out, *flags, world=world)
         assert group.wait() == [0] * world, group.err()
     found, wanted = parts_of(out), parts_of(alone)
@@ -61,9 +67,10 @@ def test_a_run_changes_its_degree_and_ends_as_a_pipeline(tmp_path, alone):
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in weights.values())
 
 
-def test_it_samples_while_it_trains(tmp_path):
+@pytest.mark.parametrize("how", [["--parallel.experts", 2], ["--parallel.shard"]])
+def test_it_samples_while_it_trains(tmp_path, how):
     out = tmp_path / "run"
-    flags = [*STEPS, "--parallel.experts", 2, "--train.sample-every", 3]
+    flags = [*STEPS, *how, "--train.sample-every", 3]
     group = runs.training(out, *flags, hook=runs.checked_samples, world=2)
     assert group.wait() == [0, 0], group.err()
     assert group.out().count("whole network at step") == 2
@@ -86,6 +93,7 @@ def test_accumulation_and_place_routing(tmp_path):
     [
         (1, ["--parallel.experts", 2], "parallel.experts is 2, but the launch has 1 process(es)"),
         (2, ["--parallel.experts", 4], "parallel.experts is 4, but the launch has 2 process(es)"),
+        (1, ["--parallel.shard"], "parallel.shard needs several processes"),
         (2, ["--parallel.experts", 2, "--moe.num-experts", 5], "parallel.experts 2 does not divide moe.num_experts 5"),
     ],
 )
@@ -96,3 +104,18 @@ def test_what_cannot_be_split_is_refused_on_every_process(tmp_path, world, flags
         assert sentence in group.err(rank)
         assert "Traceback" not in group.err(rank)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "flags"), [(1, []), (2, ["--parallel.experts", 2]), (2, ["--parallel.shard"])])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_train_the_same(tmp_path, alone, world, flags, precision):
+    out, plain = tmp_path / "run", alone
+    more = ["--train.precision", precision]
+    if precision == "bf16":
+        plain = tmp_path / "plain"
+        assert runs.training(plain, *STEPS, *more).wait() == [0]
+    group = runs.training(out, *STEPS, *flags, *more, "--train.compile", world=world)
+    assert group.wait(280) == [0] * world, group.err()
+    for one, other in zip(runs.rows(out), runs.rows(plain), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4 if precision == "fp32" else 2e-2)

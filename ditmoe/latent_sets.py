@@ -1,0 +1,275 @@
+"""Latents of images that a VAE has encoded: what training reads of them, and how a pipeline turns them back.
+
+The folder that `python -m ditmoe.latents` writes: shards `00000.safetensors`, ..., each with `latents` (n, C, H, W), as
+the VAE's posterior mean has them, `labels` (n,) int64 and mostly `latents_flipped`, the latents of the mirrored images;
+and `latents.json`, written when all are there. The model's x is (latents - mean) / std with the mean and std of each
+channel over the set. In the simple form, shards without a latents.json, the latents are the model's x.
+
+Shapes: n images asked for, C channels, H W size of the latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .vae import vae_words
+
+INDEX = "latents.json"
+FORMAT = 1
+KEY = "ditmoe"  # of a shard's metadata; one entry, for safetensors writes several in any order
+_HASHED_BYTES = 2 * 2**30  # a set up to this size is hashed whenever it is opened
+
+Index = dict[str, Any]
+
+
+class Latents:
+    """Latents (len, C, H, W) in memory with labels (len,), as the model takes them."""
+
+    is_latent = True
+
+    def __init__(self, values: Tensor, labels: NDArray[np.int64], id2label: dict[int, str], source: str) -> None:
+        self.values, self.labels, self.id2label, self.source = values, labels, id2label, source
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Latents have no pixels."""
+        _no_pixels(self.source)
+
+    def tensors(self, indices: Sequence[int]) -> Tensor:
+        """(n, C, H, W) float32."""
+        return self.values[torch.as_tensor(indices)].float()
+
+
+class LatentShards:
+    """Latents read from their shards, mapped into memory, when they are asked for.
+
+    Args:
+        root: The folder.
+        index: Its latents.json.
+
+    Raises:
+        ValueError: A shard is missing or is not the one that latents.json lists; it names the file and the fix. Hashes
+            are compared where the set has at most 2 GiB.
+    """
+
+    is_latent = True
+
+    def __init__(self, root: Path, index: Index) -> None:
+        self.root, self.index = root, index
+        self.flipped: bool = index["flip"]
+        self.id2label = dict(enumerate(index["classes"]))
+        self._files = [root / shard["file"] for shard in index["shards"]]
+        self._ends = list(accumulate(shard["count"] for shard in index["shards"]))
+        self._open: dict[int, Any] = {}
+        self._mean, self._std = _columns(index)
+        hashed = sum(shard["bytes"] for shard in index["shards"]) <= _HASHED_BYTES
+        labels = [self._labels(file, shard, hashed) for file, shard in zip(self._files, index["shards"], strict=True)]
+        self.labels: NDArray[np.int64] = np.concatenate(labels)
+        self.source = f"{len(self.labels)} latents of {len(self.id2label)} classes in {root}, VAE {vae_words(index)}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a process that reads opens the files itself
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Latents have no pixels."""
+        _no_pixels(self.source)
+
+    def tensors(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
+        """(n, C, H, W) float32, mean 0 and variance 1 in each channel over the set; `mirrored`: of which images."""
+        kinds = ["latents_flipped" if m else "latents" for m in mirrored or [False] * len(indices)]
+        z = torch.stack([self._read(row, kind) for row, kind in zip(indices, kinds, strict=True)])
+        return (z.float() - self._mean) / self._std
+
+    def _read(self, row: int, kind: str) -> Tensor:
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        if shard not in self._open:
+            self._open[shard] = safe_open(self._files[shard], framework="pt")
+        value: Tensor = self._open[shard].get_slice(kind)[row - self._ends[shard]]  # from the end: a negative number
+        return value
+
+    def _labels(self, file: Path, shard: Mapping[str, Any], hashed: bool) -> NDArray[np.int64]:
+        """The labels of a shard, once it has been found to be the one that latents.json lists."""
+        fix = f"restore it, or run python -m ditmoe.latents with --out {self.root} again, which makes it anew"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, which {INDEX} lists; {fix}")
+        if file.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, not {shard['bytes']} as {INDEX} says; {fix}")
+        if hashed and digest(file) != shard["sha256"]:
+            raise ValueError(f"{file} has other content than {INDEX} says (SHA-256); {fix}")
+        want = {name: [shard["count"], *self.index["shape"]] for name in names(self.flipped)}
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                labels = tensors.get_tensor("labels")
+                found = {name: tensors.get_slice(name).get_shape() for name in want}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged, truncated or no shard of latents ({error}); {fix}") from error
+        if found != want or labels.shape != (shard["count"],) or labels.dtype != torch.int64:
+            raise ValueError(f"{file} holds {found}, not {want} and as many labels as {INDEX} says; {fix}")
+        array: NDArray[np.int64] = labels.numpy()
+        return array
+
+
+def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
+    """The latents in a folder, with or without latents.json.
+
+    Raises:
+        ValueError: Shards that are missing, damaged or do not belong together; mirrored images are asked for with
+            `flip`, but not there.
+    """
+    index = read_index(root)
+    if flip and not (index and index["flip"]):
+        raise ValueError(
+            f"data.flip needs the latents of mirrored images, which {root} does not hold; encode them with python -m "
+            f"ditmoe.latents --flip, or train with --data.no-flip"
+        )
+    return _open_simple(root) if index is None else LatentShards(root, index)
+
+
+def _open_simple(root: Path) -> Latents:
+    """Shards `*.safetensors`, each with `latents` (n, C, H, W) and, for a set with classes, `labels` (n,)."""
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"data.path {root} holds no *.safetensors shards of latents")
+    values, labels = [], []
+    for file in files:
+        try:
+            shard = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged, truncated or no safetensors file ({error})") from error
+        if "latents" not in shard:
+            raise ValueError(f"{file} has no tensor named latents")
+        values.append(shard["latents"])
+        labels.append(shard.get("labels", torch.zeros(0, dtype=torch.int64)))
+    if len({v.shape[1:] for v in values}) > 1 or values[0].ndim != 4:
+        raise ValueError(
+            f"the shards in {root} hold latents of different shapes: {[tuple(v.shape) for v in values][:4]}"
+        )
+    latents, classes = torch.cat(values), torch.cat(labels).long().flatten().numpy()
+    if len(latents) == 0 or len(classes) not in (0, len(latents)):
+        raise ValueError(f"the shards in {root} hold {len(latents)} latents but {len(classes)} labels")
+    if len(classes) and not 0 <= classes.min() <= classes.max() < len(latents):
+        raise ValueError(f"the shards in {root} have labels {classes.min()}..{classes.max()}; they must start at 0")
+    id2label = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
+    classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
+    return Latents(latents, classes, id2label, f"{len(latents)} latents of {len(id2label)} classes in {root}")
+
+
+# ---- latents.json and a shard's metadata
+
+
+def names(flip: bool) -> tuple[str, ...]:
+    """The tensors of latents in a shard."""
+    return ("latents", "latents_flipped") if flip else ("latents",)
+
+
+def read_index(root: Path) -> Index | None:
+    """What latents.json says; None for a folder of the simple form.
+
+    Raises:
+        ValueError: It is not whole, or it is missing because the set has not been encoded to its end.
+    """
+    file = root / INDEX
+    if not file.is_file():
+        first = min(root.glob("*.safetensors"), default=None)
+        if first is not None and metadata(first) is not None:
+            raise ValueError(f"{root} holds no {INDEX}: run python -m ditmoe.latents again until all is encoded")
+        return None
+    try:
+        index = json.loads(file.read_text())
+        fault = "it has another format" if index["format"] != FORMAT else _index_fault(index)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise ValueError(f"{file} is not what python -m ditmoe.latents writes ({fault})")
+    found: Index = index
+    return found
+
+
+def _index_fault(index: Any) -> str | None:
+    shards, shape, classes = index["shards"], index["shape"], index["classes"]
+    plain = all(
+        Path(shard["file"]).name == shard["file"] and shard["file"].endswith(".safetensors") for shard in shards
+    )
+    numbers = [*shape, index["count"], *(shard[name] for shard in shards for name in ("count", "bytes"))]
+    if not plain or not all(isinstance(shard["sha256"], str) for shard in shards):
+        return "its shards are not files of the folder"
+    if len(shape) != 3 or not all(type(n) is int and 0 <= n < 2**50 for n in numbers):
+        return "its counts are not numbers of images"
+    if not 0 < index["count"] == sum(shard["count"] for shard in shards):
+        return "its shards do not add up to its count"
+    if not isinstance(index["flip"], bool) or not all(isinstance(name, str) for name in classes):
+        return "its classes are not names"
+    return None if is_normalization(index) and len(index["mean"]) == shape[0] else "mean and std are not usable"
+
+
+def metadata(file: Path) -> dict[str, Any] | None:
+    """What our encoder noted in a shard; None where it is not one of its shards, or is damaged."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = json.loads((tensors.metadata() or {}).get(KEY, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "facts" in found else None
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# ---- the way back
+
+
+def normalization(root: Path | None) -> dict[str, Any] | None:
+    """What a pipeline needs to turn x into latents of the VAE: `mean`, `std` (C values each), and which VAE it is.
+
+    None for pixels and for latents of the simple form.
+    """
+    index = None if root is None else read_index(root)
+    return None if index is None else {name: index[name] for name in ("mean", "std", "vae")}
+
+
+def is_normalization(found: Any) -> bool:
+    """Whether a value read from a file has the form of `normalization`."""
+    if not isinstance(found, Mapping) or not isinstance(found.get("vae"), Mapping):
+        return False
+    mean, std = found.get("mean"), found.get("std")
+    if not isinstance(mean, list) or not isinstance(std, list) or not 0 < len(mean) == len(std):
+        return False
+    usable = all(isinstance(v, float | int) and math.isfinite(v) for v in [*mean, *std]) and min(std) > 0
+    return usable and all(isinstance(found["vae"].get(entry), str) for entry in ("name", "sha256"))
+
+
+def denormalize(x: Tensor, known: Mapping[str, Any]) -> Tensor:
+    """The VAE's latents (N, C, H, W) float32 of the model's x: x std + mean, what training does backwards."""
+    mean, std = _columns(known)
+    return x.float() * std.to(x.device) + mean.to(x.device)
+
+
+def _columns(known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and std (C, 1, 1) float32."""
+    mean, std = (torch.tensor(known[name], dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std"))
+    return mean, std
+
+
+def _no_pixels(source: str) -> NoReturn:
+    raise ValueError(f"{source}: latents are not pixels; decode them with their VAE first")
