@@ -55,6 +55,7 @@ def encode(args: LatentArgs, state: PartialState) -> None:
     Raises:
         ValueError: Images or a VAE that cannot be used; the folder holds other latents.
     """
+    ranks.check_launch(state)
     job = ranks.agreed(state, lambda: _prepare(args, state.device))
     ranks.decided_by_first(state, job.open_folder)
     rank, world = state.process_index, state.num_processes

@@ -3,8 +3,7 @@
 One process a GPU, float32 parameters, `train.precision` bf16 (autocast; "auto" counts as bf16) or fp32.
 
 Shapes: T tokens of an image, D width, E experts, K experts per token, F hidden width, S tokens of a micro-batch, n
-devices, d of them share the experts of a layer; m is 2 for swiglu and 1 for gelu, b the bytes of a factor in a
-product: 2 in bf16, 4 in fp32. GB is 10^9 bytes.
+devices, d of them share a layer's experts; m is 2 for swiglu, 1 for gelu; b is 2 bytes in bf16, 4 in fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .config import Config
 if TYPE_CHECKING:
     from .model import DiTMoETransformer2DModel
 
-Way = Literal["DDP", "FSDP2", "experts"]
+Way = Literal["DDP", "FSDP2", "experts"]  # FSDP2 on two devices or more
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
 _ROWS = (
     "a device, in GB", "gradient checkpointing", "weights", "gradients", "optimiser", "moving average", "buffers",
@@ -54,7 +53,7 @@ class Needs(NamedTuple):
         weights, gradients, optimizer, average: 4, 4, 8 (AdamW) and 4 for each parameter that the device holds.
         buffers: Copies of weights and gradients, for communication and for products in bf16.
         activations: Of one micro-batch, at their most.
-        peak: Largest sum at any time; gradients grow while activations shrink, so it is less than the sum of all.
+        peak: Largest sum at any time: gradients grow while activations shrink.
         all_reduce, gather_scatter, all_to_all: What it sends in one optimiser step.
     """
 
@@ -89,8 +88,8 @@ def flops(config: Config) -> Flops:
 
 def _sizes(config: Config) -> tuple[int, int, int]:
     """T, b and 1 + m."""
-    T = (config.model.sample_size // config.model.patch_size) ** 2
-    return T, 4 if config.train.precision == "fp32" else 2, 3 if config.model.activation == "swiglu" else 2
+    m, b = config.model, 4 if config.train.precision == "fp32" else 2
+    return (m.sample_size // m.patch_size) ** 2, b, 3 if m.activation == "swiglu" else 2
 
 
 def _routed(config: Config) -> list[bool]:
@@ -103,8 +102,8 @@ def _activations(config: Config, routed: bool) -> tuple[float, float, float]:
     """Bytes of one image in one block: saved for the backward pass; kept by checkpointing; passing in it, at most.
 
     Saved, a token:
-    * 2 (8 D + 8) + b D: both norms in float32, the input of qkv; b D for the input of a dense layer, for experts 4 D
-      for the router and b D for the shared expert, in fp32 one and the same.
+    * 2 (8 D + 8) + b D: both norms in float32, the input of qkv; b D for that of a dense layer; for experts 4 D (the
+      router's) and b D (the shared expert's), in fp32 one and the same.
     * 6 b D + 4 heads: qkv, attention and its statistics, its projection, and what the second gate multiplies.
     * 2 b D for q and k that were normalised or turned; where normalised b D more (attention then has another layout),
       and in bf16 their 8 D in float32.
@@ -139,9 +138,9 @@ def blocks(config: Config, model: DiTMoETransformer2DModel) -> list[Block]:
     """Every block; `model` may be on the meta device."""
     found = []
     for block, routed in zip(model.blocks, _routed(config), strict=True):
-        sizes = {name: p.numel() for name, p in block.named_parameters()}
-        experts = sum(n for name, n in sizes.items() if ".experts." in name)
-        found.append(Block(sum(sizes.values()) - experts, experts, *_activations(config, routed)))
+        experts = sum(p.numel() for name, p in block.named_parameters() if ".experts." in name)
+        own = sum(p.numel() for p in block.parameters()) - experts
+        found.append(Block(own, experts, *_activations(config, routed)))
     return found
 
 
@@ -158,23 +157,19 @@ def needs(
 
     Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
     Yuan, 2009). DDP reduces float32 gradients, those of experts over n / d devices. FSDP2 gathers b B a parameter
-    twice a micro-batch and scatters once a step (bf16 in Accelerate's policy; without one it gathers 4 B and keeps
-    autocast's copies). An all-to-all sends S K D b (d - 1) / d at even load; a layer has two in each direction, with
-    checkpointing two more.
+    twice a micro-batch and scatters once a step (Accelerate's policy; without one it gathers 4 B and keeps autocast's
+    copies). An all-to-all sends S K D b (d - 1) / d at even load; two in each direction, two more with checkpointing.
     """
     n, times, (T, b, _) = config.plan.devices, config.train.accumulation, _sizes(config)
-    sharded = way == "FSDP2" and n > 1
-    whole = n if sharded else 1
+    sharded, whole = (True, n) if way == "FSDP2" else (False, 1)
     row = images * T * config.moe.top_k * config.model.hidden_size * b * (d - 1) / d
     local = [
         Block(x.own / whole, x.experts / whole / d, images * x.saved, images * x.boundary, images * x.passing + 2 * row)
         for x in parts
     ]
     outside = (parameters - sum(x.own + x.experts for x in parts)) / whole
-    experts = sum(x.experts for x in local)
-    rest = outside + sum(x.own for x in local)
-    held = rest + experts
-    copies = 0 if sharded or b == 4 else 2
+    experts, rest = sum(x.experts for x in local), outside + sum(x.own for x in local)
+    held, copies = rest + experts, 0 if sharded or b == 4 else 2
     buffers = 0.0 if n == 1 else 4 * (held if d == 1 else rest)
     if sharded:
         buffers = b * (4 * max(x.own + x.experts for x in parts) + outside * n + (parameters if times > 1 else 0))
@@ -203,10 +198,8 @@ def _moving(parts: list[Block], outside: float, copies: int, checkpointing: bool
     sizes = [x.own + x.experts for x in parts]
     gradients = 4 * (sum(sizes) + outside)
     kept = [x.boundary if checkpointing else x.saved + copies * size for x, size in zip(parts, sizes, strict=True)]
-    peak = gradients  # when the optimiser steps
-    if checkpointing:  # when the last block has run forward
-        rest = copies * (sum(x.own for x in parts) + outside) + max(x.saved + copies * x.experts for x in parts)
-        peak = max(peak, sum(kept) + rest + gradients * accumulates)
+    rest = copies * (sum(x.own for x in parts) + outside) + max(x.saved + copies * x.experts for x in parts)
+    peak = max(gradients, sum(kept) + gradients * accumulates + (rest if checkpointing else 0))  # ends of step, forward
     for i, (x, size) in enumerate(zip(parts, sizes, strict=True)):
         now = x.passing + copies * size + (x.saved + copies * size if checkpointing else 0.0)
         peak = max(peak, sum(kept[: i + 1]) + now + (gradients if accumulates else 4 * sum(sizes[i:])))
@@ -217,46 +210,41 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     """The plan as text, for micro-batches of so many images: a column for each way to use the devices.
 
     With experts split over d devices, d is the one that sends least of those that fit, or else needs least memory. The
-    step's time is its arithmetic alone, at `plan.efficiency` of `plan.tflops`; sending may hide behind it, or not.
+    step's time is its arithmetic alone, at `plan.efficiency`; sending may hide behind it.
     """
     plan, count, E = config.plan, flops(config), config.moe.num_experts
     parameters, parts = sum(p.numel() for p in model.parameters()), blocks(config, model)
-    split = [d for d in range(2, plan.devices + 1) if plan.devices % d == 0 and E % d == 0 and any(_routed(config))]
-    ways: list[tuple[Way, list[int]]] = [("DDP", [1])]
-    ways += [("FSDP2", [1])] if plan.devices > 1 else []
-    ways += [("experts", split)] if split else []
+    split = [d for d in range(2, E + 1) if plan.devices % d == 0 and E % d == 0 and any(_routed(config))]
+    ways: dict[Way, list[int]] = {"DDP": [1], "FSDP2": [1] if plan.devices > 1 else [], "experts": split}
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
         def at(d: int, size: int) -> Needs:
             return needs(config, parameters, parts, way, d, size, checkpointing)
 
-        def order(d: int) -> tuple[bool, float]:
-            fits = at(d, images).peak <= usable
-            return not fits, sum(at(d, images)[7:]) if fits else at(d, images).peak
-
-        d = min(degrees, key=order)
-        need = at(d, images)
+        found = {d: at(d, images) for d in degrees}
+        fitting = [d for d in degrees if found[d].peak <= usable]
+        d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
         largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size).peak)
         work = config.train.accumulation * images * count.training(checkpointing) / plan.tflops / 1e12
         return [
             f"experts/{d}" if way == "experts" else way,
             "yes" if checkpointing else "no",
-            *(f"{size / 1e9:.3f}" for size in need[:7]),
-            "yes" if need.peak <= usable else "no",
+            *(f"{size / 1e9:.3f}" for size in found[d][:7]),
+            "yes" if fitting else "no",
             f"{largest:,}" if largest else "none",
-            *(f"{size / 1e9:.3f}" for size in need[7:]),
+            *(f"{size / 1e9:.3f}" for size in found[d][7:]),
             f"{work / plan.efficiency:.4f}",
-            f"{sum(need[7:]) / plan.bandwidth / 1e9:.4f}",
+            f"{sum(found[d][7:]) / plan.bandwidth / 1e9:.4f}",
         ]
 
     usable = USABLE * plan.memory * 1e9
-    columns = [column(way, degrees, checkpointing) for way, degrees in ways for checkpointing in (False, True)]
+    columns = [column(way, found, again) for way, found in ways.items() if found for again in (False, True)]
     lines = [
         f"plan (a calculation, not a run): {plan.devices} devices of {plan.memory:g} GB, of which {USABLE:.0%} usable; "
         f"micro-batches of {images}, accumulation {config.train.accumulation}, "
         f"{'bf16 autocast' if _sizes(config)[1] == 2 else 'fp32'}",
         f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
         f"{count.training(True) / 1e9:.2f} with gradient checkpointing",
-        *(f"{label:28}" + "".join(f"{cell:>12}" for cell in cells) for label, *cells in zip(_ROWS, *columns)),
+        *(f"{row[0]:28}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in zip(_ROWS, *columns, strict=True)),
     ]
     return "\n".join(lines)

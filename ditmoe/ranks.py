@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from .signals import Interrupted, Signals
@@ -107,7 +107,7 @@ def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Sig
             time.sleep(_POLL)
 
 
-def check_launch(accelerator: Accelerator) -> None:
+def check_launch(accelerator: Accelerator | PartialState) -> None:
     """Refuse a launch that was asked for several processes and has quietly started one.
 
     `accelerate launch --cpu --num_processes 2` does (Accelerate 1.15: --cpu disables its launchers of several).
@@ -129,7 +129,8 @@ def _asked_for() -> int:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")  # Linux; elsewhere nothing is known
     except OSError:
         return 1
-    if "launch" not in command and not any(word.endswith("accelerate-launch") for word in command):
+    names = ("accelerate-launch", "accelerate.commands.launch")
+    if "launch" not in command and not any(word.endswith(names) for word in command):
         return 1
     flags = [word.replace("_", "-") for word in command]
     for name in ("--num-processes", "--config-file"):

@@ -247,15 +247,3 @@ def test_two_processes_see_the_same_losses_as_one(latents: list[object], tmp_pat
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["balance"] == pytest.approx(b["balance"], rel=1e-5)
         assert a["load_max_over_mean"] == pytest.approx(b["load_max_over_mean"], rel=1e-5)
-
-
-def test_accelerate_launch_starts_two_processes(
-    latents: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
-    done = python(*launch, "train.py", *latents, "--max-steps", 1, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training on 2 process(es)") == 1
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert (tmp_path / "run" / "index.html").exists()
