@@ -48,7 +48,7 @@ def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
         for steps, window, cutoff in itertools.product((10, 20), (10, 20, 30, 40), (50, 100, 200)):
             yield _shifted(steps, "both", "published", window, cutoff)
     elif part == "few":  # what epsilon scaling gives where distances are small
-        for name, steps, scale in itertools.product(("unipc", "ddim"), (20, 50), (1.003, 1.006, 1.01)):
+        for name, steps, scale in itertools.product(("unipc", "dpm++2m"), (10, 20), (1.003, 1.006, 1.01, 1.02)):
             yield {"sampler": name, "steps": steps, "epsilon_scale": scale}
     else:
         for steps, scale in itertools.product((10, 20), LAMBDAS):

@@ -152,13 +152,12 @@ def needs(
     DDP holds all parameters; FSDP2 the n-th part; with split experts the d-th part of the experts and all else.
 
     Buffers: DDP's buckets, 4 B a replicated parameter (Accelerate leaves gradient_as_bucket_view off), and autocast's
-    copies, see `_moving`. FSDP2: b B a parameter of four times the largest block (two gathered, one gradient, one
-    being sent) and of what is outside, with accumulation of all gradients too.
+    copies, see `_moving`: under FSDP2 of whole weights, as they are gathered. FSDP2: 4 B a parameter of four times the
+    largest block (two gathered, one gradient, one being sent) and of what is outside.
 
     Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
-    Yuan, 2009). DDP reduces float32 gradients, those of experts over n / d devices. FSDP2 gathers b B a parameter
-    twice a micro-batch and scatters once a step (Accelerate's policy; without one it gathers 4 B and keeps autocast's
-    copies). An all-to-all sends S K D b (d - 1) / d at even load; two in each direction, two more with checkpointing.
+    Yuan, 2009). DDP reduces float32 gradients, those of experts over n / d devices. FSDP2 gathers float32
+    parameters twice and scatters their gradients once a micro-batch (`Parallel.shard_rest`). An all-to-all sends S K D b (d - 1) / d at even load; two in each direction, two more with checkpointing.
     """
     n, times, (T, b, _) = config.plan.devices, config.train.accumulation, _sizes(config)
     sharded, whole = (True, n) if way == "FSDP2" else (False, 1)
@@ -169,10 +168,10 @@ def needs(
     ]
     outside = (parameters - sum(x.own + x.experts for x in parts)) / whole
     experts, rest = sum(x.experts for x in local), outside + sum(x.own for x in local)
-    held, copies = rest + experts, 0 if sharded or b == 4 else 2
+    held, copies = rest + experts, 0 if b == 4 else 2 * whole
     buffers = 0.0 if n == 1 else 4 * (held if d == 1 else rest)
     if sharded:
-        buffers = b * (4 * max(x.own + x.experts for x in parts) + outside * n + (parameters if times > 1 else 0))
+        buffers = 4 * (4 * max(x.own + x.experts for x in parts) + outside * n)
     kept, most = sum(x.boundary if checkpointing else x.saved for x in local), max(x.saved for x in local)
     return Needs(
         weights=4 * held,
@@ -183,7 +182,7 @@ def needs(
         activations=kept + most * checkpointing,
         peak=16 * held + buffers + _moving(local, outside, copies, checkpointing, times > 1),
         all_reduce=0.0 if sharded else 8 * (rest * (n - 1) / n + experts * (n - d) / n),
-        gather_scatter=(2 * times + 1) * b * parameters * (n - 1) / n if sharded else 0.0,
+        gather_scatter=3 * times * 4 * parameters * (n - 1) / n if sharded else 0.0,
         all_to_all=times * (6 if checkpointing else 4) * row * sum(_routed(config)),
     )
 

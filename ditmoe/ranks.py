@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from .signals import Interrupted, Signals
 
@@ -108,13 +108,19 @@ def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Sig
 
 
 def check_launch(accelerator: Accelerator | PartialState) -> None:
-    """Refuse a launch that was asked for several processes and has quietly started one.
+    """Refuse a launch that is not what it was asked to be.
 
-    `accelerate launch --cpu --num_processes 2` does (Accelerate 1.15: --cpu disables its launchers of several).
+    `accelerate launch --cpu --num_processes 2` quietly starts one process (Accelerate 1.15: --cpu disables its
+    launchers of several); and engines that keep weights where our checkpoints cannot reach are not supported.
 
     Raises:
-        ValueError: The process that started this one was asked for more.
+        ValueError: The process that started this one was asked for more, or for such an engine.
     """
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"the launch asks for {accelerator.distributed_type.value}; start plain processes "
+            f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
+        )
     asked = _asked_for()
     if accelerator.num_processes == 1 and asked > 1:
         raise ValueError(

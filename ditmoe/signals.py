@@ -18,8 +18,8 @@ EXIT_CODE = 143
 GRACE = 2.0
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: what there was to save was saved
-    """A signal asked the program to stop."""
+class Interrupted(BaseException):  # noqa: N818 - not an error: what there was to save was saved
+    """A signal asked the program to stop. Like KeyboardInterrupt, no `except Exception` on its way swallows it."""
 
 
 class Signals:
@@ -35,6 +35,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         main = threading.current_thread() is threading.main_thread()
+        outer = getattr(signal.getsignal(STOPPING[0]), "__self__", None)
+        if main and isinstance(outer, Signals):  # what it noted and could not say, as in a finaliser, is not lost
+            self.received, self._first = outer.received, outer._first
         self._old = {number: signal.signal(number, self._note) for number in STOPPING} if main else {}
         return self
 

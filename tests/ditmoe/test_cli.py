@@ -73,7 +73,7 @@ def test_a_typo_in_a_saved_file_is_caught(tmp_path: Path, capfd: pytest.CaptureF
 def test_errors_become_exit_codes(capfd: pytest.CaptureFixture[str]) -> None:
     from ditmoe.signals import Interrupted
 
-    def fail(error: Exception) -> int:
+    def fail(error: BaseException) -> int:
         def main() -> None:
             raise error
 

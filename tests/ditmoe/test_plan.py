@@ -1,7 +1,5 @@
 """The plan of --dry-run: counts, arithmetic, what autograd keeps, traffic; a real process as large as said."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,9 +20,9 @@ from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
 from ditmoe.presets import PRESETS
 from ditmoe.training import describe
 from tests.ditmoe.test_model import PAPER, meta
+from tests.doors import typed
 from tests.processes import start
 
-ROOT = Path(__file__).parents[2]
 GB = 1e9
 SMALL = Config(
     model=ModelConfig(
@@ -209,7 +207,7 @@ def test_traffic() -> None:
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert plan_of(config, "DDP", 1, 4)[7:] == pytest.approx((2 * 4 * total * 7 / 8, 0, 0))
-    assert plan_of(config, "FSDP2", 1, 4)[7:] == pytest.approx((0, 3 * 2 * total * 7 / 8, 0))
+    assert plan_of(config, "FSDP2", 1, 4)[7:] == pytest.approx((0, 3 * 4 * total * 7 / 8, 0))
     rows = 12 * 4 * tokens_per_image(model) * 2 * 384 * 2  # layers, images, tokens, experts a token, width, bf16
     reduced = 2 * 4 * ((total - experts) * 7 / 8 + experts / 4 * 1 / 2)  # experts/4: two copies of each
     assert plan_of(config, "experts", 4, 4)[7:] == pytest.approx((reduced, 0, 4 * rows * 3 / 4))
@@ -275,14 +273,13 @@ def test_devices_must_divide_the_batch() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    argv = ["dit-moe-g/2-16e2a", "--dry-run", "--plan.devices", "64", "--out", str(tmp_path / "x")]
-    command = [sys.executable, "train.py", *argv]
+    argv = ["dit-moe-g/2-16e2a", "--dry-run", "--plan.devices", "64", "--out", tmp_path / "x"]
     begin = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = typed("train", *argv)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - begin < 60  # a few seconds on a quiet machine
     assert "plan (a calculation, not a run): 64 devices of 80 GB" in done.stdout
     assert not (tmp_path / "x").exists()
-    wrong = subprocess.run([*command, "--plan.memory", "0"], cwd=ROOT, capture_output=True, text=True)
+    wrong = typed("train", *argv, "--plan.memory", "0")
     assert wrong.returncode == 2
     assert "memory is 0.0" in wrong.stderr

@@ -61,3 +61,16 @@ def test_a_launch_that_fell_back_to_one_process_is_refused(tmp_path: Path) -> No
     assert done.returncode != 0
     assert "the launch was asked for 2 processes and has started 1" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_twenty_launches_in_a_row_exit_with_0(tmp_path: Path) -> None:
+    """gloo may abort a program that has finished, while its interpreter ends; so these are no forks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for steps in range(1, 21):  # one run, prolonged twenty times
+        argv = [*command, "digits", *TINY[:-6], "--train.batch-size", 8, "--sample.num", 8, "--sample.steps", 2,
+                "--max-steps", steps, "--out", tmp_path / "run", "--parallel.experts", 1 + steps % 2]  # fmt: skip
+        done = subprocess.run([*map(str, argv)], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "training on 2 process(es)" in done.stdout
