@@ -28,9 +28,10 @@ def _time_shift(base: str) -> Sampler:
     return Sampler(TimeShiftScheduler, gaussian.PREDICTION_TYPES, MappingProxyType({"base": base}))
 
 
-# What `ts-*` does unless it or the saved config is told otherwise, in thousandths of the training steps.
-# Placeholders: no sweep supports them yet.
-TIME_SHIFT = {"exposure_window": 20, "exposure_cutoff": 300}
+# What `ts-*` does unless it or the saved config is told otherwise (docs/samplers.md, "Measurements"); window and cutoff
+# in thousandths of the training steps.
+TIME_SHIFT = {"exposure_window": 10, "exposure_cutoff": 100}
+TIME_SHIFT_MODE = "both"
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(DDPMScheduler, gaussian.PREDICTION_TYPES),
@@ -108,7 +109,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
         del fields["variance_type"]
     if sampler.scheduler is TimeShiftScheduler:
         T = config.get("num_train_timesteps", 1000)
-        fields = {**{name: value * T // 1000 for name, value in TIME_SHIFT.items()}, **fields}
+        scaled = {name: value * T // 1000 for name, value in TIME_SHIFT.items()}
+        fields = {"exposure_mode": TIME_SHIFT_MODE, **scaled, **fields}
     return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
 
 
