@@ -101,6 +101,11 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if out is not None and out.suffix == ".jpg":
         raise ValueError(f"out {out}: give a .png or .npz file, or a folder of PNG files")
     images = requested(args)
+    if images.shape[-1] not in (1, 3) and (score or out is None or out.suffix not in (".npz", ".png")):
+        raise ValueError(
+            f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them; give it one: "
+            "python -m ditmoe.export MODEL FOLDER --vae PATH"
+        )
     if score and out is not None and out.suffix == ".png":
         raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")
     if out is None:

@@ -157,7 +157,8 @@ def needs(
 
     Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
     Yuan, 2009). DDP reduces float32 gradients, those of experts over n / d devices. FSDP2 gathers float32
-    parameters twice and scatters their gradients once a micro-batch (`Parallel.shard_rest`). An all-to-all sends S K D b (d - 1) / d at even load; two in each direction, two more with checkpointing.
+    parameters twice and scatters their gradients once a micro-batch (`Parallel.shard_rest`). An all-to-all sends
+    S K D b (d - 1) / d at even load; two in each direction, two more with checkpointing.
     """
     n, times, (T, b, _) = config.plan.devices, config.train.accumulation, _sizes(config)
     sharded, whole = (True, n) if way == "FSDP2" else (False, 1)

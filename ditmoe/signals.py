@@ -18,7 +18,7 @@ EXIT_CODE = 143
 GRACE = 2.0
 
 
-class Interrupted(BaseException):  # noqa: N818 - not an error: what there was to save was saved
+class Interrupted(BaseException):
     """A signal asked the program to stop. Like KeyboardInterrupt, no `except Exception` on its way swallows it."""
 
 

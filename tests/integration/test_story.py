@@ -44,6 +44,9 @@ def test_from_photos_to_a_score(tmp_path: Path) -> None:
     assert sorted(p.name for p in (run / "checkpoints" / "step-000004").glob("ema.*")) == [
         "ema.safetensors", "ema.shard-0.safetensors", "ema.shard-1.safetensors",
     ]  # fmt: skip
+    bare = typed("sample", run, "--num", 2, "--steps", 1, "--out", tmp_path / "set")
+    assert (bare.returncode, (tmp_path / "set").exists()) == (2, False)
+    assert "makes latents of 4 channels and holds no VAE" in bare.stderr
     exported = typed("ditmoe.export", run, model, "--vae", vae)
     assert exported.returncode == 0, exported.stderr
     drawn = typed("sample", model, "--num", 12, "--steps", 2, "--out", tmp_path / "set")
