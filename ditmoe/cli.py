@@ -22,6 +22,7 @@ from .presets import PRESETS
 from .signals import EXIT_CODE, Interrupted, Signals
 
 DEFAULT_PRESET = "digits"
+OURS = ("ditmoe", "samplers", "eval", "train.py", "sample.py")  # beside each other, in a checkout or in site-packages
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ def _is_ours(error: ValueError) -> bool:
         trace = trace.tb_next
     if trace is None:
         return True
-    file = Path(trace.tb_frame.f_code.co_filename)
-    return Path(__file__).parents[1] in file.parents and "site-packages" not in file.parts
+    root, file = Path(__file__).parents[1], Path(trace.tb_frame.f_code.co_filename)
+    return root in file.parents and file.relative_to(root).parts[0] in OURS
 
 
 def _load(start: str) -> Config:

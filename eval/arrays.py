@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,18 +36,47 @@ DAMAGE = (
     NotImplementedError,
     RuntimeError,  # zipfile: the member is encrypted
     MemoryError,  # a header that claims more than there is
+    OverflowError,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+
+
+class Header(NamedTuple):
+    """What an array in an .npz says of itself."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    offset: int  # bytes before the values
+    length: int  # bytes in all
+
+
+def read_npz_header(file: Path, name: str) -> Header:
+    """The header of one array: nothing is read of its values. ValueError for damage, or where it needs unpickling."""
+    member = f"{name}.npy"
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+            header = Header(*_read_header(stream), stream.tell(), archive.getinfo(member).file_size)
+    except (*DAMAGE, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file}: cannot read {name} ({error}); write it again") from error
+    if header.dtype.hasobject:
+        raise ValueError(f"{file}: cannot read {name}: it holds Python objects, and allow_pickle=False")
+    return header
 
 
 def read_npz_arrays(file: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     """The named arrays, whole. ValueError for a damaged file or one that needs unpickling."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except (*DAMAGE, ValueError, KeyError) as error:
+            found = {name: arrays[name] for name in names}
+    except (*DAMAGE, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: cannot read {' and '.join(names)} ({error})") from error
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # NumPy hands out the bytes of what is no array
+            raise ValueError(f"{file}: {name} is no array; write it again")
+    return found
 
 
 def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], ReadBatches]:
@@ -56,13 +85,7 @@ def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], R
     Raises ValueError (the reader too) for another dtype or shape and for damaged bytes.
     """
     member = f"{name}.npy"
-    try:
-        with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
-            shape, fortran, dtype = _read_header(stream)
-            offset = stream.tell()
-            length = archive.getinfo(member).file_size
-    except (*DAMAGE, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: cannot read {name} ({error}); write it again") from error
+    shape, fortran, dtype, offset, length = read_npz_header(file, name)
     if dtype != np.uint8 or len(shape) != 4 or fortran:
         order = ", Fortran order" if fortran else ""
         raise ValueError(f"{file}: {name} is {dtype} {shape}{order}; expected uint8 (N, H, W, C) in C order")

@@ -1,6 +1,5 @@
 """Scores side by side: `python -m eval.compare A.json B.json ...`. Numbers of different protocols are not ranked."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from eval import strict_json
 from eval.report import Report, check_report
 
 # Two numbers may be ranked when these agree; what made the images (steps, guidance, model) is what is compared.
@@ -16,8 +16,8 @@ PROTOCOL = (
     "metric", "n_gen", "n_ref", "extractor.name", "extractor.version", "extractor.sha256", "resize", "crop",
     "ref.sha256", "dtype.features", "tf32", "repeats", "aggregate",
     "generation.label_sampling", "generation.labels_sha256", "generation.quantize",
-    "parameters.rows", "parameters.rows_seed", "parameters.kid", "parameters.prdc", "parameters.inception_score",
-    "parameters.classify",
+    "parameters.rows", "parameters.rows_seed", "parameters.rows_sha256.ref", "parameters.kid", "parameters.prdc",
+    "parameters.inception_score", "parameters.classify",
 )  # fmt: skip
 MAY_BE_UNKNOWN = ("generation.", "parameters.")  # of images of unknown origin, of metrics that were not asked for
 LOWER_IS_BETTER = ("fid", "fd_", "sfid", "kid")
@@ -58,7 +58,7 @@ def unknowns(reports: Sequence[Report]) -> list[str]:
 
 def read_report(path: Path) -> Report:
     """Raises ValueError for a file that is missing, no JSON, or no complete report."""
-    report = read_json(path)
+    report = strict_json.read(path)
     if not isinstance(report, dict):
         raise ValueError(f"{path}: holds no report")
     try:
@@ -66,14 +66,6 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; write it again with python -m eval.fid") from error
     return report
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def table(paths: Sequence[Path], reports: Sequence[Report]) -> str:
@@ -87,8 +79,13 @@ def table(paths: Sequence[Path], reports: Sequence[Report]) -> str:
     for i in order:
         report = reports[i]
         values = [f"{report['scores'][name]:.6g}" for name in names] or [report["metric"], f"{report['value']:.6g}"]
-        lines.append(f"| {paths[i]} | {report['images']['path']} | {' | '.join(values)} |")
+        lines.append(f"| {cell(paths[i])} | {cell(report['images']['path'])} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def cell(text: object) -> str:
+    """A text as one cell of a Markdown table: on one line, its bars escaped."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = " ".join(str(value).split())
     return text if len(text) <= 40 else text[:16] + "..."
 
 

@@ -127,11 +127,15 @@ def load_extractor(name: str, weights: Path | None = None) -> Extractor:
     """The extractor of that name, ready on the CPU.
 
     `weights`: a file, for the extractors that read one. Raises ValueError for an unknown name, a
-    file that is missing or whose SHA-256 differs, and for `weights` where nothing is read.
+    file that is missing, cannot be read or whose SHA-256 differs, and for `weights` where nothing is read.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"unknown extractor {name!r}; choose from {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name](weights)
+    try:
+        return EXTRACTORS[name](weights)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise ValueError(f"the weights{where} of {name} cannot be read ({error.strerror or error})") from error
 
 
 def random_conv_v1(weights: Path | None = None) -> Extractor:

@@ -1,7 +1,6 @@
 """Fréchet distance between two sets of images, and its companions: `score(...)`, `python -m eval.fid` (see --help)."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import tyro
 from eval import statistics
 from eval.images import Images
 from eval.processes import Processes, together
-from eval.report import write_report
+from eval.report import check_out, write_report
 from eval.score import check_sources, metric_name, score
 from eval.sources import open_source
 
@@ -75,8 +74,7 @@ def score_and_show(
 
     Raises ValueError as `score` does, and for a file that cannot be written.
     """
-    if out is not None:
-        check_out(out)
+    processes.agree(lambda: _check_out(out, processes))
     folder = statistics.default_folder() if cache else None
     report = score(images, ref, **options, cache=folder, progress=True, processes=processes)
     if processes.rank:
@@ -84,7 +82,7 @@ def score_and_show(
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if out is None:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         write_report(out, report)
         print(f"{report['metric']} {report['value']:.6g} -> {out}")
@@ -97,14 +95,17 @@ def scorer(
 
     Raises ValueError now for what would fail once they are: the reference, the extractor, its weights, the file.
     """
-    if out is not None:
-        check_out(out)
-    images = Images("model", "the images to come", 2, (1, 1, 1), lambda *_: iter(()))
-    check_sources((images, open_source(ref)), options["metrics"], options["extractor"], None, None)
 
-    from eval.extractors import load_extractor
+    def prepare() -> None:
+        _check_out(out, processes)
+        images = Images("model", "the images to come", 2, (1, 1, 1), lambda *_: iter(()))
+        check_sources((images, open_source(ref)), options["metrics"], options["extractor"], None, None)
 
-    load_extractor(options["extractor"], options["weights"])
+        from eval.extractors import load_extractor
+
+        load_extractor(options["extractor"], options["weights"])
+
+    processes.agree(prepare)
 
     def run(drawn: str | Path | dict[str, Any]) -> None:
         score_and_show(Images(**drawn) if isinstance(drawn, dict) else drawn, ref, out, processes, **options)
@@ -112,12 +113,10 @@ def scorer(
     return run
 
 
-def check_out(out: Path) -> None:
-    """Refuse now what would fail after the work is done."""
-    if out.suffix != ".json":
-        raise ValueError(f"--out {out} must end in .json")
-    if not out.parent.is_dir() or out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written; its folder must exist and be writable")
+def _check_out(out: Path | None, processes: Processes) -> None:
+    """`check_out` where the report will be written: by the first process, whose disk alone may have the folder."""
+    if out is not None and not processes.rank:
+        check_out(out, ".json")
 
 
 if __name__ == "__main__":

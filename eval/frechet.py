@@ -83,16 +83,23 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     square roots of the eigenvalues of A^1/2 B A^1/2, turns rounding of 1e-16 into 1e-8 for each
     dimension that N < D leaves empty; singular values do not.
 
-    Raises ValueError when dimensions differ, a value is not finite, or a matrix is no covariance.
+    Raises ValueError when dimensions differ, a value or the distance is not finite, or a matrix is no covariance.
     """
     _check(a, "the first")
     _check(b, "the second")
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"the statistics have {len(a.mean)} and {len(b.mean)} features; use one extractor for both")
-    offset = a.mean - b.mean
-    size = np.trace(a.covariance) + np.trace(b.covariance)
+    with np.errstate(over="ignore"):
+        offset = a.mean - b.mean
+        shift = float(offset @ offset)
+        size = float(np.trace(a.covariance) + np.trace(b.covariance))
+    if not np.isfinite(shift + size):
+        raise ValueError(
+            f"the statistics are too large for a distance: means {np.abs(offset).max():.3g} apart, traces of "
+            f"{size:.3g} together; compute them again"
+        )
     overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
-    distance = float(offset @ offset + size - 2 * overlap)
+    distance = float(shift + size - 2 * overlap)
     assert distance >= -1e-6 * size, f"Fréchet distance {distance} of covariances of trace {size}"
     return max(distance, 0.0)
 

@@ -5,19 +5,19 @@ Shapes: n images, b in a batch, D features, C classes.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from eval.arrays import IndexArray, UInt8Array
 from eval.frechet import FeatureStatistics, Gaussian
 from eval.images import Images, Statistics
 from eval.inception_score import InceptionScore, Score
-from eval.processes import Processes
-from eval.reservoir import Float32Array, Reservoir, chosen_indices
+from eval.processes import Processes, SharedError
+from eval.progress import progress as shown_progress
+from eval.reservoir import Float32Array, Reservoir, Rows, chosen_indices
 
 if TYPE_CHECKING:
     from eval.extractors import Extractor, Features
@@ -46,7 +46,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one side of a score comes to. `count` and `shape` are None where a statistics file does not say."""
+    """What one side of a score comes to. `count`, `shape` and `rows_seed` are None where a file does not say."""
 
     gaussian: Gaussian
     count: int | None
@@ -54,6 +54,8 @@ class Measured:
     facts: dict[str, Any]  # path, kind, sha256, shape, generation: as reported
     spatial: Gaussian | None = None
     features: Float32Array | None = None  # (min(n, keep), D)
+    rows_seed: int | None = None  # chose the images that `features` are of
+    rows_sha256: str | None = None  # of the pixels of these images; of `features` where a file has no more
     inception: Score | None = None
     accuracy: float | None = None
     bad: list[str] = field(default_factory=list)
@@ -79,21 +81,16 @@ def measure(
     processes = processes or Processes()
     count = source.count if num is None else num
     pass_ = _Pass(source, net, wanted, count)
-    problem = None
-    try:
-        total = -(-count // batch_size) - processes.rank
-        total = min(batch_size * -(-total // processes.world), count)
-        # disable=None: no bar when stderr is not a terminal
-        bar = tqdm(total=total, desc=source.path, unit="img", disable=None if progress and not processes.rank else True)
-        with bar:
+    total = -(-count // batch_size) - processes.rank
+    total = min(batch_size * -(-total // processes.world), count)
+
+    def look() -> None:
+        with shown_progress(total, source.path, shown=progress and not processes.rank) as tell:
             for indices, batch in source.read(count, batch_size, processes.rank, processes.world):
                 pass_.add(indices, batch)
-                bar.update(len(batch))
-    except ValueError as error:
-        problem = str(error)
-    problems = [found for found in processes.gather(problem) if found]
-    if problems:
-        raise ValueError(problems[0])
+                tell(len(batch))
+
+    processes.agree(look)
     return pass_.close(processes)
 
 
@@ -142,21 +139,31 @@ class _Pass:
         digests = {i: digest for part in parts for i, digest in part[0].items()}
         bad = sorted({name for part in parts for name in part[1]})
         if len(bad) > self.source.may_skip:
-            raise ValueError(f"{self.source.path}: {len(bad)} images cannot be read: {', '.join(bad[:5])}")
-        features = self._merged_features(processes, bool(bad))
+            raise SharedError(f"{self.source.path}: {len(bad)} images cannot be read: {', '.join(bad[:5])}")
+        rows = self._merged_rows(processes, bool(bad))
         assert self.moments.n == len(digests), (self.moments.n, len(digests))
-        joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in sorted(digests))
+
+        def sha256(indices: list[int]) -> str:
+            joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in indices)
+            return hashlib.sha256(joined).hexdigest()
+
         facts: dict[str, Any] = {
             "path": self.source.path,
             "kind": self.source.kind,
-            "sha256": hashlib.sha256(joined).hexdigest(),
+            "sha256": sha256(sorted(digests)),
         }
         facts |= {"shape": list(self.source.shape), "generation": self.source.facts or None}
         accuracy = sum(part[2] for part in parts) / self.moments.n if self.wanted.classify else None
         gaussian = self.moments.gaussian()
-        return Measured(
-            gaussian, self.moments.n, self.source.shape, facts, spatial, features, inception, accuracy, bad
+        found = Measured(
+            gaussian, self.moments.n, self.source.shape, facts, spatial,
+            inception=inception, accuracy=accuracy, bad=bad,
         )  # fmt: skip
+        if rows is None:
+            return found
+        return replace(
+            found, features=rows.features, rows_seed=self.wanted.seed, rows_sha256=sha256(rows.indices.tolist())
+        )
 
     def _merged_spatial(self, processes: Processes) -> Gaussian | None:
         if not self.wanted.spatial:
@@ -175,13 +182,15 @@ class _Pass:
         mine.sum_p_log_p = processes.total(mine.sum_p_log_p)
         return mine.compute()
 
-    def _merged_features(self, processes: Processes, bad: bool) -> Float32Array | None:
+    def _merged_rows(self, processes: Processes, bad: bool) -> Rows | None:
         if self.reservoir is None:
             return None
         whole = Reservoir(self.reservoir.indices, self.net.num_features)
         for part in processes.gather(self.reservoir.rows()):
             whole.update(*part)
-        return whole.rows().features if bad else whole.features()
+        rows = whole.rows()
+        assert bad or len(rows.indices) == len(whole.indices), (len(rows.indices), len(whole.indices))
+        return rows
 
 
 def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
@@ -205,7 +214,11 @@ def of_statistics(source: Statistics, net: "Extractor") -> Measured:
     if (problem := misfit(source, net)) is not None:
         raise ValueError(f"{source.path}: {problem}; use the extractor that made it, or give images")
     facts = {"path": source.path, "kind": source.kind, "sha256": source.sha256, "made_from": source.facts or None}
-    return Measured(source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features)
+    found = Measured(source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features)
+    if source.features is None:
+        return found
+    rows = source.facts.get("rows") or {"sha256": hashlib.sha256(source.features.tobytes()).hexdigest()}
+    return replace(found, rows_seed=rows.get("seed"), rows_sha256=rows["sha256"])
 
 
 def misfit(source: Statistics, net: "Extractor") -> str | None:

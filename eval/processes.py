@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+Found = TypeVar("Found")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 143  # exit code of a program that a signal stopped
 GRACE = 2.0  # launchers hand on the signals that they get: one request may arrive twice
@@ -50,6 +52,31 @@ class Processes(NamedTuple):
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def agree(self, work: Callable[[], Found]) -> Found:
+        """What `work()` gives here, once all have done theirs; where it fails in one process, every process raises.
+
+        Raises:
+            SharedError: Somewhere it was the user's mistake; the sentence is that of the first process that met one.
+            RuntimeError: Elsewhere it was a bug, which keeps its traceback there.
+        """
+        if self.world == 1:
+            return work()
+        found, error = None, None
+        try:
+            found = work()
+        except Exception as caught:
+            error = caught
+        mine = None if error is None else (isinstance(error, ValueError) and is_ours(error), str(error) or repr(error))
+        failed = [(rank, *each) for rank, each in enumerate(self.gather(mine)) if each is not None]
+        if error is not None and not (mine and mine[0]):
+            raise error
+        for _, mistake, sentence in failed:
+            if mistake:
+                raise SharedError(sentence) from error
+        if failed:
+            raise RuntimeError(f"process {failed[0][0]} failed: {failed[0][2]}")
+        return found  # type: ignore[return-value]
+
 
 def join() -> Processes:
     """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo.
@@ -62,16 +89,21 @@ def join() -> Processes:
 
     if not torch.distributed.is_initialized():
         # One process may finish its share hours before another, or wait while the first writes a large file.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        try:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        except ValueError as error:
+            world = os.environ["WORLD_SIZE"]
+            raise ValueError(f"WORLD_SIZE is {world}, but {error}; use torchrun or accelerate launch") from error
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 def together(work: Callable[[Processes], None]) -> int:
-    """Join, work, leave; the exit code: 0 done, 2 the user's mistake, a sentence on stderr from the first process.
+    """Join, work, leave; the exit code: 0 done, 2 the user's mistake, a sentence on stderr.
 
-    143: stopped by SIGTERM, SIGINT or SIGUSR1. A bug keeps its traceback.
+    A mistake that all have agreed on is told by the first process, any other by the process that met it.
+    143: stopped by SIGTERM, SIGINT or SIGUSR1. A bug, a library's ValueError too, keeps its traceback.
     """
     processes = Processes()
     try:
@@ -82,13 +114,27 @@ def together(work: Callable[[Processes], None]) -> int:
             finally:
                 leave(processes)
     except ValueError as error:
-        if not processes.rank:
+        if not is_ours(error):
+            raise
+        if not (processes.rank and isinstance(error, SharedError)):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return STOPPED
     return 0
+
+
+class SharedError(ValueError):
+    """A mistake of the user's that every process knows of."""
+
+
+def is_ours(error: ValueError) -> bool:
+    """Whether this package raised it, and so meant it for the user; a library's ValueError is a bug of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent
 
 
 class Stopped(BaseException):

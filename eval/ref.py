@@ -4,15 +4,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from eval.fid import ExtractorName
-from eval.images import Statistics
+from eval.images import Images, Statistics
 from eval.measure import Wanted, measure
+from eval.npz import MAX_ROWS
 from eval.processes import Processes, together
+from eval.report import check_out
+from eval.score import check_options
 from eval.sources import open_source
+
+if TYPE_CHECKING:
+    from eval.extractors import Extractor
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(arguments: Arguments, processes: Processes) -> None:
     """Measure and write the file. Raises ValueError for the user's mistakes."""
-    if arguments.out.suffix != ".npz" or arguments.out.is_dir() or not arguments.out.parent.is_dir():
-        raise ValueError(f"--out {arguments.out} must be an .npz in a folder that exists")
-    source = open_source(arguments.images)
-    if isinstance(source, Statistics):
-        raise ValueError(f"{arguments.images}: these are statistics already; give images")
-    from eval.extractors import best_device, load_extractor
+    source, net = processes.agree(lambda: _prepared(arguments, processes))
     from eval.statistics import write_statistics
 
-    net = load_extractor(arguments.extractor, arguments.weights).to(best_device())
     wanted = Wanted(spatial=net.fid_named, keep=arguments.keep, seed=arguments.seed)
     found = measure(source, net, wanted, batch_size=arguments.batch_size, progress=True, processes=processes)
     if not processes.rank:
         write_statistics(arguments.out, found, net)
         print(f"{found.count} images, {net.num_features} features -> {arguments.out}")
+
+
+def _prepared(arguments: Arguments, processes: Processes) -> tuple[Images, "Extractor"]:
+    """The images and the network, once everything is found good that can be told before the work."""
+    if not processes.rank:
+        check_out(arguments.out, ".npz")
+    check_options(arguments.batch_size, arguments.keep or 2, arguments.seed, 0, ())
+    if arguments.keep > MAX_ROWS:
+        raise ValueError(f"keep {arguments.keep} must be at most {MAX_ROWS}")
+    source = open_source(arguments.images)
+    if isinstance(source, Statistics):
+        raise ValueError(f"{arguments.images}: these are statistics already; give images")
+    if source.statistics is not None:
+        raise ValueError(
+            f"{arguments.images}: holds statistics already, which its images may be a small part of; "
+            "give it to --ref as it is"
+        )
+    from eval.extractors import best_device, load_extractor
+
+    return source, load_extractor(arguments.extractor, arguments.weights).to(best_device())
 
 
 if __name__ == "__main__":

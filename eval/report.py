@@ -1,6 +1,8 @@
 """The report of a score: every fact of the protocol, checked against a schema and written whole or not at all."""
 
+import errno
 import json
+import math
 import os
 import platform
 import subprocess
@@ -89,7 +91,7 @@ def assemble(
 
 
 def check_report(report: Report) -> None:
-    """Raises ValueError naming the first field that is missing or of another type than the schema says."""
+    """Raises ValueError naming the first field that is missing, not finite, or of another type than the schema says."""
     _check(report, SCHEMA, "")
     metric, value = report["metric"], report["value"]
     for where, found in ((metric, report.get(metric)), (f"scores.{metric}", report["scores"].get(metric))):
@@ -110,6 +112,8 @@ def _check(found: Any, schema: Any, name: str) -> None:
             _check(found[key], part, where)
     elif not isinstance(found, schema) or (isinstance(found, bool) and schema is not bool):
         raise ValueError(f"the report's {name} is {found!r}, a {type(found).__name__}")
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"the report's {name} is {found!r}; check the statistics of both sides")
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -119,10 +123,29 @@ def write_report(path: Path, report: Report) -> None:
         file.write(text.encode())
 
 
+def check_out(path: Path, suffix: str) -> None:
+    """Refuse now what would fail after the work is done: ValueError for a file that cannot be written."""
+    if path.suffix != suffix:
+        raise ValueError(f"--out {path} must end in {suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--out {path} cannot be written ({reason}); its folder must exist and be writable") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
     """A file that stands at `path` once the block is done and its bytes are on disk, and not at all if it fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
             yield file
@@ -155,7 +178,7 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
     source = (ref.facts.get("made_from") or {}).get("images") or ref.facts
     if gen.facts["sha256"] == source["sha256"]:
         warnings.append("images and ref are the same data")
-    if ref.count == ADM_BATCH and "made_from" not in ref.facts:
+    if ref.count == ADM_BATCH:
         warnings.append("ref is 10,000 images; published FIDs use the statistics of a whole training set")
     made = gen.facts.get("generation") or {}
     if made.get("num") not in (None, gen.count):

@@ -74,24 +74,28 @@ def score(
     """
     started = time.perf_counter()
     processes = processes or Processes()
-    if batch_size < 1 or keep < 2:
-        raise ValueError(f"batch size {batch_size} must be at least 1 and keep {keep} at least 2")
-    sources = open_source(images, skip_bad), open_source(ref, skip_bad)
-    if skip_bad and "is" in metrics:
-        raise ValueError(f"skip_bad {skip_bad}: the Inception Score needs every image of its splits; leave it out")
-    check_sources(sources, metrics, extractor, num, classify)
 
-    from eval.extractors import best_device, load_extractor  # imports torch: after the cheap checks
+    def prepare() -> tuple[tuple[Images | Statistics, Images | Statistics], "Extractor"]:
+        check_options(batch_size, keep, seed, skip_bad, metrics)
+        sources = open_source(images, skip_bad), open_source(ref, skip_bad)
+        check_sources(sources, metrics, extractor, num, classify)
+        if skip_bad and not any(isinstance(side, Images) and side.may_skip for side in sources):
+            raise ValueError(f"skip_bad {skip_bad} is for folders and zips of images; leave it out")
 
-    net = load_extractor(extractor, None if weights is None else Path(weights)).to(best_device())
+        from eval.extractors import best_device, load_extractor  # imports torch: after the cheap checks
+
+        net = load_extractor(extractor, None if weights is None else Path(weights)).to(best_device())
+        for side in sources:
+            if isinstance(side, Statistics):
+                of_statistics(side, net)  # a misfit is found before the work
+        return sources, net
+
+    sources, net = processes.agree(prepare)
     wanted = Wanted("sfid" in metrics, "is" in metrics, keep if {"kid", "prdc"} & set(metrics) else 0, seed, classify)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
-    for side in sources:
-        if isinstance(side, Statistics):
-            of_statistics(side, net)  # a misfit is found before the work
     gen = _generated(sources[0], net, wanted, num, options)
     target, problems = _reference(sources[1], net, replace(wanted, logits=False, classify=None), cache, options)
-    scores = _scores(gen, target, net, metrics)
+    scores = processes.agree(lambda: _scores(gen, target, net, metrics))
     metric = metric_name(net.name, fid_named=net.fid_named)
     report = {
         **reporting.assemble(gen, target, net, metric, scores, _parameters(gen, target, wanted, metrics)),
@@ -113,6 +117,18 @@ def metric_name(extractor: str, metric: str = "fid", *, fid_named: bool = False)
     if fid_named:
         return metric
     return ("fd" if metric == "fid" else metric) + "_" + extractor.replace("-", "_")
+
+
+def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics: Sequence[str]) -> None:
+    """Refuse numbers out of range: ValueError naming the option and its value."""
+    if batch_size < 1 or keep < 2:
+        raise ValueError(f"batch size {batch_size} must be at least 1 and keep {keep} at least 2")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} must be between 0 and {2**32 - 1}")
+    if skip_bad < 0:
+        raise ValueError(f"skip_bad {skip_bad} must be at least 0")
+    if skip_bad and "is" in metrics:
+        raise ValueError(f"skip_bad {skip_bad}: the Inception Score needs every image of its splits; leave it out")
 
 
 def check_sources(
@@ -171,7 +187,7 @@ def _reference(
     if not wanted.keep:
         return whole, []
     kept = measure(source, net, replace(wanted, spatial=False), **options)
-    return replace(whole, features=kept.features, shape=kept.shape, bad=kept.bad), []
+    return replace(kept, gaussian=whole.gaussian, spatial=whole.spatial, count=whole.count, facts=whole.facts), []
 
 
 def _parameters(gen: Measured, ref: Measured, wanted: Wanted, metrics: Sequence[str]) -> dict[str, Any]:
@@ -180,7 +196,8 @@ def _parameters(gen: Measured, ref: Measured, wanted: Wanted, metrics: Sequence[
     size = min(KID_SUBSET_SIZE, *(row for row in rows if row is not None)) if rows != [None, None] else None
     return {
         "rows": rows if wanted.keep else None,
-        "rows_seed": wanted.seed if wanted.keep else None,
+        "rows_seed": gen.rows_seed if wanted.keep else None,
+        "rows_sha256": {"images": gen.rows_sha256, "ref": ref.rows_sha256} if wanted.keep else None,
         "kid": {"subsets": KID_SUBSETS, "subset_size": size, "seed": KID_SEED} if "kid" in metrics else None,
         "prdc": {"pr_k": PR_K, "dc_k": DC_K} if "prdc" in metrics else None,
         "inception_score": {"split_size": SPLIT_SIZE} if "is" in metrics else None,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from eval.report import whole_or_absent
 if TYPE_CHECKING:
     from eval.extractors import Extractor
 
-FORMAT = 1  # of the files; a change makes older cached ones unused
+FORMAT = 2  # of the files; a change makes older cached ones unused
 
 
 def default_folder() -> Path:
@@ -38,6 +39,8 @@ def write_statistics(path: Path, measured: Measured, net: "Extractor") -> None:
         arrays["features"] = measured.features
     made = {"name": net.name, "version": net.version, "sha256": net.sha256, "resize": net.resize}
     facts = {"count": measured.count, "shape": measured.shape, "images": measured.facts, "extractor": made}
+    if measured.features is not None:
+        facts["rows"] = {"seed": measured.rows_seed, "sha256": measured.rows_sha256}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_absent(path) as file:
         np.savez(file, **arrays, facts=np.array(json.dumps(facts)))
@@ -79,14 +82,13 @@ def cached(
 
 
 def _read(path: Path, source: Images, net: "Extractor") -> tuple[Measured | None, str | None]:
-    if not path.is_file():
-        return None, None
     try:
+        if not path.is_file():
+            return None, None
         statistics = open_npz(path, str(path))
         assert not isinstance(statistics, Images)
         facts = statistics.facts
         images = {**facts["images"], "path": source.path}
-        side = of_statistics(statistics, net)
-        return Measured(side.gaussian, facts["count"], source.shape, images, side.spatial, side.features), None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        return replace(of_statistics(statistics, net), shape=source.shape, facts=images), None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         return None, f"the cached statistics {path} are damaged ({error}) and were computed again"

@@ -6,6 +6,7 @@ Every point is one `python sample.py MODEL ... --score REF`, whose report is kep
 import hashlib
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,21 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
-from eval.compare import differences, field, read_json, read_report
+from eval.compare import cell, differences, field, read_report
+from eval.fid import ExtractorName
 from eval.processes import together
-from eval.report import Report, whole_or_absent
+from eval.progress import progress
+from eval.report import Report, check_out, whole_or_absent
+from eval.sources import open_source
 
 DOOR = Path(__file__).resolve().parent.parent / "sample.py"
+INDEX = "model_index.json"
+# What all points of a sweep have in common: where a report says it, and what the command line calls it.
+NAMES = {
+    "ref.path": "ref", "n_gen": "num", "generation.seed": "seed", "extractor.name": "extractor",
+    "generation.checkpoint.sha256": "model",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Arguments:
     """Of the images."""
     batch_size: int = 250
     """Images drawn at once."""
-    extractor: str = "random-conv-v1"
+    extractor: ExtractorName = "random-conv-v1"
     """Feature network."""
     weights: Path | None = None
     """File of the extractor's weights, where it reads one."""
@@ -60,13 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Arguments) -> None:
     """Make the points that are not there, the table and the plot. Raises ValueError for the user's mistakes."""
     points = list(itertools.product(arguments.sampler, arguments.steps, arguments.cfg))
-    if not points or min(arguments.steps) < 1 or arguments.num < 2:
-        raise ValueError("give at least one sampler, steps and cfg; steps of 1 or more, num of 2 or more")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out} is a file; give a folder")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    _same_sweep(arguments)
-    reports = [_point(arguments, *point) for point in tqdm(points, unit="point", disable=None)]
+    if not points or min(arguments.steps) < 1 or arguments.num < 2 or not all(map(math.isfinite, arguments.cfg)):
+        raise ValueError("give at least one sampler, steps and finite cfg; steps of 1 or more, num of 2 or more")
+    _prepare(arguments)
+    reports = []
+    with progress(len(points), "sweep", "points") as tell:
+        for point in points:
+            reports.append(_point(arguments, *point))
+            tell(1)
+    for warning in dict.fromkeys(warning for report in reports for warning in report["warnings"]):
+        print(f"warning: {warning}", file=sys.stderr)
     found = differences(reports)
     if found:
         raise ValueError(f"{arguments.out} holds other protocols ({', '.join(found)}); give another folder")
@@ -78,34 +90,53 @@ def run(arguments: Arguments) -> None:
     print(text)
 
 
-def _same_sweep(arguments: Arguments) -> None:
-    """Note what all points have in common, or refuse a folder in which it was something else."""
-    folder = arguments.model if (arguments.model / "model_index.json").is_file() else arguments.model / "model"
+def _prepare(arguments: Arguments) -> None:
+    """Make the folder, which is all that is written before the first point; refuse what can be told until then."""
+    folder = arguments.model if (arguments.model / INDEX).is_file() else arguments.model / "model"
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{arguments.model} holds no model: neither {INDEX} nor model/{INDEX} is there")
+    open_source(arguments.ref)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        empty = all(entry.name.startswith(".") for entry in arguments.out.iterdir())
+    except OSError as error:
+        raise ValueError(f"--out {arguments.out} cannot be a folder ({error.strerror}); give another") from error
+    check_out(arguments.out / "table.md", ".md")
+    made = sorted(arguments.out.glob("*-steps*-cfg*.json"))
+    if made:
+        _same_sweep(arguments, folder, made)
+    elif not empty:
+        raise ValueError(f"--out {arguments.out} is not empty; give another folder")
+
+
+def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> None:
+    """Refuse points of another sweep. The model is hashed as `sample.py` does it, which has taken it before."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.suffix in (".json", ".safetensors"):
             with file.open("rb") as handle:
                 content = hashlib.file_digest(handle, "sha256").digest()
             digest.update(file.relative_to(folder).as_posix().encode() + content)
-    wanted = {name: str(getattr(arguments, name)) for name in ("ref", "num", "seed", "extractor", "weights")}
-    wanted["model_sha256"] = digest.hexdigest()
-    note = arguments.out / "sweep.json"
-    if not note.exists():
-        if any(entry.name[0] != "." for entry in arguments.out.iterdir()):
-            raise ValueError(f"--out {arguments.out} is not empty; give another folder")
-        with whole_or_absent(note) as whole:
-            whole.write((json.dumps(wanted, indent=2) + "\n").encode())
-    found = read_json(note)
-    if found != wanted:
-        names = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
-        raise ValueError(f"--out {arguments.out} holds a sweep with other {', '.join(names)}; give another folder")
+    wanted = {
+        "ref.path": arguments.ref, "n_gen": arguments.num, "generation.seed": arguments.seed,
+        "extractor.name": arguments.extractor, "generation.checkpoint.sha256": digest.hexdigest(),
+    }  # fmt: skip
+    for path in made:
+        report = read_report(path)
+        other = [NAMES[name] for name in wanted if field(report, name) != wanted[name]]
+        if other:
+            raise ValueError(f"--out {arguments.out} holds a sweep with other {', '.join(other)}; give another folder")
 
 
 def _point(arguments: Arguments, sampler: str, steps: int, cfg: float) -> Report:
     """The report of one point, made unless it is there."""
-    path = arguments.out / f"{sampler}-steps{steps}-cfg{cfg:g}.json"
+    path = arguments.out / f"{sampler}-steps{steps}-cfg{cfg!r}.json"
     if path.exists():
-        return read_report(path)
+        report = read_report(path)
+        found = [field(report, f"generation.sampler.{name}") for name in ("name", "steps", "cfg")]
+        if found != [sampler, steps, cfg]:
+            raise ValueError(f"{path} is of sampler, steps and cfg {found}; remove it")
+        return report
     command = [sys.executable, str(DOOR), str(arguments.model), "--score", arguments.ref, "--report", str(path)]
     for name, value in {"sampler": sampler, "steps": steps, "cfg": cfg}.items():
         command += [f"--{name}", str(value)]
@@ -130,7 +161,7 @@ def table(reports: Sequence[Report]) -> str:
     rows = sorted((_row(report) for report in reports), key=lambda row: (row["name"], row["cfg"] or 1, row["nfe"]))
     first = reports[0]
     lines = [
-        f"{first['n_gen']} images a point against {first['ref']['path']}, lower is better.",
+        f"{first['n_gen']} images a point against {cell(first['ref']['path'])}, lower is better.",
         "",
         f"| sampler | steps | network calls | cfg | {first['metric']} |",
         "|---|---|---|---|---|",

@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from eval import compare
+from eval import compare, fid, ref
 from eval.fid import score
 from eval.report import write_report
 
@@ -68,6 +69,57 @@ def test_given_labels_are_compared_and_the_unknown_is_named(reports, capsys):
     assert "Unknown of some images: generation.label_sampling" in capsys.readouterr().out
     b["generation"] = {"label_sampling": "given", "labels_sha256": "2"}
     assert compare.differences([a, b]) == {"generation.labels_sha256": ["1", "2"]}
+
+
+def test_rows_of_a_reference_that_are_other_images_are_not_ranked(tmp_path, digits, capsys):
+    images, more = (digits[0][i : i + 60] for i in (0, 60))
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    np.savez(tmp_path / "ref.npz", arr_0=more)
+    reports = [tmp_path / f"{name}.json" for name in ("seed0", "seed1", "again", "images")]
+    for name, seed in (("seed0", 0), ("seed1", 1), ("again", 0)):
+        options = ["--keep", "30", "--seed", str(seed), "--out", str(tmp_path / f"{name}.npz")]
+        assert ref.main([str(tmp_path / "ref.npz"), *options]) == 0
+    for report in reports:
+        reference = tmp_path / (f"{report.stem}.npz" if report.stem != "images" else "ref.npz")
+        options = ["--metrics", "kid", "--keep", "30", "--no-cache", "--batch-size", "7", "--out", str(report)]
+        assert fid.main([str(tmp_path / "images.npz"), "--ref", str(reference), *options]) == 0
+    capsys.readouterr()
+    assert compare.main([str(report) for report in reports[:2]]) == 1
+    assert "parameters.rows_sha256.ref: " in capsys.readouterr().out
+    assert compare.main([str(reports[i]) for i in (0, 2, 3)]) == 0  # the same images, by file or by themselves
+    with np.load(tmp_path / "seed1.npz") as file:
+        assert json.loads(str(file["facts"]))["rows"]["seed"] == 1
+
+
+def test_one_pair_of_statistics_beside_other_images_is_not_ranked(tmp_path, digits):
+    ref.main(["digits:test", "--out", str(tmp_path / "s.npz")])
+    found = []
+    for start in (0, 40):
+        with np.load(tmp_path / "s.npz") as file:
+            np.savez(tmp_path / "adm.npz", arr_0=digits[0][start : start + 40], **file)
+        found.append([score(digits[0][80:120], tmp_path / "adm.npz", metrics=m) for m in ([], ["prdc"])])
+    assert compare.differences([found[0][0], found[1][0]]) == {}  # the distance has not looked at them
+    assert set(compare.differences([found[0][1], found[1][1]])) == {"parameters.rows_sha256.ref"}
+
+
+def test_rows_of_a_foreign_file_are_told_by_themselves(tmp_path, digits):
+    rows = np.random.RandomState(0).rand(2, 30, 256).astype(np.float32)
+    found = []
+    for i in (0, 1):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(256), sigma=np.eye(256), features=rows[i])
+        found.append(score(tmp_path / "s.npz", tmp_path / "s.npz", metrics=["kid"])["parameters"])
+    assert found[0]["rows_sha256"] != found[1]["rows_sha256"]
+    assert found[0]["rows_seed"] is None
+
+
+def test_a_path_does_not_break_the_table(reports, capsys):
+    report = json.loads((reports / "near.json").read_text())
+    report["images"]["path"] = "a|b\nc"
+    write_report(reports / "near.json", report)
+    assert run(reports, "near", "far") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert r"| a\|b c |" in lines[2]
 
 
 @pytest.mark.parametrize("value", ["0.1", None, 7.0])

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from eval import fid as fid_module
 from eval import report as report_module
-from eval.extractors import EXTRACTORS, load_extractor
+from eval.extractors import EXTRACTORS, Extractor, load_extractor
 from eval.fid import main, metric_name, score
 from eval.report import SCHEMA, check_report, write_report
 from tests import processes
@@ -187,6 +188,10 @@ def test_warnings(halves, monkeypatch):
         ({"num": 251}, "num 251 must be between 2 and the 250 of array"),
         ({"extractor": "fid"}, "unknown extractor 'fid'"),
         ({"weights": "w.pth"}, "random-conv-v1 reads no weights"),
+        ({"seed": -1, "metrics": ["kid"]}, "seed -1 must be between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed 4294967296 must be between 0 and 4294967295"),
+        ({"skip_bad": -1}, "skip_bad -1 must be at least 0"),
+        ({"skip_bad": 3}, "skip_bad 3 is for folders and zips"),
     ],
 )
 def test_bad_options(halves, options, message):
@@ -275,7 +280,7 @@ def test_misspelt_arguments_exit_2(capfd, argument):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("out", ["absent/r.json", "folder.json"])
+@pytest.mark.parametrize("out", ["absent/r.json", "folder.json", "/proc/r.json", f"{'x' * 249}.json"])
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(tmp_path, capfd, monkeypatch, out):
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr(fid_module, "score", lambda *a, **k: pytest.fail("worked first"))
@@ -283,13 +288,74 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(tmp_path, capf
     assert "its folder must exist" in capfd.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError("a bug of ours")
-
-    monkeypatch.setattr(fid_module, "score", broken)
-    with pytest.raises(RuntimeError, match="a bug of ours"):
+@pytest.mark.parametrize(
+    ("bug", "error"),
+    [
+        (lambda *_, **__: [].pop(), IndexError),
+        (lambda *_, **__: json.loads("{"), json.JSONDecodeError),  # a ValueError, but none of ours
+        (lambda *_, **__: np.linalg.inv(np.zeros((2, 2))), np.linalg.LinAlgError),
+    ],
+)
+def test_a_bug_keeps_its_traceback(monkeypatch, bug, error):
+    monkeypatch.setattr(fid_module, "score", bug)
+    with pytest.raises(error):
         main(["digits:test", "--ref", "digits:test"])
+
+
+def refused(capfd, *argv):
+    """The sentence with which a command ends; nothing else is printed."""
+    assert main(list(map(str, argv))) == 2
+    written = capfd.readouterr()
+    assert written.out == ""
+    (line,) = written.err.splitlines()
+    return line
+
+
+def test_features_that_are_not_finite_are_one_sentence(tmp_path, capfd, monkeypatch):
+    forward = Extractor.features
+
+    def broken(net, images):
+        return forward(net, images)._replace(pool=torch.full((len(images), 256), torch.nan))
+
+    monkeypatch.setattr(Extractor, "features", broken)
+    out = tmp_path / "r.json"
+    assert "features hold NaN" in refused(capfd, "digits:test", "--ref", "digits:test", "--out", out)
+    assert not out.exists()
+
+
+def test_weights_of_another_hash_are_one_sentence(tmp_path, capfd):
+    (tmp_path / "w.pth").write_bytes(b"others")
+    options = ["--extractor", "inception-2015", "--weights", tmp_path / "w.pth"]
+    assert "w.pth have SHA-256 " in refused(capfd, "digits:test", "--ref", "digits:test", *options)
+
+
+def test_weights_that_cannot_be_read_are_one_sentence(tmp_path, capfd, monkeypatch):
+    (tmp_path / "w.pth").touch()
+    monkeypatch.setattr(Path, "open", closed)
+    options = ["--extractor", "dinov2-vitl14", "--weights", tmp_path / "w.pth", "--no-cache"]
+    assert "the weights" in (line := refused(capfd, "digits:test", "--ref", "digits:test", *options))
+    assert "of dinov2-vitl14 cannot be read (Permission denied)" in line
+
+
+def closed(path, *arguments, **options):
+    """In the place of a function that opens a file."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_distance_that_is_not_finite_is_no_score(tmp_path, capfd, report):
+    np.savez(tmp_path / "h.npz", mu=np.full(256, 1e200), sigma=np.eye(256))
+    assert "too large for a distance" in refused(capfd, "digits:test", "--ref", tmp_path / "h.npz")
+    with pytest.raises(ValueError, match=r"scores\.kid is inf"):
+        check_report({**report, "scores": {**report["scores"], "kid": float("inf")}})
+
+
+@pytest.mark.parametrize("text", ['{"num": NaN}', '{"num": 1e999}', '{"num": -Infinity}', "[" * 100_000])
+def test_facts_are_json_of_finite_numbers(tmp_path, capfd, text, halves):
+    np.savez(tmp_path / "a.npz", arr_0=halves[0][:5], facts=np.array(text))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "sampling.json").write_text(text)
+    assert "JSON of finite numbers" in refused(capfd, tmp_path / "a.npz", "--ref", "digits:test")
+    assert "JSON of finite numbers" in refused(capfd, tmp_path / "folder", "--ref", "digits:test")
 
 
 def show_peak(images):
@@ -302,10 +368,10 @@ def show_peak(images):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path):
     peaks = []
-    for count in (1_000, 8_000):
-        images = np.random.RandomState(0).randint(0, 256, (count, 4, 4, 1), dtype=np.uint8)
+    for count in (500, 6_000):
+        images = np.random.RandomState(0).randint(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{count}.npz", arr_0=images)
         process = processes.start(show_peak, tmp_path / f"{count}.npz", folder=tmp_path / f"{count}")
         assert process.wait() == [0], process.err()
         peaks.append(int(process.out()) / 1024)
-    assert peaks[1] <= peaks[0] + 10, peaks  # megabytes; float64 features alone would be 14
+    assert peaks[1] <= peaks[0] + 10, peaks  # megabytes; float64 features alone would be 11, images 17

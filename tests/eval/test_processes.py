@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.fid import score
+from eval.fid import main, score
+from eval.processes import together
+from eval.sources import open_source
 from tests.doors import typed
+from tests.processes import start
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -62,6 +65,52 @@ def test_more_processes_than_batches(tmp_path, digits):
     report = json.loads(out.read_text())
     assert report["world_size"] == 3
     assert report["value"] == pytest.approx(score(tmp_path / "a.npz", "digits:test", batch_size=512)["value"], rel=1e-9)
+
+
+def score_with_another_reference(argv, others):
+    """The first process finds its reference, the others have a path that leads nowhere."""
+    sys.exit(main([*argv, "--ref", others if int(os.environ["RANK"]) else "digits:test"]))
+
+
+def test_a_reference_that_one_process_lacks_stops_them_all(tmp_path, digits):
+    np.savez(tmp_path / "a.npz", arr_0=digits[0][:20])
+    group = start(score_with_another_reference, [str(tmp_path / "a.npz")], "nowhere.npz", folder=tmp_path, world=2)
+    assert group.wait() == [2, 2]
+    assert "error: 'nowhere.npz' does not exist" in group.err(0)
+    assert group.err(0).count("\n") == 1
+    assert group.err(1) == ""
+
+
+def fail_alone(with_others):
+    """The second process has a mistake of the user's, which the first one never hears of, or a bug."""
+
+    def work(processes):
+        if with_others:
+            processes.agree(lambda: np.linalg.inv(np.zeros((2, 2))) if processes.rank else None)
+        elif processes.rank:
+            open_source("nowhere.npz")
+
+    sys.exit(together(work))
+
+
+def test_a_mistake_that_one_process_has_to_itself_is_told_by_it(tmp_path):
+    group = start(fail_alone, False, folder=tmp_path, world=2)
+    assert group.wait() == [0, 2]
+    assert "error: 'nowhere.npz' does not exist" in group.err(1)
+
+
+def test_a_launch_by_hand_that_cannot_work_is_a_sentence(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert together(lambda _: pytest.fail("worked")) == 2
+    assert "error: WORLD_SIZE is 2, but " in capfd.readouterr().err
+
+
+def test_a_bug_in_one_process_ends_them_all_and_keeps_its_traceback(tmp_path):
+    group = start(fail_alone, True, folder=tmp_path, world=2)
+    assert group.wait() == [1, 1]
+    assert "numpy.linalg.LinAlgError: Singular matrix" in group.err(1)
+    assert "RuntimeError: process 1 failed: Singular matrix" in group.err(0)
 
 
 def test_one_process_that_meets_a_bad_image_stops_them_all(tmp_path, digits):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from eval import fid as fid_module
 from eval import measure as measure_module
 from eval import ref
 from eval.compare import differences
-from eval.extractors import Extractor
+from eval.extractors import Extractor, random_conv_v1
 from eval.fid import score
 from eval.sources import open_source
 
@@ -69,12 +70,36 @@ def test_the_cache_knows_when_something_changed(tmp_path, digits, folder, calls)
     assert reads_the_reference(extractor="efficientnet-lite0")
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut short"])
+def test_a_change_of_the_resize_alone_is_enough(tmp_path, digits, folder, calls, monkeypatch):
+    net = random_conv_v1()
+    monkeypatch.setattr("eval.extractors.load_extractor", lambda *_: net)
+    cache = tmp_path / "cache"
+    first = score(digits[0][40:70], folder, cache=cache)
+    net.side = 32
+    calls.clear()
+    second = score(digits[0][40:70], folder, cache=cache)
+    assert sum(calls) == 70
+    assert (first["extractor"], first["ref"]) == (second["extractor"], second["ref"])
+    assert first["resize"] != second["resize"]
+
+
+def test_what_is_said_of_a_cached_reference_is_what_its_note_says_now(tmp_path, digits, folder):
+    for seed in (1, 2):
+        (folder / "sampling.json").write_text(json.dumps({"seed": seed}))
+        assert score(digits[0][40:70], folder, cache=tmp_path / "cache")["ref"]["generation"] == {"seed": seed}
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut short", "a member that is no array"])
 def test_a_damaged_cache_is_computed_again_and_said_so(tmp_path, digits, folder, damage):
     cache = tmp_path / "cache"
     expected = score(digits[0][40:70], folder, cache=cache)["value"]
     (file,) = cache.iterdir()
-    file.write_bytes(damage)
+    if isinstance(damage, bytes):
+        file.write_bytes(damage)
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("mu.npy", damage)
+            archive.writestr("sigma.npy", damage)
     report = score(digits[0][40:70], folder, cache=cache)
     assert report["value"] == expected
     assert any("damaged" in warning and "computed again" in warning for warning in report["warnings"])
@@ -109,13 +134,19 @@ def test_statistics_may_be_what_is_scored_too(tmp_path, digits, folder):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["digits:test", "--out", "x.txt"], "must be an .npz"),
-        (["digits:test", "--out", "absent/x.npz"], "folder that exists"),
+        (["digits:test", "--out", "x.txt"], "must end in .npz"),
+        (["digits:test", "--out", "absent/x.npz"], "its folder must exist"),
+        (["digits:test", "--out", "/proc/x.npz"], "cannot be written"),
         (["nope", "--out", "x.npz"], "does not exist"),
+        (["digits:test", "--out", "x.npz", "--keep", "1"], "keep 1 at least 2"),
+        (["digits:test", "--out", "x.npz", "--keep", "-3"], "keep -3 at least 2"),
+        (["digits:test", "--out", "x.npz", "--keep", "100001"], "keep 100001 must be at most 100000"),
+        (["digits:test", "--out", "x.npz", "--seed", "-1"], "seed -1 must be between 0"),
     ],
 )
-def test_mistakes_of_the_reference_command(tmp_path, monkeypatch, capsys, arguments, text):
+def test_mistakes_of_the_reference_command_are_told_before_the_work(tmp_path, monkeypatch, capsys, arguments, text):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ref, "measure", lambda *_, **__: pytest.fail("worked first"))
     assert ref.main(arguments) == 2
     assert text in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -133,6 +164,20 @@ def test_adms_reference_gives_statistics_to_fid_and_images_to_kid(tmp_path, digi
     assert report["value"] != score(whole, few)["value"]
     images = score(tmp_path / "adm.npz", whole)  # as what is scored, the images count
     assert images["n_gen"] == 40
+
+
+def test_a_reference_with_statistics_is_not_measured_by_its_few_images(tmp_path, digits, capsys):
+    np.savez(tmp_path / "adm.npz", arr_0=digits[0][:40], mu=np.zeros(256), sigma=np.eye(256))
+    assert ref.main([str(tmp_path / "adm.npz"), "--out", str(tmp_path / "x.npz")]) == 2
+    assert "holds statistics already, which its images may be a small part of" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_statistics_of_ten_thousand_images_are_warned_about_like_the_images(tmp_path, digits, folder, monkeypatch):
+    monkeypatch.setattr("eval.report.ADM_BATCH", 40)
+    ref.main([str(folder), "--out", str(tmp_path / "s.npz")])
+    for reference in (folder, tmp_path / "s.npz"):
+        assert any("ref is 10,000 images" in warning for warning in score(digits[0][40:70], reference)["warnings"])
 
 
 def test_metrics_that_cannot_be_had_are_refused(tmp_path, digits):
@@ -187,7 +232,7 @@ def test_inception_and_spatial_features_reach_the_report(digits, monkeypatch):
 def small_inception() -> Extractor:
     import torch
 
-    from eval.extractors import Features, random_conv_v1
+    from eval.extractors import Features
 
     class Small(Extractor):
         fid_named = True
@@ -311,4 +356,4 @@ def test_the_report_says_what_the_other_metrics_depend_on(digits):
     few, more = (score(digits[0][:80], digits[0][80:160], metrics=["kid"], keep=keep) for keep in (20, 40))
     assert few["parameters"]["rows"] == [20, 20]
     assert few["parameters"]["kid"]["subset_size"] == 20
-    assert set(differences([few, more])) == {"parameters.rows", "parameters.kid"}
+    assert set(differences([few, more])) == {"parameters.rows", "parameters.rows_sha256.ref", "parameters.kid"}

@@ -67,6 +67,7 @@ def test_a_launch_that_fell_back_to_one_process_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_twenty_launches_in_a_row_exit_with_0(tmp_path: Path) -> None:
     """gloo may abort a program that has finished, while its interpreter ends; so these are no forks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
