@@ -22,7 +22,7 @@ from .presets import PRESETS
 from .signals import EXIT_CODE, Interrupted, Signals
 
 DEFAULT_PRESET = "digits"
-OURS = ("ditmoe", "samplers", "eval", "train.py", "sample.py")  # beside each other, in a checkout or in site-packages
+OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def _is_ours(error: ValueError) -> bool:
     if trace is None:
         return True
     root, file = Path(__file__).parents[1], Path(trace.tb_frame.f_code.co_filename)
-    return root in file.parents and file.relative_to(root).parts[0] in OURS
+    ours = root in file.parents and file.relative_to(root).parts[0] in OURS
+    return ours or (root in file.parents and "site-packages" not in file.parts)
 
 
 def _load(start: str) -> Config:
