@@ -15,9 +15,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT = 1
-OTHERS_TAKE = 600.0  # seconds, at most, to write their slices
+FAILED = "failed"  # a file in the temporary folder
+OTHERS_TAKE = 300.0  # seconds, at most, to write their slices
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = "step-*.tmp-*"
 
@@ -53,6 +56,7 @@ class Writer:
         self.token, self.shard, self.shards = token or str(os.getpid()), shard, shards
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._given_up = threading.Event()  # no other process is to be waited for any more
         if shard == 0:
             remove_unfinished(root)
 
@@ -83,7 +87,11 @@ class Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._given_up.set()
         self._thread.shutdown(wait=True)
+        if self.shard == 0 and self.shards > 1:
+            remove_unfinished(self.root)
 
     def finish(self) -> None:
         """Wait for the last one. Raises what it met."""
@@ -93,16 +101,25 @@ class Writer:
 
     def _write(self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts) -> None:
         named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
+        if self.shard == 0 and self.shards > 1:
+            remove_unfinished(self.root)  # the last one, if it failed
         if self.shard:
-            write_shard(self.root, step, named, self.token)
+            write_shard(self.root, step, named, self.token, self._given_up)
             return
         others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
-        save(self.root, step, {**parts, **named}, state, token=self.token, others=others)
+        save(self.root, step, {**parts, **named}, state, token=self.token, others=others, given_up=self._given_up)
         prune(self.root, self.keep)
 
 
 def save(
-    root: Path, step: int, parts: Parts, state: Mapping[str, Any], *, token: str = "", others: Sequence[str] = ()
+    root: Path,
+    step: int,
+    parts: Parts,
+    state: Mapping[str, Any],
+    *,
+    token: str = "",
+    others: Sequence[str] = (),
+    given_up: threading.Event | None = None,
 ) -> Path:
     """Write `root/step-<step>/` and return it. The folder appears complete or not at all.
 
@@ -115,6 +132,7 @@ def save(
         state: JSON values.
         token: See `Writer`.
         others: Names of parts that other processes write with `write_shard`; they are waited for.
+        given_up: Once it is set, no longer.
 
     Raises:
         OSError: The disk is full, or fails otherwise; nothing is left of this checkpoint.
@@ -125,12 +143,12 @@ def save(
     if not others and final.exists() and find_fault(final) is None:
         return final
     temporary = root / f"{final.name}.tmp-{token or os.getpid()}"
-    temporary.mkdir(parents=True, exist_ok=bool(others))
+    temporary.mkdir(parents=True)
     try:
         _write_parts(temporary, parts)
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
         _sync(temporary / "state.json")
-        _wait_for([temporary / f"{name}.safetensors" for name in others])
+        _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
         files = {p.name: {"size": p.stat().st_size, "sha256": _digest(p)} for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -142,16 +160,30 @@ def save(
         _sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if others:
+            with suppress(OSError):  # until the next save, for those who have not begun
+                temporary.mkdir()
+                (temporary / FAILED).touch()
         raise
     return final
 
 
-def write_shard(root: Path, step: int, parts: Parts, token: str) -> None:
-    """This process's slices, for the `save` of another one. Raises as it does."""
-    _check_finite(step, parts)
+def write_shard(root: Path, step: int, parts: Parts, token: str, given_up: threading.Event | None = None) -> None:
+    """This process's slices, into the folder that another one's `save` makes, which learns when it fails.
+
+    Raises as it does.
+    """
     temporary = root / f"step-{step:06d}.tmp-{token}"
-    temporary.mkdir(parents=True, exist_ok=True)
-    _write_parts(temporary, parts)
+    _wait_for([temporary], temporary / FAILED, given_up)
+    if (temporary / FAILED).exists():
+        raise OSError(f"{temporary} was given up by the process that makes it")
+    try:
+        _check_finite(step, parts)
+        _write_parts(temporary, parts)
+    except BaseException:
+        with suppress(OSError):  # the folder may have gone with the other one's failure
+            (temporary / FAILED).touch()
+        raise
 
 
 def prune(root: Path, keep: int) -> None:
@@ -248,10 +280,10 @@ def _write_parts(folder: Path, parts: Parts) -> None:
         partial.rename(file)
 
 
-def _wait_for(files: Sequence[Path]) -> None:
+def _wait_for(files: Sequence[Path], failed: Path, given_up: threading.Event | None) -> None:
     end = time.monotonic() + OTHERS_TAKE
     while missing := [file for file in files if not file.exists()]:
-        if time.monotonic() > end:
+        if time.monotonic() > end or failed.exists() or (given_up and given_up.is_set()):
             raise OSError(f"{missing[0]} was not written by the process that has to")
         time.sleep(0.05)
 

@@ -97,7 +97,9 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
         path = folder / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         rows = [old for old in rows if old["step"] < step] + [row]  # a resumed run comes by again
-        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        temporary.replace(path)
 
 
 def write_grid(images: NDArray[np.uint8], labels: Sequence[int] | None, id2label: dict[int, str], path: Path) -> None:

@@ -43,10 +43,7 @@ class Watch:
             ValueError: On every process, when more images than `max_bad` could not be used.
             RuntimeError: A process that reads data died.
         """
-        stop, fresh = ranks.total(self.accelerator, [float(bool(self.signals.received)), float(len(self._fresh))])
-        if fresh:
-            self._note(ranks.everything(self.accelerator, self._fresh))
-        if stop:
+        if self.settle():
             return None
         try:
             if self.accelerator.num_processes == 1:
@@ -58,6 +55,13 @@ class Watch:
             return None
         self._fresh = batch.bad
         return batch
+
+    def settle(self) -> bool:
+        """Whether any process was asked to stop; and note the images that were skipped. Raises as `take`."""
+        stop, fresh = ranks.total(self.accelerator, [float(bool(self.signals.received)), float(len(self._fresh))])
+        if fresh:
+            self._note(ranks.everything(self.accelerator, self._fresh))
+        return bool(stop)
 
     def _note(self, sentences: Sequence[str]) -> None:
         for sentence in sentences:
@@ -101,11 +105,16 @@ class Health:
         accelerator: The processes that agree.
         max_skipped: Steps in a row, beyond which the run stops.
         skipped: Steps that were skipped before.
+        in_a_row: Those of them that came last.
     """
 
-    def __init__(self, accelerator: Accelerator, max_skipped: int, skipped: int) -> None:
-        self.accelerator, self.max_skipped, self.skipped = accelerator, max_skipped, skipped
-        self.in_a_row = 0
+    def __init__(self, accelerator: Accelerator, max_skipped: int, skipped: int, in_a_row: int = 0) -> None:
+        self.accelerator, self.max_skipped, self.skipped, self.in_a_row = accelerator, max_skipped, skipped, in_a_row
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What a resumed run has to know."""
+        return {"skipped_steps": self.skipped, "skipped_in_a_row": self.in_a_row}
 
     def faults(self, step: int, evidence: Sequence[Evidence], grad_norm: Tensor, model: nn.Module) -> list[str]:
         """What is not finite in this step on any process, in words; empty when all is well.

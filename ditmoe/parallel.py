@@ -145,6 +145,7 @@ class Parallel:
         """Keep this process's slice of every parameter that is not a split expert's, along its first dimension."""
         if self._mesh is None:
             return
+        model.to(self.accelerator.device)  # fully_shard moves what it manages alone
         names = expert_names(model) if self.degree > 1 else set()
         left_out = {p for name, p in model.named_parameters() if name in names}
         for block in model.blocks:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from .signals import Interrupted, Signals
+from .signals import Interrupted, Signals, end_with_parent
 
 T = TypeVar("T")
 _POLL = 0.2  # seconds
@@ -121,6 +121,8 @@ def check_launch(accelerator: Accelerator | PartialState) -> None:
             f"the launch asks for {accelerator.distributed_type.value}; start plain processes "
             f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
         )
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
+        end_with_parent(signal.SIGTERM)
     asked = _asked_for()
     if accelerator.num_processes == 1 and asked > 1:
         raise ValueError(
@@ -138,15 +140,16 @@ def _asked_for() -> int:
     names = ("accelerate-launch", "accelerate.commands.launch")
     if "launch" not in command and not any(word.endswith(names) for word in command):
         return 1
-    flags = [word.replace("_", "-") for word in command]
     for name in ("--num-processes", "--config-file"):
-        for flag, value in zip(flags, [*command[1:], ""], strict=True):
-            value = flag.partition("=")[2] or value
-            if flag.split("=")[0] == name and name == "--num-processes":
+        for word, following in zip(command, [*command[1:], ""], strict=True):
+            flag, _, value = word.partition("=")
+            value = value or following
+            if flag.replace("_", "-") != name:
+                continue
+            if name == "--num-processes":
                 return int(value) if value.isdigit() else 1
-            if flag.split("=")[0] == name and Path(value).is_file():
-                found = re.search(r"^num_processes:\s*(\d+)", Path(value).read_text(), re.MULTILINE)
-                return int(found[1]) if found else 1
+            found = re.search(r"^num_processes:\s*(\d+)", Path(value).read_text(), re.MULTILINE)
+            return int(found[1]) if found else 1
     return 1
 
 

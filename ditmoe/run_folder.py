@@ -79,5 +79,5 @@ def check_place(config: Config) -> None:
             raise ValueError(
                 f"{config.out} holds another run ({'; '.join(changed[:5])}); give another --out, or the same values"
             )
-    elif config.out.exists() and any(p.name != LOCK for p in config.out.iterdir()):
+    elif config.out.exists() and any(p.name not in (LOCK, "config.json.tmp") for p in config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")

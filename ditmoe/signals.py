@@ -6,8 +6,10 @@ counts as the same. Both ways out have exit code 143.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,14 +38,19 @@ class Signals:
     def __enter__(self) -> Signals:
         main = threading.current_thread() is threading.main_thread()
         outer = getattr(signal.getsignal(STOPPING[0]), "__self__", None)
-        if main and isinstance(outer, Signals):  # what it noted and could not say, as in a finaliser, is not lost
-            self.received, self._first = outer.received, outer._first
+        self._outer = outer if main and isinstance(outer, Signals) else None
+        if self._outer:  # what it noted and could not say, as in a finaliser, is not lost
+            self.received, self._first = self._outer.received, self._outer._first
         self._old = {number: signal.signal(number, self._note) for number in STOPPING} if main else {}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if self._outer and self.received and not self._outer.received:  # it came when nobody looked any more
+            self._outer.received, self._outer._first = self.received, self._first
+            if self._outer._raising and exception[0] is None:
+                raise Interrupted(f"stopped by {self.received}")
 
     @contextmanager
     def raising(self) -> Iterator[None]:
@@ -68,6 +75,16 @@ class Signals:
 
 
 def ignored_here(_: int = 0) -> None:
-    """For processes that read data: they outlive a signal to the whole group; the training process ends them."""
+    """For processes that read data: they outlive a signal to the whole group, and not the training process."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def end_with_parent(number: int) -> None:
+    """Get this signal when the process that started this one ends (Linux; elsewhere nothing happens).
+
+    An orphan would keep its files and connections open, and other processes waiting for an answer.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG

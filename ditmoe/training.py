@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from datetime import timedelta
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -116,17 +116,32 @@ def _train(
             objective=Objective(config.objective),
             batches=batches,
             watch=Watch(accelerator, signals, config.data.max_bad, bad),
-            health=Health(accelerator, config.train.max_skipped, int(saved.get("skipped_steps", 0))),
+            health=Health(
+                accelerator,
+                config.train.max_skipped,
+                int(saved.get("skipped_steps", 0)),
+                int(saved.get("skipped_in_a_row", 0)),
+            ),
         )
 
         def keep(step: int, *, wait: bool) -> None:
-            saving.checkpoint(step, {**facts, "skipped_steps": run.health.skipped, "bad_images": bad}, wait=wait)
+            run.watch.settle()
+            saving.checkpoint(step, {**facts, **run.health.facts, "bad_images": list(bad)}, wait=wait)
 
         def show(step: int) -> None:
-            assert on_sample is not None
             pipe = saving.pipeline(variance, step)
+
+            def draw() -> None:
+                assert on_sample is not None
+                try:
+                    on_sample(step, pipe)
+                except OSError as error:
+                    if config.train.on_save_error == "stop":
+                        raise
+                    print(f"warning: the samples of step {step} could not be written ({error})", flush=True)
+
             with log.paused():
-                ranks.first_works(accelerator, partial(on_sample, step, pipe), signals, f"sample-{step}")
+                ranks.first_works(accelerator, draw, signals, f"sample-{step}")
 
         every = config.train.sample_every if on_sample else 0
         if every and 0 < first_step < last_step and first_step % every == 0:
@@ -171,6 +186,8 @@ class _Run(NamedTuple):
 
 
 def _open_folder(config: Config, argv: Sequence[str]) -> None:
+    for leftover in config.out.glob("model.tmp-*"):  # of an export that was killed
+        shutil.rmtree(leftover)
     save(config, config.out / "config.json")
     (config.out / "index.html").unlink(missing_ok=True)  # it belongs to an earlier state of the run
     with (config.out / "command.txt").open("a") as file:
@@ -286,7 +303,9 @@ def _accelerator(train: TrainConfig) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=train.accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+        ],
     )
 
 

@@ -1,6 +1,7 @@
 """Expert parallelism on real processes: it trains the same network, holds a part of it, and saves all of it."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -86,6 +87,28 @@ def test_accumulation_and_place_routing(tmp_path):
         losses.append([(row["loss"], row["grad_norm"]) for row in runs.rows(out)])
     for one, two in zip(*losses, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("at_rank", [0, 1])
+def test_a_disk_that_is_full_for_one_process_costs_one_checkpoint(tmp_path, at_rank):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 4, "--parallel.experts", 2, "--train.checkpoint-every", 1]
+    group = runs.training(out, *flags, world=2, hook=runs.full_disk, args=(str(out), (2,), at_rank))
+    assert group.wait(60) == [0, 0], group.err() + group.err(1)
+    assert "No space left" in group.out(at_rank)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    assert all(checkpoint.find_fault(p) is None for p in (out / "checkpoints").iterdir())
+
+
+def test_a_process_that_dies_while_it_saves_its_slices_keeps_nobody(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 90, "--parallel.experts", 2, "--train.checkpoint-every", 3]
+    group = runs.training(out, *flags, world=2, hook=runs.full_disk, args=(str(out), (6,), 1, True))
+    codes = group.wait(60)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, 2)
+    assert checkpoint.newest(out / "checkpoints").name == "step-000003"
+    assert runs.training(out, "--max-steps", 8, "--train.checkpoint-every", 3).wait() == [0]
 
 
 @pytest.mark.parametrize(

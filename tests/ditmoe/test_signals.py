@@ -36,3 +36,8 @@ def test_what_came_where_nothing_can_be_raised_is_known_later() -> None:
         Dying()
         with Signals() as inner:
             assert inner.received == "SIGTERM"
+
+
+def test_what_came_when_nobody_looked_any_more_is_raised_outside() -> None:
+    with pytest.raises(Interrupted), Signals(raising=True), Signals():
+        signal.raise_signal(signal.SIGTERM)

@@ -102,14 +102,18 @@ def poison(what, at_rank, steps):
     module._forward, Objective.losses, Batches.__next__ = counted, spoilt, next_batch
 
 
-def full_disk(root, steps):
-    """Checkpoints of these steps do not fit on the disk."""
+def full_disk(root, steps, at_rank=None, die=False):
+    """Checkpoints of these steps do not fit on the disk (of one rank), or kill who writes them."""
     from ditmoe import checkpoint
 
+    if at_rank not in (None, rank()):
+        return
     write = checkpoint.save_file
 
     def save_file(tensors, path):
         if any(f"step-{step:06d}" in str(path) for step in steps) and "ema" in str(path):
+            if die:
+                os.kill(os.getpid(), signal.SIGKILL)
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
         write(tensors, path)
@@ -156,6 +160,23 @@ def signal_in(place, number):
         write(tensors, path)
 
     module._forward, checkpoint.save_file = counted, saving
+
+
+def slow_readers(seconds, at_rank):
+    """Reading a file takes long, in the reader processes of one rank."""
+    from torch.utils.data import get_worker_info
+
+    from ditmoe.folders import FolderImages
+
+    read_from_files()
+    read = FolderImages._read
+
+    def slow(self, file):
+        if get_worker_info() and rank() == at_rank:
+            time.sleep(seconds)
+        return read(self, file)
+
+    FolderImages._read = slow
 
 
 def slow_images(seconds):

@@ -159,3 +159,15 @@ def test_a_resumed_run_over_bad_images_is_the_same_to_the_bit(photos, tmp_path):
             0
         ]
     same(straight / "checkpoints/step-000006", cut / "checkpoints/step-000006")
+
+
+def test_the_last_batch_counts_too(photos, tmp_path):
+    """A run in parts of one step cannot skip more than a run in one part."""
+    out = tmp_path / "run"
+    flags = ["--data.path", photos, *FLAGS, "--data.max-bad", 1, "--train.batch-size", 8]
+    codes = []
+    for steps in range(1, 6):
+        group = runs.training(out, *flags, "--max-steps", steps, preset="folder", hook=runs.read_from_files)
+        codes += group.wait()
+    assert codes[-1] == 2
+    assert "images cannot be used, data.max_bad is 1" in group.err()

@@ -43,3 +43,15 @@ def test_too_many_in_a_row_stop_all_ranks(tmp_path):
         assert "Traceback" not in group.err(rank)
     path = checkpoint.newest(out / "checkpoints")
     assert all(v.isfinite().all() for part in checkpoint.load(path)[0].values() for v in part.values())
+
+
+def test_steps_in_a_row_are_counted_over_restarts(tmp_path):
+    out = tmp_path / "run"
+    codes = []
+    for steps in (2, 4):
+        group = runs.training(
+            out, "--train.max-skipped", 2, "--max-steps", steps, hook=runs.poison, args=("loss", 0, [1, 2])
+        )
+        codes += group.wait()
+    assert codes == [0, 1]
+    assert "3 steps in a row" in group.err()

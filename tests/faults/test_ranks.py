@@ -57,3 +57,24 @@ def test_all_refuse_what_the_first_one_finds(tmp_path):
         assert "Traceback" not in group.err(rank)
     config = json.loads((out / "config.json").read_text())
     assert config["train"]["learning_rate"] != 0.5
+
+
+def test_the_readers_of_a_rank_that_dies_go_with_it(tmp_path):
+    """Orphans would hold its connections open, and the other ranks would wait for an answer."""
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(24):
+        Image.new("L", (8, 8), i).save(folder / f"{i:02}.png")
+    flags = ["--data.path", folder, "--model.sample-size", 8, "--model.in-channels", 1, "--data.num-workers", 2]
+    out = tmp_path / "run"
+    group = runs.training(
+        out, *flags, "--max-steps", 50, preset="folder", hook=runs.slow_readers, args=(100, 1), world=2
+    )
+    group.until(lambda: (out / "metrics.jsonl").exists())
+    time.sleep(1.5)
+    group.kill(signal.SIGKILL, rank=1)
+    codes = group.wait(45)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, 2, 143)
