@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from accelerate import Accelerator
@@ -43,21 +44,14 @@ class Watch:
             ValueError: On every process, when more images than `max_bad` could not be used.
             RuntimeError: A process that reads data died.
         """
-        if self.settle():
-            return None
-        try:
-            if self.accelerator.num_processes == 1:
-                with self.signals.raising():  # no other process waits for this one's gradients
-                    batch = next(batches)
-            else:
-                batch = next(batches)
-        except Interrupted:
-            return None
-        self._fresh = batch.bad
-        return batch
+        batch: Batch | None = None
+        with suppress(Interrupted), self.signals.raising():
+            batch = next(batches)
+            self._fresh = batch.bad
+        return None if self._settle() else batch
 
-    def settle(self) -> bool:
-        """Whether any process was asked to stop; and note the images that were skipped. Raises as `take`."""
+    def _settle(self) -> bool:
+        """Whether any process was asked to stop; and note the images that were skipped."""
         stop, fresh = ranks.total(self.accelerator, [float(bool(self.signals.received)), float(len(self._fresh))])
         if fresh:
             self._note(ranks.everything(self.accelerator, self._fresh))

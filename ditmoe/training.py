@@ -125,7 +125,6 @@ def _train(
         )
 
         def keep(step: int, *, wait: bool) -> None:
-            run.watch.settle()
             saving.checkpoint(step, {**facts, **run.health.facts, "bad_images": list(bad)}, wait=wait)
 
         def show(step: int) -> None:

@@ -179,6 +179,19 @@ def slow_readers(seconds, at_rank):
     FolderImages._read = slow
 
 
+def slow_steps(seconds):
+    """A forward pass takes long."""
+    from ditmoe import training as module
+
+    forward = module._forward
+
+    def slow(run, batch):
+        time.sleep(seconds)
+        return forward(run, batch)
+
+    module._forward = slow
+
+
 def slow_images(seconds):
     """Reading an image takes long."""
     from ditmoe.data import ArrayImages

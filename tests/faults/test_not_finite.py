@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ditmoe import checkpoint
 from tests.faults import runs
@@ -55,3 +56,20 @@ def test_steps_in_a_row_are_counted_over_restarts(tmp_path):
         codes += group.wait()
     assert codes == [0, 1]
     assert "3 steps in a row" in group.err()
+
+
+@pytest.mark.parametrize("kind", ["not finite", "zero"])
+def test_latents_of_a_broken_vae(tmp_path, kind):
+    latents = torch.randn(32, 4, 8, 8) if kind == "not finite" else torch.zeros(32, 4, 8, 8)
+    if kind == "not finite":
+        latents[5, 1] = float("nan")
+    (tmp_path / "latents").mkdir()
+    save_file({"latents": latents, "labels": torch.arange(32) % 2}, tmp_path / "latents" / "0.safetensors")
+    flags = ["--data.name", "latents", "--data.path", tmp_path / "latents", "--model.in-channels", 4]
+    out = tmp_path / "run"
+    group = runs.training(out, *flags, "--max-steps", 4)  # two epochs of two steps
+    assert group.wait() == [0], group.err()
+    assert runs.rows(out)[-1]["skipped_steps"] == (2 if kind == "not finite" else 0)
+    assert group.err().count("rank 0: images, ") == (2 if kind == "not finite" else 0)
+    weights = checkpoint.load(out / "checkpoints/step-000004")[0]["model"]
+    assert all(value.isfinite().all() for value in weights.values())

@@ -5,10 +5,13 @@ import signal
 import time
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.faults import runs
 from tests.faults.test_checkpoints import newest_step, same
+from tests.processes import door, start
 
 STEPS = ["--max-steps", 6, "--train.accumulation", 4]
 
@@ -38,14 +41,15 @@ def test_in_a_step_and_in_a_save(tmp_path, straight, place, step, number):
     same(out / "checkpoints/step-000006", straight / "checkpoints/step-000006")
 
 
-def test_while_waiting_for_data(tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_while_waiting_for_data(tmp_path, world):
     out = tmp_path / "run"
-    group = runs.training(out, "--max-steps", 6, hook=runs.slow_images, args=(30,))
+    group = runs.training(out, "--max-steps", 6, hook=runs.slow_images, args=(30,), world=world)
     group.until(lambda: (out / "metrics.jsonl").exists())
-    time.sleep(0.3)
+    time.sleep(1.0)
     start = time.monotonic()
     group.kill(signal.SIGTERM)
-    assert group.wait() == [143], group.err()
+    assert group.wait() == [143] * world, group.err()
     assert time.monotonic() - start < 10
     assert newest_step(out) == 0
 
@@ -94,7 +98,7 @@ def test_to_one_process_of_two_in_the_middle_of_training(tmp_path):
 
 def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not(tmp_path):
     out = tmp_path / "run"
-    group = runs.training(out, "--max-steps", 6, hook=runs.slow_images, args=(60,), world=2)
+    group = runs.training(out, "--max-steps", 6, hook=runs.slow_steps, args=(60,), world=2)
     group.until(lambda: "training on 2" in group.out() and (out / "metrics.jsonl").exists())
     time.sleep(0.5)
     group.kill(signal.SIGTERM)
@@ -108,8 +112,21 @@ def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not(tmp_path):
     assert "by a second signal" in group.err()
 
 
-def test_before_and_after_training(tmp_path):
-    """While data are read and while the page is written, a signal ends the program the same way."""
+def test_after_training_while_the_page_is_made(tmp_path):
+    out, latents = tmp_path / "run", tmp_path / "latents"
+    latents.mkdir()
+    save_file({"latents": torch.randn(32, 1, 8, 8), "labels": torch.arange(32) % 2}, latents / "0.safetensors")
+    argv = ["digits", "--data.name", "latents", "--data.path", latents, "--out", out, *runs.TINY, "--max-steps", 2]
+    group = start(door, "train", [*argv, "--sample.num", 20_000, "--sample.steps", 100], folder=tmp_path / "log")
+    group.until(lambda: (out / "model" / "model_index.json").exists())
+    time.sleep(0.5)
+    group.kill(signal.SIGTERM)
+    assert group.wait(30) == [143], group.err()
+    assert not (out / "index.html").exists()  # the same command makes it: tests/faults/test_torn.py
+
+
+def test_before_training(tmp_path):
+    """While data are read, a signal ends the program the same way."""
     out = tmp_path / "run"
     group = runs.training(out, "--max-steps", 6, hook=time.sleep, args=(60,))
     group.until(lambda: os.path.exists(f"/proc/{group.pids[0]}"))
