@@ -16,16 +16,13 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import machine, round_robin
-from ditmoe import training
+from ditmoe import ranks, training
 from ditmoe.config import Config
 from ditmoe.data import open_data
-from ditmoe.health import Health, Watch
-from ditmoe.objective import Objective
 from ditmoe.parallel import Parallel
 from ditmoe.presets import PRESETS
 from ditmoe.signals import Signals
 from ditmoe.state import State, new_state, update_ema
-from ditmoe.stream import Batches
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
 PRODUCTS |= {f"aten::_scaled_dot_product_flash_attention_for_cpu{s}" for s in ("", "_backward")}
@@ -47,29 +44,15 @@ def one_step(config: Config) -> Callable[[], object]:
     return prepared(config)[0]
 
 
-def prepared(config: Config) -> tuple[Callable[[], object], State, training._Run]:
+def prepared(config: Config) -> tuple[Callable[[], object], State, training.Run]:
     """The same, what it trains, and with what."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process holds steps of both precisions
     data = open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
-    accelerator = training._accelerator(config.train)
-    parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
+    parallel = Parallel(ranks.launched(config.train), config.parallel, config.moe.num_experts)
     state = new_state(config, len(data.id2label), parallel)
-    model, optimizer = parallel.prepare(state.model, state.optimizer)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    run = training._Run(
-        config=config,
-        accelerator=accelerator,
-        parallel=parallel,
-        raw=state.model,
-        model=model,
-        optimizer=optimizer,
-        objective=Objective(config.objective),
-        batches=Batches(config, data, first_step=0, rank=rank, num_processes=world),
-        watch=Watch(accelerator, Signals(), 0, []),
-        health=Health(accelerator, 0, 0),
-    )
+    run = training.Run.of(config, data, parallel, state, Signals(), {})
 
     def step() -> None:
         training._optimise(run, 0)

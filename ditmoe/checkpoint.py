@@ -243,7 +243,18 @@ def find_fault(path: Path) -> str | None:
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(parts, state) of one checkpoint that was found whole, on the CPU; slices are joined."""
+    """(parts, state) of one checkpoint that was found whole, on the CPU; slices are joined.
+
+    Raises:
+        ValueError: A file is what its manifest says, and yet none of ours.
+    """
+    try:
+        return _load(path)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} holds a file that cannot be read: {error}; move it away") from error
+
+
+def _load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     found: dict[str, list[dict[str, Tensor]]] = {}
     for file in sorted(path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"shard-(\d+)", f.name)]):
         found.setdefault(file.name.split(".")[0], []).append(load_file(file))

@@ -231,7 +231,7 @@ def _load(start: str) -> Config:
         path = path / "config.json" if path.is_dir() else path
         try:
             values = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             _stop(f"{path} is not a configuration that can be read: {error}")
         if not isinstance(values, dict):
             _stop(f"{path} does not hold a configuration")

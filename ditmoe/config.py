@@ -316,6 +316,10 @@ class Config:
     def __post_init__(self) -> None:
         _positive(self, "max_steps")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2^63)")
+        _require(
+            self.parallel.experts == 1 or self.moe.blocks != "none",
+            f"parallel.experts {self.parallel.experts} does not apply to a model without experts (moe.blocks none)",
+        )
         decay = self.train.decay_steps
         _require(
             decay is None or self.max_steps <= decay,

@@ -200,11 +200,11 @@ def _open_folder(config: DataConfig, size: int, channels: int) -> ArrayImages | 
     return ArrayImages(pixels, folder.labels, folder.id2label, folder.source, bad=bad) if small else folder
 
 
-def check_bad(sentences: Sequence[str], max_bad: int) -> None:
-    """Raise ValueError where more images are bad than are to be skipped."""
+def check_bad(sentences: Sequence[str], max_bad: int, option: str = "data.max_bad") -> None:
+    """Raise ValueError where more images are bad than are to be left out, as `option` says."""
     if len(sentences) > max_bad:
-        how = f"{len(sentences)} images cannot be used, data.max_bad is {max_bad}: " if max_bad else ""
-        raise ValueError(how + f"{sentences[-1] if max_bad else sentences[0]}, or let it be skipped: --data.max-bad N")
+        how = f"{len(sentences)} images cannot be used, {option} is {max_bad}: " if max_bad else ""
+        raise ValueError(f"{how}{sentences[max_bad]}, or let it be left out: --{option.replace('_', '-')} N")
 
 
 def _open_digits(split: str) -> ArrayImages:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from . import ranks
 from .cli import LatentArgs
+from .data import check_bad
 from .folders import BadImage, FolderImages
 from .latent_sets import FORMAT, INDEX, KEY, digest, metadata, names, read_index
 from .tars import TarImages, tar_files
@@ -73,7 +74,7 @@ def encode(args: LatentArgs, state: PartialState) -> None:
             turn = missing[start : start + world][rank : rank + 1]
             done = _together(state, partial(job.make, turn, readers, bar, _bad(entries)))
             entries |= {entry["shard"]: entry for entry in done}
-            _check_bad(_bad(entries), args.max_bad)
+            check_bad(_bad(entries), args.max_bad, "max_bad")
     seconds = time.monotonic() - started
     index = ranks.decided_by_first(state, lambda: job.finish([entries[k] for k in job.shards]))
     if not rank:
@@ -176,7 +177,7 @@ class _Job:
         for batch in readers.batches(self.rows(shard)):
             good = [(row, image) for row, image in batch if not isinstance(image, str)]
             bad += [sentence for _, sentence in batch if isinstance(sentence, str)]
-            _check_bad([*bad_before, *bad], self.args.max_bad)
+            check_bad([*bad_before, *bad], self.args.max_bad, "max_bad")
             if good:
                 rows += [row for row, _ in good]
                 x = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -309,10 +310,3 @@ def _together(state: PartialState, work: Callable[[], list[Entry]]) -> list[Entr
 def _bad(entries: Mapping[int, Entry]) -> list[str]:
     """What is wrong with images, in the order of the set."""
     return [sentence for _, entry in sorted(entries.items()) for sentence in entry["bad"]]
-
-
-def _check_bad(sentences: Sequence[str], max_bad: int) -> None:
-    """Raise ValueError where more images are bad than may be left out."""
-    if len(sentences) > max_bad:
-        how = f"{len(sentences)} images cannot be used, max_bad is {max_bad}: " if max_bad else ""
-        raise ValueError(f"{how}{sentences[-1]}, or let it be left out: --max-bad N")

@@ -19,6 +19,7 @@ from . import ranks
 from .data import check_bad
 from .moe import Routing
 from .objective import Losses
+from .parallel import local
 from .signals import Interrupted, Signals
 from .stream import Batch, Batches
 
@@ -141,6 +142,6 @@ def _gradients(norm: Tensor, model: nn.Module) -> list[str]:
     """Gradients that are not finite by name, after clipping: by a norm of nan it has spoilt all of them."""
     if norm.isfinite():
         return []
-    wrong = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    total = sum(p.grad is not None for p in model.parameters())
+    grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}  # talks to nobody
+    wrong, total = [name for name, grad in grads.items() if not grad.isfinite().all()], len(grads)
     return [f"gradient norm {float(norm)}" + (f" ({', '.join(wrong[:5])})" if len(wrong) < total else "")]

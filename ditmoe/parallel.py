@@ -254,6 +254,12 @@ def expert_names(model: nn.Module) -> set[str]:
     }
 
 
+def local(value: Tensor) -> Tensor:
+    """This process's slice of a sharded tensor, itself of any other."""
+    mine: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return mine
+
+
 def _parameter(key: str, part: str) -> str:
     """The parameter that a checkpoint's tensor belongs to: moments are named after it."""
     return key.rsplit(".", 1)[0] if part == "optimizer" else key

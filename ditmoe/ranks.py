@@ -9,17 +9,44 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
+from .config import TrainConfig
 from .signals import Interrupted, Signals, end_with_parent
 
 T = TypeVar("T")
 _POLL = 0.2  # seconds
+
+
+def launched(train: TrainConfig) -> Accelerator:
+    """The processes of this launch, which with torchrun end with it. ValueError as `check_launch`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if resolve_precision(train.precision, device) == "bf16" else "no",
+        gradient_accumulation_steps=train.accumulation,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
+    )
+    check_launch(accelerator)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
+        end_with_parent(signal.SIGTERM)
+    return accelerator
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """ "auto" is bf16 where bfloat16 products are fast (recent GPUs, CPUs with AVX-512 BF16 or AMX), else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:
@@ -121,8 +148,6 @@ def check_launch(accelerator: Accelerator | PartialState) -> None:
             f"the launch asks for {accelerator.distributed_type.value}; start plain processes "
             f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
-        end_with_parent(signal.SIGTERM)
     asked = _asked_for()
     if accelerator.num_processes == 1 and asked > 1:
         raise ValueError(
@@ -134,7 +159,7 @@ def check_launch(accelerator: Accelerator | PartialState) -> None:
 def _asked_for() -> int:
     """What `accelerate launch`, if it started this process, was told: by its flags or its configuration file."""
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")  # Linux; elsewhere nothing is known
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")  # Linux alone
     except OSError:
         return 1
     names = ("accelerate-launch", "accelerate.commands.launch")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from . import checkpoint, pipeline, ranks
@@ -25,9 +24,9 @@ class Saving:
     Args:
         config: The run.
         data: Its training images, for the names of the classes.
-        accelerator: The processes.
         parallel: Who holds what.
         state: What learns.
+        variance: `ditmoe.data.pixel_variance`, for the pipeline.
         step: The step of the checkpoint that the state came from; -1 for none.
     """
 
@@ -35,13 +34,13 @@ class Saving:
         self,
         config: Config,
         data: ImageSet,
-        accelerator: Accelerator,
         parallel: Parallel,
         state: State,
+        variance: float,
         step: int,
     ) -> None:
-        self.config, self.data, self.accelerator = config, data, accelerator
-        self.parallel, self.state, self._last = parallel, state, step
+        self.config, self.data, self.accelerator = config, data, parallel.accelerator
+        self.parallel, self.state, self.variance, self._last = parallel, state, variance, step
         self._experts = expert_names(state.ema)
         self._writer: checkpoint.Writer | None = None
 
@@ -73,7 +72,7 @@ class Saving:
                 self._writer.finish()
             self.accelerator.wait_for_everyone()
 
-    def pipeline(self, variance: float, step: int) -> pipeline.DiTMoEPipeline | None:
+    def pipeline(self, step: int) -> pipeline.DiTMoEPipeline | None:
         """The pipeline of the averaged weights, whole, on the first process; None on the others."""
         model = self.state.ema
         if self.parallel.splits:
@@ -82,19 +81,19 @@ class Saving:
                 return None
             model = build(self.config, num_classes(self.config, self.data)).eval().requires_grad_(False)
             model.load_state_dict(whole)
-        return pipeline.assemble(model, self.config, self.data.id2label, variance, step)
+        return pipeline.assemble(model, self.config, self.data.id2label, self.variance, step)
 
-    def export(self, variance: float, step: int) -> None:
+    def export(self, step: int) -> None:
         """Write model/ with the averaged weights. Of split experts one block is whole at a time."""
         first, folder = self.accelerator.is_main_process, self.config.out / "model"
         if not self.parallel.splits:
             if first:
-                pipe = pipeline.assemble(self.state.ema.cpu(), self.config, self.data.id2label, variance, step)
+                pipe = pipeline.assemble(self.state.ema.cpu(), self.config, self.data.id2label, self.variance, step)
                 pipeline.save(pipe, folder)
         elif first:
             with torch.device("meta"):
                 empty = build(self.config, num_classes(self.config, self.data))
-            pipe = pipeline.assemble(empty, self.config, self.data.id2label, variance, step)
+            pipe = pipeline.assemble(empty, self.config, self.data.id2label, self.variance, step)
             pipeline.save(pipe, folder, self._lots())
         else:
             for _ in self._lots():

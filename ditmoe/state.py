@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from . import checkpoint
 from .config import Config
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
 from .moe import Router
-from .parallel import Parallel, expert_names
+from .parallel import Parallel, expert_names, local
 
 
 class State(NamedTuple):
@@ -75,17 +74,11 @@ def num_classes(config: Config, data: ImageSet) -> int:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, over parameters and floating-point buffers; others are copied."""
-    ours, theirs = ({n: _local(v) for n, v in net.state_dict().items()} for net in (ema, model))
+    ours, theirs = ({n: local(v) for n, v in net.state_dict().items()} for net in (ema, model))
     floating = [name for name, value in ours.items() if value.is_floating_point()]
     torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
     for name in ours.keys() - set(floating):
         ours[name].copy_(theirs[name])
-
-
-def _local(value: Tensor) -> Tensor:
-    """This process's slice of a sharded tensor, itself of any other."""
-    local: Tensor = value.to_local() if isinstance(value, DTensor) else value
-    return local
 
 
 def to_parts(state: State) -> dict[str, dict[str, Tensor]]:

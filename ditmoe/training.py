@@ -12,16 +12,15 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from . import checkpoint, pipeline, plan, ranks, run_folder
-from .config import Config, TrainConfig, save, to_dict
+from .config import Config, save, to_dict
 from .data import ImageSet, fingerprint, pixel_variance
 from .health import Evidence, Health, Watch
 from .metrics import Log, StepResult, learning_rate
@@ -59,15 +58,14 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         FloatingPointError: More than `train.max_skipped` steps in a row were not finite.
         OSError: A checkpoint that must be written could not be.
     """
-    accelerator = _accelerator(config.train)
-    ranks.check_launch(accelerator)
+    accelerator = ranks.launched(config.train)
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
     pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
     with ExitStack() as stack:
         ranks.decided_by_first(accelerator, lambda: stack.enter_context(run_folder.locked(config)))
-        return _train(config, data, on_sample, argv, accelerator, parallel, state)
+        return _train(config, data, on_sample, argv, parallel, state)
 
 
 def _train(
@@ -75,14 +73,14 @@ def _train(
     data: ImageSet,
     on_sample: OnSample | None,
     argv: Sequence[str],
-    accelerator: Accelerator,
     parallel: Parallel,
     state: State,
 ) -> bool:
     """`train`, in a run folder that is ours."""
+    accelerator = parallel.accelerator
     facts = {
         "data": fingerprint(data),
-        "precision": resolve_precision(config.train.precision, accelerator.device),
+        "precision": ranks.resolve_precision(config.train.precision, accelerator.device),
         "num_processes": accelerator.num_processes,
     }
     variance = pixel_variance(data, config.seed)
@@ -95,85 +93,25 @@ def _train(
         return False
     if accelerator.is_main_process:
         _open_folder(config, argv)
-    _announce(config, data, accelerator, first_step)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    model, optimizer = parallel.prepare(state.model, state.optimizer)
-    state.ema.to(accelerator.device)
-    bad = list(saved.get("bad_images", []))
+    _announce(config, data, accelerator, facts["precision"], first_step)
     with (
         Signals() as signals,
         Log(config, first_step, accelerator) as log,
-        Saving(config, data, accelerator, parallel, state, first_step if saved else -1) as saving,
-        closing(Batches(config, data, first_step=first_step, rank=rank, num_processes=world)) as batches,
+        Saving(config, data, parallel, state, variance, first_step if saved else -1) as saving,
+        closing(Run.of(config, data, parallel, state, signals, saved)) as run,
     ):
-        run = _Run(
-            config=config,
-            accelerator=accelerator,
-            parallel=parallel,
-            raw=state.model,
-            model=model,
-            optimizer=optimizer,
-            objective=Objective(config.objective),
-            batches=batches,
-            watch=Watch(accelerator, signals, config.data.max_bad, bad),
-            health=Health(
-                accelerator,
-                config.train.max_skipped,
-                int(saved.get("skipped_steps", 0)),
-                int(saved.get("skipped_in_a_row", 0)),
-            ),
-        )
-
-        def keep(step: int, *, wait: bool) -> None:
-            saving.checkpoint(step, {**facts, **run.health.facts, "bad_images": list(bad)}, wait=wait)
-
-        def show(step: int) -> None:
-            pipe = saving.pipeline(variance, step)
-
-            def draw() -> None:
-                assert on_sample is not None
-                try:
-                    on_sample(step, pipe)
-                except OSError as error:
-                    if config.train.on_save_error == "stop":
-                        raise
-                    print(f"warning: the samples of step {step} could not be written ({error})", flush=True)
-
-            with log.paused():
-                ranks.first_works(accelerator, draw, signals, f"sample-{step}")
-
-        every = config.train.sample_every if on_sample else 0
-        if every and 0 < first_step < last_step and first_step % every == 0:
-            show(first_step)  # it may have been cut short
-        for step in range(first_step, config.max_steps):
-            try:
-                result = _optimise(run, step)
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error):
-                    raise RuntimeError(f"{error} It was reading one of: {run.batches.awaited()}") from error
-                raise
-            if result is None:
-                keep(step, wait=True)
-                raise Interrupted(f"stopped at step {step} and saved; the same command goes on")
-            if not result.faults:
-                update_ema(state.ema, state.model, min(config.train.ema_decay, (1 + step) / (10 + step)))
-            done = step + 1
-            log.row(done, result)
-            if done % config.train.checkpoint_every == 0 or done == config.max_steps:
-                keep(done, wait=done == config.max_steps)
-            if every and done % every == 0:
-                show(done)
-        saving.export(variance, last_step)
+        show = None if on_sample is None else partial(_show, on_sample, run, saving, log)
+        _loop(run, state, facts, saving, log, show, first_step)
+        saving.export(last_step)
         if ranks.total(accelerator, [float(bool(signals.received))])[0]:
             raise Interrupted(f"stopped after step {last_step}, all saved; the same command makes the page")
     return True
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """What a step needs. `raw` is the network, `model` what Accelerate made of it."""
 
     config: Config
-    accelerator: Accelerator
     parallel: Parallel
     raw: DiTMoETransformer2DModel
     model: nn.Module
@@ -182,6 +120,86 @@ class _Run(NamedTuple):
     batches: Batches
     watch: Watch
     health: Health
+
+    @classmethod
+    def of(
+        cls, config: Config, data: ImageSet, parallel: Parallel, state: State, signals: Signals, saved: dict[str, Any]
+    ) -> Run:
+        """A run that goes on from what a checkpoint has `saved`; {} begins it. The state goes to its device."""
+        accelerator, step = parallel.accelerator, int(saved.get("step", 0))
+        rank, world = accelerator.process_index, accelerator.num_processes
+        model, optimizer = parallel.prepare(state.model, state.optimizer)
+        state.ema.to(accelerator.device)
+        skipped, in_a_row = (int(saved.get(name, 0)) for name in ("skipped_steps", "skipped_in_a_row"))
+        return cls(
+            config=config,
+            parallel=parallel,
+            raw=state.model,
+            model=model,
+            optimizer=optimizer,
+            objective=Objective(config.objective),
+            batches=Batches(config, data, first_step=step, rank=rank, num_processes=world),
+            watch=Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", []))),
+            health=Health(accelerator, config.train.max_skipped, skipped, in_a_row),
+        )
+
+    def close(self) -> None:
+        """End the processes that read data."""
+        self.batches.close()
+
+
+def _loop(
+    run: Run,
+    state: State,
+    facts: dict[str, Any],
+    saving: Saving,
+    log: Log,
+    show: Callable[[int], None] | None,
+    first_step: int,
+) -> None:
+    """Step after step until `max_steps`; saves, and shows samples where asked for. Raises Interrupted when stopped."""
+    train, max_steps = run.config.train, run.config.max_steps
+
+    def keep(step: int, *, wait: bool) -> None:
+        saving.checkpoint(step, {**facts, **run.health.facts, "bad_images": list(run.watch.bad)}, wait=wait)
+
+    every = train.sample_every if show else 0
+    if show and every and 0 < first_step < max_steps and first_step % every == 0:
+        show(first_step)  # it may have been cut short
+    for step in range(first_step, max_steps):
+        try:
+            result = _optimise(run, step)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise RuntimeError(f"{error} It was reading one of: {run.batches.awaited()}") from error
+            raise
+        if result is None:
+            keep(step, wait=True)
+            raise Interrupted(f"stopped at step {step} and saved; the same command goes on")
+        if not result.faults:
+            update_ema(state.ema, state.model, min(train.ema_decay, (1 + step) / (10 + step)))
+        done = step + 1
+        log.row(done, result)
+        if done % train.checkpoint_every == 0 or done == max_steps:
+            keep(done, wait=done == max_steps)
+        if show and every and done % every == 0:
+            show(done)
+
+
+def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) -> None:
+    """The samples of a step, made by the first process from the averaged weights."""
+    pipe = saving.pipeline(step)
+
+    def draw() -> None:
+        try:
+            on_sample(step, pipe)
+        except OSError as error:
+            if run.config.train.on_save_error == "stop":
+                raise
+            print(f"warning: the samples of step {step} could not be written ({error})", flush=True)
+
+    with log.paused():
+        ranks.first_works(run.parallel.accelerator, draw, run.watch.signals, f"sample-{step}")
 
 
 def _open_folder(config: Config, argv: Sequence[str]) -> None:
@@ -214,22 +232,12 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 where bfloat16 products are fast (recent GPUs, CPUs with AVX-512 BF16 or AMX), else fp32."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if device.type == "cpu" and fast else "fp32"
-
-
 # ------------------------------------------------------------------------------------------- one step
 
 
-def _optimise(run: _Run, step: int) -> StepResult | None:
+def _optimise(run: Run, step: int) -> StepResult | None:
     """One optimiser step; without moving anything where a value is not finite; None when asked to stop before it."""
-    config, accelerator = run.config, run.accelerator
+    config, accelerator = run.config, run.parallel.accelerator
     set_learning_rate(run.optimizer, learning_rate(config.train, step))
     sums: dict[str, Tensor] = {}
     assigned: Tensor | None = None
@@ -257,9 +265,10 @@ def _optimise(run: _Run, step: int) -> StepResult | None:
     return StepResult(sums, norm, assigned, faults, run.health.skipped)
 
 
-def _forward(run: _Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | None]:
+def _forward(run: Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | None]:
     """The losses of one micro-batch, the routers' records, and the (L, E) assignments of all processes."""
-    objective, config, device = run.objective, run.config, run.accelerator.device
+    objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
+    device = accelerator.device
     x_0 = batch.x.to(device, non_blocking=True)
     C, H, W = x_0.shape[1:]
     draws = objective.draw(config.seed, batch.indices, (C, H, W))
@@ -268,9 +277,9 @@ def _forward(run: _Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | N
     if run.raw.null_label is not None:
         labels = torch.where(draws.drop, run.raw.null_label, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
-    with run.accelerator.autocast():
+    with accelerator.autocast():
         sample, routing = run.model(x_t, t, labels, return_dict=False)
-    counts = _global_counts(run.accelerator, routing)
+    counts = _global_counts(accelerator, routing)
     losses = objective.losses(sample, routing, target, x_0, x_t, t, config.moe, counts)
     return losses, routing, counts
 
@@ -292,35 +301,14 @@ def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         bias.copy_(balanced_bias(bias, load, rate))
 
 
-# ------------------------------------------------------------------------------------------ processes
-
-
-def _accelerator(train: TrainConfig) -> Accelerator:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(train.precision, device)
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        gradient_accumulation_steps=train.accumulation,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
-        ],
-    )
-
-
-def _announce(
-    config: Config,
-    data: ImageSet,
-    accelerator: Accelerator,
-    first_step: int,
-) -> None:
+def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precision: str, first_step: int) -> None:
     with torch.device("meta"):
         total, activated = count_parameters(build(config, num_classes(config, data)))
     accelerator.print(f"data: {data.source}")
     accelerator.print(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
     accelerator.print(
-        f"training on {accelerator.num_processes} process(es), {accelerator.device.type}, "
-        f"{resolve_precision(config.train.precision, accelerator.device)}, into {config.out}"
+        f"training on {accelerator.num_processes} process(es), {accelerator.device.type}, {precision}, "
+        f"into {config.out}"
     )
     if first_step:
         accelerator.print(f"resumed at step {first_step} of {config.max_steps}")

@@ -1,5 +1,6 @@
 """Checkpoint folders: complete or absent, verified, pruned."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: 
         rest = b"" if fault == "truncate" else bytes([raw[middle] ^ 8]) + raw[middle + 1 :]
         file.write_bytes(raw[:middle] + rest)
     assert checkpoint.newest(tmp_path) == older
+
+
+def test_a_hostile_file_with_a_fitting_manifest_is_a_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    raw = (2**60).to_bytes(8, "little") + b"{}"
+    (path / "model.safetensors").write_bytes(raw)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.newest(tmp_path) == path
+    with pytest.raises(ValueError, match="step-000001 holds a file that cannot be read"):
+        checkpoint.load(path)
 
 
 def test_prune_keeps_the_newest_whole_ones(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ditmoe import checkpoint
+from ditmoe.config import Config, MoEConfig, ParallelConfig
 from ditmoe.pipeline import load
 from tests.faults import runs
 
@@ -142,3 +143,8 @@ def test_compiled_blocks_train_the_same(tmp_path, alone, world, flags, precision
     assert group.wait(280) == [0] * world, group.err()
     for one, other in zip(runs.rows(out), runs.rows(plain), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_a_model_without_experts_has_none_to_split():
+    with pytest.raises(ValueError, match="does not apply to a model without experts"):
+        Config(moe=MoEConfig(blocks="none"), parallel=ParallelConfig(experts=2))

@@ -34,6 +34,16 @@ def test_one_bad_rank_skips_the_step_everywhere(tmp_path, what, named):
     assert named in "; ".join(log[1]["faults"])
 
 
+@pytest.mark.parametrize("split", [["--parallel.shard"], ["--parallel.experts", 2]])
+def test_one_bad_rank_of_a_split_model_keeps_nobody_waiting(tmp_path, split):
+    """Where the others look for what is wrong, they must not ask the one that already knows."""
+    out = tmp_path / "run"
+    group = runs.training(out, "--max-steps", 3, *split, hook=runs.poison, args=("loss", 1, [2]), world=2)
+    assert group.wait(60) == [0, 0], group.err() + group.err(1)
+    assert "rank 1: loss total" in group.err()
+    assert [row["skipped_steps"] for row in runs.rows(out)] == [0, 1, 1]
+
+
 def test_too_many_in_a_row_stop_all_ranks(tmp_path):
     out = tmp_path / "run"
     flags = ["--max-steps", 9, "--train.max-skipped", 2, "--train.checkpoint-every", 1]
