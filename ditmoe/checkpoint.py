@@ -5,7 +5,8 @@ the size and SHA-256 of each. It is written under a temporary name, synced to th
 removed only when enough newer ones have been read back and found whole.
 
 Tensors that are split over processes lie in files of their own, `model.shard-0.safetensors`, ..., which each process
-writes into the same temporary folder; they are joined along their first dimension when they are loaded.
+writes into the same temporary folder, with their sizes and digests; of what is read back a process reads the rows that
+it needs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,78 +37,39 @@ _UNFINISHED = "step-*.tmp-*"
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
-class Writer:
-    """Writes checkpoints in a thread of its own while training goes on, one at a time.
+class Saved:
+    """A tensor of a checkpoint, whose rows are read from the disk when they are asked for.
 
     Args:
-        root: The folder of checkpoints; made when missing. Leftovers of interrupted saves are removed.
-        keep: Newest checkpoints to keep, see `prune`.
-        tolerant: Say so and go on where a checkpoint cannot be written, instead of raising OSError.
-        token: The same on all processes that write together, another one in every run of the program.
-        shard: Which slice of split tensors this process writes; 0 also writes everything else and ends the save.
-        shards: How many there are.
+        pieces: Its rows in order, as different processes wrote them; memory-mapped.
+
+    Attributes:
+        shape, dtype: Of the whole.
+
+    Raises:
+        ValueError: The pieces do not belong together.
     """
 
-    def __init__(
-        self, root: Path, keep: int, *, tolerant: bool, token: str = "", shard: int = 0, shards: int = 1
-    ) -> None:
-        self.root, self.keep, self.tolerant = root, keep, tolerant
-        self.token, self.shard, self.shards = token or str(os.getpid()), shard, shards
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
-        self._given_up = threading.Event()  # no other process is to be waited for any more
-        if shard == 0:
-            remove_unfinished(root)
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        first = pieces[0]
+        if len(pieces) > 1 and any(
+            not p.ndim or (p.shape[1:], p.dtype) != (first.shape[1:], first.dtype) for p in pieces
+        ):
+            raise ValueError("the slices of a tensor do not fit together")
+        rows = [sum(len(p) for p in pieces)] if first.ndim else []
+        self._pieces, self.dtype, self.shape = pieces, first.dtype, torch.Size([*rows, *first.shape[1:]])
 
-    def save(
-        self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts | None = None, *, wait: bool
-    ) -> None:
-        """Copy the tensors, then write them in the background; with `wait`, return when they are on the disk.
+    def rows(self, start: int, stop: int) -> Tensor:
+        """A copy of rows start..stop - 1, as far as they exist."""
+        found, before = [], 0
+        for piece in self._pieces:
+            found.append(piece[max(start - before, 0) : max(stop - before, 0)])
+            before += len(piece)
+        return torch.cat(found)
 
-        `parts` and `state` are those of all processes, `split` this one's slices.
-
-        Raises:
-            OSError: The one before could not be written, unless tolerant; with `wait` neither could this one.
-            FloatingPointError: See `save`.
-        """
-        try:
-            self.finish()
-        except OSError as error:
-            if not self.tolerant:
-                raise
-            print(f"warning: a checkpoint could not be written ({error}); trying again now", flush=True)
-        copies = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in parts.items()}
-        slices = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in (split or {}).items()}
-        self._pending = self._thread.submit(self._write, step, copies, state, slices)
-        if wait:
-            self.finish()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is not None:
-            self._given_up.set()
-        self._thread.shutdown(wait=True)
-        if self.shard == 0 and self.shards > 1:
-            remove_unfinished(self.root)
-
-    def finish(self) -> None:
-        """Wait for the last one. Raises what it met."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def _write(self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts) -> None:
-        named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
-        if self.shard == 0 and self.shards > 1:
-            remove_unfinished(self.root)  # the last one, if it failed
-        if self.shard:
-            write_shard(self.root, step, named, self.token, self._given_up)
-            return
-        others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
-        save(self.root, step, {**parts, **named}, state, token=self.token, others=others, given_up=self._given_up)
-        prune(self.root, self.keep)
+    def whole(self) -> Tensor:
+        """A copy of all of it."""
+        return torch.cat(list(self._pieces)) if self.shape else self._pieces[0].clone()
 
 
 def save(
@@ -149,7 +110,7 @@ def save(
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
         _sync(temporary / "state.json")
         _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
-        files = {p.name: {"size": p.stat().st_size, "sha256": _digest(p)} for p in sorted(temporary.iterdir())}
+        files = {name: _described(temporary / name) for name in _names(temporary)}
         manifest = {"format": FORMAT, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _sync(temporary / "manifest.json")
@@ -186,14 +147,18 @@ def write_shard(root: Path, step: int, parts: Parts, token: str, given_up: threa
         raise
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove what is older than the `keep` newest whole checkpoints, which are read back for it; 0 keeps all."""
-    whole = 0
-    for path in _newest_first(root) if keep else []:
-        if whole >= keep:
+def prune(root: Path, keep: int, known: Collection[Path] = ()) -> list[Path]:
+    """Remove what is older than the `keep` newest whole checkpoints, which are read back for it; 0 keeps all.
+
+    Those that are `known` to be whole are not read again. Returns the ones that stay.
+    """
+    whole: list[Path] = []
+    for path in newest_first(root) if keep else []:
+        if len(whole) >= keep:
             _remove(path)
-        elif find_fault(path) is None:
-            whole += 1
+        elif path in known or find_fault(path) is None:
+            whole.append(path)
+    return whole
 
 
 def remove_unfinished(root: Path) -> None:
@@ -202,36 +167,49 @@ def remove_unfinished(root: Path) -> None:
         shutil.rmtree(leftover)
 
 
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not."""
+    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
 def newest(root: Path) -> Path | None:
     """The newest checkpoint whose files are what its manifest says; None when there never was one.
 
     Raises:
         ValueError: Checkpoints are there but none is whole.
     """
-    candidates = _newest_first(root)
+    return first_whole(newest_first(root), find_fault)
+
+
+def first_whole(candidates: Sequence[Path], fault_of: Callable[[Path], str | None]) -> Path | None:
+    """The first one without a fault, after a line on those before it. None of none; ValueError where all have one."""
     for path in candidates:
-        fault = find_fault(path)
+        fault = fault_of(path)
         if fault is None:
             return path
         print(f"checkpoint {path} is damaged ({fault}); trying the one before it", flush=True)
     if candidates:
-        raise ValueError(f"no checkpoint in {root} is whole; move the folder away to start again")
+        raise ValueError(f"no checkpoint in {candidates[0].parent} is whole; move the folder away to start again")
     return None
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when every file matches the manifest."""
+def find_fault(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file matches the manifest.
+
+    With a `share` (n, of) the contents of every of-th file alone are read, from the n-th on; all sizes are looked at.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = manifest["files"]
         strangers = {p.name for p in path.iterdir()} - {"manifest.json", *files}
         if strangers or "state.json" not in files:
             return "manifest.json does not list the files of the folder"
-        for name, known in files.items():
+        for i, (name, known) in enumerate(sorted(files.items())):
             file = path / name
             if file.stat().st_size != known["size"]:
                 return f"{name} has {file.stat().st_size} bytes, not {known['size']}"
-            if _digest(file) != known["sha256"]:
+            if i % share[1] == share[0] and _digest(file) != known["sha256"]:
                 return f"{name} has other content than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -243,32 +221,31 @@ def find_fault(path: Path) -> str | None:
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(parts, state) of one checkpoint that was found whole, on the CPU; slices are joined.
+    """(parts, state) of one checkpoint that was found whole, on the CPU. Raises as `opened`."""
+    parts, state = opened(path)
+    return {part: {key: saved.whole() for key, saved in found.items()} for part, found in parts.items()}, state
+
+
+def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
+    """(parts, state) of one checkpoint that was found whole; tensors are read when they are asked for.
 
     Raises:
         ValueError: A file is what its manifest says, and yet none of ours.
     """
     try:
-        return _load(path)
+        files: dict[str, list[dict[str, Tensor]]] = {}
+        for file in sorted(
+            path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"shard-(\d+)", f.name)]
+        ):
+            files.setdefault(file.name.split(".")[0], []).append(load_file(file))
+        parts: dict[str, dict[str, Saved]] = {}
+        for part, found in files.items():
+            keys = dict.fromkeys(key for tensors in found for key in tensors)
+            parts[part] = {key: Saved([tensors[key] for tensors in found if key in tensors]) for key in keys}
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds a file that cannot be read: {error}; move it away") from error
-
-
-def _load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    found: dict[str, list[dict[str, Tensor]]] = {}
-    for file in sorted(path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"shard-(\d+)", f.name)]):
-        found.setdefault(file.name.split(".")[0], []).append(load_file(file))
-    parts: dict[str, dict[str, Tensor]] = {}
-    for part, files in found.items():
-        keys = dict.fromkeys(key for tensors in files for key in tensors)
-        parts[part] = {key: _joined([tensors[key] for tensors in files if key in tensors]) for key in keys}
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return parts, state
-
-
-def _newest_first(root: Path) -> list[Path]:
-    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def _remove(path: Path) -> None:
@@ -279,7 +256,7 @@ def _remove(path: Path) -> None:
 
 
 def _write_parts(folder: Path, parts: Parts) -> None:
-    """A file a part, on the disk before it has its name."""
+    """A file a part, on the disk before it has its name, and beside it what is known of it."""
     for name, tensors in parts.items():
         file = folder / f"{name}.safetensors"
         partial = folder / f"{file.name}.part"
@@ -288,7 +265,27 @@ def _write_parts(folder: Path, parts: Parts) -> None:
         except SafetensorError as error:
             raise OSError(f"{file} could not be written: {error}") from error
         _sync(partial)
+        _note_of(file).write_text(json.dumps(_described(partial)))
         partial.rename(file)
+
+
+def _note_of(file: Path) -> Path:
+    """Where the process that wrote a file says what it has written; gone once the manifest has it."""
+    return file.with_name(f"{file.name}.note")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix != ".note")
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """Size and SHA-256: as noted by its writer, or of its content."""
+    note = _note_of(file)
+    if note.exists():
+        known: dict[str, Any] = json.loads(note.read_text())
+        note.unlink()
+        return known
+    return {"size": file.stat().st_size, "sha256": _digest(file)}
 
 
 def _wait_for(files: Sequence[Path], failed: Path, given_up: threading.Event | None) -> None:
@@ -303,14 +300,6 @@ def _check_finite(step: int, parts: Parts) -> None:
     wrong = [f"{part} {name}" for part, tensors in parts.items() for name, v in tensors.items() if not _finite(v)]
     if wrong:
         raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: nothing was saved")
-
-
-def _joined(slices: list[Tensor]) -> Tensor:
-    return slices[0] if len(slices) == 1 else torch.cat(slices)
-
-
-def _copied(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
 
 
 def _finite(value: Tensor) -> bool:

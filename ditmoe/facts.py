@@ -40,7 +40,9 @@ def read_config(run: Path, name: str = "config.json") -> Config:
                 values["data"][place] = Path(values["data"][place])
         for field in dataclasses.fields(Config):
             if callable(field.default_factory):
-                values[field.name] = field.default_factory(**values[field.name])
+                values[field.name] = field.default_factory(
+                    **values.get(field.name, {})
+                )  # {}: an older version wrote it
         return Config(**values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error

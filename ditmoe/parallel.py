@@ -10,7 +10,8 @@ Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import Saved
 from .config import ParallelConfig
-from .model import DiTMoETransformer2DModel
+from .model import DiTMoETransformer2DModel as Model
 from .moe import Experts
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -130,22 +132,49 @@ class Parallel:
         """To other processes by all exchanges of tokens so far."""
         return self._exchange.bytes_sent if self._exchange else 0
 
-    def split_experts(self, model: nn.Module) -> None:
-        """Keep this process's slice of all experts of a model that is the same on every process."""
+    @torch.no_grad()
+    def split(self, make: Callable[[], Model]) -> tuple[Model, Model]:
+        """Twice the network that `make` makes on the first process, of each what this process keeps, on its device.
+
+        The first process alone ever has all of it, on its CPU, and sends one tensor after another.
+        """
+        whole = dict(_tensors(make())) if self.rank == 0 else {}
+        with torch.device("meta"):
+            model = make()
+        shapes = {name: value.shape for name, value in _tensors(model)}
+        self._split_experts(model)
+        twin = copy.deepcopy(model)
+        for net in (model, twin):
+            self._shard_rest(net)
+            net.to_empty(device=self.accelerator.device)
+        names = expert_names(model) if self.degree > 1 else set()
+        other = dict(_tensors(twin))
+        for name, value in _tensors(model):
+            sent = torch.empty(shapes[name], dtype=value.dtype, device=self.accelerator.device)
+            if self.rank == 0:
+                sent.copy_(whole.pop(name))
+            dist.broadcast(sent, 0)
+            if name in names or isinstance(value, DTensor):
+                sent = sent[slice(*self._bounds(len(sent), expert=name in names))]
+            for target in (value, other[name]):
+                local(target.detach()).copy_(sent)
+        return model, twin
+
+    def _split_experts(self, model: nn.Module) -> None:
+        """Keep this process's slice of all experts."""
         if self._exchange is None:
             return
         for module in model.modules():
             if isinstance(module, Experts):
                 module.exchange = self._exchange
-                module.w_in = nn.Parameter(self._slice(module.w_in.detach()).clone())
-                module.w_out = nn.Parameter(self._slice(module.w_out.detach()).clone())
+                module.w_in = nn.Parameter(module.w_in.detach().chunk(self.degree)[0])  # meta: only the shape counts
+                module.w_out = nn.Parameter(module.w_out.detach().chunk(self.degree)[0])
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(expert_names(model)))
 
-    def shard_rest(self, model: DiTMoETransformer2DModel) -> None:
+    def _shard_rest(self, model: Model) -> None:
         """Keep this process's slice of every parameter that is not a split expert's, along its first dimension."""
         if self._mesh is None:
             return
-        model.to(self.accelerator.device)  # fully_shard moves what it manages alone
         names = expert_names(model) if self.degree > 1 else set()
         left_out = {p for name, p in model.named_parameters() if name in names}
         for block in model.blocks:
@@ -202,21 +231,19 @@ class Parallel:
             whole = value.detach()
         return whole.cpu() if first else None
 
-    def own(self, parts: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """Of a checkpoint's whole tensors what this process holds, like `model`'s parameters."""
+    def own(self, parts: Mapping[str, Mapping[str, Saved]], model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Of a checkpoint's tensors what this process holds, like `model`'s parameters; nothing else is read."""
         names = expert_names(model) if self.degree > 1 else set()
         sliced = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
 
-        def mine(name: str, value: Tensor) -> Tensor:
-            if value.ndim and name in names:
-                return self._slice(value)
-            if value.ndim and name in sliced:
-                size = -(-len(value) // self.world)  # as torch cuts it: the last slices may be short, or empty
-                local = value[self.rank * size : (self.rank + 1) * size].to(self.accelerator.device)
-                return DTensor.from_local(
-                    local, self._mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride()
-                )
-            return value
+        def mine(name: str, value: Saved) -> Tensor:
+            if not value.shape or name not in names | sliced:
+                return value.whole()
+            rows = value.rows(*self._bounds(value.shape[0], expert=name in names))
+            if name in names:
+                return rows
+            stride, rows = torch.empty(value.shape, device="meta").stride(), rows.to(self.accelerator.device)
+            return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=value.shape, stride=stride)
 
         return {part: {k: mine(_parameter(k, part), v) for k, v in found.items()} for part, found in parts.items()}
 
@@ -238,10 +265,11 @@ class Parallel:
                     whole[part][key] = value
         return ({} if self.rank else whole), split
 
-    def _slice(self, value: Tensor) -> Tensor:
-        size = len(value) // self.degree
-        position = self.rank % self.degree
-        return value[position * size : (position + 1) * size]
+    def _bounds(self, rows: int, *, expert: bool) -> tuple[int, int]:
+        """The rows that are this process's, cut as torch does: the last slices may be short, or empty."""
+        position, slices = (self.rank % self.degree, self.degree) if expert else (self.rank, self.world)
+        size = -(-rows // slices)
+        return min(position * size, rows), min((position + 1) * size, rows)
 
 
 def expert_names(model: nn.Module) -> set[str]:
@@ -252,6 +280,12 @@ def expert_names(model: nn.Module) -> set[str]:
         if isinstance(module, Experts)
         for weight in ("w_in", "w_out")
     }
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, also those that are never saved."""
+    yield from model.named_parameters()
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def local(value: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,12 +45,12 @@ class Saving:
         self.config, self.data, self.accelerator = config, data, parallel.accelerator
         self.parallel, self.state, self.variance, self._last = parallel, state, variance, step
         self._experts = expert_names(state.ema)
-        self._writer: checkpoint.Writer | None = None
+        self._writer: Writer | None = None
 
     def __enter__(self) -> Saving:
         token = ranks.decided_by_first(self.accelerator, lambda: str(os.getpid()))
         if self.parallel.rank < self.parallel.writers:
-            self._writer = checkpoint.Writer(
+            self._writer = Writer(
                 self.config.out / "checkpoints",
                 self.config.train.keep,
                 tolerant=self.config.train.on_save_error == "continue",
@@ -62,7 +65,7 @@ class Saving:
             self._writer.__exit__(*exception)
 
     def checkpoint(self, step: int, facts: dict[str, Any], *, wait: bool) -> None:
-        """Save the state as of a step; with `wait`, return when it is on the disk. Raises as `checkpoint.Writer`."""
+        """Save the state as of a step; with `wait`, return when it is on the disk. Raises as `Writer.save`."""
         if self._writer and step != self._last:
             whole, split = self.parallel.saved(to_parts(self.state), self.state.model)
             self._writer.save(step, whole, {"config": to_dict(self.config), **facts}, split, wait=False)
@@ -110,3 +113,90 @@ class Saving:
 
     def _whole(self, name: str, value: Tensor) -> Tensor | None:
         return self.parallel.gathered(value, expert=name in self._experts)
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own while training goes on, one at a time.
+
+    Args:
+        root: The folder of checkpoints; made when missing. Leftovers of interrupted saves are removed.
+        keep: Newest checkpoints to keep, see `checkpoint.prune`.
+        tolerant: Say so and go on where a checkpoint cannot be written, instead of raising OSError.
+        token: The same on all processes that write together, another one in every run of the program.
+        shard: Which slice of split tensors this process writes; 0 also writes everything else and ends the save.
+        shards: How many there are.
+    """
+
+    def __init__(
+        self, root: Path, keep: int, *, tolerant: bool, token: str = "", shard: int = 0, shards: int = 1
+    ) -> None:
+        self.root, self.keep, self.tolerant = root, keep, tolerant
+        self.token, self.shard, self.shards = token or str(os.getpid()), shard, shards
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._whole: list[Path] = []  # those that were read back
+        self._given_up = threading.Event()  # no other process is to be waited for any more
+        if shard == 0:
+            checkpoint.remove_unfinished(root)
+
+    def save(
+        self,
+        step: int,
+        parts: checkpoint.Parts,
+        state: Mapping[str, Any],
+        split: checkpoint.Parts | None = None,
+        *,
+        wait: bool,
+    ) -> None:
+        """Copy the tensors, then write them in the background; with `wait`, return when they are on the disk.
+
+        `parts` and `state` are those of all processes, `split` this one's slices.
+
+        Raises:
+            OSError: The one before could not be written, unless tolerant; with `wait` neither could this one.
+            FloatingPointError: See `checkpoint.save`.
+        """
+        try:
+            self.finish()
+        except OSError as error:
+            if not self.tolerant:
+                raise
+            print(f"warning: a checkpoint could not be written ({error}); trying again now", flush=True)
+        copies = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in parts.items()}
+        slices = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in (split or {}).items()}
+        self._pending = self._thread.submit(self._write, step, copies, state, slices)
+        if wait:
+            self.finish()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._given_up.set()
+        self._thread.shutdown(wait=True)
+        if self.shard == 0 and self.shards > 1:
+            checkpoint.remove_unfinished(self.root)
+
+    def finish(self) -> None:
+        """Wait for the last one. Raises what it met."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, parts: checkpoint.Parts, state: Mapping[str, Any], split: checkpoint.Parts) -> None:
+        named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
+        if self.shard == 0 and self.shards > 1:
+            checkpoint.remove_unfinished(self.root)  # the last one, if it failed
+        if self.shard:
+            checkpoint.write_shard(self.root, step, named, self.token, self._given_up)
+            return
+        others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
+        more: dict[str, Any] = {"token": self.token, "others": others, "given_up": self._given_up}
+        checkpoint.save(self.root, step, {**parts, **named}, state, **more)
+        whole = checkpoint.prune(self.root, self.keep, self._whole)
+        self._whole = whole if self.shards > 1 else []  # what many have written is too large to be read at every save
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)

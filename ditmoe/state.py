@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, ranks
 from .config import Config
 from .data import ImageSet
 from .model import DiTMoETransformer2DModel, build
@@ -31,15 +31,14 @@ def new_state(config: Config, num_classes: int, parallel: Parallel | None = None
     The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
     """
     torch.manual_seed(config.seed)
-    model = build(config, num_classes)
-    if parallel is not None:
-        parallel.split_experts(model)
+    if parallel is not None and parallel.splits:
+        model, ema = parallel.split(lambda: build(config, num_classes))
+    else:
+        model = build(config, num_classes)
+        ema = copy.deepcopy(model)
+    ema.eval().requires_grad_(False)
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if parallel is not None:
-        parallel.shard_rest(model)
-        parallel.shard_rest(ema)
     train = config.train
     if train.compile:
         for block in model.blocks:
@@ -92,22 +91,36 @@ def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
     return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
 
 
-def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
-    """Load a checkpoint into the state, which is touched only when all of it fits; its saved values.
+def newest(root: Path, parallel: Parallel) -> Path | None:
+    """The newest whole checkpoint of a folder, None of none. Each process reads a share of the files.
 
     Raises:
-        ValueError: It is not whole, of other data, or of another network.
+        ValueError: Checkpoints are there but none is whole on every process.
     """
-    fault = checkpoint.find_fault(path)
-    if fault is not None:
-        raise ValueError(f"{path}: {fault}; all processes must see the same run folder")
-    parts, meta = checkpoint.load(path)
+    accelerator, rank, world = parallel.accelerator, parallel.rank, parallel.world
+
+    def fault_of(path: Path) -> str | None:
+        fault = checkpoint.find_fault(path, (rank, world))
+        found = ranks.everything(accelerator, [fault and f"{fault}, as process {rank} sees it" if rank else fault])
+        return next((fault for fault in found if fault), None)
+
+    candidates = ranks.decided_by_first(accelerator, lambda: checkpoint.newest_first(root))
+    return checkpoint.first_whole(candidates, fault_of)
+
+
+def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """Load a whole checkpoint into the state, which is touched only when all of it fits; its saved values.
+
+    Raises:
+        ValueError: It is of other data, or of another network.
+    """
+    saved, meta = checkpoint.opened(path)
     if meta["data"] != facts["data"]:
         raise ValueError(
             f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
             f"restore it, or give another --out"
         )
-    parts = parallel.own(parts, state.model)
+    parts = parallel.own(saved, state.model)
     wrong = _mismatches(parts, state)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import checkpoint, pipeline, plan, ranks, run_folder
+from . import pipeline, plan, ranks, run_folder
 from .config import Config, save, to_dict
 from .data import ImageSet, fingerprint, pixel_variance
 from .health import Evidence, Health, Watch
@@ -30,7 +30,7 @@ from .objective import Losses, Objective
 from .parallel import Parallel
 from .saving import Saving
 from .signals import Interrupted, Signals
-from .state import State, new_state, num_classes, resume, update_ema
+from .state import State, new_state, newest, num_classes, resume, update_ema
 from .stream import Batch, Batches, micro_batch_size
 
 OnSample = Callable[[int, Any], None]
@@ -84,8 +84,8 @@ def _train(
         "num_processes": accelerator.num_processes,
     }
     variance = pixel_variance(data, config.seed)
-    newest = ranks.decided_by_first(accelerator, lambda: checkpoint.newest(config.out / "checkpoints"))
-    saved = {} if newest is None else ranks.agreed(accelerator, lambda: resume(newest, state, facts, parallel))
+    found = newest(config.out / "checkpoints", parallel)
+    saved = {} if found is None else ranks.agreed(accelerator, lambda: resume(found, state, facts, parallel))
     first_step = int(saved.get("step", 0))
     last_step = max(first_step, config.max_steps)
     exported = ranks.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / "model"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ditmoe import checkpoint
+from ditmoe.saving import Writer
 
 
 def write(root: Path, step: int) -> Path:
@@ -37,6 +38,24 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: 
         rest = b"" if fault == "truncate" else bytes([raw[middle] ^ 8]) + raw[middle + 1 :]
         file.write_bytes(raw[:middle] + rest)
     assert checkpoint.newest(tmp_path) == older
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (4, 0, 1), (1, 1, 1, 2)])
+def test_rows_of_a_tensor_in_pieces(sizes: tuple[int, ...]) -> None:
+    whole = torch.arange(15.0).view(5, 3)
+    saved = checkpoint.Saved(whole.split(sizes))
+    assert (saved.shape, saved.dtype) == (whole.shape, whole.dtype)
+    assert torch.equal(saved.whole(), whole)
+    for start in range(6):
+        for stop in range(start, 7):
+            assert torch.equal(saved.rows(start, stop), whole[start:stop])
+
+
+def test_a_number_is_whole_and_pieces_that_do_not_fit_are_refused() -> None:
+    assert checkpoint.Saved([torch.tensor(7.0)]).whole() == 7
+    for other in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="do not fit together"):
+            checkpoint.Saved([torch.zeros(2, 3), other])
 
 
 def test_a_hostile_file_with_a_fitting_manifest_is_a_sentence(tmp_path: Path) -> None:
@@ -86,7 +105,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
 
 def test_the_writer_saves_a_state_as_it_was_and_says_what_failed(tmp_path: Path, monkeypatch, capsys) -> None:
     weight = torch.zeros(3)
-    with checkpoint.Writer(tmp_path, 2, tolerant=False) as writer:
+    with Writer(tmp_path, 2, tolerant=False) as writer:
         writer.save(1, {"model": {"w": weight}}, {}, wait=False)
         weight += 1  # training goes on
     parts, _ = checkpoint.load(tmp_path / "step-000001")
@@ -96,12 +115,12 @@ def test_the_writer_saves_a_state_as_it_was_and_says_what_failed(tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_sync", full)
-    with checkpoint.Writer(tmp_path, 2, tolerant=True) as writer:
+    with Writer(tmp_path, 2, tolerant=True) as writer:
         writer.save(2, {"model": {"w": weight}}, {}, wait=False)
         with pytest.raises(OSError, match="No space left"):  # the last one must be written
             writer.save(3, {"model": {"w": weight}}, {}, wait=True)
     assert "warning: a checkpoint could not be written" in capsys.readouterr().out
-    with checkpoint.Writer(tmp_path, 2, tolerant=False) as writer:
+    with Writer(tmp_path, 2, tolerant=False) as writer:
         writer.save(2, {"model": {"w": weight}}, {}, wait=False)
         with pytest.raises(OSError, match="No space left"):
             writer.save(3, {"model": {"w": weight}}, {}, wait=False)

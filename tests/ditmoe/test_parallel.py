@@ -1,6 +1,8 @@
 """Expert parallelism on real processes: it trains the same network, holds a part of it, and saves all of it."""
 
 import json
+import re
+import shutil
 import signal
 
 import pytest
@@ -67,6 +69,39 @@ def test_a_run_changes_its_degree_and_ends_as_a_pipeline(tmp_path, alone, shard)
     assert all(torch.equal(value, found["ema"][name]) for name, value in weights.items())
     index = json.loads((out / "model/transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in weights.values())
+
+
+@pytest.mark.parametrize(
+    "how", [["--parallel.experts", 2], ["--parallel.shard"], ["--parallel.experts", 2, "--parallel.shard"]]
+)
+def test_a_process_builds_and_reads_its_own_part(tmp_path, how):
+    out = tmp_path / "run"
+    for steps in (2, 3):
+        flags = [*STEPS[2:], "--max-steps", steps, "--moe.num-experts", 64, *how]
+        group = runs.training(out, *flags, world=2, hook=runs.counted_parts, name=f"log{steps}")
+        assert group.wait() == [0, 0], group.err()
+    assert group.out(0).count("built on cpu") == 1
+    assert "built on cpu" not in group.out(1)
+    for rank in (0, 1):
+        share = float(re.search(r"read ([\d.]+) of the checkpoint", group.out(rank))[1])
+        assert 0.5 <= share < (0.55 if "--parallel.shard" in how else 0.75)
+
+
+def test_processes_share_the_verification_of_a_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    flags = [*STEPS[2:], "--parallel.experts", 2, "--train.checkpoint-every", 1]
+    assert runs.training(out, *flags, "--max-steps", 2, world=2).wait() == [0, 0]
+    for name in ("model.shard-0.safetensors", "ema.shard-1.safetensors", "optimizer.safetensors", "state.json"):
+        copied = tmp_path / name / "run"
+        shutil.copytree(out, copied)
+        file = copied / "checkpoints" / "step-000002" / name
+        raw = bytearray(file.read_bytes())
+        raw[-2] ^= 1
+        file.write_bytes(raw)
+        group = runs.training(copied, *flags, "--max-steps", 3, world=2)
+        assert group.wait() == [0, 0], group.err()
+        assert f"{name} has other content" in group.out()
+        assert "resumed at step 1 of 3" in group.out()
 
 
 @pytest.mark.parametrize("how", [["--parallel.experts", 2], ["--parallel.shard"]])

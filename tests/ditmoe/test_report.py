@@ -184,6 +184,15 @@ def test_a_saved_configuration_comes_back_equal(tiny: Tiny) -> None:
     config.out.mkdir()
     save(config, config.out / "config.json")
     assert read_config(config.out) == config
+    values = json.loads((config.out / "config.json").read_text())
+    del values["parallel"]  # as a version without this section wrote it
+    (config.out / "config.json").write_text(json.dumps(values))
+    assert read_config(config.out) == config
+
+
+def test_the_shipped_model_says_how_it_was_trained() -> None:
+    config = read_config(Path("models/fashion"), "training.json")
+    assert (config.data.name, config.moe.num_experts) == ("fashion", 16)
 
 
 @pytest.mark.parametrize("router_input", ["token", "position"])

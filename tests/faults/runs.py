@@ -210,7 +210,7 @@ def save_and_die(root, step, at):
     """A checkpoint, with the process killed at its `at`-th touch of the disk: each open, sync, rename, removal."""
     import torch
 
-    from ditmoe import checkpoint
+    from ditmoe.saving import Writer
 
     touches = [0]
 
@@ -231,7 +231,7 @@ def save_and_die(root, step, at):
         touched()
 
     parts = {name: {"w": torch.full((1000,), float(step))} for name in ("model", "ema", "optimizer")}
-    with checkpoint.Writer(root, 2, tolerant=False) as writer:
+    with Writer(root, 2, tolerant=False) as writer:
         sys.addaudithook(heard)
         os.fsync = fsync
         writer.save(step, parts, {"step": step}, wait=True)
@@ -275,3 +275,35 @@ def checked_samples():
 
     global SHOW
     SHOW = look
+
+
+def counted_parts():
+    """Say where networks are built, and how much of a checkpoint is read."""
+    from ditmoe import state
+    from ditmoe.checkpoint import Saved
+
+    build, rows, whole, resume = state.build, Saved.rows, Saved.whole, state.resume
+    read = [0, 0]
+
+    def built(config, num_classes):
+        model = build(config, num_classes)
+        print(f"built on {next(model.parameters()).device}", flush=True)
+        return model
+
+    def counted(take):
+        def taken(self, *bounds):
+            value = take(self, *bounds)
+            read[0] += value.nbytes
+            read[1] += self.shape.numel() * self.dtype.itemsize
+            return value
+
+        return taken
+
+    def told(*args):
+        found = resume(*args)
+        print(f"read {read[0] / read[1]:.3f} of the checkpoint", flush=True)
+        return found
+
+    from ditmoe import training as module
+
+    state.build, Saved.rows, Saved.whole, module.resume = built, counted(rows), counted(whole), told
