@@ -27,6 +27,14 @@ from samplers import SAMPLERS, network_calls, prediction_type_of
 NFE = (5, 10, 20, 50, 100)
 MODES = ("target", "network", "both")
 WINDOWS, CUTOFFS = (6, 20, 60, 160), (100, 500)
+WINDOWS_BY_STEPS = (
+    *(("ts-ddim", 5, w) for w in (40, 80, 160, 320)),
+    *(("ts-ddpm", 5, w) for w in (80, 160)),
+    *(("ts-ddpm", 10, w) for w in (40, 80)),
+    *(("ts-pndm", 11, w) for w in (20, 34)),
+    *(("ts-ddpm", 20, w) for w in (6, 20)),
+    *((name, 50 - 9 * (name == "ts-pndm"), w) for name in ("ts-ddim", "ts-ddpm", "ts-pndm") for w in (2, 4)),
+)
 LAMBDAS = (0.98, 0.99, 1.01, 1.02, 1.04)
 
 
@@ -47,6 +55,9 @@ def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
     elif part == "refine":  # the mode and criterion that "shift" finds best
         for steps, window, cutoff in itertools.product((10, 20), (10, 20, 30, 40), (50, 100, 200)):
             yield _shifted(steps, "both", "published", window, cutoff)
+    elif part == "window":  # how the best window goes with the steps, for every base
+        for name, steps, window in WINDOWS_BY_STEPS:
+            yield _shifted(steps, "both", "published", window, 100) | {"sampler": name}
     elif part == "few":  # what epsilon scaling gives where distances are small
         for name, steps, scale in itertools.product(("unipc", "dpm++2m"), (10, 20), (1.003, 1.006, 1.01, 1.02)):
             yield {"sampler": name, "steps": steps, "epsilon_scale": scale}
@@ -73,7 +84,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cfg", type=float, default=1.0)
-    parser.add_argument("--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "refine", "epsilon", "few"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "refine", "window", "epsilon", "few"]
+    )
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="these alone")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

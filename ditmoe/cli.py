@@ -69,7 +69,7 @@ class SampleArgs:
     epsilon_scale: float = 1.0
     """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
     exposure_window: int | None = None
-    """ts-*: full width of the time-shift window, in training steps."""
+    """ts-*: full width of the time-shift window, in training steps; default: 4 T / N^2 for N network calls."""
     exposure_cutoff: int | None = None
     """ts-*: no shift at or below this timestep."""
     exposure_mode: Literal["target", "network", "both"] | None = None

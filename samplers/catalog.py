@@ -28,10 +28,9 @@ def _time_shift(base: str) -> Sampler:
     return Sampler(TimeShiftScheduler, gaussian.PREDICTION_TYPES, MappingProxyType({"base": base}))
 
 
-# What `ts-*` does unless it or the saved config is told otherwise (docs/samplers.md, "Measurements"); window and cutoff
-# in thousandths of the training steps.
-TIME_SHIFT = {"exposure_window": 10, "exposure_cutoff": 100}
-TIME_SHIFT_MODE = "both"
+# What `ts-*` does unless it or the saved config is told otherwise (docs/samplers.md, "Measurements").
+TIME_SHIFT: Mapping[str, Any] = MappingProxyType({"exposure_mode": "both", "exposure_window": None})
+TIME_SHIFT_CUTOFF = 0.1  # of the training steps
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(DDPMScheduler, gaussian.PREDICTION_TYPES),
@@ -108,9 +107,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
     if fields.get("variance_type", "") is None:  # the stock solvers say so, and mean that they do not know
         del fields["variance_type"]
     if sampler.scheduler is TimeShiftScheduler:
-        T = config.get("num_train_timesteps", 1000)
-        scaled = {name: value * T // 1000 for name, value in TIME_SHIFT.items()}
-        fields = {"exposure_mode": TIME_SHIFT_MODE, **scaled, **fields}
+        cutoff = int(TIME_SHIFT_CUTOFF * config.get("num_train_timesteps", 1000))
+        fields = {**TIME_SHIFT, "exposure_cutoff": cutoff, **fields}
     return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
 
 

@@ -45,13 +45,16 @@ class VarianceCriterion:
     Args:
         alpha_bar: (T,) float64 levels of the timesteps.
         variance: v, see `clean_variance`.
-        window, cutoff, min_snr: see `samplers.time_shift.TimeShiftScheduler`.
+        cutoff, min_snr: see `samplers.time_shift.TimeShiftScheduler`.
+
+    Attributes:
+        half: Timesteps to search on either side; 0 finds no shift.
     """
 
-    def __init__(self, alpha_bar: Tensor, variance: Variance, window: int, cutoff: int, min_snr: float) -> None:
+    def __init__(self, alpha_bar: Tensor, variance: Variance, cutoff: int, min_snr: float) -> None:
         # This form is exactly 1 everywhere at v = 1, so that there nothing is nearer than the scheduled timestep.
         self.expected = 1 - alpha_bar * (1 - torch.as_tensor(variance, dtype=torch.float64))  # (T,)
-        self.half, self.cutoff, self.min_snr = window // 2, cutoff, min_snr
+        self.half, self.cutoff, self.min_snr = 0, cutoff, min_snr
 
     def choose(self, x: Tensor, t: int, *, lowest: int = 0, highest: int | None = None) -> Tensor | None:
         """(N,) int64 on the images' device: the timesteps round t that they look like; None for no shift."""

@@ -39,6 +39,15 @@ UNIT = 0.95  # from this data variance on, the variance of x_t hardly tells one 
 logger = logging.get_logger(__name__)
 
 
+def window_of(network_calls: int, num_train_timesteps: int) -> int:
+    """w = 4 T / N^2 for N network calls, at most T: the default of the samplers `ts-*`.
+
+    A first-order step of T / N errs by the square of its length, and the shift that makes up for it goes the same way;
+    4 is what was measured best with 5, 10 and 20 calls (docs/samplers.md). From 45 calls on it is 1: no shift.
+    """
+    return min(round(4 * num_train_timesteps / network_calls**2), num_train_timesteps)
+
+
 @dataclass
 class TimeShiftOutput(BaseOutput):  # type: ignore[misc]
     """What a step gives.
@@ -66,7 +75,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     Args:
         base: "ddim" (with any ``eta`` of `step`), "ddpm" (any ``variance_type``) or "pndm".
         exposure_window: w, the full width of the window in training steps, 0..T; 0 and 1 never shift and give the
-            base's images to the bit.
+            base's images to the bit. None: 4 T / N^2 for N network calls, see `window_of`.
         exposure_cutoff: t_c, a training step, 0..T.
         exposure_mode: what the chosen timestep is used for.
             "target": the step ends at its noise level, chosen round the next timestep from x_t; the network is not
@@ -92,7 +101,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         base: str = "ddim",
-        exposure_window: int = 0,
+        exposure_window: int | None = 0,
         exposure_cutoff: int = 300,
         exposure_mode: str = "target",
         exposure_variance: float | list[float] | str | None = None,
@@ -124,7 +133,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.init_noise_sigma = 1.0
         self._alpha_bar = self._base._alpha_bar  # (T,) float64
         v = clean_variance(exposure_variance, data_variance, num_train_timesteps)
-        self._criterion = VarianceCriterion(self._alpha_bar, v, exposure_window, exposure_cutoff, exposure_min_snr)
+        self._criterion = VarianceCriterion(self._alpha_bar, v, exposure_cutoff, exposure_min_snr)
         self._chosen: Tensor | None = None  # timesteps (N,) to ask the network about next
         self._levels_on: dict[torch.device, Tensor] = {}
         self._restart()
@@ -146,6 +155,12 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         steps: int | None = self._base.num_inference_steps
         return steps
 
+    @property
+    def window(self) -> int:
+        """w of this grid: the one asked for, or the one that follows the number of network calls."""
+        asked = self.config.exposure_window
+        return window_of(len(self.timesteps), len(self)) if asked is None else int(asked)
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -155,6 +170,11 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Choose the grid, as the base does, and start again."""
         self._base.set_timesteps(num_inference_steps, device, timesteps)
         self._restart()
+        if self.config.exposure_window is None and self.window <= 1:
+            self._say_once(
+                f"time-shift is for few steps: with {len(self.timesteps)} network calls its own window is "
+                f"{self.window}, which shifts nothing; set exposure_window to shift all the same"
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` itself."""
@@ -256,6 +276,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._chosen = None
         self._asked = False  # did the loop ask for them?
         self._grid: list[int] = self.timesteps.tolist()
+        self._criterion.half = self.window // 2
 
     def _restart_at(self, timestep: int | Tensor) -> None:
         """A run that begins again at the first timestep has no past."""
@@ -291,6 +312,8 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"exposure_mode {c.exposure_mode!r} is not one of {', '.join(MODES)}")
         for name, what in (("exposure_window", "the full width in training steps"), ("exposure_cutoff", "a timestep")):
             value = c[name]
+            if value is None and name == "exposure_window":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= T:
                 raise ValueError(f"{name} is {value!r}, but it is {what}: an integer from 0 to {T}")
         lacking = [
@@ -305,7 +328,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _warn(self, v: Variance) -> None:
         c = self.config
-        if c.exposure_window <= 1:
+        if c.exposure_window in (0, 1):
             return
         if c.exposure_variance in (None, "published") and (c.data_variance or 0.0) >= UNIT:
             self._say_once(

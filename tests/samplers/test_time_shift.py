@@ -17,6 +17,7 @@ from samplers import (
     initial_noise,
     sample,
 )
+from samplers.time_shift import window_of
 
 MODES = ["target", "network", "both"]
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -246,3 +247,39 @@ def test_the_two_halves_of_a_doubled_batch_shift_alike(mode):
     assert both == [row * 2 for row in shifts]
     assert any(map(any, shifts))
     assert torch.equal(double, single.repeat(2, 1, 1, 1))
+
+
+# The window that follows the network calls
+
+
+def test_the_window_that_follows_the_network_calls():
+    widths = {N: window_of(N, 1000) for N in (1, 2, 5, 10, 20, 50, 100)}
+    assert widths == {1: 1000, 2: 1000, 5: 160, 10: 40, 20: 10, 50: 2, 100: 0}
+    assert window_of(10, 400) == 16
+
+
+@pytest.mark.parametrize(("base", "steps", "width"), [("ddim", 10, 40), ("ddpm", 20, 10), ("pndm", 11, 10)])
+@pytest.mark.parametrize("mode", ["target", "network", "both"])
+def test_a_window_that_follows_the_calls_is_that_window(base, steps, width, mode):
+    given, following = (
+        TimeShiftScheduler(base=base, exposure_mode=mode, exposure_window=w, exposure_cutoff=0) for w in (width, None)
+    )
+    a, b = (images(scheduler, base, noise_of(2), steps) for scheduler in (given, following))
+    assert following.window == width
+    assert torch.equal(a, b)
+    following.set_timesteps(2 * steps)
+    assert following.window < width
+
+
+def test_a_window_that_shifts_nothing_is_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr("samplers.time_shift.logger.warning", said.append)
+    scheduler = TimeShiftScheduler(exposure_window=None, exposure_mode="both")
+    assert not said
+    for _ in range(2):
+        a, b = (images(s, "ddim", noise_of(2), 60) for s in (scheduler, DDIMScheduler()))
+        assert torch.equal(a, b)
+    assert said == [
+        "time-shift is for few steps: with 60 network calls its own window is 1, which shifts nothing; "
+        "set exposure_window to shift all the same"
+    ]
