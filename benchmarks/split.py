@@ -3,7 +3,7 @@
     python -m benchmarks.split
 
 Trains a few steps of a small network (8 experts of width 512 in every block) as DDP, with split experts, sharded, and
-both, on 2 processes each (torchrun, gloo), and prints for one process the bytes of expert and other weights, gradients
+both, on 2 processes each (torchrun, gloo), and prints for the second process the bytes of expert and other weights, gradients
 and moments, the peak of its resident memory, and what it sent to exchange tokens beside what the planner says.
 """
 
@@ -102,11 +102,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.way:
         found = one_process(args.way)
-        if os.environ["RANK"] == "0":
+        if os.environ["RANK"] == "1":  # the first one also builds the whole network
             assert os.environ["WORLD_SIZE"] == "2"
             print(json.dumps(found))
         return
-    print(f"{machine()}; 2 processes, MB of one of them\n")
+    print(f"{machine()}; 2 processes, MB of the second\n")
     columns = ["experts", "experts, gradients", "experts, moments", "others", "others, gradients", "others, moments"]
     print("| | " + " | ".join(columns) + " | peak resident | sent a step | planned |\n" + "|---" * 10 + "|")
     for way in WAYS:

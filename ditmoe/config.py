@@ -266,9 +266,14 @@ class ParallelConfig:
     """Processes that share the experts of every layer (expert parallelism)."""
     shard: bool = False
     """Cut everything else into slices too, a slice a process (FSDP2); otherwise it is replicated (DDP)."""
+    gather: Literal["float32", "bfloat16"] = "float32"
+    """What --parallel.shard gathers of the float32 slices; bfloat16 sends half (routers stay float32)."""
 
     def __post_init__(self) -> None:
         _positive(self, "experts")
+        _require(
+            self.gather == "float32" or self.shard, "gather bfloat16 needs --parallel.shard: else nothing is gathered"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Saved
 from .config import ParallelConfig
 from .model import DiTMoETransformer2DModel as Model
-from .moe import Experts
+from .moe import Experts, Router
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 
@@ -106,6 +106,8 @@ class Parallel:
             raise ValueError(f"parallel.experts {degree} does not divide moe.num_experts {num_experts}")
         if config.shard and world == 1:
             raise ValueError("parallel.shard needs several processes: torchrun --nproc-per-node N train.py ...")
+        if config.gather == "bfloat16" and accelerator.mixed_precision != "bf16":
+            raise ValueError("parallel.gather bfloat16 needs --train.precision bf16, which this run does not have")
         self.accelerator, self.degree, self.sharded, self.world = accelerator, degree, config.shard, world
         self.rank = accelerator.process_index
         device = accelerator.device.type
@@ -116,6 +118,9 @@ class Parallel:
             self._exchange = Exchange(mesh["expert"].get_group())
             self._data = mesh["data"].get_group()
         self._mesh: DeviceMesh | None = init_device_mesh(device, (world,)) if config.shard else None
+        self._policy = MixedPrecisionPolicy()
+        if config.gather == "bfloat16":
+            self._policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     @property
     def writers(self) -> int:
@@ -177,9 +182,12 @@ class Parallel:
             return
         names = expert_names(model) if self.degree > 1 else set()
         left_out = {p for name, p in model.named_parameters() if name in names}
+        for module in model.modules() if self._policy.param_dtype else ():
+            if isinstance(module, Router):  # a group of its own: its weights are never rounded
+                fully_shard(module, mesh=self._mesh)
         for block in model.blocks:
-            fully_shard(block, mesh=self._mesh, ignored_params=left_out)
-        fully_shard(model, mesh=self._mesh, ignored_params=left_out)
+            fully_shard(block, mesh=self._mesh, mp_policy=self._policy, ignored_params=left_out)
+        fully_shard(model, mesh=self._mesh, mp_policy=self._policy, ignored_params=left_out)
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         """The model and optimiser that train: DDP's on several processes, unless the model is sharded."""

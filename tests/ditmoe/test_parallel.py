@@ -113,6 +113,24 @@ def test_it_samples_while_it_trains(tmp_path, how):
     assert group.out().count("whole network at step") == 2
 
 
+@pytest.mark.parametrize("more", [[], ["--parallel.experts", 2], ["--model.gradient-checkpointing"]])
+def test_bfloat16_is_gathered_of_float32_slices_but_for_routers(tmp_path, more):
+    plain, out = tmp_path / "plain", tmp_path / "run"
+    flags = [*STEPS, "--train.precision", "bf16"]
+    assert runs.training(plain, *flags).wait() == [0]
+    ways = ["--parallel.shard", "--parallel.gather", "bfloat16", *more]
+    group = runs.training(out, *flags, *ways, hook=runs.told_dtypes, world=2)
+    assert group.wait() == [0, 0], group.err()
+    assert set(re.findall(r".* computes with .*", group.out())) == {
+        "Router computes with torch.float32",
+        "Attention computes with torch.bfloat16",
+    }
+    assert all(v.dtype == torch.float32 for part in parts_of(out).values() for v in part.values())
+    for one, other in zip(runs.rows(out), runs.rows(plain), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=5e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2)
+
+
 def test_accumulation_and_place_routing(tmp_path):
     losses = []
     for name, world, degree in (("one", 1, 1), ("two", 2, 2)):
@@ -178,6 +196,15 @@ def test_compiled_blocks_train_the_same(tmp_path, alone, world, flags, precision
     assert group.wait(280) == [0] * world, group.err()
     for one, other in zip(runs.rows(out), runs.rows(plain), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_gathering_bfloat16_needs_slices_and_bf16(tmp_path):
+    with pytest.raises(ValueError, match="gather bfloat16 needs --parallel.shard"):
+        Config(parallel=ParallelConfig(gather="bfloat16"))
+    flags = ["--parallel.shard", "--parallel.gather", "bfloat16"]
+    group = runs.training(tmp_path / "run", *STEPS, *flags, world=2)
+    assert group.wait(60) == [2, 2]
+    assert "parallel.gather bfloat16 needs --train.precision bf16" in group.err()
 
 
 def test_a_model_without_experts_has_none_to_split():

@@ -307,3 +307,19 @@ def counted_parts():
     from ditmoe import training as module
 
     state.build, Saved.rows, Saved.whole, module.resume = built, counted(rows), counted(whole), told
+
+
+def told_dtypes():
+    """Say what weights a router and its block compute with."""
+    from ditmoe.layers import Attention
+    from ditmoe.moe import Router
+
+    def telling(name, forward, weight_of):
+        def told(self, *args):
+            print(f"{name} computes with {weight_of(self).dtype}", flush=True)
+            return forward(self, *args)
+
+        return told
+
+    Router.forward = telling("Router", Router.forward, lambda router: router.weight)
+    Attention.forward = telling("Attention", Attention.forward, lambda attention: attention.qkv.weight)
