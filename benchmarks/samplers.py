@@ -88,6 +88,7 @@ def main() -> None:
         "--parts", nargs="+", default=["nfe"], choices=["nfe", "shift", "refine", "window", "epsilon", "few"]
     )
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="these alone")
+    parser.add_argument("--calls", type=int, nargs="+", help="with so many network calls alone")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; --num in whole batches")
@@ -105,7 +106,8 @@ def main() -> None:
             for point in points(part, pipe.scheduler.config):
                 key = {"part": part, "seed": seed, "num": args.num, "cfg": args.cfg, "precision": args.precision}
                 key |= point
-                if args.samplers and point["sampler"] not in args.samplers:
+                nfe = network_calls(point["sampler"], pipe.scheduler.config, point["steps"])
+                if (args.samplers and point["sampler"] not in args.samplers) or nfe not in (args.calls or [nfe]):
                     continue
                 if any(key.items() <= row.items() for row in done):
                     continue
@@ -119,7 +121,7 @@ def main() -> None:
                 row = {
                     **key,
                     "compiled": args.compile,
-                    "nfe": network_calls(point["sampler"], pipe.scheduler.config, point["steps"]),
+                    "nfe": nfe,
                     "seconds": round(time.perf_counter() - start, 1),
                     "fd": scorer.distance(images),
                     "recognised": scorer.recognised(images, np.asarray(labels)),

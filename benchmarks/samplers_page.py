@@ -13,7 +13,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from samplers.time_shift import window_of
+
 Row = dict[str, Any]
+OWN = {"exposure_mode": "both", "exposure_variance": "published", "exposure_cutoff": 100}
 COLOURS = {
     "ddpm": "#888888", "ddim": "#1f77b4", "pndm": "#2ca02c", "dpm++2m": "#d62728", "unipc": "#9467bd",
     "ts-ddpm": "#888888", "ts-ddim": "#1f77b4", "ts-pndm": "#2ca02c",
@@ -54,6 +57,23 @@ def shift_table(rows: list[Row]) -> str:
         mine = [r for r in rows if (r["steps"], *(r["sampler_options"][k] for k in keys)) == group]
         cells = [cell(r for r in mine if r["sampler_options"]["exposure_window"] == w) for w in windows]
         lines.append(f"| {' | '.join(map(str, group))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def window_table(nfe: list[Row], tried: list[Row]) -> str:
+    """Mode both, published, cutoff 100: the base, the window that follows the calls, and the others tried."""
+    rows = [r for r in tried if OWN.items() <= r["sampler_options"].items()]
+    lines = ["| sampler | calls | without | 4 T / N^2 | with it | other windows |", "|---" * 6 + "|"]
+    for name in ("ts-ddim", "ts-ddpm", "ts-pndm"):
+        for calls in sorted({r["nfe"] for r in nfe if r["sampler"] == name}):
+            at = [r for r in nfe if r["nfe"] == calls]
+            own = window_of(calls, 1000)
+            mine = [r for r in rows if r["sampler"] == name and r["nfe"] == calls]
+            windows = sorted({r["sampler_options"]["exposure_window"] for r in mine} - {own})
+            others = [f"{w}: {cell(r for r in mine if r['sampler_options']['exposure_window'] == w)}" for w in windows]
+            base = cell(r for r in at if r["sampler"] == name.removeprefix("ts-"))
+            best = cell(r for r in at if r["sampler"] == name)
+            lines.append(f"| `{name}` | {calls} | {base} | {own} | {best} | {', '.join(others)} |")
     return "\n".join(lines)
 
 
@@ -138,10 +158,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
-    names = ("nfe", "shift", "refine", "epsilon", "few")
+    names = ("nfe", "shift", "refine", "window", "epsilon", "few")
     parts = {part: [row for row in rows if row["part"] == part] for part in names}
     print(f"{nfe_table(parts['nfe'])}\n\n{few_steps(rows)}\n")
     print(f"{shift_table(parts['shift'])}\n\n{shift_table(parts['refine'])}\n")
+    print(f"{window_table(parts['nfe'], parts['refine'] + parts['window'])}\n")
     print(epsilon_table(parts["epsilon"] + parts["few"]))
     if args.plot:
         draw(parts["nfe"], parts["shift"] + parts["refine"], parts["epsilon"] + parts["few"], args.plot)

@@ -3,8 +3,9 @@
     python -m benchmarks.split
 
 Trains a few steps of a small network (8 experts of width 512 in every block) as DDP, with split experts, sharded, and
-both, on 2 processes each (torchrun, gloo), and prints for the second process the bytes of expert and other weights, gradients
-and moments, the peak of its resident memory, and what it sent to exchange tokens beside what the planner says.
+both, on 2 processes each (torchrun, gloo), and prints for the second process the bytes of expert and other weights,
+gradients and moments, the peak of its resident memory, and what it sent to exchange tokens beside what the planner
+says.
 """
 
 import argparse
