@@ -8,9 +8,7 @@ from ditmoe import cli
 def main() -> None:
     """Parse; train or resume; then sample, score and write the run's page."""
     config = cli.parse_train(sys.argv[1:])
-    from accelerate import PartialState
-
-    from ditmoe import data, generate, ranks, report, training
+    from ditmoe import data, generate, ranks, report, run_folder, training
     from eval.fid import score
 
     if config.dry_run:
@@ -19,9 +17,11 @@ def main() -> None:
         images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
         judge = None if images.is_latent else lambda x: score(x, data.reference(config.data, images, config.seed))
         news = training.train(config, images, lambda n, pipe: generate.progress(config, n, pipe, judge), sys.argv)
-        if PartialState().is_main_process and (news or not (config.out / "index.html").exists()):
-            report.write(config.out, score=judge)
-        PartialState().print(f"{config.out} is finished: see {config.out}/index.html, or python sample.py {config.out}")
+        if ranks.is_first() and (news or not (config.out / "index.html").exists()):
+            with run_folder.locked(config):
+                report.write(config.out, score=judge)
+        if ranks.is_first():
+            print(f"{config.out} is finished: see {config.out}/index.html, or python sample.py {config.out}")
     finally:
         ranks.shutdown()
 

@@ -164,12 +164,12 @@ def prune(root: Path, keep: int, known: Collection[Path] = ()) -> list[Path]:
 def remove_unfinished(root: Path) -> None:
     """Remove what interrupted saves and removals have left."""
     for leftover in root.glob(_UNFINISHED):
-        shutil.rmtree(leftover)
+        _delete(leftover)
 
 
 def newest_first(root: Path) -> list[Path]:
     """The checkpoints of a folder, whole or not."""
-    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name)]
+    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
@@ -215,7 +215,7 @@ def find_fault(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json cannot be read"
     return None
 
@@ -242,8 +242,8 @@ def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
         for part, found in files.items():
             keys = dict.fromkeys(key for tensors in found for key in tensors)
             parts[part] = {key: Saved([tensors[key] for tensors in found if key in tensors]) for key in keys}
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        state = dict(json.loads((path / "state.json").read_text()))
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{path} holds a file that cannot be read: {error}; move it away") from error
     return parts, state
 
@@ -252,7 +252,15 @@ def _remove(path: Path) -> None:
     """A folder that is going away is none from its first moment on."""
     doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """What cannot be removed now is tried again at the next start."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_parts(folder: Path, parts: Parts) -> None:

@@ -9,14 +9,16 @@ Shapes: n images, C channels, H W size of the latents.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -27,8 +29,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,17 +37,22 @@ from . import ranks
 from .cli import LatentArgs
 from .data import check_bad
 from .folders import BadImage, FolderImages
-from .latent_sets import FORMAT, INDEX, KEY, digest, metadata, names, read_index
+from .latent_sets import FORMAT, INDEX, KEY, digest, metadata, names, read_index, statistics
+from .signals import end_with_parent
 from .tars import TarImages, tar_files
-from .vae import open_vae, weights_sha256
+from .vae import identity, latent_shape, open_vae
 
 Entry = dict[str, Any]
 Source = FolderImages | TarImages
+EVERY = 10.0  # seconds between two lines of a log
+LOCK = ".lock"
 _WORDS = {"vae": "VAE", "data": "data set"}  # of facts that are hashes, for messages
 
 
 def join() -> PartialState:
     """This process among those of its launch; one may need a day longer for a shard than another."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
+        end_with_parent(signal.SIGTERM)
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
@@ -54,18 +60,31 @@ def encode(args: LatentArgs, state: PartialState) -> None:
     """Make the shards that are missing in `args.out`, then latents.json.
 
     Raises:
-        ValueError: Images or a VAE that cannot be used; the folder holds other latents.
+        ValueError: Images or a VAE that cannot be used; the folder holds other latents, is in use or full.
     """
     ranks.check_launch(state)
     job = ranks.agreed(state, lambda: _prepare(args, state.device))
-    ranks.decided_by_first(state, job.open_folder)
-    rank, world = state.process_index, state.num_processes
+    with ExitStack() as stack:
+        ranks.decided_by_first(state, lambda: stack.enter_context(job.opened_folder()))
+        entries, rate = _all_shards(job, state)
+        index = ranks.decided_by_first(state, lambda: job.finish([entries[k] for k in job.shards]))
+    if state.is_main_process:
+        print("".join(f"left out: {sentence}\n" for sentence in index["bad"]), end="")
+        print(f"{args.out} is finished: {index['count']} latents of {len(index['classes'])} classes{rate}", flush=True)
+
+
+def _all_shards(job: _Job, state: PartialState) -> tuple[dict[int, Entry], str]:
+    """What is known of every shard by its number, once all are there, and how fast they were made, in words."""
+    args, rank, world = job.args, state.process_index, state.num_processes
     whole = _together(state, partial(job.existing, job.shards[rank::world]))
     entries = {entry["shard"]: entry for entry in whole}
+    check_bad(_bad(entries), args.max_bad, "max_bad")
     missing = [k for k in job.shards if k not in entries]
     if not rank:
-        print(f"{job.source.source}: {len(missing)} of {len(job.shards)} shards to encode on {world} process(es)")
-    mine, started = sum(len(job.rows(k)) for k in missing[rank::world]), time.monotonic()
+        todo = f"{len(missing)} of {len(job.shards)} shards to encode on {world} process(es)"
+        print(f"{job.source.source}: {todo}", flush=True)
+    mine, began = sum(len(job.rows(k)) for k in missing[rank::world]), time.monotonic()
+    said = began
     with (
         closing(_Readers(job.source, args)) as readers,
         tqdm(desc="encoding", total=mine, unit="img", disable=True if rank else None) as bar,
@@ -75,48 +94,42 @@ def encode(args: LatentArgs, state: PartialState) -> None:
             done = _together(state, partial(job.make, turn, readers, bar, _bad(entries)))
             entries |= {entry["shard"]: entry for entry in done}
             check_bad(_bad(entries), args.max_bad, "max_bad")
-    seconds = time.monotonic() - started
-    index = ranks.decided_by_first(state, lambda: job.finish([entries[k] for k in job.shards]))
-    if not rank:
-        print("".join(f"left out: {sentence}\n" for sentence in index["bad"]), end="")
-        new = sum(entries[k]["count"] for k in missing)
-        rate = f", {new} of them encoded now at {new / seconds:.1f} images/s" if new else ""
-        print(f"{args.out} is finished: {index['count']} latents of {len(index['classes'])} classes{rate}")
+            if bar.disable and not rank and time.monotonic() - said >= EVERY:
+                said = time.monotonic()
+                print(f"{len(entries)} of {len(job.shards)} shards are there", flush=True)
+    new = sum(entries[k]["count"] for k in missing)
+    rate = new / (time.monotonic() - began)
+    return entries, f", {new} of them encoded now at {rate:.1f} images/s" if new else ""
 
 
 def _prepare(args: LatentArgs, device: torch.device) -> _Job:
     vae = open_vae(args.vae)
-    config = vae.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    if args.size % factor:
-        raise ValueError(f"size {args.size} is not a multiple of {factor}, by which the VAE in {args.vae} scales down")
-    if config.in_channels not in (1, 3):
-        raise ValueError(f"the VAE in {args.vae} takes {config.in_channels} channels; images have 1 (grey) or 3 (RGB)")
+    shape, channels, known = latent_shape(vae, args.size), vae.config.in_channels, identity(vae, args.vae)
     if not args.data.is_dir() and not tar_files(args.data):
         raise ValueError(f"data {args.data} is neither a folder nor a tar file")
     source: Source = (
-        TarImages(args.data, args.size, config.in_channels)
+        TarImages(args.data, args.size, channels)
         if tar_files(args.data)
-        else FolderImages(args.data, args.size, config.in_channels, "crop")
+        else FolderImages(args.data, args.size, channels, "crop")
     )
-    known = hashlib.sha256(json.dumps([source.id2label, source.inventory]).encode() + source.labels.tobytes())
+    images = hashlib.sha256(json.dumps([source.id2label, source.inventory]).encode() + source.labels.tobytes())
     facts = {
         "format": FORMAT,
-        "vae": weights_sha256(vae),
-        "data": known.hexdigest(),
+        "vae": known["sha256"],
+        "data": images.hexdigest(),
         **{name: getattr(args, name) for name in ("size", "dtype", "flip", "shard_size")},
     }
-    shape = (config.latent_channels, args.size // factor, args.size // factor)
-    return _Job(args, source, vae.to(device), facts, shape)
+    return _Job(args, source, vae.to(device), known, facts, shape)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every process knows: `facts` decide what the shards hold; `shape` is (C, H, W) of the latents."""
+    """What every process knows: `known` of the VAE; `facts` decide what the shards hold; `shape` is (C, H, W)."""
 
     args: LatentArgs
     source: Source
     vae: Any
+    known: dict[str, Any]
     facts: dict[str, Any]
     shape: tuple[int, int, int]
 
@@ -134,24 +147,41 @@ class _Job:
         """Where a shard is."""
         return self.args.out / f"{shard:05d}.safetensors"
 
-    def open_folder(self) -> None:
-        """Make the folder, or find it to hold a part of the same latents; what killed processes left is removed."""
+    @contextmanager
+    def opened_folder(self) -> Iterator[None]:
+        """Make the folder, or find it to hold a part of the same latents, and hold it: the lock ends with the process.
+
+        Raises:
+            ValueError: It holds something else, is in use, or cannot be written.
+        """
         out = self.args.out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            found = sorted(out.glob("*.safetensors"))
+            file = (out / LOCK).open("w")
         except OSError as error:
-            raise ValueError(f"out {out} cannot be a folder ({error.strerror})") from error
-        listed = self._listed()
-        known = {self.file(k) for k in self.shards}
-        for file in found:
+            raise ValueError(f"out {out} is no folder that can be written to ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"out {out} is in use; wait for the other launch or give another --out") from None
+            except OSError as error:
+                print(f"note: {out} is on a disk without locks ({error.strerror}); start only one launch on it")
+            self._check_shards()
+            yield
+
+    def _check_shards(self) -> None:
+        """ValueError unless all shards that are there are of these latents."""
+        out, listed, known = self.args.out, self._listed(), {self.file(k) for k in self.shards}
+        for file in sorted(out.glob("*.safetensors")):
             noted = metadata(file)
             if noted is not None:
                 self._check_facts(noted["facts"])
             elif file not in known or file.name not in listed:
-                raise ValueError(f"out {out} holds {file.name}, which is none of these latents; give another --out")
-        for left in out.glob("*.tmp"):
-            left.unlink()
+                raise ValueError(
+                    f"out {out} holds {file.name}, which is none of these latents, or damaged; remove it, or give "
+                    f"another --out"
+                )
 
     def existing(self, shards: Sequence[int]) -> list[Entry]:
         """What is known of those shards that are there, and are what latents.json says where there is one."""
@@ -187,8 +217,9 @@ class _Job:
                     variance += spread
             bar.update(len(batch))
         tensors = {kind: torch.cat(some).to(getattr(torch, self.args.dtype)) for kind, some in parts.items()}
-        if not all(bool(z.isfinite().all()) for z in tensors.values()):
-            raise ValueError(f"the latents of shard {shard} are not finite in {self.args.dtype}; try --dtype float32")
+        if not all(bool(z.isfinite().all()) for z in [*tensors.values(), variance]):
+            hint = "" if self.args.dtype == "float32" else "; try --dtype float32"
+            raise ValueError(f"the latents of shard {shard} are not finite in {self.args.dtype}{hint}")
         wide = torch.cat([z.double() for z in tensors.values()])
         noted = {
             "facts": self.facts,
@@ -199,8 +230,9 @@ class _Job:
             "variance": variance.tolist(),
         }
         tensors["labels"] = torch.from_numpy(self.source.labels[rows])
-        self._write(self.file(shard), tensors, noted)
-        return self._entry(shard, noted, digest(self.file(shard)))
+        content = save(tensors, metadata={KEY: json.dumps(noted, sort_keys=True)})
+        _write(self.file(shard), content)
+        return self._entry(shard, noted, hashlib.sha256(content).hexdigest())
 
     def finish(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """Write latents.json, when all shards are there; what it holds."""
@@ -208,34 +240,17 @@ class _Job:
         if not count:
             raise ValueError(f"none of the images can be used: {self.source.source}")
         values = count * len(names(args.flip)) * self.shape[1] * self.shape[2]  # of a channel
-        moments = {
-            name: [math.fsum(entry[name][c] for entry in entries) / values for c in range(self.shape[0])]
-            for name in ("sum", "squares", "variance")
-        }
-        std = [math.sqrt(max(s - m * m, 0)) for m, s in zip(moments["sum"], moments["squares"], strict=True)]
-        if min(std) == 0:
-            raise ValueError(f"the latents are the same everywhere: {self.source.source}")
-        saved = json.loads((args.vae / "config.json").read_text())
         index = {
             **self.facts,
-            "vae": {
-                "name": str(saved.get("_name_or_path") or args.vae.resolve().name),
-                "sha256": self.facts["vae"],
-                "scaling_factor": self.vae.config.scaling_factor,
-                "shift_factor": self.vae.config.shift_factor,
-            },
+            "vae": self.known,
             "shape": self.shape,
-            "mean": moments["sum"],
-            "std": std,
-            "posterior_std": [math.sqrt(v) for v in moments["variance"]],
+            **statistics(entries, values),
             "classes": [self.source.id2label[i] for i in range(len(self.source.id2label))],
             "count": count,
             "bad": _bad(dict(enumerate(entries))),
             "shards": [{name: entry[name] for name in ("file", "count", "bytes", "sha256")} for entry in entries],
         }
-        temporary = args.out / f"{INDEX}.tmp"
-        temporary.write_text(json.dumps(index, indent=1) + "\n")
-        temporary.replace(args.out / INDEX)
+        _write(args.out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
         return index
 
     @torch.inference_mode()
@@ -263,18 +278,6 @@ class _Job:
         file = self.file(shard)
         return {**noted, "shard": shard, "file": file.name, "bytes": file.stat().st_size, "sha256": sha256}
 
-    def _write(self, file: Path, tensors: dict[str, Tensor], noted: dict[str, Any]) -> None:
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata={KEY: json.dumps(noted, sort_keys=True)})
-            with temporary.open("rb+") as handle:
-                os.fsync(handle.fileno())
-            temporary.replace(file)
-        except SafetensorError as error:
-            raise OSError(f"{file} could not be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
 
 class _Readers:
     """Threads that read images."""
@@ -299,7 +302,24 @@ class _Readers:
         try:
             return row, self._source.images([row])[0]
         except BadImage as error:
-            return row, str(error)
+            return row, "".join(c if c.isprintable() else "?" for c in str(error))  # names may hold anything
+
+
+def _write(file: Path, content: bytes) -> None:
+    """A file, whole or absent. What a killed process leaves is overwritten when it is made again."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise ValueError(
+            f"{file} could not be written ({error.strerror}); once it can be, the same command goes on"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _together(state: PartialState, work: Callable[[], list[Entry]]) -> list[Entry]:

@@ -16,6 +16,8 @@ import torch
 
 from . import __version__
 from .config import Config
+from .handed_in import check_run
+from .metrics import read_lines
 from .model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
 from .moe import MoELayer
 
@@ -43,15 +45,24 @@ def read_config(run: Path, name: str = "config.json") -> Config:
                 values[field.name] = field.default_factory(
                     **values.get(field.name, {})
                 )  # {}: an older version wrote it
-        return Config(**values)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        config = Config(**values)
+        check_run(config)
+        return config
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, oldest first, without those of skipped steps; none without the file."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["loss"] is not None]
+    """The rows of metrics.jsonl, oldest first, without torn ones and those of skipped steps; none without the file.
+
+    Raises:
+        ValueError: A row is none of ours.
+    """
+    rows = [row for _, row in read_lines(path) if row["loss"] is not None]
+    for row in rows:
+        if not all(isinstance(row.get(name), int | float) for name in ("loss", "images_per_second")):
+            raise ValueError(f"{path} has a row for step {row['step']} without a loss or images_per_second")
+    return rows
 
 
 def describe(run: Path, net: DiTMoETransformer2DModel) -> dict[str, Any]:
@@ -99,7 +110,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], config: Config) -> dict[str, An
     """Steps, and from the log: seconds spent on them, and the mean loss of its last tenth."""
     steps = [0, *(row["step"] for row in rows)]
     images = [(b - a) * config.train.batch_size for a, b in pairwise(steps)]
-    seconds = sum(n / row["images_per_second"] for n, row in zip(images, rows, strict=True))
+    rates = [max(row["images_per_second"], 0.005) for row in rows]  # which are rounded
+    seconds = sum(n / rate for n, rate in zip(images, rates, strict=True))
     last = [row["loss"] for row in rows[-max(1, len(rows) // 10) :]]
     return {
         "steps": steps[-1],

@@ -71,6 +71,11 @@ class ImageSet:
         side = config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         return side, side, self.pipe.vae.config.out_channels
 
+    @property
+    def are_latents(self) -> bool:
+        """Whether the model makes latents and has no VAE to decode them, so that they are no pictures."""
+        return self.pipe.vae is None and (self.pipe.config.latents is not None or self.shape[2] not in (1, 3))
+
     def source(self, path: Path) -> dict[str, Any]:
         """The fields of an `eval` source that draws the images when they are asked for."""
         labels = None if self.labels is None else np.asarray(self.labels, np.int64)
@@ -101,7 +106,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if out is not None and out.suffix == ".jpg":
         raise ValueError(f"out {out}: give a .png or .npz file, or a folder of PNG files")
     images = requested(args)
-    if images.shape[-1] not in (1, 3) and (score or out is None or out.suffix not in (".npz", ".png")):
+    if images.are_latents and (score or out is None or out.suffix != ".png"):  # the grid is there to look at them
         raise ValueError(
             f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them; give it one: "
             "python -m ditmoe.export MODEL FOLDER --vae PATH"

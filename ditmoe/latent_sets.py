@@ -30,6 +30,7 @@ from .vae import vae_words
 INDEX = "latents.json"
 FORMAT = 1
 KEY = "ditmoe"  # of a shard's metadata; one entry, for safetensors writes several in any order
+MOST_LABELS = 1_000_000
 _HASHED_BYTES = 2 * 2**30  # a set up to this size is hashed whenever it is opened
 
 Index = dict[str, Any]
@@ -165,8 +166,10 @@ def _open_simple(root: Path) -> Latents:
     latents, classes = torch.cat(values), torch.cat(labels).long().flatten().numpy()
     if len(latents) == 0 or len(classes) not in (0, len(latents)):
         raise ValueError(f"the shards in {root} hold {len(latents)} latents but {len(classes)} labels")
-    if len(classes) and not 0 <= classes.min() <= classes.max() < len(latents):
-        raise ValueError(f"the shards in {root} have labels {classes.min()}..{classes.max()}; they must start at 0")
+    if len(classes) and not 0 <= classes.min() <= classes.max() < MOST_LABELS:
+        raise ValueError(
+            f"the shards in {root} have labels {classes.min()}..{classes.max()}; they must lie in 0..{MOST_LABELS - 1}"
+        )
     id2label = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
     classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
     return Latents(latents, classes, id2label, f"{len(latents)} latents of {len(id2label)} classes in {root}")
@@ -227,7 +230,24 @@ def metadata(file: Path) -> dict[str, Any] | None:
             found = json.loads((tensors.metadata() or {}).get(KEY, "null"))
     except (SafetensorError, OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and "facts" in found else None
+    return found if isinstance(found, dict) and isinstance(found.get("facts"), dict) else None
+
+
+def statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict[str, list[float]]:
+    """`mean`, `std` and `posterior_std` of each channel, which has so many values in all, from the sums of each shard.
+
+    Raises:
+        ValueError: A channel is the same everywhere.
+    """
+    mean, squares, variance = (
+        [math.fsum(sums) / values for sums in zip(*(shard[name] for shard in shards), strict=True)]
+        for name in ("sum", "squares", "variance")
+    )
+    std = [math.sqrt(max(s - m * m, 0)) for m, s in zip(mean, squares, strict=True)]
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        if s <= 1e-6 * abs(m):  # what the rounding of sums leaves of a constant
+            raise ValueError(f"channel {channel} of the latents has the same value everywhere: it cannot be normalised")
+    return {"mean": mean, "std": std, "posterior_std": [math.sqrt(v) for v in variance]}
 
 
 def digest(file: Path) -> str:
@@ -245,7 +265,12 @@ def normalization(root: Path | None) -> dict[str, Any] | None:
     None for pixels and for latents of the simple form.
     """
     index = None if root is None else read_index(root)
-    return None if index is None else {name: index[name] for name in ("mean", "std", "vae")}
+    return None if index is None else normalization_of(index)
+
+
+def normalization_of(index: Index) -> dict[str, Any]:
+    """The part of a latents.json that `normalization` is about."""
+    return {name: index[name] for name in ("mean", "std", "vae")}
 
 
 def is_normalization(found: Any) -> bool:
@@ -255,7 +280,7 @@ def is_normalization(found: Any) -> bool:
     mean, std = found.get("mean"), found.get("std")
     if not isinstance(mean, list) or not isinstance(std, list) or not 0 < len(mean) == len(std):
         return False
-    usable = all(isinstance(v, float | int) and math.isfinite(v) for v in [*mean, *std]) and min(std) > 0
+    usable = all(isinstance(v, float | int) and abs(v) < 1e30 for v in [*mean, *std]) and min(std) > 1e-30  # float32
     return usable and all(isinstance(found["vae"].get(entry), str) for entry in ("name", "sha256"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -156,18 +156,23 @@ def expert_load(counts: Tensor | None) -> dict[str, list[float]]:
 
 def _reopen(path: Path, first_step: int) -> TextIO:
     """The metrics file, without rows of steps that are about to be done again."""
-    rows = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in rows:
-        try:
-            if json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break  # a row torn by a kill is the last one
+    kept = [line for line, row in read_lines(path) if row["step"] <= first_step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(f"{line}\n" for line in kept))
     temporary.replace(path)
     return path.open("a")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl and their rows, without those that a kill or the disk has torn; none without it."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            text = line.decode()
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row:
+            yield text, row
 
 
 def _tensorboard(out: Path) -> Any:

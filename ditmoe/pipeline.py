@@ -6,8 +6,6 @@ Shapes: N images, C channels, H W size.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -20,10 +18,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from samplers import image_generators, initial_noise, make_scheduler, network_calls, sample
-from samplers.model_folder import check_component, is_scheduler, is_vae, read_object
+from samplers import image_generators, initial_noise, make_scheduler, model_folder, network_calls, sample
 
 from .config import Config
+from .disk import replacing
+from .handed_in import check_network
 from .latent_sets import denormalize, is_normalization, normalization
 from .model import DiTMoETransformer2DModel
 from .objective import scheduler_config
@@ -212,49 +211,52 @@ def load(folder: Path) -> DiTMoEPipeline:
     for place in (folder, folder / "model"):
         if (place / "model_index.json").is_file():
             try:
-                tensors = _check(place)
+                _check(place)
                 logging.disable_progress_bar()
                 pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(
                     place, local_files_only=True, use_safetensors=True
                 )
-                missing = sorted(pipe.transformer.state_dict().keys() - tensors)
-                if missing:
-                    raise ValueError(f"its weights lack {', '.join(missing[:5])}, which its config.json asks for")
+                if any(v.is_meta for part in (pipe.transformer, pipe.vae) if part for v in part.parameters()):
+                    raise ValueError("its weights are not in the files that diffusers reads")
                 pipe.transformer.float()
                 if pipe.vae is not None and pipe.config.latents is not None:
                     check_vae(pipe.vae, pipe.config.latents)
                 return pipe
-            except (OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+            except (OSError, *model_folder.LIBRARY_ERRORS) as error:
                 sentence = " ".join(str(error).split())
-                raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence}") from error
+                raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
     raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
 
 
-def _check(folder: Path) -> set[str]:
-    """Refuse a pipeline folder that names anything but our classes and diffusers'; the names of the weights."""
-    index = read_object(folder / "model_index.json")
+def _check(folder: Path) -> None:
+    """Refuse a pipeline folder that names anything but our classes and diffusers', or whose parts do not fit."""
+    index = model_folder.read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
     network = [DiTMoETransformer2DModel.__module__, DiTMoETransformer2DModel.__name__]
     fits = {
         "_class_name": index.get("_class_name") == DiTMoEPipeline.__name__,
         "transformer": index.get("transformer") == network,
-        "scheduler": is_scheduler(index.get("scheduler")),
-        "vae": is_vae(index.get("vae", [None, None])),
+        "scheduler": model_folder.is_scheduler(index.get("scheduler")),
+        "vae": model_folder.is_vae(index.get("vae", [None, None])),
         "id2label": _are_names(index.get("id2label", {})),
+        "sampler": isinstance(index.get("sampler", ""), str),
         "latents": index.get("latents") is None or is_normalization(index["latents"]),
-        **{entry: isinstance(index.get(entry, 1), int | float) for entry in ("num_inference_steps", "guidance_scale")},
+        **{name: _is_number(index.get(name, 1)) for name in ("num_inference_steps", "guidance_scale")},
         **dict.fromkeys(index.keys() - known, False),
     }
     for entry, fitting in fits.items():
         if not fitting:
             raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
-    check_component(folder / "scheduler")
-    with_weights = ["transformer"] if index.get("vae", [None])[0] is None else ["vae", "transformer"]
-    for component in with_weights:
-        tensors = check_component(folder / component)
-        if not tensors:
-            raise ValueError(f"{folder / component} holds no .safetensors weights; pickled ones are never opened")
-    return tensors
+    model_folder.check_no_code(folder)
+    model_folder.check_scheduler(folder / "scheduler")
+    check_network(model_folder.read_object(folder / "transformer" / "config.json"))
+    vae = model_folder.vae_class(index.get("vae"))
+    for component, network in {"transformer": DiTMoETransformer2DModel, **({"vae": vae} if vae else {})}.items():
+        model_folder.check_weights(network, folder / component, renamed=component == "vae")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
 
 
 def _are_names(id2label: Any) -> bool:
@@ -272,11 +274,13 @@ def assemble(
     id2label: dict[int, str],
     data_variance: float | None = None,
     trained_steps: int | None = None,
+    latents: dict[str, Any] | None = None,
 ) -> DiTMoEPipeline:
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
     `data_variance` (`ditmoe.data.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
-    latents it knows how they were normalised; the VAE is in it where `data.vae` gives one.
+    latents it knows how they were normalised: as `latents` says (`ditmoe.latent_sets.normalization`), else as the
+    folder of the data does; the VAE is in it where `data.vae` gives one.
 
     Raises:
         ValueError: The sampler does not fit the network, or the VAE is not that of the latents.
@@ -286,22 +290,24 @@ def assemble(
     names = {str(label): name for label, name in id2label.items()}
     guidance = config.sample.cfg if model.null_label is not None else 1.0
     sampler, steps = config.sample.sampler, config.sample.steps
-    latents = normalization(config.data.path) if config.data.name == "latents" else None
+    if latents is None and config.data.name == "latents":
+        latents = normalization(config.data.path)
     vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
     return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
 
 
 def trained_steps(folder: Path) -> int | None:
-    """Optimiser steps behind a saved pipeline; None when there is none, or it does not say."""
+    """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
-        steps = json.loads((folder / "model_index.json").read_text()).get("trained_steps")
-    except (OSError, ValueError):
+        _check(folder)
+        steps = model_folder.read_object(folder / "model_index.json").get("trained_steps")
+    except ValueError:
         return None
     return steps if isinstance(steps, int) else None
 
 
 def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
-    """Write a pipeline folder; an older one at the same place is replaced when the new one is complete.
+    """Write a pipeline folder; an older one at the same place is replaced once the new one is on the disk.
 
     Args:
         pipeline: What is saved.
@@ -309,19 +315,11 @@ def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Ten
         weights: The transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
             meta device, whose weights are nowhere in one piece. None takes its own.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with replacing(folder) as temporary:
         if weights is None:
             pipeline.save_pretrained(temporary)
         else:
             _save_in_lots(pipeline, temporary, weights)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
 
 
 def _save_in_lots(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]]) -> None:

@@ -39,6 +39,11 @@ def launched(train: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def is_first() -> bool:
+    """Whether this is the first process, or the only one."""
+    return PartialState().is_main_process is True
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """ "auto" is bf16 where bfloat16 products are fast (recent GPUs, CPUs with AVX-512 BF16 or AMX), else fp32."""
     if precision != "auto":

@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 # What may change between the parts of one run: it has no influence on the weights at a given step.
 # (data.path has: the data's fingerprint is checked instead.)
-_FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard"}
+_FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard", "parallel.gather"}
 _FREE |= {f"data.{name}" for name in ("path", "vae", "download", "num_workers", "max_bad")}
 _FREE |= {
     f"train.{name}"
@@ -67,8 +67,10 @@ def check_place(config: Config) -> None:
         raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
         try:
-            old = dict(json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
+            old = json.loads(path.read_text())
+            if not isinstance(old, dict):
+                raise ValueError("it holds no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a configuration that can be read: {error}") from error
         changed = [
             line

@@ -16,8 +16,10 @@ from torch import Tensor
 from . import checkpoint, pipeline, ranks
 from .config import Config, to_dict
 from .data import ImageSet
-from .model import build
+from .latent_sets import LatentShards, normalization_of
+from .model import DiTMoETransformer2DModel, build
 from .parallel import Parallel, expert_names
+from .pipeline import DiTMoEPipeline
 from .state import State, num_classes, to_parts
 
 
@@ -84,24 +86,27 @@ class Saving:
                 return None
             model = build(self.config, num_classes(self.config, self.data)).eval().requires_grad_(False)
             model.load_state_dict(whole)
-        return pipeline.assemble(model, self.config, self.data.id2label, self.variance, step)
+        return self._assemble(model, step)
 
     def export(self, step: int) -> None:
         """Write model/ with the averaged weights. Of split experts one block is whole at a time."""
         first, folder = self.accelerator.is_main_process, self.config.out / "model"
         if not self.parallel.splits:
             if first:
-                pipe = pipeline.assemble(self.state.ema.cpu(), self.config, self.data.id2label, self.variance, step)
-                pipeline.save(pipe, folder)
+                pipeline.save(self._assemble(self.state.ema.cpu(), step), folder)
         elif first:
             with torch.device("meta"):
                 empty = build(self.config, num_classes(self.config, self.data))
-            pipe = pipeline.assemble(empty, self.config, self.data.id2label, self.variance, step)
-            pipeline.save(pipe, folder, self._lots())
+            pipeline.save(self._assemble(empty, step), folder, self._lots())
         else:
             for _ in self._lots():
                 pass
         self.accelerator.wait_for_everyone()
+
+    def _assemble(self, model: DiTMoETransformer2DModel, step: int) -> DiTMoEPipeline:
+        """With the latents' statistics of the data that were opened: the folder may be another one by now."""
+        latents = normalization_of(self.data.index) if isinstance(self.data, LatentShards) else None
+        return pipeline.assemble(model, self.config, self.data.id2label, self.variance, step, latents)
 
     def _lots(self) -> Iterator[dict[str, Tensor]]:
         """The averaged weights, a block at a time, whole on the first process."""
@@ -194,8 +199,12 @@ class Writer:
         others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
         more: dict[str, Any] = {"token": self.token, "others": others, "given_up": self._given_up}
         checkpoint.save(self.root, step, {**parts, **named}, state, **more)
-        whole = checkpoint.prune(self.root, self.keep, self._whole)
-        self._whole = whole if self.shards > 1 else []  # what many have written is too large to be read at every save
+        try:
+            whole = checkpoint.prune(self.root, self.keep, self._whole)
+        except OSError as error:
+            print(f"warning: an older checkpoint could not be removed ({error})", flush=True)
+        else:
+            self._whole = whole if self.shards > 1 else []  # what many wrote is too large to be read at every save
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -33,22 +33,24 @@ class Signals:
     def __init__(self, *, raising: bool = False) -> None:
         self.received = ""
         self._raising = raising
-        self._first = 0.0
 
     def __enter__(self) -> Signals:
         main = threading.current_thread() is threading.main_thread()
         outer = getattr(signal.getsignal(STOPPING[0]), "__self__", None)
         self._outer = outer if main and isinstance(outer, Signals) else None
         if self._outer:  # what it noted and could not say, as in a finaliser, is not lost
-            self.received, self._first = self._outer.received, self._outer._first
+            self.received = self._outer.received
         self._old = {number: signal.signal(number, self._note) for number in STOPPING} if main else {}
+        self._end = _watch_for_a_second() if main and not self._outer else None
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if self._end:
+            self._end()
         if self._outer and self.received and not self._outer.received:  # it came when nobody looked any more
-            self._outer.received, self._outer._first = self.received, self._first
+            self._outer.received = self.received
             if self._outer._raising and exception[0] is None:
                 raise Interrupted(f"stopped by {self.received}")
 
@@ -64,14 +66,41 @@ class Signals:
             self._raising = False
 
     def _note(self, number: int, frame: object) -> None:
-        now = time.monotonic()
         if not self.received:
-            self.received, self._first = signal.Signals(number).name, now
+            self.received = signal.Signals(number).name
             if self._raising:
                 raise Interrupted(f"stopped by {self.received}")
-        elif now - self._first > GRACE:
-            os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
-            os._exit(EXIT_CODE)
+
+
+def _watch_for_a_second() -> Callable[[], None]:
+    """Leave at once when a second signal comes, wherever the program is; what is returned ends the watch.
+
+    Python runs handlers between its own instructions alone, and a process that waits for others runs none. So a thread
+    reads the numbers of the signals from a pipe, into which the interpreter writes them the moment they come.
+    """
+    come, written = os.pipe()
+    os.set_blocking(written, False)
+    old = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        first = 0.0
+        while number := os.read(come, 1):
+            now = time.monotonic()
+            if number[0] not in STOPPING:
+                continue
+            first = first or now
+            if now - first > GRACE:
+                os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
+                os._exit(EXIT_CODE)
+        os.close(come)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+    def end() -> None:
+        signal.set_wakeup_fd(old)
+        os.close(written)
+
+    return end
 
 
 def ignored_here(_: int = 0) -> None:

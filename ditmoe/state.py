@@ -115,13 +115,16 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
         ValueError: It is of other data, or of another network.
     """
     saved, meta = checkpoint.opened(path)
+    lacking = [name for name in ("step", *facts) if name not in meta]
+    if lacking:
+        raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
     if meta["data"] != facts["data"]:
         raise ValueError(
             f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
             f"restore it, or give another --out"
         )
     parts = parallel.own(saved, state.model)
-    wrong = _mismatches(parts, state)
+    wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path} is of another network: {'; '.join(wrong[:5])}{more}; give another --out")
@@ -131,28 +134,26 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
     state.model.load_state_dict(parts["model"])
     state.ema.load_state_dict(parts["ema"])
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in parts["optimizer"].items():
+    for key, value in parts.get("optimizer", {}).items():
         name, kind = key.rsplit(".", 1)
         moments.setdefault(name, {})[kind] = value
     for name, parameter in state.model.named_parameters():
         if name in moments:
-            state.optimizer.state[parameter] = dict(moments[name])
+            state.optimizer.state[parameter] = moments[name]
     return meta
 
 
-def _mismatches(parts: dict[str, dict[str, Tensor]], state: State) -> list[str]:
-    """What a checkpoint's tensors are and the state's are not, in words."""
+def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:
+    """What a checkpoint's tensors are and the state's are not, in words. AdamW that has `moved` has its moments."""
     want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
-    found = {f"{part} {n}": v for part in ("model", "ema") for n, v in parts.get(part, {}).items()}
+    for name, parameter in state.model.named_parameters() if moved else ():
+        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
+        want[f"optimizer {name}.step"] = torch.zeros(())
+    found = {f"{part} {n}": v for part in ("model", "ema", "optimizer") for n, v in parts.get(part, {}).items()}
     wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
     wrong += [f"{name} is not known" for name in found.keys() - want.keys()]
     for name in want.keys() & found.keys():
         a, b = found[name], want[name]
         if a.shape != b.shape or a.dtype != b.dtype:
             wrong.append(f"{name} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
-    shapes = {name: p.shape for name, p in state.model.named_parameters()}
-    for key, value in parts.get("optimizer", {}).items():
-        name = key.rsplit(".", 1)[0]
-        if name not in shapes or (value.ndim and value.shape != shapes[name]):
-            wrong.append(f"optimizer {key} belongs to no parameter")
     return sorted(wrong)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folders import IMAGE_SUFFIXES, BadImage, read_cropped
-
-_MOST_LABELS = 1_000_000
+from .latent_sets import MOST_LABELS
 
 
 class _Member(NamedTuple):
@@ -35,7 +34,8 @@ class TarImages:
         channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        ValueError: A file is truncated or compressed, holds no images, or its labels are not numbers.
+        ValueError: A file is truncated, damaged or compressed, holds no images, links instead of images, a key twice
+            or a label without an image, or labels that are not numbers; or there are images beside the tar files.
     """
 
     def __init__(self, root: Path, size: int, channels: int) -> None:
@@ -43,6 +43,9 @@ class TarImages:
         self._members: list[_Member] = []
         labels: list[int | None] = []
         tars = tar_files(root)
+        stray = next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
+        if stray is not None:
+            raise ValueError(f"{root} holds tar files, and images beside them ({stray}); move the one or the other")
         for tar in tars:
             for member, label in _scan(tar):
                 self._members.append(member)
@@ -74,7 +77,7 @@ class TarImages:
             with member.tar.open("rb") as file:
                 file.seek(member.offset)
                 content = io.BytesIO(file.read(member.size))
-            return read_cropped(member.tar / member.key, self.size, self.mode, content)
+            return read_cropped(Path(f"{member.tar}/{member.key}"), self.size, self.mode, content)
         except (OSError, ValueError) as error:
             raise BadImage(row, str(error)) from error
 
@@ -88,31 +91,53 @@ def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
     """The images of a tar file in its order, each with its label."""
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for entry in archive:
-                place = PurePosixPath(entry.name)
-                stem, _, extension = place.name.partition(".")
-                key = str(place.with_name(stem)) if stem else ""
-                if not key or not entry.isreg() or entry.issparse():
-                    continue
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    if key in images:
-                        raise ValueError(f"{tar} has two images of the key {key}")
-                    images[key] = _Member(tar, key, entry.offset_data, entry.size)
-                elif extension.lower() == "cls":
-                    content = archive.extractfile(entry)
-                    labels[key] = _label(tar, key, b"" if content is None else content.read(32))
-            end = max((m.offset + m.size for m in images.values()), default=0)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{tar} is truncated, compressed or no tar file ({error})") from error
-    if end > tar.stat().st_size:
-        raise ValueError(f"{tar} is truncated: fetch it again")
+    with tar.open("rb") as file:
+        for entry in _entries(tar):
+            place = PurePosixPath(entry.name)
+            stem, _, extension = place.name.partition(".")
+            is_label, is_image = extension.lower() == "cls", f".{extension.lower()}" in IMAGE_SUFFIXES
+            if not stem or not (is_label or is_image) or entry.isdir():
+                continue
+            key = str(place.with_name(stem))
+            if not entry.isreg() or entry.issparse():
+                raise ValueError(f"{tar} has {entry.name} as a link or another special file; store the file itself")
+            if key in (labels if is_label else images):
+                raise ValueError(f"{tar} has two {'labels' if is_label else 'images'} of the key {key}")
+            if is_label:
+                file.seek(entry.offset_data)
+                labels[key] = _label(tar, key, file.read(entry.size) if entry.size <= 32 else b"")
+            else:
+                images[key] = _Member(tar, key, entry.offset_data, entry.size)
+    alone = next((key for key in labels if key not in images), None)
+    if alone is not None:
+        raise ValueError(f"{tar} has {alone}.cls without an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [(member, labels.get(key)) for key, member in images.items()]
+
+
+def _entries(tar: Path) -> list[tarfile.TarInfo]:
+    """All that a tar file holds. `tarfile` alone takes a damaged header for the end, and follows sizes below 0."""
+    entries: list[tarfile.TarInfo] = []
+    try:
+        with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
+            for entry in archive:
+                if entry.size < 0 or (entries and entry.offset_data <= entries[-1].offset_data):
+                    raise tarfile.ReadError(f"the size or the place of {entry.name} makes no sense")
+                entries.append(entry)
+            file.seek(archive.offset)
+            rest = file.read(tarfile.BLOCKSIZE)
+            if rest != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"neither a member nor the end is at byte {archive.offset}")
+            while rest:
+                if rest.strip(tarfile.NUL):
+                    raise tarfile.ReadError(f"it goes on after its end at byte {archive.offset}")
+                rest = file.read(2**20)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{tar} is truncated, damaged, compressed or no tar file ({error})") from error
+    return entries
 
 
 def _label(tar: Path, key: str, content: bytes) -> int:
     text = content.decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= _MOST_LABELS:
+    if not text.isdecimal() or int(text) >= MOST_LABELS:
         raise ValueError(f"{tar} has {key}.cls with {text!r:.40}; a label is a number from 0 on")
     return int(text)

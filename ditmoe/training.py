@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import pipeline, plan, ranks, run_folder
 from .config import Config, save, to_dict
 from .data import ImageSet, fingerprint, pixel_variance
+from .facts import read_config, read_rows
 from .health import Evidence, Health, Watch
 from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
@@ -89,8 +90,10 @@ def _train(
     first_step = int(saved.get("step", 0))
     last_step = max(first_step, config.max_steps)
     exported = ranks.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / "model"))
-    if exported == first_step == last_step:
+    if exported == last_step and (not saved or first_step == last_step):
         return False
+    if not saved:
+        ranks.decided_by_first(accelerator, lambda: _check_begins(config, exported))
     if accelerator.is_main_process:
         _open_folder(config, argv)
     _announce(config, data, accelerator, facts["precision"], first_step)
@@ -180,8 +183,8 @@ def _loop(
             update_ema(state.ema, state.model, min(train.ema_decay, (1 + step) / (10 + step)))
         done = step + 1
         log.row(done, result)
-        if done % train.checkpoint_every == 0 or done == max_steps:
-            keep(done, wait=done == max_steps)
+        if done == max_steps or (done % train.checkpoint_every == 0 and not run.health.in_a_row):
+            keep(done, wait=done == max_steps)  # while steps are skipped, what went before them stays
         if show and every and done % every == 0:
             show(done)
 
@@ -200,6 +203,22 @@ def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) ->
 
     with log.paused():
         ranks.first_works(run.parallel.accelerator, draw, run.watch.signals, f"sample-{step}")
+
+
+def _check_begins(config: Config, exported: int | None) -> None:
+    """Refuse to begin again where a run has come further than to its first checkpoint: its checkpoints are gone.
+
+    Raises:
+        ValueError: The run folder holds a model or a log of so many steps.
+    """
+    rows = read_rows(config.out / "metrics.jsonl")
+    every = read_config(config.out).train.checkpoint_every if rows else 0
+    steps = exported or (rows[-1]["step"] if rows and rows[-1]["step"] >= 2 * every else 0)
+    if steps:
+        raise ValueError(
+            f"{config.out} has been trained for {steps} steps, but {config.out / 'checkpoints'} holds no checkpoint; "
+            f"restore it, or move {config.out} away to start again"
+        )
 
 
 def _open_folder(config: Config, argv: Sequence[str]) -> None:

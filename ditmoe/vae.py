@@ -40,17 +40,42 @@ def open_vae(folder: Path) -> AutoencoderKL:
         kind = read_object(folder / "config.json").get("_class_name")
         if kind != AutoencoderKL.__name__:
             raise ValueError(f"its config.json is of a {kind!r:.100}, not an AutoencoderKL")
-        tensors = check_component(folder)
-        if not tensors:
+        if not check_component(folder):
             raise ValueError("it holds no .safetensors weights; pickled ones are never opened")
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        missing = sorted(vae.state_dict().keys() - tensors)
-        if missing:
-            raise ValueError(f"its weights lack {', '.join(missing[:5])}")
-    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        vae, found = AutoencoderKL.from_pretrained(  # it renames the tensors of the VAEs of Stable Diffusion 1 and 2
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:5])}")
+    except (OSError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError) as error:
         sentence = " ".join(str(error).split())
         raise ValueError(f"vae {folder} is not a VAE that can be loaded: {sentence}") from error
     return vae.float().eval().requires_grad_(False)
+
+
+def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of images of `size` x `size` pixels.
+
+    Raises:
+        ValueError: The VAE takes no such images.
+    """
+    channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if channels not in (1, 3):
+        raise ValueError(f"the VAE takes {channels} channels; images have 1 (grey) or 3 (RGB)")
+    if size % factor:
+        raise ValueError(f"size {size} is not a multiple of {factor}, by which the VAE scales down")
+    return vae.config.latent_channels, size // factor, size // factor
+
+
+def identity(vae: AutoencoderKL, folder: Path) -> dict[str, Any]:
+    """What a set of latents notes of its VAE; the weights decide which one it is, see `check_vae`."""
+    saved = read_object(folder / "config.json").get("_name_or_path")
+    return {
+        "name": str(saved or folder.resolve().name),
+        "sha256": weights_sha256(vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+    }
 
 
 def check_vae(vae: nn.Module, known: Mapping[str, Any]) -> None:

@@ -11,12 +11,13 @@
 #SBATCH --requeue
 
 # One task a GPU and no agent between SLURM and the program: five minutes before the limit every process gets SIGUSR1,
-# saves, and leaves with 143, which puts the job back into the queue.
+# saves, and leaves with 143, which puts the job back into the queue. From 22.05 on srun does not take the CPUs of a task
+# from sbatch, and would give it one.
 set -uo pipefail
 source .venv/bin/activate
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
 
-srun --kill-on-bad-exit=0 bash -c '
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec python train.py "$@"' ditmoe "$@"
 code=$?

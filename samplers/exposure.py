@@ -22,7 +22,7 @@ from torch import Tensor
 
 from samplers.catalog import SAMPLERS, make_scheduler, prediction_type_of
 from samplers.loop import sample
-from samplers.model_folder import check_component, read_object
+from samplers.model_folder import check_no_code, check_scheduler, check_weights, read_object
 from samplers.noise import image_generators, initial_noise
 
 NETWORKS = ("diffusers", "ditmoe.model")  # modules that a pipeline folder may name
@@ -174,6 +174,7 @@ def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{args.model} holds no model: neither model_index.json nor model/model_index.json is there")
     model = load_network(folder).float().to("cuda" if torch.cuda.is_available() else "cpu")
+    check_scheduler(folder / "scheduler")
     config = read_object(folder / "scheduler" / "scheduler_config.json")
     variance = config.get("data_variance") if args.data_variance is None else args.data_variance
     if variance is None or not 0 < variance < math.inf:
@@ -202,7 +203,8 @@ def load_network(folder: Path) -> Any:
     is_network = isinstance(found, type) and issubclass(found, ModelMixin)
     if not is_network:
         raise ValueError(f"{folder}: {library} has no network {name!r}")
-    check_component(folder / "transformer")
+    check_no_code(folder)
+    check_weights(found, folder / "transformer", renamed=library == "diffusers")
     try:
         return found.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True).eval()
     except (OSError, KeyError, RuntimeError, TypeError) as error:

@@ -170,11 +170,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Choose the grid, as the base does, and start again."""
         self._base.set_timesteps(num_inference_steps, device, timesteps)
         self._restart()
-        if self.config.exposure_window is None and self.window <= 1:
-            self._say_once(
-                f"time-shift is for few steps: with {len(self.timesteps)} network calls its own window is "
-                f"{self.window}, which shifts nothing; set exposure_window to shift all the same"
-            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` itself."""
@@ -218,6 +213,11 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, but it must be from 0 (DDIM) to 1 (the noise of DDPM)")
         self._restart_at(timestep)
+        if self.config.exposure_window is None and self.window <= 1:
+            self._say_once(
+                f"time-shift is for few steps: with {len(self.timesteps)} network calls its own window is "
+                f"{self.window}, which shifts nothing; set exposure_window to shift all the same"
+            )
         stochastic = eta > 0 or self.config.base == "ddpm"
         levels = self._base.levels(timestep)
         levels, shift = self._shifted(levels, sample, int(timestep), stochastic)

@@ -13,12 +13,12 @@ from ditmoe.config import Config
 
 ROOT = Path(__file__).parents[2]
 RANK = {
-    "config": 0, "signals": 0,
+    "config": 0, "signals": 0, "disk": 0,
     "run_folder": 1, "ranks": 1,
     "moe": 1, "layers": 1, "presets": 1,
     "model": 2, "vae": 2,
     "objective": 3, "latent_sets": 3, "tars": 5, "encoder": 6, "latents": 7,
-    "plan": 3,
+    "plan": 3, "handed_in": 3,
     "pipeline": 4, "checkpoint": 4, "metrics": 4, "cli": 4, "figures": 4, "judge": 4, "page": 4, "folders": 4,
     "data": 5, "expert_maps": 5, "parallel": 5, "generate": 5, "facts": 5,
     "stream": 6, "state": 6, "image_sets": 6, "export": 6,

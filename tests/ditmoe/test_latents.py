@@ -1,13 +1,16 @@
 """Images to latents, training from them, and back to pictures; with a tiny VAE of random weights."""
 
+import ctypes
 import io
 import json
 import os
+import resource
 import shutil
 import signal
+import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,16 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ditmoe import cli, encoder, pipeline
+from ditmoe import cli, encoder, image_sets, pipeline
 from ditmoe.config import Config, DataConfig
 from ditmoe.data import fingerprint, open_data
 from ditmoe.export import ExportArgs, export
-from ditmoe.latent_sets import read_index
+from ditmoe.latent_sets import normalization, read_index, statistics
 from ditmoe.presets import PRESETS
 from ditmoe.stream import Batches
+from ditmoe.tars import TarImages
 from ditmoe.training import train
-from ditmoe.vae import open_vae
+from ditmoe.vae import open_vae, weights_sha256
 from tests.doors import typed
 from tests.processes import door, start
 
@@ -35,13 +39,21 @@ NUM, SIZE = 22, 16
 MODEL = {"in_channels": 4, "patch_size": 4, "sample_size": 8}
 
 
-def save_vae(folder: Path, seed: int) -> Path:
+def save_vae(folder: Path, seed: int, latent_channels: int = 4) -> Path:
     torch.manual_seed(seed)
     vae = AutoencoderKL(
-        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, scaling_factor=0.3,
+        block_out_channels=(8, 16), latent_channels=latent_channels, norm_num_groups=4, scaling_factor=0.3,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     vae.save_pretrained(folder)
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
     return folder
 
 
@@ -202,8 +214,12 @@ def test_a_finished_set_is_left_alone_and_a_damaged_shard_is_made_anew(
     assert said.count("has other content than latents.json says: it is made anew") == 2
     assert "3 of 5 shards to encode" in said
     assert content(copy) == content(latents)
-    save_file({"x": torch.zeros(1)}, copy / "notes.safetensors")
-    with pytest.raises(ValueError, match=r"holds notes\.safetensors, which is none of these latents"):
+    (copy / "notes.tmp").mkdir()
+    (copy / "mine.tmp").write_text("nobody else's")
+    encode(photos, vae, copy)
+    assert (copy / "mine.tmp").read_text() == "nobody else's"
+    save_file({"x": torch.zeros(1)}, copy / "notes.safetensors", metadata={"ditmoe": '{"facts": 3}'})
+    with pytest.raises(ValueError, match=r"holds notes\.safetensors, which is none of these latents, or damaged"):
         encode(photos, vae, copy)
     for file in copy.glob("*.safetensors"):
         file.unlink()
@@ -222,6 +238,8 @@ def test_a_finished_set_is_left_alone_and_a_damaged_shard_is_made_anew(
         (["--vae", "nowhere"], "nowhere is not a VAE that can be loaded"),
         (["--vae", "pickled"], r"holds no \.safetensors weights"),
         (["--vae", "flux"], "not an AutoencoderKL"),
+        (["--vae", "no-blocks"], "no-blocks is not a VAE that can be loaded"),
+        (["--vae", "lacking"], r"its weights lack quant_conv\.weight"),
         (["nothing"], "is neither a folder nor a tar file"),
     ],
 )
@@ -229,10 +247,13 @@ def test_what_the_encoder_refuses(
     change: list[Any], sentence: str, latents: Path, photos: Path, vae: Path, tmp_path: Path
 ) -> None:
     save_vae(tmp_path / "other", 1)
-    for name in ("pickled", "flux"):
+    for name in ("pickled", "flux", "no-blocks", "lacking"):
         shutil.copytree(vae, tmp_path / name)
     (tmp_path / "pickled/diffusion_pytorch_model.safetensors").rename(tmp_path / "pickled/diffusion_pytorch_model.bin")
     (tmp_path / "flux/config.json").write_text('{"_class_name": "AutoencoderDC"}')
+    config = json.loads((vae / "config.json").read_text())
+    (tmp_path / "no-blocks/config.json").write_text(json.dumps({**config, "block_out_channels": []}))
+    change_weights(tmp_path / "lacking", lambda weights: weights.pop("quant_conv.weight"))
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos/cat/00.png").unlink()
     before = content(latents)
@@ -253,6 +274,106 @@ def test_a_mistake_is_one_sentence_from_every_process(latents: Path, photos: Pat
     assert "Traceback" not in done.stderr
 
 
+def test_a_vae_may_have_the_tensor_names_of_stable_diffusion_1(vae: Path, tmp_path: Path) -> None:
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".attentions." in name]:
+            older = name
+            for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+                older = older.replace(f".{new}.", f".{old}.")
+            weights[older] = weights.pop(name)
+
+    older = change_weights(Path(shutil.copytree(vae, tmp_path / "older")), rename)
+    assert weights_sha256(open_vae(older)) == weights_sha256(open_vae(vae))
+
+
+@pytest.mark.parametrize(
+    ("row", "value", "sentence"),
+    [
+        (1, 0.1, "channel 1 of the latents has the same value everywhere"),
+        (1, torch.nan, r"shard 0 are not finite in float32$"),
+        (5, torch.nan, r"shard 0 are not finite in float32$"),  # the variance alone
+    ],
+)
+def test_a_vae_with_a_broken_channel(
+    row: int, value: float, sentence: str, photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["quant_conv.weight"][row] = 0
+        weights["quant_conv.bias"][row] = value
+
+    broken = change_weights(Path(shutil.copytree(vae, tmp_path / "broken")), spoil)
+    with pytest.raises(ValueError, match=sentence):
+        encode(photos, broken, tmp_path / "set")
+
+
+def test_what_rounding_leaves_of_a_constant_is_no_spread() -> None:
+    n, value = 10**9, 0.1
+    shard = {"sum": [value * n], "squares": [value * value * n * (1 + 1e-15)], "variance": [1.0 * n]}
+    with pytest.raises(ValueError, match="channel 0 of the latents has the same value everywhere"):
+        statistics([shard], n)
+
+
+def small_disk(argv: list[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3800, 3800))  # no file grows beyond it
+    door("ditmoe.latents", argv)
+
+
+@pytest.mark.parametrize(("file", "shard_size"), [("00000.safetensors", 5), ("latents.json", 1)])
+def test_a_file_that_cannot_be_written_ends_every_process_with_a_sentence(
+    file: str, shard_size: int, photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    whole, out, size = tmp_path / "whole", tmp_path / "set", ["--shard-size", shard_size]
+    encode(photos, vae, whole, *size)
+    if file == "latents.json":
+        shutil.copytree(whole, out)
+        (out / file).unlink()
+    group = start(small_disk, flags(photos, vae, out, *size), folder=tmp_path / "log", world=2)
+    assert group.wait() == [2, 2]
+    for rank in range(2):
+        assert f"{file} could not be written (File too large)" in group.err(rank)
+        assert "Traceback" not in group.err(rank)
+    assert not list(out.glob("*.tmp"))
+    assert not (out / file).exists()
+    assert content(encode(photos, vae, out, *size)) == content(whole)
+
+
+def test_one_launch_at_a_time(latents: Path, photos: Path, vae: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    group = start(slow_encoding, flags(photos, vae, out), folder=tmp_path / "log")
+    group.until(lambda: (out / "00000.safetensors").exists())
+    with pytest.raises(ValueError, match="is in use; wait for the other launch or give another --out"):
+        encode(photos, vae, out)
+    assert group.wait() == [0]
+    assert content(out) == content(latents)
+
+
+def test_shards_are_as_readable_as_other_files(latents: Path) -> None:
+    modes = {file.name: file.stat().st_mode for file in latents.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_a_log_says_how_far_it_has_come(
+    photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encoder, "EVERY", 0.0)
+    encode(photos, vae, tmp_path / "set")
+    assert "3 of 5 shards are there\n" in capsys.readouterr().out
+
+
+def prctl_of_joined() -> None:
+    encoder.join()
+    number = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+    print(number.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_processes_of_torchrun_end_with_it(tmp_path: Path) -> None:
+    group = start(prctl_of_joined, folder=tmp_path, env={"TORCHELASTIC_RUN_ID": "x"})
+    assert group.wait() == [0]
+    assert int(group.out()) == signal.SIGTERM
+
+
 def test_bad_images_are_left_out_up_to_a_number(photos: Path, vae: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(photos, tmp_path / "photos"))
     for name in ("cat/00.png", "dog/21.png"):
@@ -266,11 +387,24 @@ def test_bad_images_are_left_out_up_to_a_number(photos: Path, vae: Path, tmp_pat
     assert [shard["count"] for shard in index["shards"]] == [4, 5, 5, 5, 1]
     assert [Path(sentence.split()[0]).name for sentence in index["bad"]] == ["00.png", "21.png"]
     assert opened(tmp_path / "a").labels.tolist() == [0] * 10 + [1] * 10
+    with pytest.raises(ValueError, match=r"2 images cannot be used, max_bad is 1: .*21\.png"):
+        encode(mine, vae, tmp_path / "a", "--max-bad", 1)  # the shards that are there count too
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
+def test_names_of_bad_images_are_shown_in_letters(
+    photos: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = Path(shutil.copytree(photos / "cat", tmp_path / "photos"))
+    (mine / os.fsdecode(b"a\xff\n\x1b[31m.png")).write_bytes(b"no image")
+    index = read_index(encode(mine, vae, tmp_path / "set", "--max-bad", 1))
+    assert index is not None
+    assert "a???[31m.png is not a readable image" in index["bad"][0]
+    assert f"left out: {index['bad'][0]}\n" in capsys.readouterr().out
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
+        for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -282,7 +416,7 @@ def test_tar_files_hold_the_same_images(latents: Path, photos: Path, vae: Path, 
         members: dict[str, bytes] = {"README.txt": b"not an image"}
         for i, file in list(enumerate(files))[part * 9 : 9 if part == 0 else None]:
             members |= {f"{i:04d}.png": file.read_bytes(), f"{i:04d}.cls": b"%d\n" % (file.parent.name == "dog")}
-        write_tar(tmp_path / f"{part}.tar", members)
+        write_tar(tmp_path / f"{part}.tar", members.items())
     found = stored(encode(tmp_path, vae, tmp_path / "set"))
     assert all(torch.equal(value, found[name]) for name, value in stored(latents).items())
     assert opened(tmp_path / "set").id2label == {0: "0", 1: "1"}
@@ -294,17 +428,74 @@ def test_tar_files_hold_the_same_images(latents: Path, photos: Path, vae: Path, 
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ({"a.txt": b""}, "hold no images"),
-        ({"a.png": b"", "b.png": b"", "b.cls": b"1"}, r"has a without a\.cls"),
-        ({"a.png": b"", "a.cls": b"cat"}, "a.cls with 'cat'; a label is a number"),
-        ({"a.png": b"", "a.cls": b"9" * 31}, "a label is a number"),
-        ({"a.png": b"no image", "a.cls": b"1"}, r"0\.tar/a is not a readable image"),
+        ([("a.txt", b"")], "hold no images"),
+        ([("a.png", b""), ("b.png", b""), ("b.cls", b"1")], r"has a without a\.cls"),
+        ([("a.png", b""), ("a.cls", b"1"), ("b.cls", b"1")], r"has b\.cls without an image"),
+        ([("a.png", b""), ("a.cls", b"cat")], "a.cls with 'cat'; a label is a number"),
+        ([("a.png", b""), ("a.cls", b"9" * 31)], "a label is a number"),
+        ([("a.png", b""), ("a.cls", b"0" * 32 + b"9")], "a label is a number"),
+        ([("a.png", b""), ("a.png", b"")], "has two images of the key a"),
+        ([("a.png", b""), ("a.cls", b"1"), ("a.cls", b"2")], "has two labels of the key a"),
+        ([("/etc/a.png", b"no image"), ("/etc/a.cls", b"1")], r"0\.tar/etc/a is not a readable image"),
     ],
 )
-def test_tar_files_that_cannot_be_used(members: dict[str, bytes], sentence: str, vae: Path, tmp_path: Path) -> None:
+def test_tar_files_that_cannot_be_used(
+    members: list[tuple[str, bytes]], sentence: str, vae: Path, tmp_path: Path
+) -> None:
     write_tar(tmp_path / "0.tar", members)
     with pytest.raises(ValueError, match=sentence):
         encode(tmp_path, vae, tmp_path / "set")
+
+
+BLOCK = 512
+
+
+def header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def spoil_tar(raw: bytes, what: str) -> bytes:
+    """Of a tar file whose first image and label take 4 blocks, and whose second image takes the next 2."""
+    extended = header("x", 15, b"x") + b"15 size=-001536".ljust(BLOCK, b"\0")  # the size of the member after it
+    changes = {
+        "a damaged header": raw[: 4 * BLOCK] + b"?" + raw[4 * BLOCK + 1 :],
+        "cut between members": raw[: 4 * BLOCK],
+        "cut within a header": raw[: 4 * BLOCK + 99],
+        "a zeroed header": raw[: 4 * BLOCK] + bytes(BLOCK) + raw[5 * BLOCK :],
+        "another one behind it": raw + raw,
+        "a size below 0": raw[: 4 * BLOCK] + extended + header("x.txt", 0) + bytes(2 * BLOCK),
+        "extensions without end": raw[: 4 * BLOCK] + extended.replace(b"size", b"sise") * 2000 + bytes(2 * BLOCK),
+        "a size beyond all files": raw[: 4 * BLOCK] + header("x", 2**62, b"L") + bytes(2 * BLOCK),
+        "a link": raw[: 4 * BLOCK] + header("b.png", 0, b"1") + bytes(2 * BLOCK),
+    }
+    return changes[what]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a damaged header", "cut between members", "cut within a header", "a zeroed header", "another one behind it",
+        "a size below 0", "extensions without end", "a size beyond all files", "a link",
+    ],
+)  # fmt: skip
+def test_a_damaged_tar_file_loses_no_image_in_silence(what: str, tmp_path: Path) -> None:
+    tar = tmp_path / "0.tar"
+    write_tar(tar, [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"1"), ("b.cls", b"1")])
+    assert len(TarImages(tmp_path, 8, 3)) == 2
+    tar.write_bytes(spoil_tar(tar.read_bytes(), what))
+    match = r"b\.png as a link" if what == "a link" else r"0\.tar is truncated, damaged, compressed or no tar file"
+    with pytest.raises(ValueError, match=match):
+        TarImages(tmp_path, 8, 3)
+
+
+def test_images_beside_tar_files_are_not_passed_over(photos: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(photos, tmp_path / "photos"))
+    write_tar(mine / "0.tar", [("a.png", b"1"), ("a.cls", b"1")])
+    with pytest.raises(ValueError, match=r"holds tar files, and images beside them \(.*\.png\)"):
+        TarImages(mine, 8, 3)
 
 
 def test_flips_take_the_latents_of_the_mirrored_image(latents: Path, photos: Path, vae: Path, tiny: Tiny) -> None:
@@ -390,8 +581,8 @@ def spoil(folder: Path, what: str) -> None:
         shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     elif what == "outside":
         index["shards"][0]["file"] = "../00000.safetensors"
-    elif what == "std":
-        index["std"][0] = 0.0
+    elif what in ("std", "mean"):
+        index[what][0] = 0.0 if what == "std" else 1e300
     elif what == "count":
         index["shards"][0]["count"] = 4
     elif what == "format":
@@ -407,6 +598,7 @@ def spoil(folder: Path, what: str) -> None:
         ("flipped bit", r"00001\.safetensors has other content than"),
         ("outside", "not files of the folder"),
         ("std", "mean and std are not usable"),
+        ("mean", "mean and std are not usable"),
         ("count", "do not add up"),
         ("format", "another format"),
         ("json", r"latents\.json is not what"),
@@ -443,6 +635,33 @@ def test_options_that_these_latents_cannot_serve(
         pipeline.assemble(pipeline_net(config), config, {})
     with pytest.raises(ValueError, match="the model takes"):
         open_data(DataConfig(name="latents", path=latents), size=16, channels=4)
+    save_file({"latents": torch.randn(2, 4, 8, 8), "labels": torch.tensor([0, 999])}, simple / "0.safetensors")
+    assert len(opened(simple).id2label) == 1000  # a few of many classes
+    save_file({"latents": torch.randn(2, 4, 8, 8), "labels": torch.tensor([0, 10**9])}, simple / "0.safetensors")
+    with pytest.raises(ValueError, match=r"have labels 0\.\.1000000000; they must lie in 0\.\.999999"):
+        opened(simple)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_latents_are_not_written_as_pictures(channels: int, photos: Path, tiny: Tiny, tmp_path: Path) -> None:
+    vae = save_vae(tmp_path / "vae", 0, latent_channels=channels)
+    data = encode(photos, vae, tmp_path / "set")
+    config = tiny(data={"name": "latents", "path": data}, model={**MODEL, "in_channels": channels})
+    pipeline.save(pipeline.assemble(pipeline_net(config), config, {0: "cat", 1: "dog"}), tmp_path / "model")
+    for out in ("folder", "set.npz"):
+        asked = cli.parse_sample([str(tmp_path / "model"), "--steps", "1", "--num", "2", "--out", str(tmp_path / out)])
+        with pytest.raises(ValueError, match=f"makes latents of {channels} channels and holds no VAE"):
+            image_sets.run(asked, One())
+        assert not (tmp_path / out).exists()
+
+
+class One:
+    """A launch of one process."""
+
+    rank, world = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -463,3 +682,14 @@ def test_the_presets_of_imagenet(size: str) -> None:
     assert config.data == DataConfig(name="latents", flip=True, num_workers=4)
     assert (config.train.batch_size, config.train.learning_rate, config.train.ema_decay) == (256, 1e-4, 0.9999)
     assert str(config.out) == f"runs/imagenet-256-{size}"
+
+
+def test_a_model_is_saved_with_the_statistics_it_was_trained_with(copy: Path, tiny: Tiny) -> None:
+    """Whatever has become of the latents' folder in the meantime."""
+    config = tiny(data={"name": "latents", "path": copy}, model=MODEL, max_steps=1)
+    data, known = opened(copy), normalization(copy)
+    index = json.loads((copy / "latents.json").read_text())
+    (copy / "latents.json").write_text(json.dumps({**index, "mean": [9.0] * 4}))
+    assert normalization(copy) != known
+    train(config, data)
+    assert pipeline.load(config.out).config.latents == known

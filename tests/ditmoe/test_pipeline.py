@@ -1,6 +1,7 @@
 """The pipeline folder and the images that come out of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ditmoe import image_sets, pipeline
+from ditmoe import disk, image_sets, pipeline
 from ditmoe.cli import SampleArgs
 from ditmoe.config import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
 from ditmoe.generate import balanced_labels, draw
@@ -213,6 +214,64 @@ def test_processes_share_a_set(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate([batch for _, batch in parts])[order], whole)
 
 
+def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    pipeline.save(make(num_classes=2), folder)
+    (tmp_path / "model.tmp-1-old").mkdir()  # of a kill
+    done: list[tuple[str, str]] = []
+    sync, rename = disk._sync, Path.rename
+
+    def renaming(self: Path, target: Path) -> Path:
+        assert folder.is_dir() == (self == folder)  # the old one is there until the new one is whole
+        done.append(("rename", target.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(disk, "_sync", lambda path: (done.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(Path, "rename", renaming)
+    pipeline.save(make(num_classes=4), folder)
+    files = [("sync", p.name) for p in folder.rglob("*")]
+    end = [("sync", f"model.tmp-{os.getpid()}"), ("rename", f"model.tmp-{os.getpid()}-old"), ("rename", "model")]
+    assert sorted(done[: len(files)]) == sorted(files)
+    assert done[len(files) :] == [*end, ("sync", tmp_path.name)]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert pipeline.load(folder).transformer.config.num_classes == 4
+
+
+@pytest.mark.parametrize("place", ["sync", "second rename"])
+def test_a_model_that_cannot_be_saved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = tmp_path / "model"
+    pipeline.save(make(num_classes=2), folder)
+    rename = Path.rename
+
+    def full(*args: Any) -> Any:
+        if (args[-1] == folder and args[0].name == f"model.tmp-{os.getpid()}") or place == "sync":
+            raise OSError("disk full")
+        return rename(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*((os, "fsync", full) if place == "sync" else (Path, "rename", full)))
+        with pytest.raises(OSError, match="disk full"):
+            pipeline.save(make(num_classes=4), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert pipeline.load(folder).transformer.config.num_classes == 2
+
+
+def test_the_steps_of_a_damaged_model_are_not_known(tmp_path: Path) -> None:
+    assert pipeline.trained_steps(tmp_path) is None
+    pipe = make()
+    pipe.register_to_config(trained_steps=7)
+    pipeline.save(pipe, tmp_path)
+    assert pipeline.trained_steps(tmp_path) == 7
+    (weights,) = tmp_path.glob("transformer/*.safetensors")
+    os.truncate(weights, 100)
+    assert pipeline.trained_steps(tmp_path) is None
+    for text in ("[]", "[" * 100_000, ""):
+        (tmp_path / "model_index.json").write_text(text)
+        assert pipeline.trained_steps(tmp_path) is None
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model: neither model_index\.json"):
         pipeline.load(tmp_path)
@@ -227,3 +286,16 @@ def test_rgb_images_are_written(tmp_path: Path) -> None:
     pipeline.save(pipeline.assemble(build(config, 0), config, {}), tmp_path / "model")
     run(SampleArgs(tmp_path, num=1, out=tmp_path / "rgb"), Alone())
     assert Image.open(tmp_path / "rgb" / "000000.png").mode == "RGB"
+
+
+def test_a_saved_model_is_as_readable_as_other_files(tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2))
+    before = os.umask(0o027)
+    try:
+        pipeline.save(pipeline.assemble(build(config, 0), config, {}), tmp_path / "model")
+        assert os.umask(0o027) == 0o027  # as it was
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert any(path.suffix == ".safetensors" for path in files)

@@ -218,6 +218,7 @@ def test_steps_that_are_not_finite_are_skipped_named_and_stop_the_run(
     tiny: Tiny, capfd: pytest.CaptureFixture[str]
 ) -> None:
     section = {"learning_rate": 1e30, "warmup_steps": 0, "clip": 0.0, "checkpoint_every": 1, "max_skipped": 2}
+    assert go(tiny(max_steps=3, train=section))  # where a run ends it saves, and where steps are skipped else not
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 4 .* rank 0: router logits of MoE layer 0"):
         go(tiny(max_steps=9, train=section))
     error = capfd.readouterr().err
@@ -227,8 +228,9 @@ def test_steps_that_are_not_finite_are_skipped_named_and_stop_the_run(
     assert [(row["step"], row["loss"] is None, row["skipped_steps"]) for row in log] == [
         (1, False, 0), (2, True, 1), (3, True, 2),
     ]  # fmt: skip
-    (first, _), (last, state) = (checkpoint.load(tiny().out / f"checkpoints/step-00000{n}") for n in (2, 3))
+    (first, _), (last, state) = (checkpoint.load(tiny().out / f"checkpoints/step-00000{n}") for n in (1, 3))
     assert state["skipped_steps"] == 2
+    assert len(list((tiny().out / "checkpoints").iterdir())) == 2
     for part in first:
         assert all(torch.equal(first[part][name], last[part][name]) for name in first[part])
         assert all(torch.isfinite(v).all() for v in last[part].values())

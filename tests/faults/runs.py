@@ -258,7 +258,7 @@ def reader_fault(kind, name):
         if get_worker_info() and file.name == name:
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError(f"{file} made the decoder fail")
+            raise RuntimeError("decoder failed")
         return read(self, file)
 
     FolderImages._read = faulty
@@ -323,3 +323,54 @@ def told_dtypes():
 
     Router.forward = telling("Router", Router.forward, lambda router: router.weight)
     Attention.forward = telling("Attention", Attention.forward, lambda attention: attention.qkv.weight)
+
+
+def stop_peer(step):
+    """The second process is stopped (not ended) in the middle of a step, so that the first one waits for it."""
+    from ditmoe import training as module
+
+    if rank() != 1:
+        return
+    forward, calls = module._forward, [0]
+
+    def counted(run, batch):
+        calls[0] += 1
+        if calls[0] == step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(run, batch)
+
+    module._forward = counted
+
+
+def failing_removal():
+    """Old checkpoints cannot be removed, as on a network disk where someone has their files open."""
+    from ditmoe import checkpoint
+
+    remove = checkpoint.shutil.rmtree
+
+    def rmtree(path, ignore_errors=False):
+        if "-old" not in str(path):
+            remove(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    checkpoint.shutil.rmtree = rmtree
+
+
+def blown_up(step, factor):
+    """All weights are multiplied once: still finite, but no loss is any more."""
+    import torch
+
+    from ditmoe import training as module
+
+    forward, calls = module._forward, [0]
+
+    def counted(run, batch):
+        calls[0] += 1
+        if calls[0] == step:
+            with torch.no_grad():
+                for parameter in run.raw.parameters():
+                    parameter.mul_(factor)
+        return forward(run, batch)
+
+    module._forward = counted

@@ -1,7 +1,10 @@
 """Saves that are cut short, checkpoints that rot, disks that fill."""
 
+import os
 import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +163,88 @@ def test_a_changed_data_set_is_refused(tmp_path):
     assert runs.training(out, *flags, "--max-steps", 2, preset="folder").wait() == [2]
     Image.new("L", (8, 8), 19).save(folder / "19.png")
     assert runs.training(out, *flags, "--max-steps", 2, preset="folder").wait() == [0]
+
+
+@pytest.mark.parametrize("what", ["with its model", "without"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path, what):
+    out = tmp_path / "run"
+    flags = ["--train.checkpoint-every", 2, "--train.log-every", 1]
+    assert runs.training(out, *flags, "--max-steps", 5).wait() == [0]
+    shutil.rmtree(out / "checkpoints")
+    if what == "without":
+        shutil.rmtree(out / "model")
+    log = (out / "metrics.jsonl").read_text()
+    group = runs.training(out, *flags, "--max-steps", 7, world=2)
+    assert group.wait(60) == [2, 2]
+    assert "has been trained for 5 steps, but" in group.err()
+    assert (out / "metrics.jsonl").read_text() == log
+    if what == "with its model":  # nothing is left to do, so nothing is lost
+        assert runs.training(out, *flags, "--max-steps", 5).wait() == [0]
+        assert (out / "metrics.jsonl").read_text() == log
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 6, "--train.checkpoint-every", 4, "--train.log-every", 1]
+    assert runs.training(out, *flags, hook=runs.die_at, args=(4, 0)).wait() == [-signal.SIGKILL]
+    assert len(runs.rows(out)) == 3
+    assert runs.training(out, *flags).wait() == [0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_in_a_step_it_ends_as_if_nothing_had_been(tmp_path, world):
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    flags = ["--max-steps", 6, "--train.checkpoint-every", 2]
+    assert runs.training(straight, *flags, world=world).wait() == [0] * world
+    codes = runs.training(out, *flags, hook=runs.die_at, args=(6, 0), world=world).wait(60)
+    assert codes[0] == -signal.SIGKILL
+    assert newest_step(out) in (2, 4)  # the last one may still have been on its way to the disk
+    assert runs.training(out, *flags, world=world).wait() == [0] * world
+    same(out / "checkpoints/step-000006", straight / "checkpoints/step-000006")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 4, "--train.checkpoint-every", 1]
+    assert runs.training(out, *flags, hook=runs.failing_removal).wait() == [0]
+    assert newest_step(out) == 4
+    assert (out / "model").is_dir()
+    assert runs.training(out, *flags[2:], "--max-steps", 5).wait() == [0]  # where it can be removed
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_file_in_the_way_of_a_checkpoint(tmp_path):
+    (tmp_path / "step-000002").write_text("what?")
+    (tmp_path / "step-000003.tmp-1").write_text("what?")
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.remove_unfinished(tmp_path)
+    assert checkpoint.save(tmp_path, 2, {"model": {"w": torch.zeros(2)}}, {}).is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_every_file_is_on_the_disk_before_the_name_that_promises_it(tmp_path, monkeypatch):
+    """A killed process cannot show this, a lost power supply would: what is synced when."""
+    done, sync, rename = [], os.fsync, os.rename
+
+    def fsync(descriptor):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        sync(descriptor)
+
+    def renamed(source, target):
+        done.append(("rename", Path(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    root = tmp_path / "checkpoints"
+    final = checkpoint.save(root, 1, {name: {"w": torch.zeros(2)} for name in ("model", "ema")}, {})
+    temporary = next(path.parent for what, path in done if path.name == "manifest.json")
+    before = done.index(("rename", final))
+    for name in ("model", "ema"):
+        synced = done.index(("sync", temporary / f"{name}.safetensors.part"))
+        assert synced < done.index(("rename", temporary / f"{name}.safetensors")) < before
+    files = [done.index(("sync", temporary / name)) for name in ("state.json", "manifest.json")]
+    assert max(files) < done.index(("sync", temporary)) < before < done.index(("sync", root))
 
 
 def test_a_longer_run_that_is_killed_before_its_export_makes_it_later(tmp_path):

@@ -19,9 +19,10 @@ from tests.faults import runs
 )
 def test_one_bad_rank_skips_the_step_everywhere(tmp_path, what, named):
     out = tmp_path / "run"
-    flags = ["--max-steps", 3, "--train.checkpoint-every", 1]
-    group = runs.training(out, *flags, "--train.keep", 0, hook=runs.poison, args=(what, 1, [2]), world=2)
+    flags = ["--train.checkpoint-every", 1, "--train.keep", 0]
+    group = runs.training(out, *flags, "--max-steps", 2, hook=runs.poison, args=(what, 1, [2]), world=2)
     assert group.wait() == [0, 0], group.err() + group.err(1)
+    assert runs.training(out, *flags, "--max-steps", 3, world=2, name="more").wait() == [0, 0]
     assert "step 2 was skipped, not finite: " in group.err()
     assert named in group.err()
     one, two, three = (checkpoint.load(out / f"checkpoints/step-00000{n}")[0] for n in (1, 2, 3))
@@ -54,6 +55,16 @@ def test_too_many_in_a_row_stop_all_ranks(tmp_path):
         assert "Traceback" not in group.err(rank)
     path = checkpoint.newest(out / "checkpoints")
     assert all(v.isfinite().all() for part in checkpoint.load(path)[0].values() for v in part.values())
+
+
+def test_a_state_that_only_gives_what_is_not_finite_does_not_push_out_the_healthy_ones(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 30, "--train.max-skipped", 5, "--train.checkpoint-every", 1, "--train.keep", 1]
+    group = runs.training(out, *flags, hook=runs.blown_up, args=(4, 1e25))
+    assert group.wait() == [1]
+    assert "nothing was saved since the first of them" in group.err()
+    assert checkpoint.newest(out / "checkpoints").name == "step-000003"
+    assert runs.training(out, *flags).wait() == [0]  # from before the accident
 
 
 def test_steps_in_a_row_are_counted_over_restarts(tmp_path):

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from ditmoe import checkpoint, cli, image_sets, page, pipeline, report
-from ditmoe.config import DataConfig
+from ditmoe import checkpoint, cli, facts, image_sets, metrics, page, pipeline, report, run_folder
+from ditmoe.config import Config, DataConfig, save
 from ditmoe.data import open_data
 from eval.processes import Processes
 from samplers.exposure import load_network
@@ -117,6 +118,9 @@ FOREIGN_ENTRIES = {
     "another component": {"safety": ["tempting", "Thing"]},
     "class names that are no text": {"id2label": {"0": ["x"]}},
     "steps that are no number": {"num_inference_steps": "many"},
+    "a scale that is too large": {"guidance_scale": 10**400},
+    "sampler that is a list": {"sampler": ["x"]},
+    "no sampler": {"sampler": None},
 }
 
 
@@ -132,9 +136,34 @@ def test_a_model_folder_names_no_code(model, tmp_path, capsys, monkeypatch, trap
     refused(capsys, sampling(model), f"model_index.json has {entry} .*, which is not ditmoe's")
 
 
+@pytest.mark.parametrize("name", ["None", "DiTMoEPipeline"])
+def test_a_model_folder_holds_no_code_in_its_root(model, capsys, trap, name):
+    (model / f"{name}.py").write_text(f"open({str(trap.file)!r}, 'w')\n")  # diffusers 0.36 imports None.py
+    refused(capsys, sampling(model), rf"{name}\.py is code")
+    with pytest.raises(ValueError, match=rf"{name}\.py is code"):
+        load_network(model)
+
+
 def index_of(model, shard):
     (model / WEIGHTS).rename(model / "transformer/other.safetensors")
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"w": shard}}))
+
+
+def elsewhere(model):
+    """Weights of which all but one lie in a file that is not read."""
+    tensors = load_file(model / WEIGHTS)
+    (model / WEIGHTS).unlink()
+    name = next(iter(tensors))
+    save_file({name: tensors.pop(name)}, model / WEIGHTS)
+    save_file(tensors, model / "transformer/other.safetensors")
+
+
+def with_vae(model):
+    """One whose config asks for more than its weights are."""
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=1)
+    vae.save_pretrained(model / "vae")
+    change(model / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    change(model / "vae/config.json", block_out_channels=[2**16])
 
 
 @pytest.mark.parametrize(
@@ -152,13 +181,90 @@ def index_of(model, shard):
         (lambda m: index_of(m, "other.bin"), r"index\.json names 'other\.bin'; weights are \.safetensors"),
         (lambda m: index_of(m, f"../../{m.name}/{WEIGHTS}"), r"names '\.\./\.\./model/transformer"),
         (lambda m: index_of(m, "/etc/weights.safetensors"), r"names '/etc/weights\.safetensors'"),
-        (lambda m: change(m / "transformer/config.json", depth="deep"), "cannot be interpreted as an integer"),
+        (lambda m: (m / "model_index.json").write_text("[]"), r"model_index\.json holds no JSON object"),
+        (lambda m: change(m / "transformer/config.json", depth="deep"), "depth is 'deep', which it cannot be"),
+        (lambda m: change(m / "transformer/config.json", depth=10**9), "far more tensors than its weights hold"),
+        (lambda m: change(m / "transformer/config.json", top_k=-1), "top_k is -1; it must be above 0"),
+        (lambda m: change(m / "transformer/config.json", top_k=5), "top_k 5 is more than num_experts 4"),
+        (lambda m: change(m / "transformer/config.json", patch_size=0), "patch_size is 0; it must be above 0"),
+        (lambda m: change(m / "transformer/config.json", num_heads=0), "num_heads is 0; it must be above 0"),
+        (lambda m: change(m / "transformer/config.json", activation="x"), "activation is 'x', which it cannot be"),
+        (lambda m: change(m / "transformer/config.json", time_scale=1e99), "time_scale is 1e.99, which it cannot be"),
+        (lambda m: change(m / "transformer/config.json", hidden_size=2**40), "has the shape .*asks for|can be built"),
+        (
+            lambda m: change(m / "transformer/config.json", num_classes=2**30),
+            r"has the shape \(3, 32\), but its config",
+        ),
+        (lambda m: change(m / "transformer/config.json", sample_size=2**20), "asks for tables of more than"),
+        (lambda m: change(m / "transformer/config.json", sample_size=2**62), "is of no network that can be built"),
+        (
+            lambda m: change(m / "scheduler/scheduler_config.json", num_train_timesteps=2**40),
+            "num_train_timesteps 1099",
+        ),
+        (
+            lambda m: change(m / "transformer/config.json", shared_width=0),
+            r"hold blocks\.1\.moe\.shared.*does not ask for",
+        ),
+        (lambda m: (m / WEIGHTS).rename(m / "transformer/other.safetensors"), "no file named diffusion_pytorch_model"),
+        (elsewhere, "its weights are not in the files that diffusers reads"),
+        (with_vae, r"its weights hold \d+ values, of \d+ which its config\.json asks for"),
         (lambda m: change(m / "transformer/config.json", depth=3), r"its weights lack blocks\.2\."),
     ],
 )
 def test_a_model_folder_is_settings_and_weights(model, capsys, change, sentence):
     change(model)
     refused(capsys, sampling(model), f"model is not a ditmoe pipeline that can be loaded: .*{sentence}")
+
+
+def test_the_meter_takes_no_memory_for_what_the_weights_are_not(model):
+    change(model / "transformer/config.json", num_classes=2**38)
+    with pytest.raises(ValueError, match=r"has the shape \(3, 32\), but its config"):
+        load_network(model)
+
+
+RUN_FILES = {
+    "data that are a list": '{"out": "x", "data": []}',
+    "nested": "[" * 100_000,
+    "a list": "[]",
+    "no text": "\udcff",
+}
+
+
+@pytest.mark.parametrize("what", RUN_FILES)
+@pytest.mark.parametrize("name", ["training.json", "config.json"])
+def test_a_configuration_in_a_handed_in_folder(model, tmp_path, capsys, name, what):
+    (tmp_path / "run").mkdir()
+    file = (model if name == "training.json" else tmp_path / "run") / name
+    file.write_bytes(RUN_FILES[what].encode(errors="surrogateescape"))
+    if name == "training.json":  # which is not needed to sample
+        assert cli.run(sampling(model)) == 0
+    else:
+        refused(capsys, lambda: report.write(tmp_path / "run"), r"config\.json is not the configuration of a run")
+        config = Config(out=tmp_path / "run")
+        with pytest.raises(ValueError, match=r"config\.json is not a configuration|holds another run"):
+            run_folder.check_place(config)
+
+
+def test_a_configuration_has_the_types_of_its_fields(tmp_path, capsys):
+    save(Config(), tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    for broken in ({"dry_run": "x"}, {"max_steps": True}, {"sample": {**values["sample"], "sampler": ["x"]}}):
+        (tmp_path / "config.json").write_text(json.dumps({**values, **broken}))
+        refused(
+            capsys, lambda: report.write(tmp_path), "of a run: (dry_run|max_steps|sampler) is .*, which it cannot be"
+        )
+
+
+def test_a_log_with_foreign_bytes_is_read_without_them(tmp_path, capsys):
+    good = [json.dumps({"step": i, "loss": 1.0, "images_per_second": 9.0}).encode() for i in (1, 2, 3)]
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b"\n".join([good[0], b'{"step": \xff', b"[" * 100_000, b"[]", b"{}", *good[1:], b'{"step": 4, "l']))
+    assert [row["step"] for row in facts.read_rows(log)] == [1, 2, 3]
+    with metrics._reopen(log, 2):
+        assert log.read_bytes().splitlines() == good[:2]
+    log.write_text('{"step": 1, "loss": "x"}')
+    with pytest.raises(ValueError, match="a row for step 1 without a loss"):
+        facts.read_rows(log)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"])

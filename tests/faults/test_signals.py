@@ -112,14 +112,35 @@ def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not(tmp_path):
     assert "by a second signal" in group.err()
 
 
+def test_a_second_signal_ends_a_process_that_waits_for_another(tmp_path):
+    """It runs no handlers then: the other one is stopped, and the exchange of gradients hangs."""
+    out = tmp_path / "run"
+    group = runs.training(out, "--max-steps", 6, hook=runs.stop_peer, args=(3,), world=2)
+    group.until(lambda: len(runs.rows(out)) == 2 if (out / "metrics.jsonl").exists() else False)
+    time.sleep(1.0)
+    group.kill(signal.SIGTERM, rank=0)
+    time.sleep(2.5)
+    assert os.path.exists(f"/proc/{group.pids[0]}/fd/0")
+    group.kill(signal.SIGINT, rank=0)
+    group.members[0].join(5)
+    assert group.members[0].exitcode == 143
+    assert "stopped at once by a second signal" in group.err()
+    group.kill(signal.SIGKILL, rank=1)
+    group.wait()
+
+
 def test_after_training_while_the_page_is_made(tmp_path):
     out, latents = tmp_path / "run", tmp_path / "latents"
     latents.mkdir()
     save_file({"latents": torch.randn(32, 1, 8, 8), "labels": torch.arange(32) % 2}, latents / "0.safetensors")
     argv = ["digits", "--data.name", "latents", "--data.path", latents, "--out", out, *runs.TINY, "--max-steps", 2]
-    group = start(door, "train", [*argv, "--sample.num", 20_000, "--sample.steps", 100], folder=tmp_path / "log")
+    argv += ["--sample.num", 20_000, "--sample.steps", 100]
+    group = start(door, "train", argv, folder=tmp_path / "log")
     group.until(lambda: (out / "model" / "model_index.json").exists())
     time.sleep(0.5)
+    second = start(door, "train", argv, folder=tmp_path / "second")
+    assert second.wait() == [2]
+    assert f"is in use by process {group.pids[0]} on " in second.err()
     group.kill(signal.SIGTERM)
     assert group.wait(30) == [143], group.err()
     assert not (out / "index.html").exists()  # the same command makes it: tests/faults/test_torn.py

@@ -1,6 +1,7 @@
 """Programs that are ended while they write: no file is half there, and the same command goes on as if nothing were."""
 
 import json
+import os
 import signal
 import time
 
@@ -9,6 +10,7 @@ import pytest
 
 from ditmoe import report
 from eval.sources import DIGITS_FILE
+from tests.faults import runs
 from tests.faults.halts import halted, save_model, save_run
 from tests.processes import door, start
 
@@ -150,3 +152,13 @@ def test_the_page_of_a_run_is_whole_or_absent(tmp_path):
     report.write(run)
     assert (run / "index.html").read_text().rstrip().endswith("</html>")
     assert not list(run.glob("*.tmp"))
+
+
+def test_a_torn_model_is_exported_again(tmp_path):
+    out = tmp_path / "run"
+    assert runs.training(out, "--max-steps", 1).wait() == [0]
+    (weights,) = (out / "model/transformer").glob("*.safetensors")
+    whole = weights.read_bytes()
+    os.truncate(weights, 100)
+    assert runs.training(out, "--max-steps", 1).wait() == [0]
+    assert weights.read_bytes() == whole
