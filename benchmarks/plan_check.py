@@ -1,32 +1,38 @@
-"""The planner's memory against real training steps: peak resident memory of fresh processes on one CPU, in fp32.
+"""The planner's memory against real training steps: peak resident memory of fresh processes on a CPU, in fp32.
 
     python -m benchmarks.plan_check [--case NAME] [--default]
 
-Each process makes steps of a tiny model first, so that libraries have what they take once, and then two steps of the
-case; what its peak grew by is the measurement (`--measure NAME` makes one). glibc is told to give back what is freed:
-by default (--default) it keeps freed blocks of up to 32 MB, and a process is larger.
+Each process makes steps of a tiny model first, so that libraries have what they take once, and then three steps of the
+case (DDP fills its final buckets in the second); what its peak grew by is the measurement (`--measure NAME` makes one).
+Of several processes (torchrun, gloo) the largest counts. glibc is told to give back what is freed: by default
+(--default) it keeps freed blocks of up to 32 MB, and a process is larger.
 """
 
 import argparse
 import ctypes
+import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.timing import machine
 from benchmarks.train_step import peak_resident, prepared
-from ditmoe import plan
-from ditmoe.config import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
+from ditmoe import plan, ranks
+from ditmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, PlanConfig, TrainConfig
 from ditmoe.model import build
 
-ONE = PlanConfig(devices=1)
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 
 
-def case(width: int, depth: int, batch: int, *, experts: int = 0, again: bool = False, parts: int = 1) -> Config:
-    """Digits in tokens of one pixel (64 an image)."""
+def case(
+    width: int, depth: int, batch: int, *, experts: int = 0, again: bool = False, parts: int = 1, devices: int = 1,
+    over: int = 1, shard: bool = False,
+) -> Config:  # fmt: skip
+    """Digits in tokens of one pixel (64 an image), `batch` of them a process; experts are split `over` processes."""
     return Config(
         model=ModelConfig(
             sample_size=8, patch_size=1, hidden_size=width, depth=depth, num_heads=4, ffn_width=3 * width,
@@ -36,8 +42,9 @@ def case(width: int, depth: int, batch: int, *, experts: int = 0, again: bool = 
             blocks="every-second" if experts else "none", num_experts=experts or 8, top_k=2, expert_width=width,
             shared_width=width, backend="grouped",
         ),
-        train=TrainConfig(batch_size=batch, accumulation=parts, precision="fp32"),
-        plan=ONE,
+        train=TrainConfig(batch_size=batch * devices, accumulation=parts, precision="fp32"),
+        parallel=ParallelConfig(experts=over, shard=shard),
+        plan=PlanConfig(devices=devices),
     )  # fmt: skip
 
 
@@ -53,6 +60,16 @@ CASES = {
     "experts, both": case(256, 8, 12, experts=16),
     "experts, both, accumulation 2": case(256, 8, 24, experts=16, parts=2),
     "experts, both, checkpointing": case(256, 8, 12, experts=16, again=True),
+    "DDP over 2": case(256, 8, 12, experts=16, devices=2),
+    "experts over 2": case(256, 8, 12, experts=16, devices=2, over=2),
+    "experts over 2, weights": case(256, 8, 4, experts=32, devices=2, over=2),
+    "sharded over 2": case(256, 8, 12, experts=16, devices=2, shard=True),
+    "sharded over 2, weights": case(256, 8, 4, experts=32, devices=2, shard=True),
+    "sharded over 2, checkpointing": case(256, 8, 12, experts=16, again=True, devices=2, shard=True),
+    "sharded over 4, 2 experts": case(256, 8, 2, experts=2, devices=4, shard=True),
+    "both over 2": case(256, 8, 12, experts=16, devices=2, over=2, shard=True),
+    "both over 2, weights": case(256, 8, 4, experts=32, devices=2, over=2, shard=True),
+    "both over 2, checkpointing": case(256, 8, 12, experts=16, again=True, devices=2, over=2, shard=True),
 }
 
 
@@ -61,27 +78,37 @@ def predicted(config: Config) -> plan.Needs:
     with torch.device("meta"):
         model = build(config, 10)
     total = sum(p.numel() for p in model.parameters())
-    images = config.train.batch_size // config.train.accumulation
-    again = config.model.gradient_checkpointing
-    return plan.needs(config, total, plan.blocks(config, model), "DDP", 1, images, again)
+    images = config.train.batch_size // config.train.accumulation // config.plan.devices
+    again, way = config.model.gradient_checkpointing, "FSDP2" if config.parallel.shard else "DDP"
+    return plan.needs(config, total, plan.blocks(config, model), way, config.parallel.experts, images, again)
 
 
 def measured(config: Config, *, default: bool = False) -> float:
-    """Bytes by which this process's peak grows in two training steps. To be called once in a process."""
+    """Bytes by which this process's peak grows in three training steps. To be called once in a process."""
     if not default:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
-    prepared(WARM)[0]()
+    prepared(replace(WARM, parallel=config.parallel))[0]()
     before = peak_resident()
-    step = prepared(config)[0]
-    for _ in range(2):
+    step, _, run = prepared(config)
+    assert run.parallel.world == config.plan.devices
+    for _ in range(3):
         step()
-    return (peak_resident() - before) * 2**20
+    grown = (peak_resident() - before) * 2**20
+    ranks.shutdown()
+    return grown
 
 
-def in_fresh_process(name: str, *, default: bool) -> float:
-    command = [sys.executable, "-m", "benchmarks.plan_check", "--measure", name, *(["--default"] if default else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    return float(done.stdout.splitlines()[-1])
+def in_fresh_processes(name: str, *, default: bool) -> float:
+    """The largest of a launch."""
+    world = CASES[name].plan.devices
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    command = [sys.executable, *launch, "-m", "benchmarks.plan_check", "--measure", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *(["--default"] if default else [])],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1], env=environment,
+    )  # fmt: skip
+    return max(float(line) for line in re.findall(r"^grown by (\d+) bytes$", done.stdout, re.MULTILINE))
 
 
 def main() -> None:
@@ -91,14 +118,14 @@ def main() -> None:
     parser.add_argument("--default", action="store_true")
     args = parser.parse_args()
     if args.measure:
-        print(measured(CASES[args.measure], default=args.default))
+        print(f"grown by {measured(CASES[args.measure], default=args.default):.0f} bytes\n", end="", flush=True)
         return
     print(f"{machine()}; MB (10^6 bytes)\n")
     print("| case | parameters M | weights to average | activations | predicted peak | measured | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name in [args.case] if args.case else CASES:
         need = predicted(CASES[name])
-        found = in_fresh_process(name, default=args.default)
+        found = in_fresh_processes(name, default=args.default)
         print(
             f"| {name} | {need.weights / 4e6:.1f} | {sum(need[:4]) / 1e6:.0f} | {need.activations / 1e6:.0f} "
             f"| {need.peak / 1e6:.0f} | {found / 1e6:.0f} | {found / need.peak:.2f} |",

@@ -89,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), help="these alone")
     parser.add_argument("--calls", type=int, nargs="+", help="with so many network calls alone")
+    parser.add_argument("--cutoff", type=int, help="of the time-shift sweeps, this cutoff alone")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; --num in whole batches")
@@ -109,7 +110,10 @@ def main() -> None:
                 nfe = network_calls(point["sampler"], pipe.scheduler.config, point["steps"])
                 if (args.samplers and point["sampler"] not in args.samplers) or nfe not in (args.calls or [nfe]):
                     continue
-                if any(key.items() <= row.items() for row in done):
+                cutoff = point.get("sampler_options", {}).get("exposure_cutoff")
+                if any(key.items() <= row.items() for row in done) or (
+                    args.cutoff and cutoff not in (None, args.cutoff)
+                ):
                     continue
                 more = {name: value for name, value in point.items() if name not in ("sampler", "steps")}
                 start = time.perf_counter()

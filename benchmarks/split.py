@@ -79,7 +79,7 @@ def one_process(way: str) -> dict[str, Any]:
         whole = build(config, 10)
     parameters = sum(p.numel() for p in whole.parameters())
     need = plan.needs(
-        config, parameters, plan.blocks(config, whole), "experts" if config.parallel.experts > 1 else "DDP",
+        config, parameters, plan.blocks(config, whole), "FSDP2" if config.parallel.shard else "DDP",
         config.parallel.experts, config.train.batch_size // 2, False,
     )  # fmt: skip
     found |= {"peak": peak_resident() - before, "sent": sent, "planned": need.all_to_all}

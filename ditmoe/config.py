@@ -267,7 +267,7 @@ class ParallelConfig:
     shard: bool = False
     """Cut everything else into slices too, a slice a process (FSDP2); otherwise it is replicated (DDP)."""
     gather: Literal["float32", "bfloat16"] = "float32"
-    """What --parallel.shard gathers of the float32 slices; bfloat16 sends half (routers stay float32)."""
+    """What --parallel.shard gathers of the float32 slices; gradients are summed in float32, routers never rounded."""
 
     def __post_init__(self) -> None:
         _positive(self, "experts")
@@ -341,7 +341,7 @@ def _require(condition: bool, message: str) -> None:
 def _positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(value > 0, f"{name} is {value}; it must be above 0")
+        _require(0 < value < float("inf"), f"{name} is {value}; it must be above 0, and finite")
 
 
 def _not_negative(section: object, *names: str) -> None:

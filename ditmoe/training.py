@@ -320,6 +320,13 @@ def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         bias.copy_(balanced_bias(bias, load, rate))
 
 
+def _ways(config: Config) -> str:
+    """How the model is split, in words; nothing where it is not."""
+    experts, shard = config.parallel.experts, config.parallel.shard
+    ways = [*([f"experts split over {experts}"] if experts > 1 else []), *(["the rest sharded"] if shard else [])]
+    return "".join(f"{way}, " for way in ways)
+
+
 def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precision: str, first_step: int) -> None:
     with torch.device("meta"):
         total, activated = count_parameters(build(config, num_classes(config, data)))
@@ -327,8 +334,14 @@ def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precisio
     accelerator.print(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
     accelerator.print(
         f"training on {accelerator.num_processes} process(es), {accelerator.device.type}, {precision}, "
-        f"into {config.out}"
+        f"{_ways(config)}into {config.out}"
     )
+    E, processes = config.moe.num_experts if config.moe.blocks != "none" else 0, accelerator.num_processes
+    if config.parallel.shard and config.parallel.experts == 1 and 0 < E < processes:
+        accelerator.print(
+            f"note: {E} stacked experts in slices over {processes} processes are padded to as many as there are "
+            f"processes; --parallel.experts beside --parallel.shard splits them better"
+        )
     if first_step:
         accelerator.print(f"resumed at step {first_step} of {config.max_steps}")
     decay = config.train.decay_steps

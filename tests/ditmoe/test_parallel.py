@@ -37,6 +37,8 @@ def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree, shard
     group = runs.training(out, *STEPS, *flags, world=world)
     assert group.wait() == [0] * world, group.err() + group.err(1)
     assert f"training on {world} process(es)" in group.out()
+    assert (f"experts split over {degree}, " in group.out()) == (degree > 1)
+    assert ("the rest sharded, " in group.out()) == shard
     found, wanted = parts_of(out), parts_of(alone)
     for part in ("model", "ema", "optimizer"):
         assert found[part].keys() == wanted[part].keys()
@@ -181,6 +183,13 @@ def test_what_cannot_be_split_is_refused_on_every_process(tmp_path, world, flags
         assert sentence in group.err(rank)
         assert "Traceback" not in group.err(rank)
     assert not (tmp_path / "run").exists()
+
+
+def test_slices_of_fewer_experts_than_processes_are_told_of(tmp_path):
+    for flags in ([], ["--moe.num-experts", 2]):
+        group = runs.training(tmp_path / f"{len(flags)}", *STEPS, *flags, "--parallel.shard", world=4 if flags else 2)
+        assert set(group.wait()) == {0}
+        assert group.out().count("note: 2 stacked experts in slices over 4 processes are padded") == len(flags) // 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""The plan of --dry-run: counts, arithmetic, what autograd keeps, traffic; a real process as large as said."""
+"""The plan of --dry-run: counts, arithmetic, what autograd keeps; real processes hold, send and grow as said."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,12 +13,16 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import plan_check
-from ditmoe import layers, plan, run_folder
-from ditmoe.config import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig, save
+from benchmarks import plan_check, train_step
+from ditmoe import layers, plan, ranks, run_folder
+from ditmoe.config import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig, save, to_dict
 from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
+from ditmoe.moe import Experts
+from ditmoe.parallel import local
 from ditmoe.presets import PRESETS
 from ditmoe.training import describe
 from tests.ditmoe.test_model import PAPER, meta
@@ -43,11 +49,21 @@ def inputs(model: DiTMoETransformer2DModel, n: int, device: str = "cpu") -> tupl
     return x, torch.ones(n, device=device), torch.ones(n, dtype=torch.int64, device=device)
 
 
-def plan_of(config: Config, way: plan.Way, d: int, images: int, again: bool = False) -> plan.Needs:
-    model = meta(config)
+def plan_of(
+    config: Config, way: plan.Way, d: int, images: int, again: bool = False, num_classes: int = 1000
+) -> plan.Needs:
+    with torch.device("meta"):
+        model = build(config, num_classes)
     return plan.needs(
         config, sum(p.numel() for p in model.parameters()), plan.blocks(config, model), way, d, images, again
     )
+
+
+def split(config: Config) -> tuple[int, int]:
+    """Parameters of the routed experts, and all others."""
+    sizes = {name: p.numel() for name, p in meta(config).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return experts, sum(sizes.values()) - experts
 
 
 # ------------------------------------------------------------------------------------------ arithmetic
@@ -140,6 +156,10 @@ def a_block_and_an_image(measure: Callable[[int, int], int]) -> float:
     return ((measure(4, 8) - measure(2, 8)) - (measure(4, 4) - measure(2, 4))) / 4
 
 
+def saved_by_two(config: Config, exchanged: bool = False) -> float:
+    return sum(plan.activations(config, routed, exchanged)[0] for routed in plan._routed(config))
+
+
 @pytest.mark.parametrize("changes", KINDS)
 def test_activations_are_what_autograd_keeps_in_bf16(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(changed(SMALL, train={"precision": "bf16"}), **changes)
@@ -148,33 +168,110 @@ def test_activations_are_what_autograd_keeps_in_bf16(changes: dict[str, Any], mo
         with pretended_gpu(monkeypatch):
             return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cuda")
 
-    expected = sum(block.saved for block in plan.blocks(config, meta(config)))
-    assert a_block_and_an_image(measure) == pytest.approx(expected, rel=0.005)
+    assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config), rel=0.005)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "loop"])
 @pytest.mark.parametrize("qk_norm", ["none", "layer"])
-def test_activations_are_what_autograd_keeps_in_fp32(backend: str, qk_norm: str) -> None:
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_activations_are_what_autograd_keeps_in_fp32(backend: str, qk_norm: str, exchanged: bool) -> None:
     config = changed(SMALL, model={"qk_norm": qk_norm}, moe={"backend": backend})
-    expected = sum(block.saved for block in plan.blocks(config, meta(config)))
 
     def measure(depth: int, n: int) -> int:
-        return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cpu")
+        model = build(changed(config, model={"depth": depth}), 10)
+        for module in model.modules():
+            if isinstance(module, Experts) and exchanged:
+                module.exchange = lambda rows, counts, products: products(rows, counts)
+        return saved_bytes(model, n, "cpu")
 
-    assert a_block_and_an_image(measure) == pytest.approx(expected, rel=0.01)
-
-
-MEASURED = changed(plan_check.CASES["experts, activations"], model={"depth": 4}, train={"batch_size": 24})
-
-
-def in_a_child() -> None:
-    print(plan_check.measured(MEASURED))
+    assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config, exchanged), rel=0.01)
 
 
-def test_a_real_process_is_as_large_as_planned(tmp_path: Path) -> None:
-    process = start(in_a_child, folder=tmp_path)
-    assert process.wait() == [0], process.err()
-    assert float(process.out().splitlines()[-1]) == pytest.approx(plan_check.predicted(MEASURED).peak, rel=0.15)
+PEAKS = {
+    "alone": (changed(plan_check.CASES["experts, activations"], model={"depth": 4}, train={"batch_size": 24}), 1),
+    "both": (changed(plan_check.CASES["both over 2"], model={"depth": 4}, train={"batch_size": 8}), 2),
+}
+
+
+def grow(name: str) -> None:
+    print(plan_check.measured(PEAKS[name][0]))
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_real_processes_are_as_large_as_planned(tmp_path: Path, name: str) -> None:
+    config, world = PEAKS[name]
+    group = start(grow, name, folder=tmp_path, world=world)
+    assert group.wait() == [0] * world, group.err()
+    measured = max(float(group.out(rank).splitlines()[-1]) for rank in range(world))
+    assert measured == pytest.approx(plan_check.predicted(config).peak, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------ what is held and sent
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the tensors that are handed to each collective operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")
+        if name[0] == "c10d":
+            self.bytes[name[1]] += sum(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+DIGITS = changed(SMALL, model={"sample_size": 8, "in_channels": 1})
+SENT = {
+    "sharded, more processes than experts": changed(
+        DIGITS, moe={"num_experts": 2}, train={"batch_size": 16}, parallel={"shard": True}, plan={"devices": 4}
+    ),
+    "gathered in bf16": changed(
+        DIGITS,
+        train={"batch_size": 16, "precision": "bf16"},
+        parallel={"shard": True, "gather": "bfloat16"},
+        plan={"devices": 2},
+    ),
+    "both": changed(
+        DIGITS,
+        model={"gradient_checkpointing": True},
+        train={"batch_size": 16, "accumulation": 2},
+        parallel={"experts": 2, "shard": True},
+        plan={"devices": 4},
+    ),
+}
+
+
+def send(name: str) -> None:
+    config = SENT[name]
+    step, state, run = train_step.prepared(config)
+    step()
+    before = run.parallel.bytes_sent
+    with Traffic() as traffic:
+        step()
+    held = sum(local(p).untyped_storage().nbytes() for p in state.model.parameters())
+    print(json.dumps({**traffic.bytes, "exchanged": run.parallel.bytes_sent - before, "held": held}))
+    ranks.shutdown()
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_real_processes_hold_and_send_what_is_planned(tmp_path: Path, name: str) -> None:
+    config, world = SENT[name], SENT[name].plan.devices
+    group = start(send, name, folder=tmp_path, world=world)
+    assert group.wait() == [0] * world, group.err()
+    found = [json.loads(group.out(rank).splitlines()[-1]) for rank in range(world)]
+    images = config.train.batch_size // world // config.train.accumulation
+    again, d = config.model.gradient_checkpointing, config.parallel.experts
+    need = plan_of(config, "FSDP2", d, images, again, num_classes=10)
+    assert found[0]["held"] == pytest.approx(need.weights, rel=1e-3)
+    # An operation is handed its input and its output: n + 1 parts, of which n - 1 go to others.
+    handed = sum(found[0][name] for name in ("_allgather_base_", "_reduce_scatter_base_"))
+    assert handed * (world - 1) / (world + 1) == pytest.approx(need.gather_scatter, rel=1e-3)
+    assert sum(x["exchanged"] for x in found) / world == pytest.approx(need.all_to_all, rel=0.1)  # planned: even load
+    copies = world // d if d > 1 else 1  # of the experts; a ring sends 2 (n - 1) / n of what it reduces
+    assert found[0]["allreduce_"] * 2 * (copies - 1) / copies == pytest.approx(need.all_reduce, rel=0.01)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -184,10 +281,19 @@ def test_state_of_the_papers_models(name: str) -> None:
     assert sum(one[:4]) == pytest.approx(20 * total, rel=1e-3)
     many = changed(PRESETS[name], plan={"devices": 8})
     assert sum(plan_of(many, "FSDP2", 1, 1)[:4]) == pytest.approx(20 * total / 8, rel=1e-3)
-    model = meta(many)
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    rest = sum(p.numel() for p in model.parameters()) - experts
-    assert plan_of(many, "experts", 4, 1).weights == 4 * (rest + experts / 4)
+    experts, rest = split(many)
+    assert plan_of(many, "DDP", 4, 1).weights == 4 * (rest + experts / 4)
+    assert plan_of(many, "FSDP2", 4, 1).weights == pytest.approx(4 * (rest / 8 + experts / 4), rel=1e-3)
+
+
+def test_more_devices_than_experts_gather_as_if_each_had_one() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 64})
+    experts, rest = split(config)
+    alone, both = plan_of(config, "FSDP2", 1, 4), plan_of(config, "FSDP2", 8, 4)
+    assert alone.weights == pytest.approx(4 * (experts / 8 + rest / 64), rel=0.01)
+    assert alone.weights == both.weights
+    assert alone.gather_scatter == pytest.approx(3 * 4 * (8 * experts + rest) * 63 / 64, rel=0.01)
+    assert both.gather_scatter == pytest.approx(3 * 4 * rest * 63 / 64, rel=0.03)
 
 
 def test_checkpointing_and_accumulation() -> None:
@@ -204,16 +310,58 @@ def test_checkpointing_and_accumulation() -> None:
 def test_traffic() -> None:
     config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 8})
     model = meta(config)
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    experts, rest = split(config)
+    total = experts + rest
+    outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
     assert plan_of(config, "DDP", 1, 4)[7:] == pytest.approx((2 * 4 * total * 7 / 8, 0, 0))
-    assert plan_of(config, "FSDP2", 1, 4)[7:] == pytest.approx((0, 3 * 4 * total * 7 / 8, 0))
+    gathered = 4 * (3 * total - outside) * 7 / 8  # what is outside the blocks stays gathered
+    assert plan_of(config, "FSDP2", 1, 4)[7:] == pytest.approx((0, gathered, 0))
     rows = 12 * 4 * tokens_per_image(model) * 2 * 384 * 2  # layers, images, tokens, experts a token, width, bf16
-    reduced = 2 * 4 * ((total - experts) * 7 / 8 + experts / 4 * 1 / 2)  # experts/4: two copies of each
-    assert plan_of(config, "experts", 4, 4)[7:] == pytest.approx((reduced, 0, 4 * rows * 3 / 4))
-    assert plan_of(config, "experts", 4, 4, True).all_to_all == pytest.approx(6 * rows * 3 / 4)
+    copies = 2 * 4 * experts / 4 * 1 / 2  # experts/4: two copies of each
+    reduced = 2 * 4 * rest * 7 / 8 + copies
+    assert plan_of(config, "DDP", 4, 4)[7:] == pytest.approx((reduced, 0, 4 * rows * 3 / 4))
+    assert plan_of(config, "DDP", 4, 4, True).all_to_all == pytest.approx(6 * rows * 3 / 4)
+    gathered = 4 * (3 * rest - outside) * 7 / 8
+    assert plan_of(config, "FSDP2", 4, 4)[7:] == pytest.approx((copies, gathered, 4 * rows * 3 / 4))
+    twice = changed(config, train={"accumulation": 2})
+    assert plan_of(twice, "FSDP2", 4, 4)[7:] == pytest.approx((copies, 2 * gathered, 8 * rows * 3 / 4))
     alone = changed(config, plan={"devices": 1})
     assert plan_of(alone, "DDP", 1, 4)[7:] == (0, 0, 0)
+
+
+def test_gathering_in_bf16() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 8})
+    (most, sent), (most_half, sent_half) = (
+        plan.gathering(plan.blocks(config, meta(config)), 0, 8, 1, size) for size in (4, 2)
+    )
+    inside = sum(p.numel() for p in meta(config).blocks.parameters())
+    routers = 12 * 8 * 384
+    assert sent == pytest.approx(12 * inside * 7 / 8)
+    assert sent_half == pytest.approx((8 * inside + 4 * routers) * 7 / 8)  # gradients and routers stay in float32
+    block = inside / 12
+    assert most == pytest.approx(4 * 4 * block)
+    assert most_half == pytest.approx((2 + 2 + 2 + 4) * block, rel=1e-3)
+    asked = changed(config, parallel={"shard": True, "gather": "bfloat16"})
+    full, half = ([plan_of(asked_or_not, "FSDP2", d, 4) for d in (1, 4)] for asked_or_not in (config, asked))
+    assert plan_of(asked, "DDP", 4, 4) == plan_of(config, "DDP", 4, 4)
+    assert half[0].gather_scatter == pytest.approx(full[0].gather_scatter * 2 / 3, rel=1e-3)
+    experts, rest = split(config)
+    for before, after, copies, kept in zip(full, half, (experts + rest, rest), (0, experts / 4), strict=True):
+        assert before[:4] == after[:4]  # float32 slices all the same
+        assert before.buffers - after.buffers > 2 * copies  # and no copies of what was gathered
+        assert after.buffers >= 2 * kept  # but of split experts
+        assert after.peak < before.peak
+
+
+def test_buffers_are_those_that_are_there_at_one_time() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 8})
+    experts, rest = split(config)
+    plain, again = (plan_of(config, "DDP", 1, 4, x).buffers for x in (False, True))
+    assert plain == pytest.approx(6 * (experts + rest))  # DDP's buckets, and bf16 copies for the backward pass
+    assert again == pytest.approx(4 * (experts + rest) + 2 * (rest + experts / 12))  # experts' of a block at a time
+    fp32 = changed(config, train={"precision": "fp32"})
+    assert plan_of(fp32, "DDP", 1, 4).buffers == 4 * (experts + rest)
+    assert plan_of(fp32, "DDP", 8, 4).buffers == pytest.approx(4 * rest)  # DDP leaves split experts alone
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -227,10 +375,13 @@ def cells(text: str, label: str) -> list[str]:
 def test_the_largest_model_on_64_devices() -> None:
     config = changed(PRESETS["dit-moe-g/2-16e2a"], plan={"devices": 64})
     text = describe(config)
-    assert cells(text, "a device") == ["DDP", "DDP", "FSDP2", "FSDP2", "experts/16", "experts/16"]
-    assert cells(text, "fits")[:2] == ["no", "no"]
-    assert cells(text, "fits")[3] == cells(text, "fits")[5] == "yes"
-    for way, d, column, again in (("FSDP2", 1, 2, False), ("experts", 16, 5, True)):
+    assert cells(text, "a device") == ["DDP", "DDP", "FSDP2", "FSDP2"] * 2
+    assert cells(text, "parallel.experts") == ["1"] * 4 + ["16"] * 4
+    assert cells(text, "gradient checkpointing") == ["no", "yes"] * 4
+    assert cells(text, "fits") == ["no", "no", "no", "yes", "no", "yes", "yes", "yes"]
+    assert max(len(line) for line in text[text.index("plan (") :].splitlines()) <= 120
+    for way, d, column in (("FSDP2", 1, 3), ("DDP", 16, 5), ("FSDP2", 16, 6)):
+        again = column % 2 == 1
         largest = int(cells(text, "largest")[column].replace(",", ""))
         limit = plan.USABLE * 80 * GB
         assert plan_of(config, way, d, largest, again).peak <= limit < plan_of(config, way, d, largest + 1, again).peak
@@ -242,7 +393,36 @@ def test_ways_that_do_not_apply_are_left_out() -> None:
     dense = changed(PRESETS["digits"], moe={"blocks": "none"}, plan={"devices": 4})
     assert cells(describe(dense), "a device") == ["DDP", "DDP", "FSDP2", "FSDP2"]
     assert cells(describe(changed(PRESETS["digits"], plan={"devices": 1})), "a device") == ["DDP", "DDP"]
+    no_multiple = changed(PRESETS["digits"], train={"batch_size": 9}, plan={"devices": 3})  # 8 experts
+    assert cells(describe(no_multiple), "parallel.experts") == ["1"] * 4
     assert "plan (" not in describe(PRESETS["digits"])
+
+
+def test_the_degree_that_is_asked_for_is_planned() -> None:
+    config = changed(PRESETS["digits"], plan={"devices": 4}, parallel={"experts": 4})
+    assert cells(describe(config), "parallel.experts") == ["1"] * 4 + ["4"] * 4
+    with pytest.raises(ValueError, match="parallel.experts 8 must divide plan.devices 4 and moe.num_experts 8"):
+        describe(changed(config, parallel={"experts": 8}))
+    with pytest.raises(ValueError, match="parallel.experts 2 must divide plan.devices 4 and moe.num_experts 5"):
+        describe(changed(config, parallel={"experts": 2}, moe={"num_experts": 5}))
+    with pytest.raises(ValueError, match="parallel.shard needs several devices, but plan.devices is 1"):
+        describe(changed(config, parallel={"experts": 1, "shard": True}, plan={"devices": 1}))
+    with pytest.raises(ValueError, match="parallel.gather bfloat16 needs --train.precision bf16, not fp32"):
+        describe(changed(config, parallel={"shard": True, "gather": "bfloat16"}, train={"precision": "fp32"}))
+
+
+def test_small_models_and_absurd_devices_stay_readable() -> None:
+    small = changed(PRESETS["digits"], plan={"devices": 2})
+    text = describe(small)
+    assert "a device, in MB" in text
+    assert float(cells(text, "weights")[0]) == pytest.approx(4 * 1.00, rel=0.01)
+    absurd = changed(small, train={"batch_size": 2 * 10**21}, plan={"tflops": 1e-300, "bandwidth": 1e-300})
+    text = describe(absurd)[len(json.dumps(to_dict(absurd), indent=2)) :]
+    assert max(map(len, text.splitlines())) <= 120
+    for label in ("weights", "peak", "largest", "seconds", "  sending"):
+        assert len(cells(text, label)) == 8
+    free = changed(small, plan={"memory": 1e30})
+    assert set(cells(describe(free), "largest")) == {">1,048,575"}
 
 
 def test_a_run_goes_on_with_another_plan(tmp_path: Path) -> None:
