@@ -30,7 +30,8 @@ from torch import Tensor
 
 FORMAT = 1
 FAILED = "failed"  # a file in the temporary folder
-OTHERS_TAKE = 300.0  # seconds, at most, to write their slices
+OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
+MARK = ".saved"  # beside the folder of checkpoints, once there has been one
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = "step-*.tmp-*"
 
@@ -111,6 +112,8 @@ def save(
         _sync(temporary / "state.json")
         _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
         files = {name: _described(temporary / name) for name in _names(temporary)}
+        for note in temporary.glob("*.note"):  # that a network disk did not show in time
+            note.unlink(missing_ok=True)
         manifest = {"format": FORMAT, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         _sync(temporary / "manifest.json")
@@ -135,10 +138,10 @@ def write_shard(root: Path, step: int, parts: Parts, token: str, given_up: threa
     Raises as it does.
     """
     temporary = root / f"step-{step:06d}.tmp-{token}"
-    _wait_for([temporary], temporary / FAILED, given_up)
-    if (temporary / FAILED).exists():
-        raise OSError(f"{temporary} was given up by the process that makes it")
     try:
+        _wait_for([temporary], temporary / FAILED, given_up)
+        if (temporary / FAILED).exists():
+            raise OSError(f"{temporary} was given up by the process that makes it")
         _check_finite(step, parts)
         _write_parts(temporary, parts)
     except BaseException:
@@ -182,13 +185,15 @@ def newest(root: Path) -> Path | None:
     return first_whole(newest_first(root), find_fault)
 
 
-def first_whole(candidates: Sequence[Path], fault_of: Callable[[Path], str | None]) -> Path | None:
+def first_whole(
+    candidates: Sequence[Path], fault_of: Callable[[Path], str | None], say: Callable[[str], None] = print
+) -> Path | None:
     """The first one without a fault, after a line on those before it. None of none; ValueError where all have one."""
     for path in candidates:
         fault = fault_of(path)
         if fault is None:
             return path
-        print(f"checkpoint {path} is damaged ({fault}); trying the one before it", flush=True)
+        say(f"checkpoint {path} is damaged ({fault}); trying the one before it")
     if candidates:
         raise ValueError(f"no checkpoint in {candidates[0].parent} is whole; move the folder away to start again")
     return None

@@ -132,8 +132,8 @@ class Health:
             print(text, file=sys.stderr, flush=True)
         if self.in_a_row > self.max_skipped:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row were not finite, the last: {text}; nothing was saved since the "
-                f"first of them. Lower train.learning_rate or train.clip, or look at these samples"
+                f"{self.in_a_row} steps in a row were not finite, the last: {text}; no regular checkpoint "
+                f"was made since the first of them. Lower train.learning_rate or train.clip, or look at these samples"
             )
         return found
 

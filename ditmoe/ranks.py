@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from .config import TrainConfig
-from .signals import Interrupted, Signals, end_with_parent
+from .signals import REQUEST, Interrupted, Signals, end_with_parent
 
 T = TypeVar("T")
 _POLL = 0.2  # seconds
@@ -122,7 +122,7 @@ def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Sig
         def watch() -> None:
             while not finished.wait(_POLL):
                 if store.check([f"{name}/stop"]):
-                    return os.kill(os.getpid(), signal.SIGTERM)
+                    return os.kill(os.getpid(), REQUEST)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()

@@ -170,6 +170,8 @@ class Writer:
         copies = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in parts.items()}
         slices = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in (split or {}).items()}
         self._pending = self._thread.submit(self._write, step, copies, state, slices)
+        if self.shard == 0:
+            self._thread.submit(self._prune, self._pending)  # `finish` does not wait for it, leaving does
         if wait:
             self.finish()
 
@@ -199,6 +201,11 @@ class Writer:
         others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
         more: dict[str, Any] = {"token": self.token, "others": others, "given_up": self._given_up}
         checkpoint.save(self.root, step, {**parts, **named}, state, **more)
+        (self.root.parent / checkpoint.MARK).touch()
+
+    def _prune(self, written: Future[None]) -> None:
+        if written.exception() is not None:
+            return
         try:
             whole = checkpoint.prune(self.root, self.keep, self._whole)
         except OSError as error:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REQUEST = signal.SIGUSR2  # to itself, for another process that got one of these; it does not count as a first one
 EXIT_CODE = 143
 GRACE = 2.0
 
@@ -40,7 +41,7 @@ class Signals:
         self._outer = outer if main and isinstance(outer, Signals) else None
         if self._outer:  # what it noted and could not say, as in a finaliser, is not lost
             self.received = self._outer.received
-        self._old = {number: signal.signal(number, self._note) for number in STOPPING} if main else {}
+        self._old = {number: signal.signal(number, self._note) for number in (*STOPPING, REQUEST)} if main else {}
         self._end = _watch_for_a_second() if main and not self._outer else None
         return self
 

@@ -105,7 +105,7 @@ def newest(root: Path, parallel: Parallel) -> Path | None:
         return next((fault for fault in found if fault), None)
 
     candidates = ranks.decided_by_first(accelerator, lambda: checkpoint.newest_first(root))
-    return checkpoint.first_whole(candidates, fault_of)
+    return checkpoint.first_whole(candidates, fault_of, accelerator.print)
 
 
 def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import pipeline, plan, ranks, run_folder
+from . import checkpoint, pipeline, plan, ranks, run_folder
 from .config import Config, save, to_dict
 from .data import ImageSet, fingerprint, pixel_variance
-from .facts import read_config, read_rows
+from .facts import read_rows
 from .health import Evidence, Health, Watch
 from .metrics import Log, StepResult, learning_rate
 from .model import DiTMoETransformer2DModel, build, count_parameters
@@ -90,12 +90,14 @@ def _train(
     first_step = int(saved.get("step", 0))
     last_step = max(first_step, config.max_steps)
     exported = ranks.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / "model"))
-    if exported == last_step and (not saved or first_step == last_step):
+    if exported is not None and (exported == first_step == last_step if saved else exported >= last_step):
         return False
     if not saved:
         ranks.decided_by_first(accelerator, lambda: _check_begins(config, exported))
     if accelerator.is_main_process:
         _open_folder(config, argv)
+        if saved:
+            (config.out / checkpoint.MARK).touch()
     _announce(config, data, accelerator, facts["precision"], first_step)
     with (
         Signals() as signals,
@@ -166,7 +168,7 @@ def _loop(
     def keep(step: int, *, wait: bool) -> None:
         saving.checkpoint(step, {**facts, **run.health.facts, "bad_images": list(run.watch.bad)}, wait=wait)
 
-    every = train.sample_every if show else 0
+    every, due = train.sample_every if show else 0, False
     if show and every and 0 < first_step < max_steps and first_step % every == 0:
         show(first_step)  # it may have been cut short
     for step in range(first_step, max_steps):
@@ -183,8 +185,10 @@ def _loop(
             update_ema(state.ema, state.model, min(train.ema_decay, (1 + step) / (10 + step)))
         done = step + 1
         log.row(done, result)
-        if done == max_steps or (done % train.checkpoint_every == 0 and not run.health.in_a_row):
+        due = due or done % train.checkpoint_every == 0
+        if done == max_steps or (due and not run.health.in_a_row):
             keep(done, wait=done == max_steps)  # while steps are skipped, what went before them stays
+            due = False
         if show and every and done % every == 0:
             show(done)
 
@@ -206,15 +210,13 @@ def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) ->
 
 
 def _check_begins(config: Config, exported: int | None) -> None:
-    """Refuse to begin again where a run has come further than to its first checkpoint: its checkpoints are gone.
+    """Refuse to begin again where a run has had checkpoints: they are gone.
 
     Raises:
-        ValueError: The run folder holds a model or a log of so many steps.
+        ValueError: The run folder holds a model, or says that something was saved.
     """
-    rows = read_rows(config.out / "metrics.jsonl")
-    every = read_config(config.out).train.checkpoint_every if rows else 0
-    steps = exported or (rows[-1]["step"] if rows and rows[-1]["step"] >= 2 * every else 0)
-    if steps:
+    if exported or (config.out / checkpoint.MARK).exists():
+        steps = exported or max((row["step"] for row in read_rows(config.out / "metrics.jsonl")), default="some")
         raise ValueError(
             f"{config.out} has been trained for {steps} steps, but {config.out / 'checkpoints'} holds no checkpoint; "
             f"restore it, or move {config.out} away to start again"

@@ -191,6 +191,23 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     assert runs.training(out, *flags).wait() == [0]
 
 
+@pytest.mark.parametrize("when", ["continue", "stop"])
+def test_a_run_whose_first_checkpoints_failed_begins_again(tmp_path, when):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 3, "--train.checkpoint-every", 1, "--train.on-save-error", when]
+    assert runs.training(out, *flags, hook=runs.full_disk, args=(str(out), (1, 2, 3))).wait() == [1]
+    assert len(runs.rows(out)) >= 2
+    assert runs.training(out, *flags).wait() == [0]  # there is room again
+
+
+def test_a_finished_run_without_checkpoints_is_finished_for_fewer_steps_too(tmp_path):
+    out = tmp_path / "run"
+    assert runs.training(out, "--max-steps", 5).wait() == [0]
+    shutil.rmtree(out / "checkpoints")
+    assert runs.training(out, "--max-steps", 3).wait() == [0]
+    assert len(runs.rows(out)) == 5
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_in_a_step_it_ends_as_if_nothing_had_been(tmp_path, world):
     out, straight = tmp_path / "run", tmp_path / "straight"

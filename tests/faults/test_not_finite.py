@@ -62,9 +62,17 @@ def test_a_state_that_only_gives_what_is_not_finite_does_not_push_out_the_health
     flags = ["--max-steps", 30, "--train.max-skipped", 5, "--train.checkpoint-every", 1, "--train.keep", 1]
     group = runs.training(out, *flags, hook=runs.blown_up, args=(4, 1e25))
     assert group.wait() == [1]
-    assert "nothing was saved since the first of them" in group.err()
+    assert "no regular checkpoint was made since the first of them" in group.err()
     assert checkpoint.newest(out / "checkpoints").name == "step-000003"
     assert runs.training(out, *flags).wait() == [0]  # from before the accident
+
+
+def test_a_checkpoint_that_was_due_in_a_skipped_step_is_made_after_it(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--max-steps", 7, "--train.checkpoint-every", 2, "--train.keep", 0]
+    assert runs.training(out, *flags, hook=runs.poison, args=("loss", 0, [2])).wait() == [0]
+    found = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert found == [f"step-00000{n}" for n in (3, 4, 6, 7)]
 
 
 def test_steps_in_a_row_are_counted_over_restarts(tmp_path):
