@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.timing import machine
 from benchmarks.train_step import prepared
-from ditmoe.checkpoint import Writer
 from ditmoe.presets import PRESETS
+from ditmoe.saving import Writer
 from ditmoe.state import to_parts
 
 

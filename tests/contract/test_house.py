@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -117,3 +118,8 @@ def test_no_unpickling() -> None:
         assert "allow_pickle=True" not in code
         for call in re.findall(r"torch\.load\([^)]*\)", code):
             assert "weights_only=True" in call, f"{path}: {call}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_imported(path: Path) -> None:
+    importlib.import_module(f"benchmarks.{path.stem}")
