@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .disk import remove, sync
+
 FORMAT = 1
 FAILED = "failed"  # a file in the temporary folder
 OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
@@ -109,19 +111,19 @@ def save(
     try:
         _write_parts(temporary, parts)
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-        _sync(temporary / "state.json")
+        sync(temporary / "state.json")
         _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
         files = {name: _described(temporary / name) for name in _names(temporary)}
         for note in temporary.glob("*.note"):  # that a network disk did not show in time
             note.unlink(missing_ok=True)
         manifest = {"format": FORMAT, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        _sync(temporary / "manifest.json")
-        _sync(temporary)
+        sync(temporary / "manifest.json")
+        sync(temporary)
         if final.exists():  # damaged: it was not found whole above
             _remove(final)
         temporary.rename(final)
-        _sync(root)
+        sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if others:
@@ -167,7 +169,7 @@ def prune(root: Path, keep: int, known: Collection[Path] = ()) -> list[Path]:
 def remove_unfinished(root: Path) -> None:
     """Remove what interrupted saves and removals have left."""
     for leftover in root.glob(_UNFINISHED):
-        _delete(leftover)
+        remove(leftover)
 
 
 def newest_first(root: Path) -> list[Path]:
@@ -257,15 +259,7 @@ def _remove(path: Path) -> None:
     """A folder that is going away is none from its first moment on."""
     doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
     path.rename(doomed)
-    _delete(doomed)
-
-
-def _delete(path: Path) -> None:
-    """What cannot be removed now is tried again at the next start."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(doomed)
 
 
 def _write_parts(folder: Path, parts: Parts) -> None:
@@ -277,7 +271,7 @@ def _write_parts(folder: Path, parts: Parts) -> None:
             save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
         except SafetensorError as error:
             raise OSError(f"{file} could not be written: {error}") from error
-        _sync(partial)
+        sync(partial)
         _note_of(file).write_text(json.dumps(_described(partial)))
         partial.rename(file)
 
@@ -322,11 +316,3 @@ def _finite(value: Tensor) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

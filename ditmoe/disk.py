@@ -19,36 +19,38 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     old = folder.with_name(f"{temporary.name}-old")
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
         os.umask(mask := os.umask(0o077))
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
                 path.chmod(0o666 & ~mask)  # safetensors makes files that their owner alone may read
-            _sync(path)
-        _remove(old)
+            sync(path)
+        remove(old)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
     except BaseException:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        _remove(temporary)
+        remove(temporary)
         raise
-    _sync(folder.parent)
+    sync(folder.parent)
     for leftover in folder.parent.glob(f"{escape(folder.name)}.tmp-*"):
-        _remove(leftover)
+        remove(leftover)
 
 
-def _remove(path: Path) -> None:
-    """What cannot be removed now is a leftover for the next time."""
-    if path.is_symlink():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+def remove(path: Path) -> None:
+    """A folder, file or link; what cannot be removed now is a leftover for the next time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

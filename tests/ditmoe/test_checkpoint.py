@@ -114,7 +114,7 @@ def test_the_writer_saves_a_state_as_it_was_and_says_what_failed(tmp_path: Path,
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with Writer(tmp_path, 2, tolerant=True) as writer:
         writer.save(2, {"model": {"w": weight}}, {}, wait=False)
         with pytest.raises(OSError, match="No space left"):  # the last one must be written

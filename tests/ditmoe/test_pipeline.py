@@ -219,14 +219,14 @@ def test_a_model_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypat
     pipeline.save(make(num_classes=2), folder)
     (tmp_path / "model.tmp-1-old").mkdir()  # of a kill
     done: list[tuple[str, str]] = []
-    sync, rename = disk._sync, Path.rename
+    sync, rename = disk.sync, Path.rename
 
     def renaming(self: Path, target: Path) -> Path:
         assert folder.is_dir() == (self == folder)  # the old one is there until the new one is whole
         done.append(("rename", target.name))
         return rename(self, target)
 
-    monkeypatch.setattr(disk, "_sync", lambda path: (done.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(disk, "sync", lambda path: (done.append(("sync", path.name)), sync(path)))
     monkeypatch.setattr(Path, "rename", renaming)
     pipeline.save(make(num_classes=4), folder)
     files = [("sync", p.name) for p in folder.rglob("*")]
