@@ -157,7 +157,7 @@ def check_launch(accelerator: Accelerator | PartialState) -> None:
     if accelerator.num_processes == 1 and asked > 1:
         raise ValueError(
             f"the launch was asked for {asked} processes and has started 1; on CPUs write ACCELERATE_USE_CPU=true "
-            f"accelerate launch --multi_gpu --num_processes {asked} train.py ..., or torchrun --nproc-per-node {asked}"
+            f"accelerate launch --multi_gpu --num_processes {asked} ..., or torchrun --nproc-per-node {asked} ..."
         )
 
 

@@ -106,6 +106,17 @@ class Experts(nn.Module):
         decide for all of them.
         """
         x = x.to(autocast_dtype(x))
+        if torch.compiler.is_compiling() and (self.exchange or x.dtype == torch.float32 or not self._use_grouped(x)):
+            y: Tensor = self._uncompiled(x, plan)
+            return y
+        return self._weighted_sum(x, plan)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, x: Tensor, plan: Plan) -> Tensor:
+        """Every step has other row counts, which would be compiled anew; and grouped_mm compiles in 16 bits only."""
+        return self._weighted_sum(x, plan)
+
+    def _weighted_sum(self, x: Tensor, plan: Plan) -> Tensor:
         y: Tensor
         if self.exchange is None and not self._use_grouped(x):
             w_in, w_out = self.w_in.to(x.dtype), self.w_out.to(x.dtype)
@@ -159,9 +170,8 @@ class Experts(nn.Module):
         if self.backend != "auto":
             return self.backend == "grouped"
         D, width = self.w_out.shape[1:]
-        if not _fits_grouped(D, width, x.dtype) or (torch.compiler.is_compiling() and x.dtype == torch.float32):
-            return False  # torch's compiler knows grouped_mm in 16-bit types only
-        return x.device.type != "cpu" or D * width < _LOOP_PAYS
+        fits = _fits_grouped(D, width, x.dtype)
+        return fits and (x.device.type != "cpu" or D * width < _LOOP_PAYS)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -175,8 +185,8 @@ def _inner(width: int, activation: Activation) -> int:
 
 
 def _activate(h: Tensor, activation: Activation) -> Tensor:
-    """The activation, with a gradient of our own for swiglu."""
-    if activation == "gelu":
+    """The activation, with a gradient of our own for swiglu, but not where torch's compiler makes one."""
+    if activation == "gelu" or torch.compiler.is_compiling():
         return _activation(h, activation)
     y: Tensor = _SwiGLU.apply(h)
     return y
@@ -251,7 +261,7 @@ def _activation(h: Tensor, activation: Activation) -> Tensor:
     if activation == "gelu":
         return F.gelu(h, approximate="tanh")
     gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
 
 
 def _activation_backward(grad: Tensor, h: Tensor, activation: Activation, out: Tensor) -> None:

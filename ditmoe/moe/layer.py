@@ -48,6 +48,9 @@ class MoELayer(nn.Module):
         with_bias: Keep a balancing bias in the router.
         backend: Expert kernels, see `Experts`.
 
+    Raises:
+        ValueError: More or fewer experts a token than there are.
+
     Source: DiT-MoE (arXiv 2407.11633) eq. 3-4; shared experts: DeepSeekMoE (arXiv 2401.06066).
     """
 
@@ -65,6 +68,8 @@ class MoELayer(nn.Module):
         backend: Literal["auto", "grouped", "loop"] = "auto",
     ) -> None:
         super().__init__()
+        if not 1 <= rule.top_k <= num_experts:
+            raise ValueError(f"top_k is {rule.top_k}; it must be between 1 and num_experts {num_experts}")
         self.rule = rule
         self.router = Router(hidden_size, num_experts, positions=positions, with_bias=with_bias)
         self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend)

@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from ditmoe.config import Config, ModelConfig, MoEConfig
+from ditmoe.model import build
 from ditmoe.moe import Experts, MoELayer, RoutingRule, select
 from tests.reference.moe_layer import moe as reference_moe
 
@@ -160,6 +163,12 @@ def test_paper_weights_are_not_renormalised() -> None:
     torch.testing.assert_close(weights, torch.full((3, 2), 1 / 8))
 
 
+@pytest.mark.parametrize("top_k", [-1, 0, 5])
+def test_a_token_goes_to_at_least_one_expert_and_at_most_to_all(top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; it must be between 1 and num_experts 4"):
+        MoELayer(8, num_experts=4, expert_width=8, shared_width=0, rule=RoutingRule(top_k))
+
+
 def test_grouped_refuses_odd_widths_and_auto_takes_the_loop() -> None:
     with pytest.raises(ValueError, match="backend loop"):
         Experts(16, 4, 7, backend="grouped")
@@ -184,3 +193,41 @@ def test_auto_takes_the_loop_for_large_experts_on_a_cpu(
     else:
         with pytest.raises(AssertionError, match="grouped_mm"):
             made(x)
+
+
+def block_of(**moe: object) -> torch.nn.Module:
+    config = Config(moe=MoEConfig(blocks="all", **moe))  # type: ignore[arg-type]
+    return build(config, 10).blocks[0]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_block_compiles_into_one_graph_in_bfloat16(activation: str) -> None:
+    config = Config(model=ModelConfig(activation=activation), moe=MoEConfig(blocks="all"))  # type: ignore[arg-type]
+    block, D = build(config, 10).blocks[0], config.model.hidden_size
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch._dynamo.explain(block)(torch.randn(4, 16, D, requires_grad=True), torch.randn(4, D), None)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("how", ["float32", "loop", "exchange"])
+def test_what_changes_from_step_to_step_is_not_compiled_anew(how: str) -> None:
+    torch._dynamo.reset()  # what other tests compiled counts against the limit of recompilations
+    block = block_of(backend="loop") if how == "loop" else block_of()
+    if how == "exchange":
+        block.moe.experts.exchange = lambda rows, counts, products: products(
+            torch.cat(rows.split(counts.tolist())), counts
+        )
+    counter = CompileCounter()
+    compiled, D = torch.compile(block, backend=counter, dynamic=False), block.attn.proj.in_features
+    graphs = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x = torch.randn(4, 16, D, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how != "float32"):
+            wanted, got = block(x, x[:, 0], None)[0], compiled(x, x[:, 0], None)[0]
+        torch.testing.assert_close(got, wanted)
+        got.sum().backward()
+        graphs.append(counter.frame_count)
+    assert graphs == [graphs[0]] * 12
+    assert graphs[0] > 0

@@ -193,8 +193,15 @@ def test_slices_of_fewer_experts_than_processes_are_told_of(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "flags"), [(1, []), (2, ["--parallel.experts", 2]), (2, ["--parallel.shard"])])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("world", "flags", "precision"),
+    [
+        *((1, [], precision) for precision in ("fp32", "bf16")),
+        *((2, ["--parallel.experts", 2], precision) for precision in ("fp32", "bf16")),
+        *((2, ["--parallel.shard"], precision) for precision in ("fp32", "bf16")),
+        (2, ["--parallel.shard", "--parallel.gather", "bfloat16"], "bf16"),
+    ],
+)
 def test_compiled_blocks_train_the_same(tmp_path, alone, world, flags, precision):
     out, plain = tmp_path / "run", alone
     more = ["--train.precision", precision]
