@@ -14,7 +14,7 @@ def main() -> None:
     if config.dry_run:
         return print(training.describe(config))
     try:
-        images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
+        images = training.open_images(config)
         judge = None if images.is_latent else lambda x: score(x, data.reference(config.data, images, config.seed))
         news = training.train(config, images, lambda n, pipe: generate.progress(config, n, pipe, judge), sys.argv)
         if ranks.is_first() and (news or not (config.out / "index.html").exists()):

@@ -11,6 +11,7 @@ Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -180,6 +181,7 @@ class Parallel:
         """Keep this process's slice of every parameter that is not a split expert's, along its first dimension."""
         if self._mesh is None:
             return
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # that nothing writes into
         names = expert_names(model) if self.degree > 1 else set()
         left_out = {p for name, p in model.named_parameters() if name in names}
         for module in model.modules() if self._policy.param_dtype else ():

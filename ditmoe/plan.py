@@ -296,5 +296,9 @@ def _degrees(config: Config) -> list[int]:
 
 
 def _cell(value: float, digits: int = 3) -> str:
-    text = f"{value:.{digits}f}" if not isinstance(value, bool) else "yes" if value else "no"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = f"{value:.{digits}f}"
+    if 0 < value < 10.0 ** (1 - digits):
+        return f"{value:.1e}"
     return text if len(text) <= 10 else f"{value:.3e}"

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from .config import TrainConfig
+from .config import TrainConfig, differences
 from .signals import REQUEST, Interrupted, Signals, end_with_parent
 
 T = TypeVar("T")
@@ -104,6 +104,17 @@ def agreed(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return done[0]
 
 
+def check_alike(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+    """ValueError on every process, where they do not all have the same JSON values."""
+    found = everything(accelerator, [facts])
+    for rank, other in enumerate(found):
+        if changed := differences(dict(found[0]), dict(other)):
+            raise ValueError(
+                f"process {rank} was started for another run than process 0 ({'; '.join(changed[:5])}); give all of "
+                f"them the same options and the same images"
+            )
+
+
 def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Signals, name: str) -> None:
     """`work` on the first process; the others wait, however long it takes. A signal to any of them ends it.
 
@@ -170,17 +181,14 @@ def _asked_for() -> int:
     names = ("accelerate-launch", "accelerate.commands.launch")
     if "launch" not in command and not any(word.endswith(names) for word in command):
         return 1
-    for name in ("--num-processes", "--config-file"):
-        for word, following in zip(command, [*command[1:], ""], strict=True):
-            flag, _, value = word.partition("=")
-            value = value or following
-            if flag.replace("_", "-") != name:
-                continue
-            if name == "--num-processes":
-                return int(value) if value.isdigit() else 1
-            found = re.search(r"^num_processes:\s*(\d+)", Path(value).read_text(), re.MULTILINE)
-            return int(found[1]) if found else 1
-    return 1
+    pairs = [(word.partition("="), following) for word, following in zip(command, [*command[1:], ""], strict=True)]
+    flags = {name.replace("_", "-"): value or following for (name, _, value), following in reversed(pairs)}
+    if "--num-processes" in flags:
+        return int(flags["--num-processes"]) if flags["--num-processes"].isdigit() else 1
+    file = Path(flags.get("--config-file", "" if "--cpu" in flags else default_config_file))  # as launch_command does
+    if not file.is_file():
+        return 1
+    return int(getattr(load_config_from_file(str(file)), "num_processes", 1))
 
 
 def shutdown() -> None:

@@ -144,6 +144,6 @@ def micro_batch_size(train: TrainConfig, num_processes: int) -> int:
     if train.batch_size % parts:
         raise ValueError(
             f"train.batch_size {train.batch_size} is not a multiple of accumulation {train.accumulation} * "
-            f"{num_processes} processes"
+            f"{num_processes} processes; {-(-train.batch_size // parts) * parts} is"
         )
     return train.batch_size // parts

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, pipeline, plan, ranks, run_folder
 from .config import Config, save, to_dict
-from .data import ImageSet, fingerprint, pixel_variance
+from .data import ImageSet, fingerprint, open_data, pixel_variance
 from .facts import read_rows
 from .health import Evidence, Health, Watch
 from .metrics import Log, StepResult, learning_rate
@@ -35,6 +35,13 @@ from .state import State, new_state, newest, num_classes, resume, update_ema
 from .stream import Batch, Batches, micro_batch_size
 
 OnSample = Callable[[int, Any], None]
+
+
+def open_images(config: Config) -> ImageSet:
+    """The training images, on every process of the launch: a ValueError of one of them is raised on all."""
+    size, channels = config.model.sample_size, config.model.in_channels
+    accelerator = ranks.launched(config.train)  # before anything that one of them may find wrong
+    return ranks.agreed(accelerator, lambda: open_data(config.data, size=size, channels=channels))
 
 
 def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, argv: Sequence[str] = ()) -> bool:
@@ -54,19 +61,22 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
 
     Raises:
         ValueError: The run folder is in use, belongs to another configuration, or holds no whole checkpoint; too many
-            images cannot be used.
+            images cannot be used; the processes were started with other options, or see other images.
         Interrupted: SIGTERM, SIGINT or SIGUSR1 came; the run was saved.
         FloatingPointError: More than `train.max_skipped` steps in a row were not finite.
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = ranks.launched(config.train)
+    images, options = fingerprint(data), to_dict(config)
+    options["data"] = {name: value for name, value in options["data"].items() if name not in ("path", "vae")}
+    ranks.check_alike(accelerator, {**options, "images": images})
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
     pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
     with ExitStack() as stack:
         ranks.decided_by_first(accelerator, lambda: stack.enter_context(run_folder.locked(config)))
-        return _train(config, data, on_sample, argv, parallel, state)
+        return _train(config, data, on_sample, argv, parallel, state, images)
 
 
 def _train(
@@ -76,11 +86,12 @@ def _train(
     argv: Sequence[str],
     parallel: Parallel,
     state: State,
+    images: str,
 ) -> bool:
-    """`train`, in a run folder that is ours."""
+    """`train`, in a run folder that is ours; `images` is the data's fingerprint."""
     accelerator = parallel.accelerator
     facts = {
-        "data": fingerprint(data),
+        "data": images,
         "precision": ranks.resolve_precision(config.train.precision, accelerator.device),
         "num_processes": accelerator.num_processes,
     }

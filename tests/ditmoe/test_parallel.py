@@ -39,6 +39,7 @@ def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree, shard
     assert f"training on {world} process(es)" in group.out()
     assert (f"experts split over {degree}, " in group.out()) == (degree > 1)
     assert ("the rest sharded, " in group.out()) == shard
+    assert "Warning" not in group.err()
     found, wanted = parts_of(out), parts_of(alone)
     for part in ("model", "ema", "optimizer"):
         assert found[part].keys() == wanted[part].keys()

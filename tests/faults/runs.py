@@ -22,16 +22,15 @@ def training(out, *flags, hook=None, args=(), world=1, preset="digits", name="lo
 
 
 def train_only(argv, hook, args):
-    from ditmoe import cli, data, ranks
-    from ditmoe.training import train
+    from ditmoe import cli, ranks
+    from ditmoe.training import open_images, train
 
     def main():
         config = cli.parse_train(argv)
         if hook:
             hook(*args)
         try:
-            images = data.open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
-            train(config, images, SHOW)
+            train(config, open_images(config), SHOW)
         finally:
             ranks.shutdown()
 
@@ -57,6 +56,11 @@ def lingering_samples():
 
 def rank():
     return int(os.environ.get("RANK", "0"))
+
+
+def elsewhere(folder):
+    """Every process in a folder of its own, as with disks that machines do not share."""
+    os.chdir(os.path.join(folder, str(rank())))
 
 
 def rows(out):

@@ -4,7 +4,9 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.faults import runs
 from tests.faults.test_checkpoints import same
@@ -78,3 +80,21 @@ def test_the_readers_of_a_rank_that_dies_go_with_it(tmp_path):
     codes = group.wait(45)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, 2, 143)
+
+
+@pytest.mark.parametrize(("differs", "sentence"), [("missing", "photos"), ("pixels", "process 1 was started for")])
+def test_a_disk_that_differs_on_one_machine_ends_all(tmp_path, differs, sentence):
+    """Without an agent that ends the others, as under SLURM."""
+    rng = np.random.default_rng(0)
+    for rank in (0, 1):
+        folder = tmp_path / str(rank) / "photos"
+        folder.mkdir(parents=True)
+        for name in range(0 if rank and differs == "missing" else 20):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    data = ["--data.path", "photos", "--model.sample-size", 8, "--max-steps", 1]
+    group = runs.training(tmp_path / "run", *data, hook=runs.elsewhere, args=(str(tmp_path),), world=2, preset="folder")
+    assert group.wait(60) == [2, 2]
+    for rank in (0, 1):
+        assert sentence in group.err(rank)
+        assert "Traceback" not in group.err(rank)
+    assert not (tmp_path / "run").exists()

@@ -19,9 +19,10 @@ TINY = ["--model.hidden-size", 32, "--model.depth", 2, "--model.num-heads", 2, "
         "--train.batch-size", 8, "--sample.num", 8, "--sample.steps", 2]  # fmt: skip
 
 
-def launched(*argv: object, flags: tuple[object, ...]) -> subprocess.CompletedProcess[str]:
+def launched(*argv: object, flags: tuple[object, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment |= more
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -59,8 +60,26 @@ def test_from_photos_to_a_score(tmp_path: Path) -> None:
     assert report["value"] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_launch_that_fell_back_to_one_process_is_refused(tmp_path: Path) -> None:
-    done = launched("train.py", "digits", "--out", tmp_path / "run", flags=("--cpu", "--num_processes", 2))
+@pytest.mark.parametrize("told", ["by flags", "by a file", "by the default file"])
+def test_a_launch_that_fell_back_to_one_process_is_refused(told: str, tmp_path: Path) -> None:
+    argv, asked = (
+        ["train.py", "digits", "--max-steps", 1, "--out", tmp_path / "run"],
+        tmp_path / "accelerate" / "default_config.yaml",
+    )
+    known = {"num_processes": 2, "use_cpu": True, "distributed_type": "MULTI_CPU", "num_machines": 1}
+    asked.parent.mkdir()
+    if told == "by flags":
+        done = launched(*argv, flags=("--cpu", "--num_processes", 2))
+    elif told == "by a file":
+        asked.with_suffix(".json").write_text(json.dumps(known))
+        done = launched(*argv, flags=("--config_file", asked.with_suffix(".json")))
+    else:  # as `accelerate config` leaves it
+        asked.write_text(
+            "".join(f"{name}: {str(value).lower()}\n" for name, value in known.items()).replace(
+                "multi_cpu", "MULTI_CPU"
+            )
+        )
+        done = launched(*argv, HF_HOME=str(tmp_path))
     assert done.returncode != 0
     assert "the launch was asked for 2 processes and has started 1" in done.stderr
     assert not (tmp_path / "run").exists()
