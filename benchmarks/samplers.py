@@ -107,10 +107,11 @@ def main() -> None:
             for point in points(part, pipe.scheduler.config):
                 key = {"part": part, "seed": seed, "num": args.num, "cfg": args.cfg, "precision": args.precision}
                 key |= point
-                nfe = network_calls(point["sampler"], pipe.scheduler.config, point["steps"])
+                options = point.get("sampler_options", {})
+                nfe = network_calls(point["sampler"], pipe.scheduler.config, point["steps"], options)
                 if (args.samplers and point["sampler"] not in args.samplers) or nfe not in (args.calls or [nfe]):
                     continue
-                cutoff = point.get("sampler_options", {}).get("exposure_cutoff")
+                cutoff = options.get("exposure_cutoff")
                 if any(key.items() <= row.items() for row in done) or (
                     args.cutoff and cutoff not in (None, args.cutoff)
                 ):

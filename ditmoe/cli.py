@@ -65,7 +65,7 @@ class SampleArgs:
     guidance_channels: int | None = None
     """Guide only so many first channels (DiT: 3 of 4)."""
     guidance_rule: Literal["cfg", "cfg++"] = "cfg"
-    """Classifier-free guidance, or CFG++ (ddim and flow-euler; --cfg between 0 and 1)."""
+    """Classifier-free guidance, or CFG++ (ddim and flow-euler; give --cfg too, between 0 and 1)."""
     epsilon_scale: float = 1.0
     """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
     exposure_window: int | None = None

@@ -149,13 +149,16 @@ def requested(args: SampleArgs) -> ImageSet:
     more = {option: getattr(args, option) for option in PIPELINE_OPTIONS}
     options = {"sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more}
     options["sampler_options"] = args.sampler_options()
+    if args.flow_shift is not None and not name.startswith("flow-"):
+        raise ValueError(f"sampler {name!r} has no flow_shift; it belongs to flow-euler, flow-heun, flow-sde")
+    scheduler = pipe.scheduler_for(name, steps, args.sampler_options())
     facts = {
         "checkpoint": _checkpoint(args.model),
         "ema_decay": _ema_decay(args.model),
         "vae": None if pipe.vae is None else getattr(pipe.vae.config, "_name_or_path", "unknown"),
         "sampler": {
-            "name": name, "steps": steps, "nfe": pipe.network_calls(name, steps), "cfg": cfg, **more,
-            **args.sampler_options(),
+            "name": name, "steps": steps, "nfe": len(scheduler.timesteps), "cfg": cfg, **more,
+            **args.sampler_options(), **_time_shift(scheduler),
         },
         "seed": args.seed,
         "label_sampling": sampling,
@@ -166,6 +169,15 @@ def requested(args: SampleArgs) -> ImageSet:
         "device": pipe.device.type,
     }  # fmt: skip
     return ImageSet(pipe, labels, num, options, json.loads(json.dumps(facts)))
+
+
+def _time_shift(scheduler: Any) -> dict[str, Any]:
+    """What a `ts-*` goes by, the window being that of its steps; nothing of other samplers."""
+    found = {field: value for field, value in scheduler.config.items() if field.startswith("exposure_")}
+    if not found:
+        return {}
+    criterion = found["exposure_variance"] or "published"  # which is a variance of 0
+    return {**found, "exposure_variance": criterion, "exposure_window": scheduler.window}
 
 
 def _checkpoint(model: Path) -> dict[str, Any]:
@@ -292,7 +304,7 @@ def _join(parts: Path, images: ImageSet, path: Path, batch_size: int) -> None:
 
 
 def _same_set(folder: Path, images: ImageSet, what: str) -> None:
-    """Refuse a folder that holds anything but a part of the same set."""
+    """Refuse a folder that holds anything but a part of the same set; a note alone is left by a command that failed."""
     if not folder.is_dir() or all(entry.name == NEW_NOTE for entry in folder.iterdir()):
         return
     note = folder / NOTE
@@ -303,7 +315,7 @@ def _same_set(folder: Path, images: ImageSet, what: str) -> None:
     if not isinstance(facts, dict):
         raise ValueError(f"{what} {folder} is not empty; give another folder")
     differing = sorted(key for key in {*facts, *images.facts} if _what(facts, key) != _what(images.facts, key))
-    if differing:
+    if differing and any(entry.name != NOTE for entry in folder.iterdir()):
         raise ValueError(
             f"{what} {folder} holds a part of another set (other {', '.join(differing)}); "
             "repeat that command to complete it, or give another place"
@@ -323,7 +335,6 @@ def _agree(folder: Path, images: ImageSet, processes: Processes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.tmp"):
             left.unlink()
-        if not (folder / NOTE).exists():
-            (folder / NEW_NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
-            (folder / NEW_NOTE).replace(folder / NOTE)
+        (folder / NEW_NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
+        (folder / NEW_NOTE).replace(folder / NOTE)
     processes.gather(None)

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from samplers import image_generators, initial_noise, make_scheduler, model_folder, network_calls, sample
+from samplers import image_generators, initial_noise, make_scheduler, model_folder, sample
+from samplers.catalog import LIBRARY_ERRORS, scheduler_for
 
 from .config import Config
 from .disk import replacing
@@ -105,9 +106,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
             num_inference_steps: Sampling steps.
             guidance_scale: 1 is no guidance.
-            guidance_interval: (lowest, highest) timestep, 0..1000, at which to guide; None: all.
+            guidance_interval: (lowest, highest) timestep, 0..1000, at which to guide, some of the run's within; None:
+                all.
             guidance_channels: Guide only so many first channels; None: all.
-            guidance_rule: "cfg" or "cfg++".
+            guidance_rule: "cfg" or "cfg++", which needs a guidance_scale in 0..1.
             epsilon_scale: lambda of epsilon scaling; 1 is off.
             eta: Noise of DDIM, 0..1.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
@@ -127,7 +129,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"output_type is {output_type!r}; it must be pil or pt")
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
-        scheduler = make_scheduler(sampler or self.config.sampler, self._scheduler_config(), sampler_options)
+        scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
         generators = image_generators(seed, indices)
         net = self.transformer
         size = net.config.sample_size
@@ -135,7 +137,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             net,
             scheduler,
             initial_noise(generators, (net.config.in_channels, size, size), net.device),
-            num_inference_steps=self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            num_inference_steps=scheduler.num_inference_steps,
             class_labels=None if labels is None else labels.to(net.device),
             null_label=net.null_label,
             guidance_scale=guidance_scale,
@@ -156,10 +158,19 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         learned = {"variance_type": "learned_range"} if self.transformer.config.learn_sigma else {}
         return {**self.scheduler.config, **learned}
 
+    def scheduler_for(
+        self,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What a call with these arguments samples with; its `timesteps` are set, one a network call."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return scheduler_for(sampler or self.config.sampler, self._scheduler_config(), steps, sampler_options)
+
     def network_calls(self, sampler: str | None = None, num_inference_steps: int | None = None) -> int:
         """NFE: network calls an image; each is two passes where guidance applies."""
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        return network_calls(sampler or self.config.sampler, self._scheduler_config(), steps)
+        return len(self.scheduler_for(sampler, num_inference_steps).timesteps)
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (or pixels) (N, C, H, W) -> pixels about [-1, 1]; the identity without a VAE."""
@@ -222,7 +233,7 @@ def load(folder: Path) -> DiTMoEPipeline:
                 if pipe.vae is not None and pipe.config.latents is not None:
                     check_vae(pipe.vae, pipe.config.latents)
                 return pipe
-            except (OSError, *model_folder.LIBRARY_ERRORS) as error:
+            except (OSError, *LIBRARY_ERRORS) as error:
                 sentence = " ".join(str(error).split())
                 raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
     raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from samplers import gaussian
 from samplers.flow import FlowEulerScheduler, FlowHeunScheduler, FlowSDEScheduler
+from samplers.grid import refuse_lost
 from samplers.pndm import PNDMScheduler
 from samplers.schedulers import DDIMScheduler, DDPMScheduler
 from samplers.solvers import DPMSolverScheduler, UniPCScheduler
@@ -49,7 +50,8 @@ SAMPLERS: dict[str, Sampler] = {
 # Fields that change what a chain is; a sampler without them cannot stand in for one that was saved with them.
 _MEANINGFUL = ("rescale_betas_zero_snr", "clip_sample", "thresholding")
 
-# What a saved sampler has to say about the chain, and the next one hands on whether or not it knows the field.
+# What a saved sampler has to say about the chain, and the next one hands on whether or not it knows the field; but
+# the solvers keep fields of their own alone, so that `variance_type` and what belongs to clipping are lost with them.
 _OF_THE_CHAIN = frozenset(signature(DDPMScheduler.__init__).parameters)
 
 # Options of diffusers' flow-matching schedulers that change the path and that ours do not have.
@@ -95,15 +97,12 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
             hint = f"; it belongs to {', '.join(having)}" if having else ""
             raise ValueError(f"sampler {name!r} has no {option}{hint}")
     foreign = _FOREIGN_FLOW_OPTIONS if sampler.prediction_types == FLOW else _MEANINGFUL
-    missing = [field for field in foreign if config.get(field) and field not in known]
-    if missing:
-        raise ValueError(
-            f"sampler {name!r} has no {missing[0]}; remove it from the scheduler's config or use "
-            "the diffusers scheduler that wrote it"
-        )
+    refuse_lost(f"sampler {name!r}", [field for field in foreign if field not in known], config)
     # Take every field at its word: from_config would swap those that another scheduler left at its
     # default for defaults of the new one, so a config would change meaning when saved to disk.
     fields = {key: value for key, value in config.items() if key in known or key in _OF_THE_CHAIN}
+    if sampler.prediction_types == FLOW and "flow_shift" in config:  # what diffusers' solvers call it
+        fields.setdefault("shift", config["flow_shift"])
     if fields.get("variance_type", "") is None:  # the stock solvers say so, and mean that they do not know
         del fields["variance_type"]
     if sampler.scheduler is TimeShiftScheduler:
@@ -112,11 +111,28 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
     return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
 
 
-def network_calls(name: str, config: Mapping[str, Any], steps: int) -> int:
+LIBRARY_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of diffusers
+
+
+def scheduler_for(name: str, config: Mapping[str, Any], steps: int, options: Mapping[str, Any] | None = None) -> Any:
+    """`make_scheduler` with its timesteps set, one a network call.
+
+    Raises ValueError for what only the libraries beneath notice too, such as a saved beta that is no number.
+    """
+    try:
+        scheduler = make_scheduler(name, config, options)
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error  # a library's becomes ours
+    except LIBRARY_ERRORS as error:
+        sentence = " ".join(str(error).split())
+        raise ValueError(f"sampler {name!r} cannot be made of the saved scheduler's config: {sentence:.300}") from error
+    return scheduler
+
+
+def network_calls(name: str, config: Mapping[str, Any], steps: int, options: Mapping[str, Any] | None = None) -> int:
     """NFE: the network calls of sampler ``name`` for an image in ``steps`` steps; guidance makes each two passes."""
-    scheduler = make_scheduler(name, config)
-    scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
+    return len(scheduler_for(name, config, steps, options).timesteps)
 
 
 def _check_prediction_type(name: str, kind: str) -> None:

@@ -18,8 +18,7 @@ def clean_variance(asked: Variance | str | None, measured: float | None, num_tra
     ``asked`` is None or "published" (0), "calibrated" (``measured``, the data's), or v itself. Raises ValueError for
     anything else, for numbers below 0, and for "calibrated" without a measurement.
     """
-    if measured is not None and not 0 < measured < math.inf:
-        raise ValueError(f"data_variance is {measured}, but it must be above 0, and finite")
+    check_data_variance(measured)
     if asked is None or asked == "published":
         return 0.0
     if isinstance(asked, str):
@@ -37,6 +36,13 @@ def clean_variance(asked: Variance | str | None, measured: float | None, num_tra
     if wrong:
         raise ValueError(f"exposure_variance {wrong[0]} must be 0 or more, and finite")
     return values if isinstance(asked, Sequence) else values[0]
+
+
+def check_data_variance(measured: float | None) -> None:
+    """Raise ValueError for a variance of the data that is known and no finite number above 0."""
+    is_number = isinstance(measured, int | float) and not isinstance(measured, bool)
+    if measured is not None and not (is_number and 0 < measured < math.inf):
+        raise ValueError(f"data_variance is {measured!r:.100}, but it must be a number above 0, and finite")
 
 
 class VarianceCriterion:

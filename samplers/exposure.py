@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from samplers.catalog import SAMPLERS, make_scheduler, prediction_type_of
+from samplers.catalog import SAMPLERS, prediction_type_of, scheduler_for
+from samplers.criterion import check_data_variance
 from samplers.loop import sample
 from samplers.model_folder import check_no_code, check_scheduler, check_weights, read_object
 from samplers.noise import image_generators, initial_noise
@@ -61,20 +63,26 @@ def measure(
 ) -> list[Reading]:
     """One `Reading` before every network call.
 
-    ``model`` is a network with diffusers' config (sample_size, in_channels, num_classes; the null label is
-    num_classes), ``data_variance`` the mean over clean training images of their variance over the pixels. Classes are
-    taken in turn; image i depends on (seed, i). Raises ValueError for what `samplers.sample` refuses.
+    ``model`` is a network with diffusers' config (sample_size, in_channels, and num_classes or, of the stock DiT,
+    num_embeds_ada_norm, which is the null label too), ``data_variance`` the mean over clean training images of their
+    variance over the pixels. Classes are taken in turn; image i depends on (seed, i). Raises ValueError for what
+    `samplers.sample` refuses, and FloatingPointError for images that are not finite.
     """
     sums: dict[int, float] = {}
     times: dict[int, float] = {}
 
     def note(k: int, t: Tensor, x_t: Tensor, _x0: Tensor | None) -> None:
-        variance = x_t.flatten(1).float().var(dim=1, unbiased=True)
-        sums[k] = sums.get(k, 0.0) + float(variance.double().sum())
+        variance = float(x_t.flatten(1).float().var(dim=1, unbiased=True).double().sum())
+        if not math.isfinite(variance):
+            raise FloatingPointError(
+                f"the images at timestep {float(t):.0f} are not finite: the weights are damaged, or guidance_scale "
+                f"{guidance_scale} and epsilon_scale {epsilon_scale} are too much for them; use values near 1"
+            )
+        sums[k] = sums.get(k, 0.0) + variance
         times[k] = float(t)
 
     c = model.config
-    classes = c.num_classes or 0
+    classes = getattr(c, "num_classes", None) or getattr(c, "num_embeds_ada_norm", None) or 0
     for start in range(0, num_images, batch_size):
         indices = range(start, min(start + batch_size, num_images))
         generators = image_generators(seed, indices)
@@ -85,7 +93,7 @@ def measure(
             num_inference_steps=num_inference_steps,
             class_labels=torch.tensor([i % classes for i in indices]) if classes else None,
             null_label=classes if classes else None,
-            guidance_scale=guidance_scale if classes else 1.0,
+            guidance_scale=guidance_scale,
             epsilon_scale=epsilon_scale,
             generators=generators,
             callback=note,
@@ -151,13 +159,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and plot; the exit code."""
+    """Measure, print and plot; the exit code, which is 2 for the user's mistakes, 1 for images that are not finite."""
     args = arguments(argv)
     try:
         readings = _read(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(table(readings))
     plot(readings, args.out)
     print(f"wrote {args.out}")
@@ -168,7 +179,8 @@ def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
     for name in ("num", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; it must be 1 or more")
-    if args.out.suffix not in (".png", ".pdf", ".svg") or not args.out.absolute().parent.is_dir():
+    a_file = args.out.suffix in (".png", ".pdf", ".svg") and not args.out.is_dir()
+    if not a_file or not args.out.absolute().parent.is_dir():
         raise ValueError(f"out {args.out} must be a .png, .pdf or .svg file in a folder that exists")
     folder = args.model if (args.model / "model_index.json").is_file() else args.model / "model"
     if not (folder / "model_index.json").is_file():
@@ -177,9 +189,12 @@ def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
     check_scheduler(folder / "scheduler")
     config = read_object(folder / "scheduler" / "scheduler_config.json")
     variance = config.get("data_variance") if args.data_variance is None else args.data_variance
-    if variance is None or not 0 < variance < math.inf:
-        raise ValueError(f"data_variance is {variance}; give --data-variance, the mean variance of training images")
-    schedulers = {name: make_scheduler(name, config) for name in args.samplers}  # every name is checked first
+    if variance is None:
+        raise ValueError("data_variance is not known; give --data-variance, the mean variance of training images")
+    check_data_variance(variance)
+    schedulers = {
+        name: scheduler_for(name, config, args.steps) for name in args.samplers
+    }  # every name is checked first
     return {
         name: measure(
             model, scheduler, variance, num_images=args.num, num_inference_steps=args.steps, seed=args.seed,
@@ -203,6 +218,10 @@ def load_network(folder: Path) -> Any:
     is_network = isinstance(found, type) and issubclass(found, ModelMixin)
     if not is_network:
         raise ValueError(f"{folder}: {library} has no network {name!r}")
+    if list(signature(found.forward).parameters)[2:4] != ["timestep", "class_labels"]:
+        raise ValueError(
+            f"{folder}: {name} takes more than images, timesteps and class labels; the meter cannot ask it"
+        )
     check_no_code(folder)
     check_weights(found, folder / "transformer", renamed=library == "diffusers")
     try:

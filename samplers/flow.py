@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from samplers.gaussian import per_image
-from samplers.grid import check_steps
+from samplers.grid import check_saved_variance, check_steps
 from samplers.noise import Generators, draw_noise
 
 
@@ -32,7 +32,8 @@ class FlowOutput(BaseOutput):  # type: ignore[misc]
 class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What the three share: the grid of s, and the way there from clean images.
 
-    Raises ValueError for another prediction type than "flow_prediction" and for a shift that is not positive.
+    Raises ValueError for another prediction type than "flow_prediction", for a shift that is not positive, and for a
+    ``data_variance`` below 0.
     """
 
     order = 1
@@ -55,6 +56,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if not self.config.shift > 0:
             raise ValueError(f"shift is {self.config.shift}, but it must be positive; 1 leaves the grid alone")
+        check_saved_variance(self.config.data_variance)
         self.init_noise_sigma = 1.0
         self.set_timesteps(self.config.num_train_timesteps)
         self.num_inference_steps: int | None = None
@@ -92,6 +94,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x0, eps = original_samples.float(), noise.float()
         return (per_image(1 - s, x0) * x0 + per_image(s, x0) * eps).to(original_samples.dtype)
 
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, by the name and in the order of diffusers' flow-matching schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any = None) -> Tensor:
         """v = noise - sample (N, C, H, W), at every timestep, in the dtype of ``sample``."""
         return (noise.float() - sample.float()).to(sample.dtype)
@@ -125,13 +131,15 @@ class FlowEulerScheduler(FlowScheduler):
         sample: Tensor,
         return_dict: bool = True,
         model_output_uncond: Tensor | None = None,
+        generator: Generators = None,
     ) -> Any:
         """One Euler step: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``x0 = x_s - s v`` and ``x_prev = x_s + (s_next - s) v``, in float32, then in the dtype of ``sample``.
         With ``model_output_uncond``, the unguided v_u of the same network call, ``x_prev = x0 + s_next v_u``:
-        CFG++ (Chung et al. 2024, arXiv 2406.08070) as flow models run it. With ``return_dict=False``: a tuple of the
-        two. Raises ValueError for a timestep that is not on the grid.
+        CFG++ (Chung et al. 2024, arXiv 2406.08070) as flow models run it. ``generator`` is taken as diffusers'
+        pipelines give one, and not used. With ``return_dict=False``: a tuple of the two. Raises ValueError for a
+        timestep that is not on the grid.
         """
         s, s_next = self._ends(timestep)
         v, x_s = model_output.float(), sample.float()
@@ -156,10 +164,18 @@ class FlowHeunScheduler(FlowScheduler):
         self._half: tuple[Tensor, Tensor] | None = None  # x_s and v_s of a step that is half done
         return sigmas.repeat_interleave(2)[1:-1]
 
-    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: Generators = None,
+    ) -> Any:
         """Half a step: ``prev_sample`` is where the network is to be asked next, ``pred_original_sample`` as ever.
 
-        Raises ValueError for a timestep out of turn and for another batch in the middle of a step.
+        ``generator`` is taken as diffusers' pipelines give one, and not used. Raises ValueError for a timestep out of
+        turn and for another batch in the middle of a step.
         """
         calls = len(self.timesteps)
         t = torch.as_tensor(timestep, device="cpu").double()

@@ -7,7 +7,7 @@ Shapes: images (N, C, H, W) in any float dtype; timesteps are integers 0..T-1, T
 num_train_timesteps, () for the whole batch or (N,), one per image.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from samplers import gaussian
+from samplers.criterion import check_data_variance
 
+SPACINGS = ("trailing", "linspace", "leading")
 _NOT_ON_GRID = -2
 
 
@@ -45,6 +47,32 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "data_variance"}
 
 
+def check_saved_variance(variance: float | None) -> None:
+    """Raise ValueError for a variance that no data have; 0 is that of blank images, and of no use to time-shift."""
+    if variance != 0:
+        check_data_variance(variance)
+
+
+def check_chain(who: str, config: Any) -> None:
+    """Raise ValueError unless the scheduler ``who`` over a Gaussian chain can sample what its ``config`` says."""
+    check_saved_variance(config.data_variance)
+    kind, spacing = config.prediction_type, config.timestep_spacing
+    if kind not in gaussian.PREDICTION_TYPES:
+        raise ValueError(f"{who} cannot sample prediction_type {kind!r}, only {', '.join(gaussian.PREDICTION_TYPES)}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"timestep_spacing is {spacing!r}, but must be 'trailing', 'linspace' or 'leading'")
+
+
+def refuse_lost(who: str, fields: Sequence[str], *configs: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of ``configs`` sets one of ``fields``, which change the chain and which ``who`` lacks."""
+    for field in fields:
+        if any(config.get(field) for config in configs):
+            raise ValueError(
+                f"{who} has no {field}; remove it from the scheduler's config or use "
+                "the diffusers scheduler that wrote it"
+            )
+
+
 def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
     """Raise ValueError unless the number of steps is an int in 1..``num_train_timesteps``."""
     is_int = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
@@ -54,23 +82,32 @@ def check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
         )
 
 
+def checked_timestep(timestep: int | Tensor, num_train_timesteps: int) -> Tensor:
+    """``timestep`` () or (N,) as int64 on the CPU; raises ValueError unless it is an integer in 0..T-1."""
+    t = torch.as_tensor(timestep, device="cpu")
+    if t.is_floating_point() or t.dtype == torch.bool:
+        raise ValueError(f"timestep {timestep} must be an integer, not {t.dtype}")
+    if bool(((t < 0) | (t >= num_train_timesteps)).any()):
+        raise ValueError(f"timestep {timestep} lies outside 0..{num_train_timesteps - 1}")
+    return t.long()
+
+
 def timestep_grid(spacing: str, steps: int, num_train_timesteps: int, offset: int = 0) -> list[int]:
     """``steps`` descending timesteps (names of Lin et al. 2024, arXiv 2305.08891, table 2).
 
     "trailing" holds T-1 but not 0, "linspace" both (the grid of DiT's respacing; a single step is
     T-1), "leading" climbs from ``offset`` in strides of T // steps and so misses T-1. Raises
-    ValueError for another name, and for a grid beyond 0..T-1 or, with one step, without noise.
+    ValueError for a grid beyond 0..T-1 or, with one step, without noise.
     """
     last = num_train_timesteps - 1
     if spacing == "trailing":
         grid = [round(num_train_timesteps * k / steps) - 1 for k in range(steps, 0, -1)]
     elif spacing == "linspace":
         grid = [round(t) for t in np.linspace(0, last, steps)[::-1]] if steps > 1 else [last]
-    elif spacing == "leading":
+    else:
+        assert spacing == "leading"  # `check_chain` knows the names
         stride = num_train_timesteps // steps
         grid = [k * stride + offset for k in range(steps - 1, -1, -1)]
-    else:
-        raise ValueError(f"timestep_spacing is {spacing!r}, but must be 'trailing', 'linspace' or 'leading'")
     if spacing == "leading" and (steps == 1 or grid[0] > last or grid[-1] < 0):
         raise ValueError(
             f"timestep_spacing 'leading' with {steps} steps and steps_offset {offset} gives the "
@@ -94,13 +131,8 @@ class ExplicitGrid:
 
     def _build_chain(self, ends_clean: bool = True) -> None:
         """Levels in float64 and the full grid, ending in clean data or else at level 0."""
-        kind = self.config.prediction_type
-        if kind not in gaussian.PREDICTION_TYPES:
-            raise ValueError(
-                f"{type(self).__name__} cannot sample prediction_type {kind!r}, "
-                f"only {', '.join(gaussian.PREDICTION_TYPES)}"
-            )
-        if self.config.get("rescale_betas_zero_snr") and kind == "epsilon":
+        check_chain(type(self).__name__, self.config)
+        if self.config.get("rescale_betas_zero_snr") and self.config.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr leaves no signal at the first step, where prediction_type "
                 "'epsilon' says nothing about the image; use 'v_prediction' or 'sample'"
@@ -138,9 +170,11 @@ class ExplicitGrid:
                 config.timestep_spacing, num_inference_steps, len(self.betas), config.steps_offset
             )
         grid = [int(t) for t in timesteps]
+        whole = all(t == asked for t, asked in zip(grid, timesteps, strict=True))
         falling = all(high > low for high, low in pairwise(grid))
-        if not grid or not falling or grid[0] >= len(self.betas) or grid[-1] < 0:
-            raise ValueError(f"timesteps {grid} must be strictly falling integers in 0..{len(self.betas) - 1}")
+        if not grid or not whole or not falling or grid[0] >= len(self.betas) or grid[-1] < 0:
+            given = grid if whole else [float(t) for t in timesteps]
+            raise ValueError(f"timesteps {given} must be strictly falling integers in 0..{len(self.betas) - 1}")
         self.num_inference_steps = len(grid)
         self._walk(grid, device)
 
@@ -168,12 +202,7 @@ class ExplicitGrid:
         return gaussian.velocity(sample, noise, alpha_bar).to(sample.dtype)
 
     def _checked(self, timestep: int | Tensor) -> Tensor:
-        t = torch.as_tensor(timestep, device="cpu")
-        if t.is_floating_point() or t.dtype == torch.bool:
-            raise ValueError(f"timestep {timestep} must be an integer, not {t.dtype}")
-        if bool(((t < 0) | (t >= len(self.betas))).any()):
-            raise ValueError(f"timestep {timestep} lies outside 0..{len(self.betas) - 1}")
-        return t.long()
+        return checked_timestep(timestep, len(self.betas))
 
     def levels(self, timestep: int | Tensor) -> Levels:
         """The levels of the step from ``timestep`` () or (N,) to the next one of the grid."""

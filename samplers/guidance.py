@@ -29,7 +29,7 @@ class Guidance:
         channels: how many of the first channels are guided, the others staying conditional (DiT's code guides 3 of
             4 latent channels); None: all.
         rule: "cfg", or "cfg++" (Chung et al. 2024, arXiv 2406.08070): the step takes the clean image from the guided
-            answer and puts noise back with the unconditional one; useful scales are in 0..1.
+            answer and puts noise back with the unconditional one; scales are in 0..1.
     """
 
     scale: float = 1.0
@@ -40,12 +40,16 @@ class Guidance:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:
             raise ValueError(f"guidance_scale is {self.scale}, but it must be 0 or more; 1 is off")
-        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+        if self.interval is not None and not _is_interval(self.interval):
             raise ValueError(f"guidance_interval {self.interval} must be (lowest, highest) timestep")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"guidance_channels is {self.channels}, but it must be 1 or more")
         if self.rule not in RULES:
             raise ValueError(f"guidance_rule {self.rule!r} is not one of {', '.join(RULES)}")
+        if self.rule == "cfg++" and self.scale > 1:
+            raise ValueError(
+                f"guidance_scale is {self.scale}, but guidance_rule 'cfg++' takes 0 to 1; give one such as 0.6 (--cfg)"
+            )
         if self.off and (self.interval is not None or self.channels is not None):
             raise ValueError("guidance_interval and guidance_channels do nothing at guidance_scale 1; leave them out")
 
@@ -54,9 +58,21 @@ class Guidance:
         """Is the conditional model all that is asked for?"""
         return self.scale == 1 and self.rule == "cfg"
 
+    def check(self, timesteps: Tensor) -> None:
+        """Raise ValueError for an interval that holds none of these timesteps of a schedule."""
+        if self.interval is not None and not any(map(self.applies, timesteps.tolist())):
+            raise ValueError(
+                f"guidance_interval {self.interval} holds none of the {len(timesteps)} timesteps of this run, "
+                f"{float(timesteps.min()):g} to {float(timesteps.max()):g}, so that nothing is guided; use a wider one"
+            )
+
     def applies(self, t: float) -> bool:
         """Is the network's answer at timestep t guided?"""
         return not self.off and (self.interval is None or self.interval[0] <= t <= self.interval[1])
+
+
+def _is_interval(interval: Any) -> bool:
+    return isinstance(interval, Sequence) and len(interval) == 2 and interval[0] <= interval[1]
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,8 @@ def epsilon_scaling(scheduler: Any, prediction_type: str, scale: float | tuple[f
     Raises:
         ValueError: lambda is not above 0 everywhere, or the network has no eps to scale.
     """
+    if isinstance(scale, str) or (isinstance(scale, Sequence) and len(scale) != 2):
+        raise ValueError(f"epsilon_scale is {scale!r}, but it must be a number b, or (k, b) for k t + b; 1 is off")
     k, b = scale if isinstance(scale, Sequence) else (0.0, scale)
     if (k, b) == (0.0, 1.0):
         return None

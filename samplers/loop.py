@@ -24,7 +24,7 @@ def sample(
     noise: Tensor,
     *,
     num_inference_steps: int,
-    class_labels: Tensor | None = None,
+    class_labels: Tensor | Sequence[int] | None = None,
     null_label: int | None = None,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -49,9 +49,9 @@ def sample(
         null_label: the label that means "no class"; guidance needs it.
         guidance_scale: classifier-free guidance ``uncond + w (cond - uncond)``, in one forward of 2N
             images. 1 is the plain conditional model in one pass of N. See `samplers.guidance.Guidance`.
-        guidance_interval: (lowest, highest) timestep at which to guide; None: all.
+        guidance_interval: (lowest, highest) timestep at which to guide, some of the run's within; None: all.
         guidance_channels: guide only so many first channels; None: all.
-        guidance_rule: "cfg", or "cfg++" where the scheduler has it (DDIM and flow Euler).
+        guidance_rule: "cfg", or "cfg++" where the scheduler has it (DDIM and flow Euler), with a scale in 0..1.
         epsilon_scale: lambda of epsilon scaling, a number or (k, b) for ``k t + b``; 1 is off. See
             `samplers.guidance.epsilon_scaling`.
         generators: one per image, from `image_generators`: what a stochastic step draws for image n
@@ -71,12 +71,13 @@ def sample(
     guidance = Guidance(
         scale=guidance_scale, interval=guidance_interval, channels=guidance_channels, rule=guidance_rule
     )
-    labels = None if class_labels is None else class_labels.to(noise.device)
+    labels = None if class_labels is None else torch.as_tensor(class_labels, device=noise.device)
     network = Network(model, labels, null_label, guidance)
     network.check(noise)
     step_options = _step_options(scheduler, len(noise), generators, eta, guidance)
     rescaled = epsilon_scaling(scheduler, prediction_type_of(scheduler.config), epsilon_scale)
     scheduler.set_timesteps(num_inference_steps)
+    guidance.check(scheduler.timesteps)
 
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -127,7 +128,7 @@ def _step_options(
     options: dict[str, Any] = {}
     if eta != 0:
         if "eta" not in known:
-            raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta; use 0 or sampler 'ddim'")
+            raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta; use 0, or 'ddim' or 'ts-ddim'")
         options["eta"] = eta
     if guidance.rule == "cfg++" and "model_output_uncond" not in known:
         raise ValueError(f"guidance_rule 'cfg++' works with ddim and flow-euler, not with {type(scheduler).__name__}")

@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from samplers.catalog import SAMPLERS
+from samplers.catalog import LIBRARY_ERRORS, SAMPLERS
 
 CODE = ("auto_map", "quantization_config")  # entries that name further code
 _TABLES = 2**30  # bytes, at most, of what a network computes from its config alone, such as positions
 _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as many values
-LIBRARY_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of diffusers
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from samplers import gaussian
-from samplers.grid import ExplicitGrid, Levels, stock_config
+from samplers.grid import ExplicitGrid, Levels, refuse_lost, stock_config
+from samplers.noise import Generators
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
 __all__ = ["PNDMScheduler", "SchedulerMixin"]
@@ -62,6 +63,12 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
             raise ValueError("skip_prk_steps is for the stock PNDMScheduler; F-PNDM has Runge-Kutta steps")
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
         self._build_chain(ends_clean=set_alpha_to_one)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As ever, but ValueError for ``rescale_betas_zero_snr``: the stock code would keep it and not obey it."""
+        refuse_lost(cls.__name__, ["rescale_betas_zero_snr"], config or {}, kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _walk(self, grid: list[int], device: torch.device | str | None) -> None:
         super()._walk(grid, device)
@@ -113,11 +120,18 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
         net = self._alpha_bar[call.timestep]
         return Levels(net, net, self._at(call.end), torch.tensor(call.end < 0))
 
-    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: Generators = None,
+    ) -> Any:
         """Take in one network call: ``prev_sample`` (the image to ask about next) and ``pred_original_sample``.
 
-        With ``return_dict=False``: a tuple of the two. Raises ValueError for a timestep out of turn and for
-        another batch than the one the run began with.
+        ``generator`` is taken as diffusers' pipelines give one, and not used. With ``return_dict=False``: a tuple of
+        the two. Raises ValueError for a timestep out of turn and for another batch than the one the run began with.
         """
         x_prev, x0 = self.update(model_output, sample, self.levels(timestep))
         if not return_dict:

@@ -1,8 +1,12 @@
 """Two fast solvers of diffusers, DPM-Solver++(2M) and UniPC, on a grid that is right for every number of steps.
 
-The stock classes build "trailing" grids by summing floats, which for 111 of the numbers 1..1000 gives one
-timestep too many (61 steps: 62, the last at t = -1); and a config that was saved with a learned variance
-makes them cut images to three channels. Both also need float32 images: the loop gives them those.
+The stock classes build "trailing" grids by summing floats: for 111 of the numbers 1..1000 the grid is not the one
+meant, and for 62 of those it is one timestep too long (61 steps: 62, the last at t = -1). A config that was saved with
+a learned variance makes them cut images to three channels; their `add_noise` is right only at timesteps of the grid;
+and they compute in the dtype of the images, here in float32.
+
+Shapes: images (N, C, H, W) in any float dtype, returned in the dtype of ``sample``; timesteps are integers
+0..num_train_timesteps-1.
 """
 
 from dataclasses import dataclass
@@ -16,7 +20,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from samplers.grid import check_steps, stock_config, timestep_grid
+from samplers import gaussian
+from samplers.grid import check_chain, check_steps, checked_timestep, refuse_lost, stock_config, timestep_grid
+from samplers.noise import Generators
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
 __all__ = ["DPMSolverScheduler", "SchedulerMixin", "UniPCScheduler"]
@@ -24,14 +30,17 @@ __all__ = ["DPMSolverScheduler", "SchedulerMixin", "UniPCScheduler"]
 
 @dataclass
 class SolverOutput(BaseOutput):  # type: ignore[misc]
-    """What a step gives: prev_sample, and the prediction of the clean image, both (N, C, H, W) float32."""
+    """What a step gives: prev_sample, and the prediction of the clean image, both (N, C, H, W)."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
 
 
 class _Solver:
-    """What the two share, in front of a stock class: fewer fields, of which none is obeyed unseen, and the grid."""
+    """What the two share, in front of a stock class: fewer fields, of which none is obeyed unseen, and the grid.
+
+    Raises ValueError for another prediction type than those of `samplers.gaussian` and for an unknown spacing.
+    """
 
     config: Any
     alphas_cumprod: Tensor
@@ -54,11 +63,16 @@ class _Solver:
         steps_offset: int = 0,
         data_variance: float | None = None,
     ) -> None:
+        check_chain(type(self).__name__, self.config)
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As ever, but with the fields of ``__init__`` alone: the stock code would obey any other that it finds."""
+        """As ever, but with the fields of ``__init__`` alone: the stock code would obey any other that it finds.
+
+        Raises ValueError for ``rescale_betas_zero_snr``, without which the chain would be another one.
+        """
+        refuse_lost(cls.__name__, ["rescale_betas_zero_snr"], config or {}, kwargs)
         known = signature(cls.__init__).parameters
         left = (config or {}).get("_use_default_values", ())  # the saving class was not told these
         fields = {key: value for key, value in (config or {}).items() if key in known and key not in left}
@@ -80,12 +94,25 @@ class _Solver:
         self.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
         self.num_inference_steps = num_inference_steps
 
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t (N, C, H, W) of clean images at any ``timesteps`` () or (N,), in the images' dtype."""
+        alpha_bar = self.alphas_cumprod.double()[checked_timestep(timesteps, len(self.alphas_cumprod))]
+        return gaussian.noisy_image(original_samples, noise, alpha_bar).to(original_samples.dtype)
+
     def step(
-        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        return_dict: bool = True,
+        generator: Generators = None,
     ) -> SolverOutput | tuple[Tensor, Tensor]:
-        """The stock step, and what it took the clean image for, as the other samplers tell it."""
-        made = super().step(model_output, timestep, sample, return_dict=False)  # type: ignore[misc]
-        both = made[0], self.model_outputs[-1]  # both solvers keep data predictions
+        """The stock step in float32, and what it took the clean image for, as the other samplers tell it.
+
+        ``generator`` is taken as diffusers' pipelines give one, and not used.
+        """
+        x_prev = super().step(model_output.float(), timestep, sample.float(), return_dict=False)[0]  # type: ignore[misc]
+        both = x_prev.to(sample.dtype), self.model_outputs[-1].to(sample.dtype)  # both solvers keep data predictions
         return SolverOutput(*both) if return_dict else both
 
 

@@ -14,6 +14,7 @@ Shapes: images (N, C, H, W) in any float dtype; timesteps are integers 0..T-1, T
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from samplers.criterion import Variance, VarianceCriterion, clean_variance
+from samplers.criterion import VarianceCriterion, clean_variance
 from samplers.grid import Levels
 from samplers.noise import Generators
 from samplers.pndm import PNDMScheduler
@@ -37,6 +38,12 @@ MODES = ("target", "network", "both")
 UNIT = 0.95  # from this data variance on, the variance of x_t hardly tells one timestep from another
 
 logger = logging.get_logger(__name__)
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """Warn, once in a program: a set of images takes a new scheduler for every batch."""
+    logger.warning(sentence)
 
 
 def window_of(network_calls: int, num_train_timesteps: int) -> int:
@@ -132,13 +139,11 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.betas, self.alphas_cumprod = self._base.betas, self._base.alphas_cumprod
         self.init_noise_sigma = 1.0
         self._alpha_bar = self._base._alpha_bar  # (T,) float64
-        v = clean_variance(exposure_variance, data_variance, num_train_timesteps)
-        self._criterion = VarianceCriterion(self._alpha_bar, v, exposure_cutoff, exposure_min_snr)
+        self._variance = clean_variance(exposure_variance, data_variance, num_train_timesteps)
+        self._criterion = VarianceCriterion(self._alpha_bar, self._variance, exposure_cutoff, exposure_min_snr)
         self._chosen: Tensor | None = None  # timesteps (N,) to ask the network about next
         self._levels_on: dict[torch.device, Tensor] = {}
         self._restart()
-        self._said: set[str] = set()
-        self._warn(v)
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -170,6 +175,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Choose the grid, as the base does, and start again."""
         self._base.set_timesteps(num_inference_steps, device, timesteps)
         self._restart()
+        self._warn()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """``sample`` itself."""
@@ -203,18 +209,22 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """One step from the scheduled ``timestep`` (): a `TimeShiftOutput`, or with ``return_dict=False`` a tuple.
 
-        ``eta`` and ``use_clipped_model_output`` are DDIM's; ``generator`` may be one per image. Raises ValueError for
-        a timestep that is not on the grid or not one for all images.
+        ``eta`` and ``use_clipped_model_output`` are DDIM's, and refused for another base; ``generator`` may be one per
+        image. Raises ValueError too for a timestep that is not on the grid or not one for all images.
         """
         if torch.as_tensor(timestep).ndim:
             raise ValueError("time-shift takes one scheduled timestep for all images; it shifts each image's itself")
         if eta and self.config.base != "ddim":
             raise ValueError(f"eta is {eta}, but base {self.config.base!r} has no eta; use base 'ddim'")
+        if use_clipped_model_output and self.config.base != "ddim":
+            raise ValueError(
+                f"use_clipped_model_output is True, but base {self.config.base!r} has no such option; use base 'ddim'"
+            )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, but it must be from 0 (DDIM) to 1 (the noise of DDPM)")
         self._restart_at(timestep)
         if self.config.exposure_window is None and self.window <= 1:
-            self._say_once(
+            say_once(
                 f"time-shift is for few steps: with {len(self.timesteps)} network calls its own window is "
                 f"{self.window}, which shifts nothing; set exposure_window to shift all the same"
             )
@@ -242,11 +252,15 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if self._chosen is None:
                 return levels, None
             if not self._asked:
-                self._say_once(
+                say_once(
                     f"exposure_mode {mode!r} is ignored: this loop does not ask scheduler.model_timestep(t) what to "
                     "tell the network; use samplers.sample, or exposure_mode 'target'"
                 )
                 return levels, None
+            if len(self._chosen) != len(sample):
+                raise ValueError(
+                    f"{len(sample)} images follow {len(self._chosen)}; call set_timesteps before another batch"
+                )
             net = self._alpha_bar_on(sample.device)[self._chosen]
             return levels._replace(net=net, start=net if mode == "both" else levels.start), None
         after = self._after(timestep, self._calls)
@@ -299,11 +313,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._levels_on[device] = self._alpha_bar.to(dtype).to(device)
         return self._levels_on[device]
 
-    def _say_once(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
-            logger.warning(sentence)
-
     def _check(self) -> None:
         c, T = self.config, self.config.num_train_timesteps
         if c.base not in BASES:
@@ -326,14 +335,14 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not 0 <= c.exposure_min_snr < math.inf:
             raise ValueError(f"exposure_min_snr is {c.exposure_min_snr}, but it must be 0 or more; 0 is no guard")
 
-    def _warn(self, v: Variance) -> None:
-        c = self.config
+    def _warn(self) -> None:
+        c, v = self.config, self._variance
         if c.exposure_window in (0, 1):
             return
         if c.exposure_variance in (None, "published") and (c.data_variance or 0.0) >= UNIT:
-            self._say_once(
+            say_once(
                 f"the data has variance {c.data_variance:.2f}, so that x_t has about the same at every timestep: the "
                 "published criterion only shifts to the edge of its window here; calibrate it with exposure_variance"
             )
         if isinstance(v, float) and v != 1 and abs(1 - v) <= 1 - UNIT and not c.exposure_min_snr:
-            self._say_once(f"with a data variance of {v:.3f} the choice follows its own noise; set exposure_min_snr")
+            say_once(f"with a data variance of {v:.3f} the choice follows its own noise; set exposure_min_snr")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from ditmoe.config import Config, ModelConfig, MoEConfig, ObjectiveConfig, Sampl
 from ditmoe.generate import balanced_labels, draw
 from ditmoe.image_sets import requested, run
 from ditmoe.model import build
+from samplers import catalog, time_shift
 
 
-def make(kind: str = "v_prediction", num_classes: int = 4, sampler: str = "ddim") -> pipeline.DiTMoEPipeline:
+def make(
+    kind: str = "v_prediction", num_classes: int = 4, sampler: str = "ddim", data_variance: float | None = None
+) -> pipeline.DiTMoEPipeline:
     config = Config(
         model=ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, ffn_width=48),
         moe=MoEConfig(num_experts=4, expert_width=16, shared_width=16),
@@ -29,7 +33,7 @@ def make(kind: str = "v_prediction", num_classes: int = 4, sampler: str = "ddim"
     model = build(config, num_classes)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return pipeline.assemble(model, config, {i: f"class {i}" for i in range(num_classes)})
+    return pipeline.assemble(model, config, {i: f"class {i}" for i in range(num_classes)}, data_variance)
 
 
 def test_saved_and_loaded_pipelines_draw_the_same_images(tmp_path: Path) -> None:
@@ -96,7 +100,12 @@ def test_a_flow_model_takes_flow_samplers_only() -> None:
         ({"class_labels": [0], "output_type": "jpg"}, "pil or pt"),
         ({"class_labels": [0], "eta": 2.0}, "eta is 2.0"),
         ({"class_labels": [0], "epsilon_scale": 0.0}, "epsilon_scale"),
-        ({"class_labels": [0], "guidance_rule": "cfg++", "sampler": "ddpm"}, "works with ddim"),
+        ({"class_labels": [0], "guidance_rule": "cfg++", "guidance_scale": 1.0, "sampler": "ddpm"}, "works with ddim"),
+        (
+            {"class_labels": [0], "guidance_rule": "cfg++"},
+            r"guidance_scale is 1.5, but guidance_rule 'cfg\+\+' takes 0 ",
+        ),
+        ({"class_labels": [0], "guidance_interval": (2000, 3000)}, "holds none of the 4 timesteps of this run"),
         ({"class_labels": [0], "sampler": "ts-ddim", "sampler_options": {"exposure_window": -1}}, "exposure_window"),
     ],
 )
@@ -169,6 +178,72 @@ def test_sample_py_writes_grids_npz_and_folders(tmp_path: Path) -> None:
     (tmp_path / "other" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is not empty"):
         run(SampleArgs(tmp_path, out=tmp_path / "other", num=1), Alone())
+
+
+def test_what_time_shift_used_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.save(make(data_variance=0.4), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / "a.npz", num=2, sampler="ts-ddim", steps=10)
+    run(args, Alone())
+    with np.load(tmp_path / "a.npz") as file:
+        noted = json.loads(str(file["facts"]))["sampler"]
+    used = {"exposure_window": 40, "exposure_cutoff": 100, "exposure_mode": "both",
+            "exposure_variance": "published", "exposure_min_snr": 0.0}  # fmt: skip
+    assert {name: value for name, value in noted.items() if name.startswith("exposure_")} == used
+    same = replace(args, exposure_window=40, exposure_mode="both", exposure_variance="published")
+    assert requested(same).facts == requested(args).facts
+    other = requested(replace(args, exposure_variance="calibrated", exposure_min_snr=1.0)).facts["sampler"]
+    assert other == {**noted, "exposure_variance": "calibrated", "exposure_min_snr": 1.0}
+    assert not [name for name in requested(replace(args, sampler="ddim")).facts["sampler"] if "exposure" in name]
+    run(replace(args, out=tmp_path / "many"), Alone())
+    monkeypatch.setattr(catalog, "TIME_SHIFT_CUTOFF", 0.2)  # another version of the program
+    with pytest.raises(ValueError, match=r"part of another set \(other sampler\)"):
+        run(replace(args, out=tmp_path / "many"), Alone())
+
+
+def test_what_time_shift_says_is_true_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_shift.say_once.cache_clear()
+    said: list[str] = []
+    monkeypatch.setattr(time_shift.logger, "warning", said.append)
+    pipeline.save(make(sampler="ts-ddim", data_variance=1.0), tmp_path / "model")  # as of latents
+    args = SampleArgs(tmp_path, out=tmp_path / "a.npz", num=4, batch_size=1, steps=4)
+    run(replace(args, exposure_variance="calibrated"), Alone())
+    config = pipeline.load(tmp_path).scheduler.config
+    assert catalog.network_calls("ts-ddim", config, 4, {"exposure_variance": "calibrated"}) == 4
+    assert said == []
+    run(args, Alone())
+    assert len(said) == 1
+    assert "the data has variance 1.00" in said[0]
+    run(replace(args, sampler="ts-ddim", steps=60, exposure_variance="calibrated"), Alone())
+    assert len(said) == 2
+    assert "time-shift is for few steps: with 60 network calls" in said[1]
+
+
+def test_a_refused_command_does_not_keep_its_folder(tmp_path: Path) -> None:
+    pipeline.save(make(num_classes=0), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / "many", num=2, cfg=2.0)
+    with pytest.raises(ValueError, match="an unconditional model can only be sampled with guidance_scale 1"):
+        run(args, Alone())
+    run(replace(args, cfg=None), Alone())
+    assert len(list((tmp_path / "many").glob("*.png"))) == 2
+    assert json.loads((tmp_path / "many" / "sampling.json").read_text())["sampler"]["cfg"] is None
+    with pytest.raises(ValueError, match=r"part of another set \(other sampler\)"):
+        run(args, Alone())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "field", "sentence"),
+    [
+        ("ts-ddim", {"data_variance": "0.4"}, "data_variance is '0.4', but it must be a number above 0"),
+        ("unipc", {"solver_order": "2"}, "sampler 'unipc' cannot be made of the saved scheduler's config"),
+    ],
+)
+def test_a_damaged_scheduler_is_refused(tmp_path: Path, sampler: str, field: dict[str, Any], sentence: str) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    file = tmp_path / "model/scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **field}))
+    with pytest.raises(ValueError, match=sentence):
+        run(SampleArgs(tmp_path, out=tmp_path / "many", num=1, sampler=sampler), Alone())
+    assert not (tmp_path / "many").exists()
 
 
 @pytest.mark.parametrize("name", ["set.npz", "folder"])

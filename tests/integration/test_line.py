@@ -172,6 +172,11 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
         (["sample", "{run}", "--extractor", "dinov2-vitl14"], "give --score REF too"),
         (["sample", "{run}", "--score", "digits:test", "--out", "{new}.png"], "goes to an .npz file or a folder"),
         (["sample", "{run}", "--exposure-window", "40"], "'ddim' has no exposure_window; it belongs to ts-ddpm"),
+        (["sample", "{run}", "--flow-shift", "3"], "'ddim' has no flow_shift; it belongs to flow-euler"),
+        (
+            ["sample", "{run}", "--guidance-rule", "cfg++"],
+            "guidance_rule 'cfg++' takes 0 to 1; give one such as 0.6 (--cfg)",
+        ),
     ],
 )
 def test_mistakes(run: Path, tmp_path: Path, argv: list[str], sentence: str) -> None:

@@ -77,6 +77,17 @@ def test_stock_configs_say_what_they_predict():
     assert make_scheduler("ddpm", {}).config.prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize("stock", [diffusers.UniPCMultistepScheduler, diffusers.DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("name", ["flow-euler", "flow-heun", "flow-sde"])
+def test_a_flow_model_keeps_the_warp_that_it_was_saved_with(name, stock):
+    """diffusers' solvers have `flow_shift` for what its flow schedulers call `shift`."""
+    saved = stock(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction").config
+    assert make_scheduler(name, saved).config.shift == 3
+    assert make_scheduler(name, {**saved, "shift": 2.0}).config.shift == 2
+    assert make_scheduler(name, saved, {"shift": 5.0}).config.shift == 5
+    assert make_scheduler(name, make_scheduler("flow-euler", saved).config).config.shift == 3
+
+
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
@@ -177,6 +188,13 @@ def test_a_chain_that_a_sampler_cannot_walk_is_refused(name, field):
 def test_time_shift_fits_a_short_chain():
     scheduler = make_scheduler("ts-ddim", {"num_train_timesteps": 100})
     assert type(scheduler) is TimeShiftScheduler
+    assert scheduler.config.exposure_cutoff == 10
+
+
+def test_time_shift_stops_at_a_tenth_of_the_training_steps_unless_told_otherwise():
+    """The value that the tables of docs/samplers.md were measured with."""
+    assert make_scheduler("ts-ddpm", {}).config.exposure_cutoff == 100
+    assert make_scheduler("ts-ddpm", {"exposure_cutoff": 300}).config.exposure_cutoff == 300
 
 
 def test_network_calls_refuses_what_the_sampler_refuses():

@@ -68,7 +68,7 @@ def test_scale_one_and_zero_are_the_two_models():
 
 @pytest.mark.parametrize(
     ("interval", "guided"),
-    [((1000.5, 2000), []), ((200, 700), [699, 599, 499, 399, 299]), ((499, 499), [499]), ((0, 1000), GRID)],
+    [((200, 700), [699, 599, 499, 399, 299]), ((499, 499), [499]), ((0, 1000), GRID)],
 )
 def test_outside_the_interval_there_is_no_second_pass(interval, guided):
     network = OptimalNetwork(mean=0.8)
@@ -83,8 +83,24 @@ def test_outside_the_interval_there_is_no_second_pass(interval, guided):
 
 
 def test_outside_the_interval_is_the_conditional_model_to_the_bit():
-    assert torch.equal(run(guidance_interval=(2000, 3000), **GUIDED), run(class_labels=LABELS))
+    seen = {}
+    for name, options in {
+        "interval": {**GUIDED, "guidance_interval": (0, 500)},
+        "off": {"class_labels": LABELS},
+    }.items():
+        run(callback=lambda k, t, x, x0, name=name: seen.update({(name, int(t)): x.clone()}), **options)
+    for t in GRID:
+        assert torch.equal(seen["interval", t], seen["off", t]) == (t >= 499)
     assert torch.equal(run(guidance_interval=(0, 999), **GUIDED), run(**GUIDED))
+
+
+@pytest.mark.parametrize("interval", [(2000, 3000), (1000.5, 2000), (0, 98.9), (500, 598)])
+@pytest.mark.parametrize("rule", ["cfg", "cfg++"])
+def test_an_interval_without_a_step_in_it_is_refused(interval, rule):
+    network, options = OptimalNetwork(mean=0.8), {**GUIDED, "guidance_scale": 0.6, "guidance_rule": rule}
+    with pytest.raises(ValueError, match=r"holds none of the 10 timesteps of this run, 99 to 999, .* use a wider one"):
+        run(network=network, guidance_interval=interval, **options)
+    assert network.batches == []
 
 
 def test_the_interval_of_a_flow_is_on_the_networks_scale():
@@ -136,7 +152,7 @@ def test_only_the_first_channels_are_guided(learned):
 
 def test_channels_that_are_not_guided_stay_conditional_under_cfg_plus_plus():
     common = {"noise": noise_of(3), "network": Labelled()}
-    some = run(guidance_channels=3, guidance_rule="cfg++", **common, **GUIDED)
+    some = run(guidance_channels=3, guidance_rule="cfg++", **common, **{**GUIDED, "guidance_scale": 0.6})
     assert torch.equal(some[:, 3:], run(class_labels=LABELS, **common)[:, 3:])
 
 
@@ -203,9 +219,17 @@ def test_cfg_plus_plus_of_every_prediction_type_walks_one_trajectory():
 
 def test_cfg_plus_plus_keeps_to_its_interval():
     network = OptimalNetwork(mean=0.8)
-    options = {"guidance_rule": "cfg++", **GUIDED}
-    assert torch.equal(run(network=network, guidance_interval=(2000, 3000), **options), run(class_labels=LABELS))
-    assert network.batches == [3] * 10
+    options = {**GUIDED, "guidance_rule": "cfg++", "guidance_scale": 0.6, "guidance_interval": (200, 700)}
+    run(network=network, **options)
+    assert network.batches == [6 if 200 <= t <= 700 else 3 for t in GRID]
+
+
+@pytest.mark.parametrize("scale", [1.001, 1.5, 7.0])
+def test_cfg_plus_plus_is_refused_beyond_its_scales(scale):
+    with pytest.raises(
+        ValueError, match=rf"guidance_scale is {scale}, but guidance_rule 'cfg\+\+' takes 0 to 1; give one"
+    ):
+        run(guidance_rule="cfg++", **{**GUIDED, "guidance_scale": scale})
 
 
 @pytest.mark.parametrize(
@@ -215,13 +239,16 @@ def test_cfg_plus_plus_is_refused_where_there_is_none(scheduler):
     with pytest.raises(
         ValueError, match=f"'cfg\\+\\+' works with ddim and flow-euler, not with {type(scheduler).__name__}"
     ):
-        run(scheduler, guidance_rule="cfg++", **GUIDED)
+        run(scheduler, guidance_rule="cfg++", **{**GUIDED, "guidance_scale": 0.6})
 
 
 @pytest.mark.parametrize("scheduler", [FlowHeunScheduler(), FlowSDEScheduler()])
 def test_cfg_plus_plus_is_refused_by_the_other_flows(scheduler):
     with pytest.raises(ValueError, match=r"works with ddim and flow-euler"):
-        run(scheduler, network=OptimalNetwork("flow_prediction"), guidance_rule="cfg++", **GUIDED)
+        run(
+            scheduler, network=OptimalNetwork("flow_prediction"), guidance_rule="cfg++",
+            **{**GUIDED, "guidance_scale": 0.6},
+        )  # fmt: skip
 
 
 # Refusals
@@ -234,6 +261,8 @@ def test_cfg_plus_plus_is_refused_by_the_other_flows(scheduler):
         ({"scale": float("inf")}, "guidance_scale is inf"),
         ({"scale": 2.0, "interval": (500, 400)}, r"guidance_interval \(500, 400\) must be \(lowest, highest\)"),
         ({"scale": 2.0, "interval": (float("nan"), 400)}, "guidance_interval"),
+        ({"scale": 2.0, "interval": (1, 2, 3)}, r"guidance_interval \(1, 2, 3\) must be \(lowest, highest\)"),
+        ({"scale": 2.0, "interval": 5}, r"guidance_interval 5 must be \(lowest, highest\)"),
         ({"scale": 2.0, "channels": 0}, "guidance_channels is 0, but it must be 1 or more"),
         ({"scale": 2.0, "rule": "cfg+"}, r"guidance_rule 'cfg\+' is not one of cfg, cfg\+\+"),
         ({"interval": (0, 500)}, "do nothing at guidance_scale 1"),

@@ -14,6 +14,7 @@ from samplers import (
     DDIMScheduler,
     DDPMScheduler,
     FlowEulerScheduler,
+    TimeShiftScheduler,
     image_generators,
     initial_noise,
     sample,
@@ -334,6 +335,14 @@ def test_the_callback_sees_where_each_step_started():
     assert predictions == [None, None]
 
 
+def test_labels_may_be_a_list():
+    a, b = (
+        sample(Elementwise(), DDIMScheduler(), noise_of(2), num_inference_steps=2, class_labels=labels)
+        for labels in ([3, 1], torch.tensor([3, 1]))
+    )
+    assert torch.equal(a, b)
+
+
 def test_images_are_ordinary_tensors_and_the_noise_is_untouched():
     noise = noise_of(2)
     before = noise.clone()
@@ -352,6 +361,16 @@ def test_progress_is_silent_unless_asked_for_on_a_terminal(capsys):
 # Refusals
 
 
+def test_another_batch_in_the_middle_of_a_run_is_refused():
+    scheduler = TimeShiftScheduler(exposure_window=150, exposure_mode="both", exposure_cutoff=0)
+    scheduler.set_timesteps(10)
+    x, first, second = noise_of(3), *scheduler.timesteps[:2]
+    x = scheduler.step(x.sin(), first, x).prev_sample[:2]
+    assert scheduler.model_timestep(second).shape == (3,)
+    with pytest.raises(ValueError, match="2 images follow 3; call set_timesteps before another batch"):
+        scheduler.step(x.sin(), second, x)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -364,8 +383,10 @@ def test_progress_is_silent_unless_asked_for_on_a_terminal(capsys):
         ({"guidance_scale": float("nan")}, "must be 0 or more"),
         ({"class_labels": torch.tensor([0])}, r"shape \(1,\) for 2 images"),
         ({"generators": image_generators(0, [0])}, "1 generators were given for 2 images"),
-        ({"scheduler": DDPMScheduler(), "eta": 0.5}, "DDPMScheduler has no eta"),
+        ({"scheduler": DDPMScheduler(), "eta": 0.5}, "DDPMScheduler has no eta; use 0, or 'ddim' or 'ts-ddim'"),
         ({"eta": 2.0}, "eta is 2.0"),
+        ({"epsilon_scale": "1.01"}, "epsilon_scale is '1.01', but it must be a number b, or "),
+        ({"epsilon_scale": (0.0, 1.0, 2.0)}, r"epsilon_scale is \(0.0, 1.0, 2.0\), but it must be a number b, or "),
         ({"scheduler": DDPMScheduler(variance_type="learned_range")}, "emits 3 channels"),
         ({"noise": noise_of(2, (5, 8, 8))}, "must emit 5, or 10"),
     ],

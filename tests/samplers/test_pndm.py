@@ -170,6 +170,17 @@ def test_save_load_and_stock_configs(tmp_path):
     assert diffusers.PNDMScheduler.from_config(ours.config).config.beta_end == 0.012
 
 
+def test_a_rescaled_chain_is_refused_by_from_config():
+    """The stock PNDMScheduler does not have it either; `from_config` would keep it in the config and not obey it."""
+    saved = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").config
+    sentence = "PNDMScheduler has no rescale_betas_zero_snr; remove it from the scheduler's config or use the diffusers"
+    with pytest.raises(ValueError, match=sentence):
+        PNDMScheduler.from_config(saved)
+    with pytest.raises(ValueError, match=sentence):
+        PNDMScheduler.from_config(diffusers.DDIMScheduler().config, rescale_betas_zero_snr=True)
+    assert PNDMScheduler.from_config(diffusers.DDIMScheduler(beta_end=0.012).config).config.beta_end == 0.012
+
+
 def test_mistakes_are_refused_in_a_sentence():
     x = noise_of(2)
     for n in (1, 2, 3):

@@ -88,6 +88,17 @@ def test_the_grid_is_that_of_all_our_samplers(cls):
 
 
 @pytest.mark.parametrize(("name", "cls", "stock"), PAIRS)
+def test_the_stock_grid_differs_from_ours_for_111_numbers_of_steps_and_62_are_too_long(name, cls, stock):
+    other = longer = 0
+    theirs = stock(timestep_spacing="trailing")
+    for n in range(1, 1001):
+        theirs.set_timesteps(n)
+        other += theirs.timesteps.tolist() != timestep_grid("trailing", n, 1000)
+        longer += len(theirs.timesteps) == n + 1
+    assert (other, longer) == (111, 62)
+
+
+@pytest.mark.parametrize(("name", "cls", "stock"), PAIRS)
 def test_equals_diffusers_where_diffusers_is_right(name, cls, stock):
     config = {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}
     network, noise = OptimalNetwork("v_prediction"), noise_of(2)
@@ -175,11 +186,46 @@ def test_a_name_means_the_same_from_any_config(name, stock):
 
 
 @pytest.mark.parametrize("cls", BOTH)
+def test_half_precision_goes_in_and_out_and_the_arithmetic_is_float32(cls):
+    half, full = make(cls), make(cls)
+    x = noise_of(2).bfloat16()
+    for t in half.timesteps:
+        output = x.float().sin().bfloat16()
+        a, b = half.step(output, t, x), full.step(output.float(), t, x.float())
+        for key in ("prev_sample", "pred_original_sample"):
+            assert a[key].dtype == torch.bfloat16
+            assert torch.equal(a[key], b[key].bfloat16())
+        x = a.prev_sample
+
+
+@pytest.mark.parametrize(("name", "cls", "stock"), PAIRS)
+def test_a_network_that_they_cannot_sample_is_refused(name, cls, stock):
+    flow = stock(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction").config
+    sentence = "{} cannot sample prediction_type '{}', only epsilon, v_prediction, sample"
+    with pytest.raises(ValueError, match=sentence.format(cls.__name__, "flow_prediction")):
+        cls.from_config(flow)
+    with pytest.raises(ValueError, match=sentence.format(cls.__name__, "foo")):
+        cls(prediction_type="foo")
+    with pytest.raises(ValueError, match=sentence.format(cls.__name__, "flow_prediction")):
+        make_scheduler(name, {}, {"prediction_type": "flow_prediction"})
+
+
+@pytest.mark.parametrize(("name", "cls", "stock"), PAIRS)
+def test_a_rescaled_chain_is_refused_by_from_config(name, cls, stock):
+    sentence = f"{cls.__name__} has no rescale_betas_zero_snr; remove it from the scheduler's config or use the diff"
+    with pytest.raises(ValueError, match=sentence):
+        cls.from_config(stock(rescale_betas_zero_snr=True).config)
+    with pytest.raises(ValueError, match=sentence):
+        cls.from_config(stock().config, rescale_betas_zero_snr=True)
+    cls.from_config(stock().config, rescale_betas_zero_snr=False)
+
+
+@pytest.mark.parametrize("cls", BOTH)
 def test_mistakes_are_refused_in_a_sentence(cls):
     for n in (0, -1, 1001, 2.5, True):
         with pytest.raises(ValueError, match="must be an integer from 1 to 1000"):
             make(cls, n)
     with pytest.raises(ValueError, match="timestep_spacing 'leading' with 1 steps"):
         make(cls, 1, timestep_spacing="leading")
-    with pytest.raises(ValueError, match="even"):
-        make(cls, timestep_spacing="even")
+    with pytest.raises(ValueError, match="timestep_spacing is 'even'"):
+        cls(timestep_spacing="even")
