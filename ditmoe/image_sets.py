@@ -229,7 +229,7 @@ def write_folder(images: ImageSet, folder: Path, batch_size: int, processes: Pro
     for indices in _share(images, batch_size, processes):
         missing = [i for i in indices if not (folder / names[i]).exists()]
         if missing:  # drawn as the batch that it was, for the last bits may depend on its size
-            batch = draw_some(images.pipe, images.labels, indices, images.options)
+            batch = _drawn(images, indices, folder)
             for i in missing:
                 pixels = batch[i - indices[0]]
                 partial = folder / f".{names[i]}.tmp"
@@ -254,9 +254,9 @@ def write_npz(images: ImageSet, path: Path, batch_size: int, processes: Processe
     for indices in _share(images, batch_size, processes):
         part = parts / f"{indices[0]:09d}-{indices[-1]:09d}.npy"
         if not part.exists():
-            partial = part.with_suffix(".tmp")
+            pixels, partial = _drawn(images, indices, parts), part.with_suffix(".tmp")
             with partial.open("wb") as file:
-                np.save(file, draw_some(images.pipe, images.labels, indices, images.options))
+                np.save(file, pixels)
             partial.replace(part)
     processes.gather(None)
     if processes.rank == 0:
@@ -304,7 +304,7 @@ def _join(parts: Path, images: ImageSet, path: Path, batch_size: int) -> None:
 
 
 def _same_set(folder: Path, images: ImageSet, what: str) -> None:
-    """Refuse a folder that holds anything but a part of the same set; a note alone is left by a command that failed."""
+    """Refuse a folder that holds anything but a part of the same set."""
     if not folder.is_dir() or all(entry.name == NEW_NOTE for entry in folder.iterdir()):
         return
     note = folder / NOTE
@@ -315,7 +315,7 @@ def _same_set(folder: Path, images: ImageSet, what: str) -> None:
     if not isinstance(facts, dict):
         raise ValueError(f"{what} {folder} is not empty; give another folder")
     differing = sorted(key for key in {*facts, *images.facts} if _what(facts, key) != _what(images.facts, key))
-    if differing and any(entry.name != NOTE for entry in folder.iterdir()):
+    if differing:
         raise ValueError(
             f"{what} {folder} holds a part of another set (other {', '.join(differing)}); "
             "repeat that command to complete it, or give another place"
@@ -335,6 +335,18 @@ def _agree(folder: Path, images: ImageSet, processes: Processes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.tmp"):
             left.unlink()
-        (folder / NEW_NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
-        (folder / NEW_NOTE).replace(folder / NOTE)
+        if not (folder / NOTE).exists():
+            (folder / NEW_NOTE).write_text(json.dumps(images.facts, indent=2) + "\n")
+            (folder / NEW_NOTE).replace(folder / NOTE)
     processes.gather(None)
+
+
+def _drawn(images: ImageSet, indices: range, folder: Path) -> NDArray[np.uint8]:
+    """The images of a batch. A command that is refused takes a folder with it that has nothing but its note."""
+    try:
+        return draw_some(images.pipe, images.labels, indices, images.options)
+    except ValueError:
+        if {entry.name for entry in folder.iterdir()} == {NOTE}:
+            (folder / NOTE).unlink(missing_ok=True)
+            folder.rmdir()
+        raise

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,8 +179,12 @@ def _asked_for() -> int:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")  # Linux alone
     except OSError:
         return 1
-    names = ("accelerate-launch", "accelerate.commands.launch")
-    if "launch" not in command and not any(word.endswith(names) for word in command):
+    program, then = (
+        ("accelerate", "accelerate.commands.accelerate_cli"),
+        ("accelerate-launch", "accelerate.commands.launch"),
+    )
+    by_name = any(Path(a).name in program and b == "launch" for a, b in pairwise(command))
+    if not by_name and not any(word.endswith(then) for word in command):
         return 1
     pairs = [(word.partition("="), following) for word, following in zip(command, [*command[1:], ""], strict=True)]
     flags = {name.replace("_", "-"): value or following for (name, _, value), following in reversed(pairs)}
@@ -188,7 +193,7 @@ def _asked_for() -> int:
     file = Path(flags.get("--config-file", "" if "--cpu" in flags else default_config_file))  # as launch_command does
     if not file.is_file():
         return 1
-    return int(getattr(load_config_from_file(str(file)), "num_processes", 1))
+    return int(getattr(load_config_from_file(str(file)), "num_processes", 1) or 1)
 
 
 def shutdown() -> None:

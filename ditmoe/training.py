@@ -67,9 +67,8 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = ranks.launched(config.train)
-    images, options = fingerprint(data), to_dict(config)
-    options["data"] = {name: value for name, value in options["data"].items() if name not in ("path", "vae")}
-    ranks.check_alike(accelerator, {**options, "images": images})
+    images = fingerprint(data)
+    ranks.check_alike(accelerator, {**_common(config), "images": images})
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
@@ -77,6 +76,15 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     with ExitStack() as stack:
         ranks.decided_by_first(accelerator, lambda: stack.enter_context(run_folder.locked(config)))
         return _train(config, data, on_sample, argv, parallel, state, images)
+
+
+def _common(config: Config) -> dict[str, Any]:
+    """What has to be alike on all processes: their machines may differ in paths and in numbers of readers."""
+    options = to_dict(config)
+    own = ("path", "vae", "download", "num_workers")
+    options["data"] = {name: value for name, value in options["data"].items() if name not in own}
+    split = config.parallel.shard or config.parallel.experts > 1  # then all of them write into the run folder
+    return {name: value for name, value in options.items() if name != "plan" and (split or name != "out")}
 
 
 def _train(

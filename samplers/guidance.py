@@ -72,7 +72,11 @@ class Guidance:
 
 
 def _is_interval(interval: Any) -> bool:
-    return isinstance(interval, Sequence) and len(interval) == 2 and interval[0] <= interval[1]
+    try:
+        lowest, highest = map(float, interval)
+    except (TypeError, ValueError):
+        return False
+    return lowest <= highest
 
 
 @dataclass(frozen=True)

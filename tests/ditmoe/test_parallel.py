@@ -200,6 +200,7 @@ def test_slices_of_fewer_experts_than_processes_are_told_of(tmp_path):
         *((1, [], precision) for precision in ("fp32", "bf16")),
         *((2, ["--parallel.experts", 2], precision) for precision in ("fp32", "bf16")),
         *((2, ["--parallel.shard"], precision) for precision in ("fp32", "bf16")),
+        (2, [], "bf16"),
         (2, ["--parallel.shard", "--parallel.gather", "bfloat16"], "bf16"),
     ],
 )

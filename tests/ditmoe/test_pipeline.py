@@ -223,11 +223,36 @@ def test_a_refused_command_does_not_keep_its_folder(tmp_path: Path) -> None:
     args = SampleArgs(tmp_path, out=tmp_path / "many", num=2, cfg=2.0)
     with pytest.raises(ValueError, match="an unconditional model can only be sampled with guidance_scale 1"):
         run(args, Alone())
+    assert not (tmp_path / "many").exists()
     run(replace(args, cfg=None), Alone())
     assert len(list((tmp_path / "many").glob("*.png"))) == 2
     assert json.loads((tmp_path / "many" / "sampling.json").read_text())["sampler"]["cfg"] is None
     with pytest.raises(ValueError, match=r"part of another set \(other sampler\)"):
         run(args, Alone())
+
+
+def test_a_second_command_does_not_take_a_folder_that_another_one_has_just_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / "many", num=2)
+    draw, refused = image_sets.draw_some, []
+
+    def and_meanwhile(*given: Any) -> Any:
+        monkeypatch.setattr(image_sets, "draw_some", draw)
+        with pytest.raises(ValueError, match=r"part of another set \(other seed\)") as error:
+            run(replace(args, seed=9), Alone())
+        refused.append(error)
+        return draw(*given)
+
+    monkeypatch.setattr(image_sets, "draw_some", and_meanwhile)
+    run(args, Alone())
+    assert refused
+    note = tmp_path / "many" / "sampling.json"
+    assert json.loads(note.read_text())["seed"] == args.seed
+    written = note.stat().st_mtime_ns
+    run(args, Alone())
+    assert note.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(

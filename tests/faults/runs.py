@@ -15,18 +15,21 @@ TINY = [
 ]
 
 
-def training(out, *flags, hook=None, args=(), world=1, preset="digits", name="log"):
-    """A tiny run in `out`, without its page, in processes of their own; `hook(*args)` is called in each one first."""
-    argv = [preset, "--out", out, *TINY, *flags]
-    return start(train_only, [str(a) for a in argv], hook, args, folder=out.parent / name, world=world)
+def training(out, *flags, hook=None, args=(), world=1, preset="digits", name="log", of_second=()):
+    """A tiny run in `out`, without its page, in processes of their own; `hook(*args)` is called in each one first.
+
+    `of_second`: further flags of the second process alone.
+    """
+    argv, more = ([str(a) for a in words] for words in ([preset, "--out", out, *TINY, *flags], of_second))
+    return start(train_only, argv, hook, args, more, folder=out.parent / name, world=world)
 
 
-def train_only(argv, hook, args):
+def train_only(argv, hook, args, of_second=()):
     from ditmoe import cli, ranks
     from ditmoe.training import open_images, train
 
     def main():
-        config = cli.parse_train(argv)
+        config = cli.parse_train([*argv, *(of_second if rank() == 1 else [])])
         if hook:
             hook(*args)
         try:

@@ -98,3 +98,10 @@ def test_a_disk_that_differs_on_one_machine_ends_all(tmp_path, differs, sentence
         assert sentence in group.err(rank)
         assert "Traceback" not in group.err(rank)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("own", "code"), [(["--data.num-workers", 1], 0), (["--train.sample-every", 1], 2)])
+def test_machines_may_differ_in_readers_and_not_in_what_is_done(tmp_path, own, code):
+    group = runs.training(tmp_path / "run", "--max-steps", 1, world=2, of_second=own)
+    assert group.wait(60) == [code, code], group.err()
+    assert ("process 1 was started for another run" in group.err()) == (code == 2)

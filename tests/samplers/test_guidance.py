@@ -283,3 +283,14 @@ def test_guidance_that_cannot_apply_is_refused():
         run(guidance_scale=2.0, class_labels=LABELS)
     with pytest.raises(ValueError, match="guidance_channels is 5, but the images have 4"):
         run(noise=noise_of(3), guidance_channels=5, **GUIDED)
+
+
+@pytest.mark.parametrize("interval", [[0, 500], np.array([0, 500]), torch.tensor([0.0, 500.0])])
+def test_an_interval_is_any_pair_of_numbers(interval):
+    assert torch.equal(run(guidance_interval=interval, **GUIDED), run(guidance_interval=(0, 500), **GUIDED))
+
+
+@pytest.mark.parametrize("interval", [5, (1, 2, 3), (500, 0), (None, 5)])
+def test_what_is_no_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="must be \\(lowest, highest\\) timestep"):
+        run(guidance_interval=interval, **GUIDED)
