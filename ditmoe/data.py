@@ -135,11 +135,13 @@ def reference(config: DataConfig, data: ImageSet, seed: int) -> str | NDArray[np
 def pixel_variance(data: ImageSet, seed: int) -> float:
     """Mean over training images (at most 2,000, drawn by the seed) of their unbiased variance over all values.
 
-    Noise of level 1 - alpha_bar makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
+    Images with values that are not finite are left out; where there are no others it is 0. Noise of level 1 - alpha_bar
+    makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
     """
     rows = readable(data, sample_rng(seed, 6, 0).permutation(len(data))[:2000].tolist())
     parts = [data.tensors(rows[i : i + 100]) for i in range(0, len(rows), 100)]
-    return float(torch.cat([x.flatten(1).double().var(dim=1) for x in parts]).mean())
+    variances = torch.cat([x.flatten(1).double().var(dim=1) for x in parts])
+    return float(variances[variances.isfinite()].mean().nan_to_num())
 
 
 def tensors(data: ImageSet, rows: Sequence[int], mirrored: Sequence[bool]) -> Tensor:

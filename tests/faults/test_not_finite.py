@@ -1,5 +1,7 @@
 """Values that are not finite, on one rank of two: all agree, nothing moves, the step is named and counted."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -102,3 +104,5 @@ def test_latents_of_a_broken_vae(tmp_path, kind):
     assert group.err().count("rank 0: images, ") == (2 if kind == "not finite" else 0)
     weights = checkpoint.load(out / "checkpoints/step-000004")[0]["model"]
     assert all(value.isfinite().all() for value in weights.values())
+    variance = json.loads((out / "model/scheduler/scheduler_config.json").read_text())["data_variance"]
+    assert variance == pytest.approx(1.0 if kind == "not finite" else 0.0, abs=0.05)
