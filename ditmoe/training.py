@@ -223,6 +223,8 @@ def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) ->
             if run.config.train.on_save_error == "stop":
                 raise
             print(f"warning: the samples of step {step} could not be written ({error})", flush=True)
+        except FloatingPointError as error:
+            print(f"warning: there are no samples of step {step} ({error})", flush=True)
 
     with log.paused():
         ranks.first_works(run.parallel.accelerator, draw, run.watch.signals, f"sample-{step}")

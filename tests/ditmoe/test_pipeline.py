@@ -231,6 +231,16 @@ def test_a_refused_command_does_not_keep_its_folder(tmp_path: Path) -> None:
         run(args, Alone())
 
 
+@pytest.mark.parametrize("name", ["many", "a.npz", "grid.png"])
+def test_images_that_are_not_finite_are_not_written(tmp_path: Path, name: str) -> None:
+    pipe = make()
+    pipe.transformer.final_layer.linear.bias.data.fill_(torch.nan)
+    pipeline.save(pipe, tmp_path / "model")
+    with pytest.raises(FloatingPointError, match="images are not finite"):
+        run(SampleArgs(tmp_path, out=tmp_path / name, num=2), Alone())
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.npz")]
+
+
 def test_a_second_command_does_not_take_a_folder_that_another_one_has_just_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from ditmoe.config import Config, TrainConfig
 from ditmoe.data import open_data
 from ditmoe.metrics import expert_load, learning_rate
 from ditmoe.model import build
+from ditmoe.pipeline import to_pixels
 from ditmoe.signals import Interrupted
 from ditmoe.state import update_ema
 from ditmoe.training import train
@@ -117,6 +118,16 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tiny: Tiny, t
     last = Path("checkpoints/step-000005")
     same_checkpoint(tiny().out / last, tmp_path / "straight" / last)
     assert calls == [1, 2, 2, 3, 4, 5]  # the one that was cut short is made again
+
+
+def test_samples_that_are_not_finite_do_not_end_a_run(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    def at_step(step: int, _: Any) -> None:
+        if step == 1:
+            to_pixels(torch.full((1, 1, 8, 8), torch.nan))
+
+    assert go(tiny(max_steps=2, train={"sample_every": 1}), on_sample=at_step)
+    assert "warning: there are no samples of step 1 (images are not finite" in capsys.readouterr().out
+    assert (tiny().out / "model" / "model_index.json").exists()
 
 
 def test_gradient_accumulation_equals_one_batch(tiny: Tiny, tmp_path: Path) -> None:
