@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -346,7 +347,8 @@ def _drawn(images: ImageSet, indices: range, folder: Path) -> NDArray[np.uint8]:
     try:
         return draw_some(images.pipe, images.labels, indices, images.options)
     except ValueError:
-        if {entry.name for entry in folder.iterdir()} == {NOTE}:
-            (folder / NOTE).unlink(missing_ok=True)
-            folder.rmdir()
+        with suppress(OSError):  # another process has been faster
+            if {entry.name for entry in folder.iterdir()} == {NOTE}:
+                (folder / NOTE).unlink()
+                folder.rmdir()
         raise

@@ -231,6 +231,20 @@ def test_a_refused_command_does_not_keep_its_folder(tmp_path: Path) -> None:
         run(args, Alone())
 
 
+def test_a_refusal_is_told_though_another_process_has_removed_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> Any:
+        (tmp_path / "many" / "sampling.json").unlink()
+        (tmp_path / "many").rmdir()
+        raise ValueError("the user's mistake")
+
+    pipeline.save(make(), tmp_path / "model")
+    monkeypatch.setattr(image_sets, "draw_some", refused)
+    with pytest.raises(ValueError, match="the user's mistake"):
+        run(SampleArgs(tmp_path, out=tmp_path / "many", num=2), Alone())
+
+
 @pytest.mark.parametrize("name", ["many", "a.npz", "grid.png"])
 def test_images_that_are_not_finite_are_not_written(tmp_path: Path, name: str) -> None:
     pipe = make()

@@ -42,6 +42,19 @@ def test_add_noise_is_the_closed_form_at_any_timestep(name, steps):
     assert torch.equal(half, scheduler.add_noise(x0.bfloat16().float(), eps.bfloat16().float(), t).bfloat16())
 
 
+@pytest.mark.parametrize("name", ["ddim", "ts-ddim", *DETERMINISTIC])
+def test_half_precision_goes_in_and_out_and_the_arithmetic_is_float32(name):
+    half, full = make(name, 10), make(name, 10)
+    x = randn(2, 3, 4, 4).bfloat16()
+    for t in half.timesteps:
+        output = x.float().sin().bfloat16()
+        a, b = half.step(output, t, x), full.step(output.float(), t, x.float())
+        for key in ("prev_sample", "pred_original_sample"):
+            assert a[key].dtype == torch.bfloat16
+            assert torch.equal(a[key], b[key].bfloat16())
+        x = a.prev_sample
+
+
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if not name.startswith("flow")])
 def test_add_noise_refuses_what_is_no_timestep(name):
     x = randn(1, 3, 4, 4)

@@ -185,19 +185,6 @@ def test_a_name_means_the_same_from_any_config(name, stock):
     assert torch.equal(sample(OptimalNetwork(), scheduler, noise_of(2), num_inference_steps=10), want)
 
 
-@pytest.mark.parametrize("cls", BOTH)
-def test_half_precision_goes_in_and_out_and_the_arithmetic_is_float32(cls):
-    half, full = make(cls), make(cls)
-    x = noise_of(2).bfloat16()
-    for t in half.timesteps:
-        output = x.float().sin().bfloat16()
-        a, b = half.step(output, t, x), full.step(output.float(), t, x.float())
-        for key in ("prev_sample", "pred_original_sample"):
-            assert a[key].dtype == torch.bfloat16
-            assert torch.equal(a[key], b[key].bfloat16())
-        x = a.prev_sample
-
-
 @pytest.mark.parametrize(("name", "cls", "stock"), PAIRS)
 def test_a_network_that_they_cannot_sample_is_refused(name, cls, stock):
     flow = stock(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction").config
