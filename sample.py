@@ -8,7 +8,7 @@ from ditmoe import cli
 def main() -> None:
     """Parse, sample, write, score; under torchrun or accelerate launch the processes share the work."""
     args = cli.parse_sample(sys.argv[1:])
-    from ditmoe import image_sets
+    from ditmoe.generate import request as image_sets
     from eval import fid, processes
 
     group = processes.join()

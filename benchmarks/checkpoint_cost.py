@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.timing import machine
 from benchmarks.train_step import prepared
-from ditmoe.presets import PRESETS
-from ditmoe.saving import Writer
-from ditmoe.state import to_parts
+from ditmoe.config.presets import PRESETS
+from ditmoe.run_folder.writer import Writer
+from ditmoe.training.state import to_parts
 
 
 def main() -> None:

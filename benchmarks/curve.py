@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from benchmarks.scoring import Scorer, precision
-from ditmoe import checkpoint, pipeline
-from ditmoe.facts import read_config
-from ditmoe.generate import balanced_labels, draw
+from ditmoe import pipeline
+from ditmoe.config.file import read_config
+from ditmoe.generate.draw import balanced_labels, draw
 from ditmoe.model import build
 from ditmoe.objective import Objective
+from ditmoe.run_folder import checkpoint
 
 PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precision")
 

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.timing import machine, round_robin
 from benchmarks.train_step import peak_resident
-from eval.extractors import load_extractor
 from eval.fid import score
+from eval.networks.extractors import load_extractor
 
 SIDE, BATCH = 28, 64
 

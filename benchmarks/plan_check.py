@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.timing import machine
 from benchmarks.train_step import peak_resident, prepared
-from ditmoe import plan, ranks
-from ditmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, PlanConfig, TrainConfig
+from ditmoe.analysis import budget
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ParallelConfig, PlanConfig, TrainConfig
+from ditmoe.launch import start
 from ditmoe.model import build
 
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
@@ -73,14 +74,14 @@ CASES = {
 }
 
 
-def predicted(config: Config) -> plan.Needs:
+def predicted(config: Config) -> budget.Needs:
     """What the planner says, in bytes."""
     with torch.device("meta"):
         model = build(config, 10)
     total = sum(p.numel() for p in model.parameters())
     images = config.train.batch_size // config.train.accumulation // config.plan.devices
     again, way = config.model.gradient_checkpointing, "FSDP2" if config.parallel.shard else "DDP"
-    return plan.needs(config, total, plan.blocks(config, model), way, config.parallel.experts, images, again)
+    return budget.needs(config, total, budget.blocks(config, model), way, config.parallel.experts, images, again)
 
 
 def measured(config: Config, *, default: bool = False) -> float:
@@ -94,7 +95,7 @@ def measured(config: Config, *, default: bool = False) -> float:
     for _ in range(3):
         step()
     grown = (peak_resident() - before) * 2**20
-    ranks.shutdown()
+    start.shutdown()
     return grown
 
 

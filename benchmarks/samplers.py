@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
-from ditmoe.config import Config
-from ditmoe.facts import read_config
-from ditmoe.generate import balanced_labels, draw
+from ditmoe.config.file import read_config
+from ditmoe.config.sections import Config
+from ditmoe.generate.draw import balanced_labels, draw
 from samplers import SAMPLERS, network_calls, prediction_type_of
 
 NFE = (5, 10, 20, 50, 100)

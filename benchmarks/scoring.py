@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ditmoe.config import Config
-from ditmoe.data import ImageSet, open_data
-from ditmoe.judge import Classifier, accuracy, train_classifier
-from eval.extractors import load_extractor
-from eval.frechet import FeatureStatistics, Gaussian, frechet_distance
+from ditmoe.config.sections import Config
+from ditmoe.data.open import open_data
+from ditmoe.data.sets import ImageSet
+from eval.judge import Classifier, accuracy, train_classifier
+from eval.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from eval.networks.extractors import load_extractor
 
 Images = NDArray[np.uint8]
 

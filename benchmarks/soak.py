@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine
-from ditmoe import checkpoint
+from ditmoe.run_folder import checkpoint
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--train.checkpoint-every", "5", "--train.log-every", "1", "--train.sample-every", "100"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import machine
-from ditmoe.config import Config, ModelConfig, MoEConfig, ParallelConfig, PlanConfig, TrainConfig
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ParallelConfig, PlanConfig, TrainConfig
 
 WAYS = {
     "DDP": ParallelConfig(),
@@ -44,9 +44,10 @@ def one_process(way: str) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
     from benchmarks.train_step import peak_resident, prepared
-    from ditmoe import plan, ranks
+    from ditmoe.analysis import budget
+    from ditmoe.launch import start
     from ditmoe.model import build
-    from ditmoe.parallel import expert_names
+    from ditmoe.training.parallel import expert_names
 
     config = config_of(way)
     before = peak_resident()
@@ -78,12 +79,12 @@ def one_process(way: str) -> dict[str, Any]:
     with torch.device("meta"):
         whole = build(config, 10)
     parameters = sum(p.numel() for p in whole.parameters())
-    need = plan.needs(
-        config, parameters, plan.blocks(config, whole), "FSDP2" if config.parallel.shard else "DDP",
+    need = budget.needs(
+        config, parameters, budget.blocks(config, whole), "FSDP2" if config.parallel.shard else "DDP",
         config.parallel.experts, config.train.batch_size // 2, False,
     )  # fmt: skip
     found |= {"peak": peak_resident() - before, "sent": sent, "planned": need.all_to_all}
-    ranks.shutdown()
+    start.shutdown()
     return found
 
 

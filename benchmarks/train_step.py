@@ -16,13 +16,14 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import machine, round_robin
-from ditmoe import ranks, training
-from ditmoe.config import Config
-from ditmoe.data import open_data
-from ditmoe.parallel import Parallel
-from ditmoe.presets import PRESETS
-from ditmoe.signals import Signals
-from ditmoe.state import State, new_state, update_ema
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.sections import Config
+from ditmoe.data.open import open_data
+from ditmoe.launch import start
+from ditmoe.launch.signals import Signals
+from ditmoe.training.parallel import Parallel
+from ditmoe.training.state import State, new_state, update_ema
+from ditmoe.training.step import Run, optimise
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
 PRODUCTS |= {f"aten::_scaled_dot_product_flash_attention_for_cpu{s}" for s in ("", "_backward")}
@@ -44,18 +45,18 @@ def one_step(config: Config) -> Callable[[], object]:
     return prepared(config)[0]
 
 
-def prepared(config: Config) -> tuple[Callable[[], object], State, training.Run]:
+def prepared(config: Config) -> tuple[Callable[[], object], State, Run]:
     """The same, what it trains, and with what."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process holds steps of both precisions
     data = open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels)
-    parallel = Parallel(ranks.launched(config.train), config.parallel, config.moe.num_experts)
+    parallel = Parallel(start.launched(config.train), config.parallel, config.moe.num_experts)
     state = new_state(config, len(data.id2label), parallel)
-    run = training.Run.of(config, data, parallel, state, Signals(), {})
+    run = Run.of(config, data, parallel, state, Signals(), {})
 
     def step() -> None:
-        training._optimise(run, 0)
+        optimise(run, 0)
         update_ema(state.ema, state.model, 0.999)
 
     return step, state, run

@@ -1,46 +1,153 @@
-"""Settings that somebody else may have written: their types and ranges, before anything is built from them."""
+"""What a pipeline folder may hold, checked before diffusers opens it: settings and weights, never code.
 
-from __future__ import annotations
+Whoever made the folder decides neither what is imported nor which files outside of it are read. Every refusal is a
+ValueError of one sentence that names the file or the entry.
+"""
 
-import dataclasses
-from collections.abc import Mapping
-from inspect import signature
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
 
-from .config import Config, ModelConfig, MoEConfig
-from .model import DiTMoETransformer2DModel
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from samplers.catalog import LIBRARY_ERRORS, SAMPLERS
 
-def check_network(values: Mapping[str, Any]) -> None:
-    """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
-    make = DiTMoETransformer2DModel.__init__
-    _check_types(values, get_type_hints(make))
-    c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values}
-    ModelConfig(**{f.name: c[f.name] for f in dataclasses.fields(ModelConfig) if f.name in c})
-    widths = {name: c[name] for name in ("num_experts", "top_k", "expert_width", "shared_width")}
-    MoEConfig(**widths, scale=c["router_scale"], renormalize=False)
-
-
-def check_run(config: Config) -> None:
-    """ValueError unless every value of a configuration has the type of its field."""
-    for section in (config, *vars(config).values()):
-        if dataclasses.is_dataclass(section):
-            _check_types(vars(section), get_type_hints(type(section)))
+CODE = ("auto_map", "quantization_config")  # entries that name further code
+_TABLES = 2**30  # bytes, at most, of what a network computes from its config alone, such as positions
+_STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as many values
 
 
-def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    for name, hint in hints.items():
-        if name in values and not _has_type(values[name], hint):
-            raise ValueError(f"{name} is {values[name]!r:.100}, which it cannot be")
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
 
 
-def _has_type(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_has_type(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if hint in (int, float):
-        kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e30
-    return isinstance(value, hint)
+def is_scheduler(entry: Any) -> bool:
+    """Whether [module, class] of model_index.json is one of `SAMPLERS` or of diffusers' schedulers."""
+    ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
+    found = _of_diffusers(entry)
+    return entry in ours or (found is not None and issubclass(found, SchedulerMixin))
+
+
+def is_vae(entry: Any) -> bool:
+    """Whether [module, class] of model_index.json is no VAE or one of diffusers' autoencoders."""
+    found = _of_diffusers(entry)
+    return entry == [None, None] or (found is not None and found.__module__.startswith("diffusers.models.autoencoders"))
+
+
+def vae_class(entry: Any) -> type | None:
+    """The class that an entry which `is_vae` stands for; None for no VAE."""
+    return _of_diffusers(entry)
+
+
+def _of_diffusers(entry: Any) -> type | None:
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
+        return None
+    found = getattr(diffusers, entry[1], None)
+    return found if isinstance(found, type) else None
+
+
+def check_no_code(folder: Path) -> None:
+    """Refuse a folder with Python files; diffusers imports some names on its own."""
+    for script in sorted(folder.glob("*.py")):
+        raise ValueError(f"{script} is code, and a model folder holds settings and weights alone; remove it")
+
+
+def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in the `.safetensors` files of a component's folder, once it was found harmless."""
+    check_no_code(folder)
+    for file in sorted(folder.glob("*.json")):
+        values = read_object(file)
+        for entry in values.keys() & CODE:
+            raise ValueError(f"{file} has the entry {entry}, which names code; remove it")
+        if file.name.endswith(".index.json"):
+            _check_shards(file, values.get("weight_map"))
+    return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
+
+
+def check_scheduler(folder: Path) -> None:
+    """`check_component` for a scheduler, whose tables must be of a size that can be used."""
+    check_component(folder)
+    steps = read_object(folder / "scheduler_config.json").get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or not 0 < steps <= _STEPS:
+        raise ValueError(f"{folder} has num_train_timesteps {steps!r:.100}; it must be a number in 1..{_STEPS}")
+
+
+def check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None:
+    """`check_component` for a network, whose weights must be those that its config.json asks for.
+
+    Compared are the files' headers and a network that takes no memory.
+
+    Args:
+        network: The diffusers class that is to be loaded.
+        folder: Where its config.json and weights are.
+        renamed: The class still knows older names of its tensors: their sizes are compared in sum alone.
+    """
+    shapes, file = check_component(folder), folder / "config.json"
+    if not shapes:
+        raise ValueError(f"{folder} holds no .safetensors weights; pickled ones are never opened")
+    try:
+        blank = _blank(network, read_object(file), limit=2 * len(shapes))
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"{file} is of no network that can be built ({' '.join(str(error).split()):.300})") from error
+    wanted = {name: tuple(value.shape) for name, value in blank.state_dict().items()}
+    if renamed:
+        asked, there = (sum(prod(shape) for shape in found.values()) for found in (wanted, shapes))
+        if asked > there:
+            raise ValueError(f"its weights hold {there} values, of {asked} which its config.json asks for")
+    elif missing := sorted(wanted.keys() - shapes.keys()):
+        raise ValueError(f"its weights lack {', '.join(missing[:5])}, which its config.json asks for")
+    elif more := sorted(shapes.keys() - wanted.keys()):
+        raise ValueError(f"its weights hold {', '.join(more[:5]):.300}, which its config.json does not ask for")
+    elif other := sorted(name for name, shape in wanted.items() if shape != shapes[name]):
+        name = other[0]
+        raise ValueError(f"{name} has the shape {shapes[name]}, but its config.json asks for {wanted[name]}")
+    if sum(value.nbytes for value in blank.buffers()) > _TABLES:
+        raise ValueError(f"{file} asks for tables of more than {_TABLES} bytes; its sizes are too large")
+
+
+def _blank(network: Any, values: dict[str, Any], limit: int) -> nn.Module:
+    """The network without memory for its weights; ValueError once it has more than `limit` of them."""
+    left = limit
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("it has far more tensors than its weights hold")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            blank: nn.Module = network.from_config(values)
+    finally:
+        handle.remove()
+    return blank
+
+
+def _check_shards(file: Path, shards: Any) -> None:
+    """An index of weights may name `.safetensors` files beside it and nothing else."""
+    for shard in shards.values() if isinstance(shards, dict) else [shards]:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{file} names {shard!r}; weights are .safetensors files in the same folder")
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """From the file's header; safetensors checks its length and that the tensors fill the rest of the file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error

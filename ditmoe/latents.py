@@ -13,12 +13,13 @@ from . import cli
 def main() -> None:
     """Parse and encode; under torchrun or accelerate launch the processes share the work."""
     args = cli.parse_latents(sys.argv[1:])
-    from . import encoder, ranks
+    from .data import encode
+    from .launch import start
 
     try:
-        encoder.encode(args, encoder.join())
+        encode.encode(args, encode.join())
     finally:
-        ranks.shutdown()
+        start.shutdown()
 
 
 if __name__ == "__main__":

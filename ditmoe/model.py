@@ -5,9 +5,12 @@ Shapes: N images, C channels, H W size, T tokens of an image, D width.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal, get_type_hints
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -15,7 +18,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .config import Config
+from .config.file import check_types
+from .config.sections import Config, ModelConfig, MoEConfig
 from .layers import (
     Attention,
     LabelEmbedder,
@@ -326,3 +330,16 @@ def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
 def tokens_per_image(model: DiTMoETransformer2DModel) -> int:
     """T, the tokens of one image."""
     return math.prod((model.config.sample_size // model.config.patch_size,) * 2)
+
+
+pass
+
+
+def check_network(values: Mapping[str, Any]) -> None:
+    """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
+    make = DiTMoETransformer2DModel.__init__
+    check_types(values, get_type_hints(make))
+    c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values}
+    ModelConfig(**{f.name: c[f.name] for f in dataclasses.fields(ModelConfig) if f.name in c})
+    widths = {name: c[name] for name in ("num_experts", "top_k", "expert_width", "shared_width")}
+    MoEConfig(**widths, scale=c["router_scale"], renormalize=False)

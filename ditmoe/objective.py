@@ -19,8 +19,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from .config import MoEConfig, ObjectiveConfig
+from .config.sections import MoEConfig, ObjectiveConfig
 from .moe import Routing, balance_loss, z_loss
+from .rng import sample_rng
 
 NUM_TIMESTEPS = 1000
 _GOLDEN = 0.6180339887498949
@@ -46,11 +47,6 @@ class Losses(NamedTuple):
     vlb: Tensor | None
     balance: Tensor | None
     z: Tensor | None
-
-
-def sample_rng(seed: int, stream: int, index: int) -> np.random.Generator:
-    """The generator of one thing: counter-based (Philox), so that nothing but (seed, stream, index) matters."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
 
 
 def scheduler_config(config: ObjectiveConfig) -> dict[str, Any]:

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from samplers import image_generators, initial_noise, make_scheduler, model_folder, sample
+from samplers import image_generators, initial_noise, make_scheduler, sample
 from samplers.catalog import LIBRARY_ERRORS, scheduler_for
 
-from .config import Config
-from .disk import replacing
-from .handed_in import check_network
-from .latent_sets import denormalize, is_normalization, normalization
-from .model import DiTMoETransformer2DModel
+from . import handed_in
+from .config.sections import Config
+from .data.latents import denormalize, is_normalization, normalization
+from .data.pixels import to_pil
+from .data.vae import check_vae, load_vae
+from .files import replacing
+from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
-from .vae import check_vae, load_vae
 
 _DECODED_AT_ONCE = 16  # images; a VAE needs about a gigabyte for each of 256 x 256
 
@@ -199,24 +199,6 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.tensor(list(class_labels), dtype=torch.int64), len(class_labels)
 
 
-QUANTIZE = "floor(127.5 x + 128), clamped"  # rounds half up
-
-
-def to_pixels(x: Tensor) -> Any:
-    """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), by QUANTIZE. FloatingPointError unless all are finite."""
-    if not bool(x.isfinite().all()):
-        raise FloatingPointError(
-            "images are not finite: the weights are damaged, or guidance_scale or epsilon_scale are too much for them"
-        )
-    pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_pil(x: Tensor) -> list[Image.Image]:
-    """x (N, C, H, W) in [-1, 1] -> N pictures, grey for C = 1."""
-    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in to_pixels(x)]
-
-
 def load(folder: Path) -> DiTMoEPipeline:
     """The pipeline of a run folder or of its `model/`, in float32 on the CPU. Nothing in the folder is executed.
 
@@ -245,14 +227,14 @@ def load(folder: Path) -> DiTMoEPipeline:
 
 def _check(folder: Path) -> None:
     """Refuse a pipeline folder that names anything but our classes and diffusers', or whose parts do not fit."""
-    index = model_folder.read_object(folder / "model_index.json")
+    index = handed_in.read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
     network = [DiTMoETransformer2DModel.__module__, DiTMoETransformer2DModel.__name__]
     fits = {
         "_class_name": index.get("_class_name") == DiTMoEPipeline.__name__,
         "transformer": index.get("transformer") == network,
-        "scheduler": model_folder.is_scheduler(index.get("scheduler")),
-        "vae": model_folder.is_vae(index.get("vae", [None, None])),
+        "scheduler": handed_in.is_scheduler(index.get("scheduler")),
+        "vae": handed_in.is_vae(index.get("vae", [None, None])),
         "id2label": _are_names(index.get("id2label", {})),
         "sampler": isinstance(index.get("sampler", ""), str),
         "latents": index.get("latents") is None or is_normalization(index["latents"]),
@@ -262,12 +244,12 @@ def _check(folder: Path) -> None:
     for entry, fitting in fits.items():
         if not fitting:
             raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
-    model_folder.check_no_code(folder)
-    model_folder.check_scheduler(folder / "scheduler")
-    check_network(model_folder.read_object(folder / "transformer" / "config.json"))
-    vae = model_folder.vae_class(index.get("vae"))
+    handed_in.check_no_code(folder)
+    handed_in.check_scheduler(folder / "scheduler")
+    check_network(handed_in.read_object(folder / "transformer" / "config.json"))
+    vae = handed_in.vae_class(index.get("vae"))
     for component, network in {"transformer": DiTMoETransformer2DModel, **({"vae": vae} if vae else {})}.items():
-        model_folder.check_weights(network, folder / component, renamed=component == "vae")
+        handed_in.check_weights(network, folder / component, renamed=component == "vae")
 
 
 def _is_number(value: Any) -> bool:
@@ -315,7 +297,7 @@ def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
         _check(folder)
-        steps = model_folder.read_object(folder / "model_index.json").get("trained_steps")
+        steps = handed_in.read_object(folder / "model_index.json").get("trained_steps")
     except ValueError:
         return None
     return steps if isinstance(steps, int) else None

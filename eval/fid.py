@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from eval import statistics
-from eval.images import Images
 from eval.processes import Processes, together
 from eval.report import check_out, write_report
 from eval.score import check_sources, metric_name, score
-from eval.sources import open_source
+from eval.sources.images import Images
+from eval.sources.open import open_source
 
 __all__ = ["main", "metric_name", "score", "score_and_show", "scorer"]
 
@@ -101,7 +101,7 @@ def scorer(
         images = Images("model", "the images to come", 2, (1, 1, 1), lambda *_: iter(()))
         check_sources((images, open_source(ref)), options["metrics"], options["extractor"], None, None)
 
-        from eval.extractors import load_extractor
+        from eval.networks.extractors import load_extractor
 
         load_extractor(options["extractor"], options["weights"])
 

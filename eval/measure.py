@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.arrays import IndexArray, UInt8Array
-from eval.frechet import FeatureStatistics, Gaussian
-from eval.images import Images, Statistics
-from eval.inception_score import InceptionScore, Score
+from eval.metrics.frechet import FeatureStatistics, Gaussian
+from eval.metrics.inception_score import InceptionScore, Score
+from eval.metrics.reservoir import Float32Array, Reservoir, Rows, chosen_indices
 from eval.processes import Processes, SharedError
 from eval.progress import progress as shown_progress
-from eval.reservoir import Float32Array, Reservoir, Rows, chosen_indices
+from eval.sources.arrays import IndexArray, UInt8Array
+from eval.sources.images import Images, Statistics
 
 if TYPE_CHECKING:
-    from eval.extractors import Extractor, Features
+    from eval.networks.extractors import Extractor, Features
 
 Classify = Callable[[UInt8Array], npt.NDArray[np.integer[Any]]]
 

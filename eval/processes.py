@@ -134,7 +134,7 @@ def is_ours(error: ValueError) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is None or Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+    return trace is None or Path(__file__).parent in Path(trace.tb_frame.f_code.co_filename).parents
 
 
 class Stopped(BaseException):

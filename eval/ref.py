@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from eval.fid import ExtractorName
-from eval.images import Images, Statistics
 from eval.measure import Wanted, measure
-from eval.npz import MAX_ROWS
 from eval.processes import Processes, together
 from eval.report import check_out
 from eval.score import check_options
-from eval.sources import open_source
+from eval.sources.images import Images, Statistics
+from eval.sources.npz import MAX_ROWS
+from eval.sources.open import open_source
 
 if TYPE_CHECKING:
-    from eval.extractors import Extractor
+    from eval.networks.extractors import Extractor
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _prepared(arguments: Arguments, processes: Processes) -> tuple[Images, "Extr
             f"{arguments.images}: holds statistics already, which its images may be a small part of; "
             "give it to --ref as it is"
         )
-    from eval.extractors import best_device, load_extractor
+    from eval.networks.extractors import best_device, load_extractor
 
     return source, load_extractor(arguments.extractor, arguments.weights).to(best_device())
 

@@ -15,11 +15,11 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import PIL
 
-from eval.inception_score import SPLIT_SIZE
 from eval.measure import Measured
+from eval.metrics.inception_score import SPLIT_SIZE
 
 if TYPE_CHECKING:
-    from eval.extractors import Extractor
+    from eval.networks.extractors import Extractor
 
 Report = dict[str, Any]
 SMALL_SAMPLE = 10_000  # images; below this the distance's upward bias is large

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from eval import report as reporting
 from eval import statistics
-from eval.arrays import UInt8Array
-from eval.frechet import frechet_distance
-from eval.images import Images, Statistics
-from eval.inception_score import SPLIT_SIZE
 from eval.measure import Classify, Measured, Wanted, measure, misfit, of_statistics
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import SPLIT_SIZE
 from eval.processes import Processes
 from eval.report import Report, check_report
-from eval.sources import open_source
+from eval.sources.arrays import UInt8Array
+from eval.sources.images import Images, Statistics
+from eval.sources.open import open_source
 
 if TYPE_CHECKING:
-    from eval.extractors import Extractor
+    from eval.networks.extractors import Extractor
 
 INCEPTION = "inception-2015"
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
@@ -82,7 +82,7 @@ def score(
         if skip_bad and not any(isinstance(side, Images) and side.may_skip for side in sources):
             raise ValueError(f"skip_bad {skip_bad} is for folders and zips of images; leave it out")
 
-        from eval.extractors import best_device, load_extractor  # imports torch: after the cheap checks
+        from eval.networks.extractors import best_device, load_extractor  # imports torch: after the cheap checks
 
         net = load_extractor(extractor, None if weights is None else Path(weights)).to(best_device())
         for side in sources:
@@ -221,13 +221,13 @@ def _scores(gen: Measured, ref: Measured, net: "Extractor", metrics: Sequence[st
         scores["inception_score"], scores["inception_score_std"] = gen.inception
     if gen.features is not None and ref.features is not None:
         if "kid" in metrics:
-            from eval.kid import kernel_distance
+            from eval.metrics.kid import kernel_distance
 
             scores[name("kid")], scores[name("kid") + "_std"] = kernel_distance(
                 gen.features, ref.features, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=KID_SEED
             )
         if "prdc" in metrics:
-            from eval.manifold import prdc
+            from eval.metrics.manifold import prdc
 
             found = prdc(ref.features, gen.features, pr_k=PR_K, dc_k=DC_K)
             scores |= {name(key): value for key, value in found._asdict().items()}

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.images import Images
 from eval.measure import Measured, Wanted, of_statistics
-from eval.npz import open_npz
 from eval.processes import Processes
 from eval.report import whole_or_absent
+from eval.sources.images import Images
+from eval.sources.npz import open_npz
 
 if TYPE_CHECKING:
-    from eval.extractors import Extractor
+    from eval.networks.extractors import Extractor
 
 FORMAT = 2  # of the files; a change makes older cached ones unused
 

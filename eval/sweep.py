@@ -21,7 +21,7 @@ from eval.fid import ExtractorName
 from eval.processes import together
 from eval.progress import progress
 from eval.report import Report, check_out, whole_or_absent
-from eval.sources import open_source
+from eval.sources.open import open_source
 
 DOOR = Path(__file__).resolve().parent.parent / "sample.py"
 INDEX = "model_index.json"

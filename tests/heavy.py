@@ -6,10 +6,10 @@ import diffusers
 import torchmetrics
 import torchvision
 
-import ditmoe.generate
-import ditmoe.image_sets
+import ditmoe.generate.draw
+import ditmoe.generate.request
 import ditmoe.pipeline
-import ditmoe.report
-import ditmoe.training
+import ditmoe.report.write
+import ditmoe.training.loop
 import eval.fid
 import eval.processes

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from .experts import Experts, FeedForward, autocast_dtype
+from .experts import Experts, FeedForward
+from .kernels import autocast_dtype
 from .router import Router
 from .select import RoutingRule, select
 

@@ -8,12 +8,13 @@ import pytest
 import tyro
 
 from ditmoe import cli
-from ditmoe.config import save
-from ditmoe.export import ExportArgs
-from ditmoe.presets import PRESETS
+from ditmoe.analysis import exposure
+from ditmoe.config.file import save
+from ditmoe.config.presets import PRESETS
+from ditmoe.convert.export import ExportArgs
 from eval import compare, sweep
 from eval.fid import Arguments
-from samplers import SAMPLERS, exposure
+from samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -55,9 +56,9 @@ def test_other_commands() -> None:
     tyro.cli(compare.Arguments, args=shlex.split(ranked)[3:])
     (swept,) = (c for c in COMMANDS if c.startswith("python -m eval.sweep"))
     tyro.cli(sweep.Arguments, args=shlex.split(swept)[3:])
-    (meter,) = (c for c in COMMANDS if c.startswith("python -m samplers.exposure"))
+    (meter,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.analysis.exposure"))
     assert set(exposure.arguments(shlex.split(meter)[3:]).samplers) <= SAMPLERS.keys()
-    (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.export"))
+    (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.convert.export"))
     tyro.cli(ExportArgs, args=shlex.split(gift)[3:])
 
 

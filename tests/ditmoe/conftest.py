@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ditmoe.config import Config, DataConfig, ModelConfig, MoEConfig, ObjectiveConfig, TrainConfig
+from ditmoe.config.sections import Config, DataConfig, ModelConfig, MoEConfig, ObjectiveConfig, TrainConfig
 
 TINY_MODEL = ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, ffn_width=48)
 TINY_MOE = MoEConfig(num_experts=4, top_k=2, expert_width=16, shared_width=16, bias_rate=0.01, z_weight=0.001)

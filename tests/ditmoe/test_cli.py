@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from ditmoe import cli
-from ditmoe.config import DataConfig, TrainConfig, save
-from ditmoe.presets import PRESETS
+from ditmoe.config import sample
+from ditmoe.config.file import save
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.sections import DataConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +73,7 @@ def test_a_typo_in_a_saved_file_is_caught(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_errors_become_exit_codes(capfd: pytest.CaptureFixture[str]) -> None:
-    from ditmoe.signals import Interrupted
+    from ditmoe.launch.signals import Interrupted
 
     def fail(error: BaseException) -> int:
         def main() -> None:
@@ -119,7 +121,7 @@ def test_sampler_options_are_those_that_were_given() -> None:
     assert cli.parse_sample(asked).sampler_options() == {"exposure_window": 40, "exposure_variance": 0.3, "shift": 3.0}
     assert cli.parse_sample(["m", "--exposure-variance", "calibrated"]).exposure_variance == "calibrated"
     with pytest.raises(ValueError, match="exposure_variance 'lots' is neither"):
-        cli.SampleArgs(Path("m"), exposure_variance="lots")
+        sample.SampleArgs(Path("m"), exposure_variance="lots")
 
 
 def test_checks_of_single_values() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditmoe.config import Config
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.sections import Config
 from ditmoe.layers import rotary_positions, rotate, sincos_positions, unpatchify
 from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
-from ditmoe.presets import PRESETS
 
 PAPER = {  # total and activated parameters in millions (DiT-MoE, Table 1; the release instantiated)
     "dit-moe-s/2-8e2a": (199.31, 71.91),

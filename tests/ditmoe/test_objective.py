@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ditmoe.config import MoEConfig, ObjectiveConfig
+from ditmoe.config.sections import MoEConfig, ObjectiveConfig
 from ditmoe.objective import Objective, scheduler_config
 
 SHAPE = (1, 4, 4)

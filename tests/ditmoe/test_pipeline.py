@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ditmoe import disk, image_sets, pipeline
-from ditmoe.cli import SampleArgs
-from ditmoe.config import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
-from ditmoe.generate import balanced_labels, draw
-from ditmoe.image_sets import requested, run
+from ditmoe import files as disk
+from ditmoe import pipeline
+from ditmoe.config.sample import SampleArgs
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
+from ditmoe.data import pixels
+from ditmoe.generate import set_files
+from ditmoe.generate.draw import balanced_labels, draw
+from ditmoe.generate.request import requested, run
 from ditmoe.model import build
 from samplers import catalog, time_shift
 
@@ -68,7 +71,7 @@ def test_image_i_depends_on_its_number_seed_and_label() -> None:
     assert not np.array_equal(draw(pipe, [0, 1, 3], 3)[2], base[2])
     assert not np.array_equal(draw(pipe, [0, 1, 2], 3, seed=1)[0], base[0])
     later = pipe(class_labels=[2], indices=[2], output_type="pt").images
-    assert np.abs(pipeline.to_pixels(later)[0].astype(int) - base[2]).max() <= 1
+    assert np.abs(pixels.to_pixels(later)[0].astype(int) - base[2]).max() <= 1
 
 
 def test_unconditional_models() -> None:
@@ -141,8 +144,8 @@ def test_every_sampler_tells_what_it_takes_the_clean_image_for(sampler: str) -> 
 
 def test_pixels_are_rounded_half_up() -> None:
     levels = torch.arange(256) / 127.5 - 1
-    assert pipeline.to_pixels(levels.view(1, 1, 1, 256)).flatten().tolist() == list(range(256))
-    assert pipeline.to_pixels(torch.tensor([-3.0, 0.0, 3.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+    assert pixels.to_pixels(levels.view(1, 1, 1, 256)).flatten().tolist() == list(range(256))
+    assert pixels.to_pixels(torch.tensor([-3.0, 0.0, 3.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
 
 
 class Alone:
@@ -240,7 +243,7 @@ def test_a_refusal_is_told_though_another_process_has_removed_the_folder(
         raise ValueError("the user's mistake")
 
     pipeline.save(make(), tmp_path / "model")
-    monkeypatch.setattr(image_sets, "draw_some", refused)
+    monkeypatch.setattr(set_files, "draw_some", refused)
     with pytest.raises(ValueError, match="the user's mistake"):
         run(SampleArgs(tmp_path, out=tmp_path / "many", num=2), Alone())
 
@@ -260,16 +263,16 @@ def test_a_second_command_does_not_take_a_folder_that_another_one_has_just_begun
 ) -> None:
     pipeline.save(make(), tmp_path / "model")
     args = SampleArgs(tmp_path, out=tmp_path / "many", num=2)
-    draw, refused = image_sets.draw_some, []
+    draw, refused = set_files.draw_some, []
 
     def and_meanwhile(*given: Any) -> Any:
-        monkeypatch.setattr(image_sets, "draw_some", draw)
+        monkeypatch.setattr(set_files, "draw_some", draw)
         with pytest.raises(ValueError, match=r"part of another set \(other seed\)") as error:
             run(replace(args, seed=9), Alone())
         refused.append(error)
         return draw(*given)
 
-    monkeypatch.setattr(image_sets, "draw_some", and_meanwhile)
+    monkeypatch.setattr(set_files, "draw_some", and_meanwhile)
     run(args, Alone())
     assert refused
     note = tmp_path / "many" / "sampling.json"
@@ -302,7 +305,7 @@ def test_an_interrupted_set_is_continued_and_equals_an_undisturbed_one(
     pipeline.save(make(), tmp_path / "model")
     args = SampleArgs(tmp_path, out=tmp_path / name, num=10, batch_size=3)
     drawn: list[int] = []
-    real = image_sets.draw_some
+    real = set_files.draw_some
 
     def until_the_second(pipe: Any, labels: Any, indices: Any, options: Any) -> Any:
         if len(drawn) == 6:
@@ -310,13 +313,13 @@ def test_an_interrupted_set_is_continued_and_equals_an_undisturbed_one(
         drawn.extend(indices)
         return real(pipe, labels, indices, options)
 
-    monkeypatch.setattr(image_sets, "draw_some", until_the_second)
+    monkeypatch.setattr(set_files, "draw_some", until_the_second)
     with pytest.raises(KeyboardInterrupt):
         run(args, Alone())
     assert not (tmp_path / "set.npz").exists()
     assert drawn == [0, 1, 2, 3, 4, 5]
     more: list[int] = []
-    monkeypatch.setattr(image_sets, "draw_some", lambda p, y, i, o: (more.extend(i), real(p, y, i, o))[1])
+    monkeypatch.setattr(set_files, "draw_some", lambda p, y, i, o: (more.extend(i), real(p, y, i, o))[1])
     run(args, Alone())
     assert more == [6, 7, 8, 9]
     monkeypatch.undo()

@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 
 from eval import fid as fid_module
 from eval import report as report_module
-from eval.extractors import EXTRACTORS, Extractor, load_extractor
 from eval.fid import main, metric_name, score
+from eval.networks.extractors import EXTRACTORS, Extractor, load_extractor
 from eval.report import SCHEMA, check_report, write_report
 from tests import processes
 from tests.doors import typed

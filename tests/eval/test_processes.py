@@ -11,7 +11,7 @@ import pytest
 
 from eval.fid import main, score
 from eval.processes import together
-from eval.sources import open_source
+from eval.sources.open import open_source
 from tests.doors import typed
 from tests.processes import start
 

@@ -12,9 +12,9 @@ from eval import fid as fid_module
 from eval import measure as measure_module
 from eval import ref
 from eval.compare import differences
-from eval.extractors import Extractor, random_conv_v1
 from eval.fid import score
-from eval.sources import open_source
+from eval.networks.extractors import Extractor, random_conv_v1
+from eval.sources.open import open_source
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_cache_knows_when_something_changed(tmp_path, digits, folder, calls)
 
 def test_a_change_of_the_resize_alone_is_enough(tmp_path, digits, folder, calls, monkeypatch):
     net = random_conv_v1()
-    monkeypatch.setattr("eval.extractors.load_extractor", lambda *_: net)
+    monkeypatch.setattr("eval.networks.extractors.load_extractor", lambda *_: net)
     cache = tmp_path / "cache"
     first = score(digits[0][40:70], folder, cache=cache)
     net.side = 32
@@ -217,7 +217,7 @@ def test_unreadable_images_are_left_out_up_to_a_number_and_named(tmp_path, digit
 def test_inception_and_spatial_features_reach_the_report(digits, monkeypatch):
     """A network of random weights in Inception's place: every key, and only its own extractor may have them."""
     net = small_inception()
-    monkeypatch.setattr("eval.extractors.load_extractor", lambda *_: net)
+    monkeypatch.setattr("eval.networks.extractors.load_extractor", lambda *_: net)
     report = score(digits[0][:60], digits[0][60:120], extractor="inception-2015", metrics=["sfid", "is", "kid", "prdc"])
     assert set(report["scores"]) == {
         "fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std",
@@ -232,7 +232,7 @@ def test_inception_and_spatial_features_reach_the_report(digits, monkeypatch):
 def small_inception() -> Extractor:
     import torch
 
-    from eval.extractors import Features
+    from eval.networks.extractors import Features
 
     class Small(Extractor):
         fid_named = True
@@ -286,7 +286,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, digits, folder):
 
 def test_sfid_does_not_change_what_fid_looks_at(tmp_path, digits, monkeypatch):
     net = small_inception()
-    monkeypatch.setattr("eval.extractors.load_extractor", lambda *_: net)
+    monkeypatch.setattr("eval.networks.extractors.load_extractor", lambda *_: net)
     np.savez(tmp_path / "adm.npz", arr_0=digits[0][:50], mu=np.zeros(256), sigma=np.eye(256))
     with pytest.raises(ValueError, match="sFID needs mu_s"):
         score(digits[0][:60], tmp_path / "adm.npz", extractor="inception-2015", metrics=["sfid"])

@@ -15,7 +15,7 @@ from tests.processes import door
 def save_model(folder, classes=2):
     """A pipeline with random weights, for 8x8 grey images."""
     from ditmoe import pipeline
-    from ditmoe.config import Config, ModelConfig, MoEConfig, SampleConfig
+    from ditmoe.config.sections import Config, ModelConfig, MoEConfig, SampleConfig
     from ditmoe.model import build
 
     config = Config(
@@ -36,7 +36,8 @@ def save_run(out, names, command):
     """A finished run on a folder of few images, without its page."""
     from dataclasses import replace
 
-    from ditmoe.config import DataConfig, to_dict
+    from ditmoe.config.file import to_dict
+    from ditmoe.config.sections import DataConfig
 
     photos = out.parent / "photos"
     for name in names:
@@ -62,7 +63,7 @@ def halted(name, argv, place, flag, rank=None):
     else:
         in_a_gathering(Path(flag).touch)
     if name == "page":
-        from ditmoe import report
+        from ditmoe.report import write as report
 
         report.write(Path(argv[0]))
     else:

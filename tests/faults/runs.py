@@ -25,8 +25,9 @@ def training(out, *flags, hook=None, args=(), world=1, preset="digits", name="lo
 
 
 def train_only(argv, hook, args, of_second=()):
-    from ditmoe import cli, ranks
-    from ditmoe.training import open_images, train
+    from ditmoe import cli
+    from ditmoe.launch import start
+    from ditmoe.training.loop import open_images, train
 
     def main():
         config = cli.parse_train([*argv, *(of_second if rank() == 1 else [])])
@@ -35,7 +36,7 @@ def train_only(argv, hook, args, of_second=()):
         try:
             train(config, open_images(config), SHOW)
         finally:
-            ranks.shutdown()
+            start.shutdown()
 
     sys.exit(cli.run(main))
 
@@ -72,14 +73,14 @@ def rows(out):
 
 def poison(what, at_rank, steps):
     """On one rank, in the steps with these numbers (from 1): a loss, a gradient, router logits, or images of nan."""
-    from ditmoe import training as module
+    from ditmoe.data.order import Batches
     from ditmoe.objective import Objective
-    from ditmoe.stream import Batches
+    from ditmoe.training import step
 
     if rank() != at_rank:
         return
     now = [0]
-    forward, losses, read = module._forward, Objective.losses, Batches.__next__
+    forward, losses, read = step._forward, Objective.losses, Batches.__next__
 
     def counted(run, batch):
         now[0] += 1
@@ -106,16 +107,16 @@ def poison(what, at_rank, steps):
         batch = read(self)
         return batch._replace(x=batch.x * float("nan")) if what == "images" and now[0] + 1 in steps else batch
 
-    module._forward, Objective.losses, Batches.__next__ = counted, spoilt, next_batch
+    step._forward, Objective.losses, Batches.__next__ = counted, spoilt, next_batch
 
 
 def full_disk(root, steps, at_rank=None, die=False):
     """Checkpoints of these steps do not fit on the disk (of one rank), or kill who writes them."""
-    from ditmoe import checkpoint
+    from ditmoe.run_folder import writer
 
     if at_rank not in (None, rank()):
         return
-    write = checkpoint.save_file
+    write = writer.save_file
 
     def save_file(tensors, path):
         if any(f"step-{step:06d}" in str(path) for step in steps) and "ema" in str(path):
@@ -125,12 +126,12 @@ def full_disk(root, steps, at_rank=None, die=False):
             raise OSError(28, "No space left on device", str(path))
         write(tensors, path)
 
-    checkpoint.save_file = save_file
+    writer.save_file = save_file
 
 
 def die_at(step, at_rank, number=signal.SIGKILL):
     """One rank ends in the middle of a step."""
-    from ditmoe import training as module
+    from ditmoe.training import step as module
 
     if rank() != at_rank:
         return
@@ -147,13 +148,13 @@ def die_at(step, at_rank, number=signal.SIGKILL):
 
 def signal_in(place, number):
     """The process gets a signal at a certain place of its work, at the second step or first save there is."""
-    from ditmoe import checkpoint
-    from ditmoe import training as module
+    from ditmoe.run_folder import writer
+    from ditmoe.training import step
 
     def hit():
         os.kill(os.getpid(), number)
 
-    forward, calls, write = module._forward, [0], checkpoint.save_file
+    forward, calls, write = step._forward, [0], writer.save_file
 
     def counted(run, batch):
         calls[0] += 1
@@ -166,14 +167,14 @@ def signal_in(place, number):
             hit()
         write(tensors, path)
 
-    module._forward, checkpoint.save_file = counted, saving
+    step._forward, writer.save_file = counted, saving
 
 
 def slow_readers(seconds, at_rank):
     """Reading a file takes long, in the reader processes of one rank."""
     from torch.utils.data import get_worker_info
 
-    from ditmoe.folders import FolderImages
+    from ditmoe.data.folders import FolderImages
 
     read_from_files()
     read = FolderImages._read
@@ -188,20 +189,20 @@ def slow_readers(seconds, at_rank):
 
 def slow_steps(seconds):
     """A forward pass takes long."""
-    from ditmoe import training as module
+    from ditmoe.training import step
 
-    forward = module._forward
+    forward = step._forward
 
     def slow(run, batch):
         time.sleep(seconds)
         return forward(run, batch)
 
-    module._forward = slow
+    step._forward = slow
 
 
 def slow_images(seconds):
     """Reading an image takes long."""
-    from ditmoe.data import ArrayImages
+    from ditmoe.data.sets import ArrayImages
 
     tensors = ArrayImages.tensors
 
@@ -217,7 +218,7 @@ def save_and_die(root, step, at):
     """A checkpoint, with the process killed at its `at`-th touch of the disk: each open, sync, rename, removal."""
     import torch
 
-    from ditmoe.saving import Writer
+    from ditmoe.run_folder.writer import Writer
 
     touches = [0]
 
@@ -247,7 +248,7 @@ def save_and_die(root, step, at):
 
 def read_from_files():
     """As for a folder too large for memory."""
-    from ditmoe import data
+    from ditmoe.data import open as data
 
     data._IN_MEMORY_BYTES = 0
 
@@ -256,7 +257,7 @@ def reader_fault(kind, name):
     """The process that reads the file of this name dies, or raises what no image should."""
     from torch.utils.data import get_worker_info
 
-    from ditmoe.folders import FolderImages
+    from ditmoe.data.folders import FolderImages
 
     read_from_files()
     read = FolderImages._read
@@ -286,8 +287,8 @@ def checked_samples():
 
 def counted_parts():
     """Say where networks are built, and how much of a checkpoint is read."""
-    from ditmoe import state
-    from ditmoe.checkpoint import Saved
+    from ditmoe.run_folder.checkpoint import Saved
+    from ditmoe.training import loop, state
 
     build, rows, whole, resume = state.build, Saved.rows, Saved.whole, state.resume
     read = [0, 0]
@@ -311,9 +312,7 @@ def counted_parts():
         print(f"read {read[0] / read[1]:.3f} of the checkpoint", flush=True)
         return found
 
-    from ditmoe import training as module
-
-    state.build, Saved.rows, Saved.whole, module.resume = built, counted(rows), counted(whole), told
+    state.build, Saved.rows, Saved.whole, loop.resume = built, counted(rows), counted(whole), told
 
 
 def told_dtypes():
@@ -334,11 +333,11 @@ def told_dtypes():
 
 def stop_peer(step):
     """The second process is stopped (not ended) in the middle of a step, so that the first one waits for it."""
-    from ditmoe import training as module
+    from ditmoe.training import step
 
     if rank() != 1:
         return
-    forward, calls = module._forward, [0]
+    forward, calls = step._forward, [0]
 
     def counted(run, batch):
         calls[0] += 1
@@ -346,14 +345,14 @@ def stop_peer(step):
             os.kill(os.getpid(), signal.SIGSTOP)
         return forward(run, batch)
 
-    module._forward = counted
+    step._forward = counted
 
 
 def failing_removal():
     """Old checkpoints cannot be removed, as on a network disk where someone has their files open."""
-    from ditmoe import checkpoint
+    from ditmoe.run_folder import writer
 
-    remove = checkpoint.shutil.rmtree
+    remove = writer.shutil.rmtree
 
     def rmtree(path, ignore_errors=False):
         if "-old" not in str(path):
@@ -361,16 +360,16 @@ def failing_removal():
         elif not ignore_errors:
             raise OSError(39, "Directory not empty", str(path))
 
-    checkpoint.shutil.rmtree = rmtree
+    writer.shutil.rmtree = rmtree
 
 
 def blown_up(step, factor):
     """All weights are multiplied once: still finite, but no loss is any more."""
     import torch
 
-    from ditmoe import training as module
+    from ditmoe.training import step
 
-    forward, calls = module._forward, [0]
+    forward, calls = step._forward, [0]
 
     def counted(run, batch):
         calls[0] += 1
@@ -380,4 +379,4 @@ def blown_up(step, factor):
                     parameter.mul_(factor)
         return forward(run, batch)
 
-    module._forward = counted
+    step._forward = counted

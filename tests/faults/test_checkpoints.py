@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditmoe import checkpoint
+from ditmoe.run_folder import checkpoint, writer
 from tests.faults import runs
 from tests.processes import start
 
@@ -57,18 +57,18 @@ def test_a_save_that_is_killed_at_any_point_loses_nothing(tmp_path):
 
 def test_with_one_to_keep_there_is_a_whole_one_at_every_instant(tmp_path, monkeypatch):
     seen = []
-    remove = checkpoint._remove
+    remove = writer._remove
 
     def watched(path):
         seen.append([p.name for p in tmp_path.glob("step-??????") if checkpoint.find_fault(p) is None])
         remove(path)
 
-    monkeypatch.setattr(checkpoint, "_remove", watched)
+    monkeypatch.setattr(writer, "_remove", watched)
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"model": {"w": torch.zeros(2)}}, {})
+        writer.save(tmp_path, step, {"model": {"w": torch.zeros(2)}}, {})
         if step == 3:
             (tmp_path / "step-000003" / "model.safetensors").write_bytes(b"rot")  # before it is read back
-        checkpoint.prune(tmp_path, 1)
+        writer.prune(tmp_path, 1)
     assert seen == [["step-000001", "step-000002"]]  # at step 3 nothing was removed
     assert checkpoint.newest(tmp_path).name == "step-000002"
 
@@ -235,7 +235,7 @@ def test_a_file_in_the_way_of_a_checkpoint(tmp_path):
     (tmp_path / "step-000003.tmp-1").write_text("what?")
     assert checkpoint.newest(tmp_path) is None
     checkpoint.remove_unfinished(tmp_path)
-    assert checkpoint.save(tmp_path, 2, {"model": {"w": torch.zeros(2)}}, {}).is_dir()
+    assert writer.save(tmp_path, 2, {"model": {"w": torch.zeros(2)}}, {}).is_dir()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
@@ -254,7 +254,7 @@ def test_every_file_is_on_the_disk_before_the_name_that_promises_it(tmp_path, mo
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", renamed)
     root = tmp_path / "checkpoints"
-    final = checkpoint.save(root, 1, {name: {"w": torch.zeros(2)} for name in ("model", "ema")}, {})
+    final = writer.save(root, 1, {name: {"w": torch.zeros(2)} for name in ("model", "ema")}, {})
     temporary = next(path.parent for what, path in done if path.name == "manifest.json")
     before = done.index(("rename", final))
     for name in ("model", "ema"):

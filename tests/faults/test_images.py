@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditmoe import data, folders
 from ditmoe.cli import parse_train
-from ditmoe.data import open_data
-from ditmoe.stream import Batches
+from ditmoe.data import folders
+from ditmoe.data import open as data
+from ditmoe.data.open import open_data
+from ditmoe.data.order import Batches
 from tests.faults import runs
 from tests.faults.test_checkpoints import same
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditmoe import checkpoint
+from ditmoe.run_folder import checkpoint
 from tests.faults import runs
 
 

@@ -17,11 +17,20 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ditmoe import checkpoint, cli, facts, image_sets, metrics, page, pipeline, report, run_folder
-from ditmoe.config import Config, DataConfig, save
-from ditmoe.data import open_data
+from ditmoe import cli, pipeline
+from ditmoe.analysis.exposure import load_network
+from ditmoe.config import sample
+from ditmoe.config.file import save
+from ditmoe.config.sections import Config, DataConfig
+from ditmoe.data.open import open_data
+from ditmoe.generate import request as image_sets
+from ditmoe.report import page
+from ditmoe.report import write as report
+from ditmoe.run_folder import checkpoint, writer
+from ditmoe.run_folder.log import _reopen, read_rows
+from ditmoe.run_folder.place import check_place
+from eval import judge
 from eval.processes import Processes
-from samplers.exposure import load_network
 from tests.doors import typed
 from tests.faults.halts import save_model, save_run
 
@@ -70,7 +79,7 @@ def refused(capsys, main, sentence):
 
 
 def sampling(model):
-    args = cli.SampleArgs(model, num=2, out=model.parent / "drawn.npz")
+    args = sample.SampleArgs(model, num=2, out=model.parent / "drawn.npz")
     return lambda: image_sets.run(args, Processes())
 
 
@@ -242,7 +251,7 @@ def test_a_configuration_in_a_handed_in_folder(model, tmp_path, capsys, name, wh
         refused(capsys, lambda: report.write(tmp_path / "run"), r"config\.json is not the configuration of a run")
         config = Config(out=tmp_path / "run")
         with pytest.raises(ValueError, match=r"config\.json is not a configuration|holds another run"):
-            run_folder.check_place(config)
+            check_place(config)
 
 
 def test_a_configuration_has_the_types_of_its_fields(tmp_path, capsys):
@@ -259,12 +268,12 @@ def test_a_log_with_foreign_bytes_is_read_without_them(tmp_path, capsys):
     good = [json.dumps({"step": i, "loss": 1.0, "images_per_second": 9.0}).encode() for i in (1, 2, 3)]
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(b"\n".join([good[0], b'{"step": \xff', b"[" * 100_000, b"[]", b"{}", *good[1:], b'{"step": 4, "l']))
-    assert [row["step"] for row in facts.read_rows(log)] == [1, 2, 3]
-    with metrics._reopen(log, 2):
+    assert [row["step"] for row in read_rows(log)] == [1, 2, 3]
+    with _reopen(log, 2):
         assert log.read_bytes().splitlines() == good[:2]
     log.write_text('{"step": 1, "loss": "x"}')
     with pytest.raises(ValueError, match="a row for step 1 without a loss"):
-        facts.read_rows(log)
+        read_rows(log)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"])
@@ -308,7 +317,7 @@ def test_shards_of_latents_with_a_hostile_header_are_named(tmp_path, capsys, tra
 
 def test_a_checkpoint_with_a_pickle_in_it_is_not_used(tmp_path, trap):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, {"model": {"w": torch.ones(2)}}, {})
+        writer.save(tmp_path, step, {"model": {"w": torch.ones(2)}}, {})
     (tmp_path / "step-000002/optimizer.pt").write_bytes(pickle.dumps(trap))
     assert checkpoint.newest(tmp_path).name == "step-000001"
 
@@ -460,9 +469,9 @@ def test_no_text_of_a_report_becomes_an_element():
 def test_names_of_folders_and_classes_stay_text(tmp_path):
     names = ["<script>alert(1)<", "a\" onload='alert(1)", "<img src=x onerror=alert(1)>", "$\\bad{$", "two\nlines"]
     run = save_run(tmp_path / "<b onclick='x'>\"$\\bad{$", names, f"python train.py '{ATTACK}'")
-    report.write(run)
+    report.write(run, judge=judge.judge)
     harmless = save_run(tmp_path / "plain/run", [f"class {i}" for i in range(len(names))], "python train.py")
-    report.write(harmless)
+    report.write(harmless, judge=judge.judge)
     attacked, plain = (Structure((r / "index.html").read_text()) for r in (run, harmless))
     assert attacked.found == plain.found
     assert attacked.text.count(ATTACK) == 2

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from ditmoe import report
-from eval.sources import DIGITS_FILE
+from ditmoe.report import write as report
+from eval.sources.open import DIGITS_FILE
 from tests.faults import runs
 from tests.faults.halts import halted, save_model, save_run
 from tests.processes import door, start

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ditmoe.test_latents import save_vae
+from tests.ditmoe.data.test_latents import save_vae
 from tests.doors import typed
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_from_photos_to_a_score(tmp_path: Path) -> None:
     bare = typed("sample", run, "--num", 2, "--steps", 1, "--out", tmp_path / "set")
     assert (bare.returncode, (tmp_path / "set").exists()) == (2, False)
     assert "makes latents of 4 channels and holds no VAE" in bare.stderr
-    exported = typed("ditmoe.export", run, model, "--vae", vae)
+    exported = typed("ditmoe.convert.export", run, model, "--vae", vae)
     assert exported.returncode == 0, exported.stderr
     drawn = typed("sample", model, "--num", 12, "--steps", 2, "--out", tmp_path / "set")
     assert drawn.returncode == 0, drawn.stderr

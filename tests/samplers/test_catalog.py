@@ -6,7 +6,6 @@ import re
 import diffusers
 import pytest
 import torch
-from gaussian_world import OptimalNetwork, Z
 
 from samplers import (
     SAMPLERS,
@@ -18,6 +17,7 @@ from samplers import (
     network_calls,
     sample,
 )
+from tests.reference.gaussian_world import OptimalNetwork, Z
 
 
 def test_every_sampler_is_made_for_every_objective_that_it_fits():

@@ -4,11 +4,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from ddpm_oracle import chain
-from gaussian_world import ALPHA_BAR, OptimalNetwork, Z
 
 from samplers import DDIMScheduler, DDPMScheduler, image_generators, initial_noise, sample
 from samplers.grid import timestep_grid
+from tests.reference.ddpm_oracle import chain
+from tests.reference.gaussian_world import ALPHA_BAR, OptimalNetwork, Z
 
 
 def test_the_levels_of_the_linear_schedule():

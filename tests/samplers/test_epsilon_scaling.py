@@ -4,7 +4,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, MEAN, VARIANCE, OptimalNetwork, Z
 
 from samplers import (
     DDIMScheduler,
@@ -19,6 +18,7 @@ from samplers import (
     initial_noise,
     sample,
 )
+from tests.reference.gaussian_world import ALPHA_BAR, MEAN, VARIANCE, OptimalNetwork, Z
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 

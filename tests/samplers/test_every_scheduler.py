@@ -3,9 +3,9 @@
 import diffusers
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, OptimalNetwork, Z
 
 from samplers import SAMPLERS, DDIMScheduler, TimeShiftScheduler, make_scheduler, sample
+from tests.reference.gaussian_world import ALPHA_BAR, OptimalNetwork, Z
 
 DETERMINISTIC = ("dpm++2m", "unipc", "pndm", "ts-pndm", "flow-euler", "flow-heun")
 

@@ -4,9 +4,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from gaussian_world import MEAN, VARIANCE, OptimalNetwork, Z
 
 from samplers import FlowEulerScheduler, sample
+from tests.reference.gaussian_world import MEAN, VARIANCE, OptimalNetwork, Z
 
 
 def randn(*shape, seed=0):

@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from gaussian_world import MEAN, VARIANCE, OptimalNetwork, Z
 
 from samplers import FlowHeunScheduler, image_generators, initial_noise, sample
+from tests.reference.gaussian_world import MEAN, VARIANCE, OptimalNetwork, Z
 
 
 def noise_of(n, seed=0):

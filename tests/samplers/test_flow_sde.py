@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gaussian_world import MEAN, VARIANCE, OptimalNetwork, Z
 
 import samplers.flow
 from samplers import FlowSDEScheduler, image_generators, initial_noise, sample
+from tests.reference.gaussian_world import MEAN, VARIANCE, OptimalNetwork, Z
 
 
 def noise_of(n, shape=(3, 4, 4), seed=0):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR
 
 from samplers import gaussian
+from tests.reference.gaussian_world import ALPHA_BAR
 
 LEVELS = torch.from_numpy(ALPHA_BAR)
 

@@ -6,7 +6,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, VARIANCE, OptimalNetwork, Z
 from torch import nn
 
 from samplers import (
@@ -22,6 +21,7 @@ from samplers import (
     initial_noise,
     sample,
 )
+from tests.reference.gaussian_world import ALPHA_BAR, VARIANCE, OptimalNetwork, Z
 
 LABELS = torch.zeros(3, dtype=torch.int64)
 GUIDED = {"class_labels": LABELS, "null_label": 1, "guidance_scale": 3.0}

@@ -7,7 +7,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, VARIANCE, OptimalNetwork, Z
 from torch import nn
 
 from samplers import (
@@ -19,6 +18,7 @@ from samplers import (
     initial_noise,
     sample,
 )
+from tests.reference.gaussian_world import ALPHA_BAR, VARIANCE, OptimalNetwork, Z
 
 ZEROS = torch.zeros(3, dtype=torch.int64)
 

@@ -6,9 +6,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, OptimalNetwork, Z, exact_data
 
 from samplers import PNDMScheduler, image_generators, initial_noise, sample
+from tests.reference.gaussian_world import ALPHA_BAR, OptimalNetwork, Z, exact_data
 
 
 def noise_of(n, shape=(3, 4, 4), seed=0):

@@ -6,12 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from ddpm_oracle import chain
-from gaussian_world import ALPHA_BAR, MEAN, VARIANCE, OptimalNetwork, Z, exact_data
 
 import samplers.schedulers
 from samplers import DDIMScheduler, DDPMScheduler, image_generators, initial_noise, sample
 from samplers.grid import timestep_grid
+from tests.reference.ddpm_oracle import chain
+from tests.reference.gaussian_world import ALPHA_BAR, MEAN, VARIANCE, OptimalNetwork, Z, exact_data
 
 BOTH = [DDPMScheduler, DDIMScheduler]
 SPACINGS = ["linspace", "trailing", "leading"]

@@ -4,7 +4,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from gaussian_world import OptimalNetwork, Z, exact_data
 
 from samplers import (
     DDPMScheduler,
@@ -16,6 +15,7 @@ from samplers import (
     sample,
 )
 from samplers.grid import timestep_grid
+from tests.reference.gaussian_world import OptimalNetwork, Z, exact_data
 
 PAIRS = [
     ("dpm++2m", DPMSolverScheduler, diffusers.DPMSolverMultistepScheduler),

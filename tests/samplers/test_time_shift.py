@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, OptimalNetwork
 from torch import nn
 
 from samplers import (
@@ -18,6 +17,7 @@ from samplers import (
     sample,
 )
 from samplers.time_shift import window_of
+from tests.reference.gaussian_world import ALPHA_BAR, OptimalNetwork
 
 MODES = ["target", "network", "both"]
 KINDS = ["epsilon", "v_prediction", "sample"]

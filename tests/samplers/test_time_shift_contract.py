@@ -3,7 +3,6 @@
 import diffusers
 import pytest
 import torch
-from gaussian_world import OptimalNetwork
 
 import samplers.time_shift
 from samplers import (
@@ -14,6 +13,7 @@ from samplers import (
     initial_noise,
     sample,
 )
+from tests.reference.gaussian_world import OptimalNetwork
 
 MODES = ["target", "network", "both"]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from gaussian_world import OptimalNetwork
 
 from samplers import TimeShiftScheduler, image_generators, initial_noise, make_scheduler, sample
+from tests.reference.gaussian_world import OptimalNetwork
 
 MODES = ["target", "network", "both"]
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gaussian_world import ALPHA_BAR, OptimalNetwork
-from time_shift_oracle import walk
 from torch import nn
 
 from samplers import TimeShiftScheduler, image_generators, initial_noise, sample
+from tests.reference.gaussian_world import ALPHA_BAR, OptimalNetwork
+from tests.reference.time_shift_oracle import walk
 
 
 class Random(nn.Module):

@@ -1,0 +1,1 @@
+"""Routing counted, exposure bias, the budget of a run."""

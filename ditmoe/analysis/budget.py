@@ -1,0 +1,328 @@
+"""What a run would need on many devices: memory, arithmetic and traffic, calculated and not run. Needs no torch.
+
+One process a GPU, float32 parameters, `train.precision` bf16 (autocast; "auto" counts as bf16) or fp32.
+
+Shapes: T tokens of an image, D width, E experts, K experts per token, F hidden width, S tokens of a micro-batch, n
+devices, d of them share a layer's experts; m is 2 for swiglu, 1 for gelu; b is 2 bytes in bf16, 4 in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from ..config.sections import Config
+
+if TYPE_CHECKING:
+    from ..model import DiTMoETransformer2DModel
+import json
+
+import torch
+
+from .. import pipeline
+from ..config.file import to_dict
+from ..config.sections import micro_batch_size
+from ..model import DiTMoETransformer2DModel, build, count_parameters
+from . import budget
+
+Way = Literal["DDP", "FSDP2"]  # of all but split experts; FSDP2 on two devices or more
+USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
+_ROWS = (
+    "a device, in {}", "parallel.experts", "gradient checkpointing", "weights", "gradients", "optimiser",
+    "moving average", "buffers", "activations", "peak", "fits", "largest micro-batch", "sent a step: all-reduce",
+    "  all-gather, reduce-scatter", "  all-to-all", "seconds a step, arithmetic", "  sending, nothing hidden",
+)  # fmt: skip
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one image in one forward pass (a multiply-add is two): whole, in the blocks."""
+
+    forward: float
+    blocks: float
+
+    def training(self, checkpointing: bool) -> float:
+        """Forward and backward, where each product has two; checkpointing repeats the blocks."""
+        return 3 * self.forward + (self.blocks if checkpointing else 0.0)
+
+
+class Block(NamedTuple):
+    """Parameters of one block, outside and inside its routed experts, and one process's slices of them under FSDP2.
+
+    Slices are along the first dimension, all as long as the longest (`fully_shard` pads): where n is above E, those of
+    stacked experts are together larger than these. `router` is a part of `own_slice`.
+    """
+
+    own: int
+    experts: int
+    own_slice: int
+    experts_slice: int
+    router: int
+
+
+class _Local(NamedTuple):
+    """One block on one device: parameters held, bytes of autocast's copies of them, and those of `activations`."""
+
+    own: float
+    experts: float
+    own_copy: float
+    expert_copy: float
+    saved: float
+    boundary: float
+    passing: float
+
+
+class Needs(NamedTuple):
+    """What one device needs, in bytes.
+
+    Attributes:
+        weights, gradients, optimizer, average: 4, 4, 8 (AdamW) and 4 for each parameter that the device holds.
+        buffers: Copies of weights and gradients, for communication and for products in bf16.
+        activations: Of one micro-batch, at their most.
+        peak: Largest sum at any time: gradients grow while activations shrink.
+        all_reduce, gather_scatter, all_to_all: What it sends in one optimiser step.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    buffers: float
+    activations: float
+    peak: float
+    all_reduce: float
+    gather_scatter: float
+    all_to_all: float
+
+
+def flops(config: Config) -> Flops:
+    """Matrix products of one image: a token's weights twice, and attention.
+
+    A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection, 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward
+    layers of width w (K F + shared in an MoE layer), 2 T D E for the router. Source: as torch.utils.flop_counter.
+    """
+    m, e, (T, _, both) = config.model, config.moe, _sizes(config)
+    D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
+    blocks = 0
+    for routed in _routed(config):
+        width = e.top_k * e.expert_width + e.shared_width if routed else m.ffn_width
+        router = e.num_experts if routed and e.router_input == "token" else 0  # by place: once for all images
+        blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * T * D * (both * width + router)
+    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + pixels * (2 if config.objective.learn_sigma else 1))
+    return Flops(blocks + ends, blocks)
+
+
+def _sizes(config: Config) -> tuple[int, int, int]:
+    """T, b and 1 + m."""
+    m, b = config.model, 4 if config.train.precision == "fp32" else 2
+    return (m.sample_size // m.patch_size) ** 2, b, 3 if m.activation == "swiglu" else 2
+
+
+def _routed(config: Config) -> list[bool]:
+    """Of every block, whether it holds experts."""
+    rule = config.moe.blocks
+    return [rule == "all" or (rule == "every-second" and i % 2 == 1) for i in range(config.model.depth)]
+
+
+def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[float, float, float]:
+    """Bytes of one image in one block: saved for the backward pass; kept by checkpointing; passing in it, at most.
+
+    Saved, a token:
+    * 2 (8 D + 8) + b D: both norms in float32, the input of qkv; b D for that of a dense layer; for experts 4 D (the
+      router's) and b D (the shared expert's), in fp32 one and the same.
+    * 6 b D + 4 heads: qkv, attention and its statistics, its projection, and what the second gate multiplies.
+    * 2 b D for q and k that were normalised or turned; where normalised b D more (attention then has another layout),
+      and in bf16 their 8 D in float32.
+    * b (1 + m) F of a dense layer or the shared expert; of routed experts K b (2 D + (1 + m) F) with grouped
+      products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
+    An image: (7 b + 8) D for adaLN. Kept: the block's input, the router's record. Passing: the gradients of the
+    residual stream, and of the widest layer.
+
+    Source: what model.py, layers.py and moe/ leave with autograd on a GPU; a test counts it with saved_tensors_hooks.
+    Small layers routed by place keep less (`Experts.joined`); the rms norm of fp32 on a CPU keeps 2 b D more.
+    """
+    m, e, (T, b, both) = config.model, config.moe, _sizes(config)
+    half, by_token, D = b == 2, e.router_input == "token", m.hidden_size
+    token, record, widest = 2.0 * (8 * D + 8) + 7 * b * D + 4 * m.num_heads, 0.0, both * m.ffn_width
+    token += 2 * b * D if m.qk_norm != "none" or m.positions == "rope" else 0
+    if m.qk_norm != "none":
+        token += b * D + (8 * D if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
+    if routed:
+        K, F = e.top_k, e.expert_width
+        loop = not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16)))
+        token += K * b * (D + (both - 1) * F if loop else 2 * D + both * F) + b * both * e.shared_width
+        token += (4 * D if by_token or not half else 0) + (b * D if half and e.shared_width else 0)
+        record = 8.0 * e.num_experts + 12 * K if by_token else 0.0
+        token += record + (36 * K if by_token else 0)
+        widest = K * D if loop else K * both * F
+    else:
+        token += b * D + b * both * m.ffn_width
+    return T * token + (7 * b + 8) * D, T * (b * D + record), T * b * (2 * D + max(3 * D, widest))
+
+
+def blocks(config: Config, model: DiTMoETransformer2DModel) -> list[Block]:
+    """Every block; `model` may be on the meta device. Slices are those of `plan.devices` processes."""
+    n = max(config.plan.devices, 1)
+    found = []
+    for block in model.blocks:
+        counts = dict.fromkeys(Block._fields, 0)
+        for name, p in block.named_parameters():
+            kind, slice_ = "experts" if ".experts." in name else "own", -(-p.shape[0] // n) * p[0].numel()
+            counts[kind] += p.numel()
+            counts[f"{kind}_slice"] += slice_
+            counts["router"] += slice_ if ".router." in name else 0
+        found.append(Block(**counts))
+    return found
+
+
+def gathering(parts: list[Block], outside: float, n: int, d: int, gathered: int) -> tuple[float, float]:
+    """Under FSDP2: most bytes of whole weights and gradients at one time, and what a process sends in a micro-batch.
+
+    n processes gather the X values of a parameter (padded) at `gathered` bytes each, a router's at 4, and reduce and
+    scatter 4 X bytes; those of a block are gathered for its forward and again for its backward pass. At most there are
+    a block's weights and gradients, its predecessor's weights (gathered ahead), its successor's gradients (being
+    sent), and all that is outside the blocks. Source: torch.distributed.fsdp, `_fsdp_param_group.py` (2.14).
+    """
+    cut = [(x.own_slice + x.experts_slice, x.own + x.experts) if d == 1 else (x.own_slice, x.own) for x in parts]
+    weights = [n * (gathered * size + (4 - gathered) * x.router) for x, (size, _) in zip(parts, cut, strict=True)]
+    scattered = [4.0 * n * size for size, _ in cut]
+    around = zip(cut, weights, [0, *weights[:-1]], [*scattered[1:], 0.0], strict=True)
+    most = max(now + ahead + gathered * gradients + behind for (_, gradients), now, ahead, behind in around)
+    sent = 2 * sum(weights) + sum(scattered) + (gathered + 4) * outside
+    return most + 2 * gathered * outside, sent * (n - 1) / n
+
+
+def needs(
+    config: Config, parameters: int, parts: list[Block], way: Way, d: int, images: int, checkpointing: bool
+) -> Needs:
+    """What each of `plan.devices` devices needs for micro-batches of so many images, experts split over d of them.
+
+    It holds 1 / d of the experts, and of the rest everything (DDP) or a slice (FSDP2, with d = 1 of experts too).
+    Buffers: DDP's buckets, 4 B a parameter that it replicates (Accelerate leaves gradient_as_bucket_view off), or
+    `gathering`; and autocast's copies, see `_moving`: of whole weights, also where slices are held, but for those that
+    are gathered in bf16.
+
+    Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
+    Yuan, 2009). DDP reduces float32 gradients, those of split experts over n / d devices; FSDP2 sends as `gathering`
+    says. An all-to-all sends S K D b (d - 1) / d at even load: two in each direction, with checkpointing two more.
+    """
+    n, times, (T, b, _), sharded = config.plan.devices, config.train.accumulation, _sizes(config), way == "FSDP2"
+    outside, whole = parameters - sum(x.own + x.experts for x in parts), d == 1  # no experts are split
+    rows = 0.0 if whole else images * T * config.moe.top_k * config.model.hidden_size * b
+    cast, gathered = 0 if b == 4 else 2, 2 if config.parallel.gather == "bfloat16" else 4
+    copied = 0 if sharded and gathered == 2 else cast
+    local = []
+    for x, routed in zip(parts, _routed(config), strict=True):
+        own, experts = x.own_slice if sharded else x.own, x.experts_slice if sharded and whole else x.experts / d
+        expert_copy = (copied if whole else cast) * x.experts / d
+        saved, boundary, passing = (images * size for size in activations(config, routed, not whole))
+        passing += 2 * rows * routed  # there twice, as sent and as received
+        local.append(_Local(own, experts, copied * x.own, expert_copy, saved, boundary, passing))
+    ends, experts = outside / n if sharded else outside, sum(x.experts for x in local)
+    rest = ends + sum(x.own for x in local)
+    held = rest + experts
+    wire, sent = gathering(parts, outside, n, d, gathered) if sharded else (4 * (held if whole else rest) * (n > 1), 0)
+    copies = (max if checkpointing else sum)([x.expert_copy for x in local])
+    kept, most = sum(x.boundary if checkpointing else x.saved for x in local), max(x.saved for x in local)
+    return Needs(
+        *(4 * held, 4 * held, 8 * held, 4 * held),
+        buffers=wire + copied * outside + sum(x.own_copy for x in local) + copies,
+        activations=kept + most * checkpointing,
+        peak=16 * held + wire + _moving(local, ends, copied * outside, checkpointing, times > 1),
+        all_reduce=8 * ((0 if sharded else rest * (n - 1) / n) + (0 if sharded and whole else experts * (n - d) / n)),
+        gather_scatter=times * sent,
+        all_to_all=times * (6 if checkpointing else 4) * rows * (d - 1) / d * sum(_routed(config)),
+    )
+
+
+def _moving(parts: list[_Local], ends: float, ends_copy: float, checkpointing: bool, accumulates: bool) -> float:
+    """Most bytes of activations, gradients and autocast's copies (2 B a parameter) at any one time.
+
+    Over the blocks from last to first: what the earlier ones and this one keep, what this one recomputes and passes on,
+    and the gradients of the later ones (of all, where they accumulate). A copy is kept until used in the backward pass;
+    with checkpointing until the end of the forward pass, experts' until that of their block. `ends` belong to no block.
+    """
+    sizes, copies = [x.own + x.experts for x in parts], [x.own_copy + x.expert_copy for x in parts]
+    gradients = 4 * (sum(sizes) + ends)
+    kept = [x.boundary if checkpointing else x.saved + copy for x, copy in zip(parts, copies, strict=True)]
+    rest = sum(x.own_copy for x in parts) + ends_copy + max(x.saved + x.expert_copy for x in parts)
+    peak = max(gradients, sum(kept) + gradients * accumulates + (rest if checkpointing else 0))  # ends of step, forward
+    for i, (x, copy) in enumerate(zip(parts, copies, strict=True)):
+        now = x.passing + copy + (x.saved + copy if checkpointing else 0.0)
+        peak = max(peak, sum(kept[: i + 1]) + now + (gradients if accumulates else 4 * sum(sizes[i:])))
+    return peak
+
+
+def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
+    """The plan as text, for micro-batches of so many images: two columns for each way to use the devices.
+
+    Experts are split over `parallel.experts` devices, or where that is 1 over as many as send least of those that fit,
+    or else need least memory. The step's time is its arithmetic alone, at `plan.efficiency`; sending may hide behind.
+    """
+    plan, count, degrees, times = config.plan, flops(config), _degrees(config), config.train.accumulation
+    parameters, parts = sum(p.numel() for p in model.parameters()), blocks(config, model)
+    usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if parameters > 1e7 else ("MB", 1e6)
+
+    def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
+        at = partial(needs, config, parameters, parts, way)
+        found = {d: at(d, images, checkpointing) for d in degrees}
+        fitting = [d for d in degrees if found[d].peak <= usable]
+        d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
+        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size, checkpointing).peak)
+        most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
+        work = times * images * count.training(checkpointing) / plan.tflops / 1e12
+        seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
+        sizes = [_cell(size / scale) for size in found[d]]
+        return [way, str(d), _cell(checkpointing), *sizes[:7], _cell(bool(fitting)), most, *sizes[7:], *seconds]
+
+    rests: tuple[Way, ...] = ("DDP", "FSDP2") if plan.devices > 1 else ("DDP",)
+    columns = [column(way, some, again) for some in ([1], degrees) if some for way in rests for again in (False, True)]
+    rows = zip(_ROWS, *columns, strict=True)
+    lines = [
+        f"plan (a calculation, not a run): {plan.devices} devices of {plan.memory:g} GB ({USABLE:.0%} usable), "
+        f"{plan.tflops:g} TFLOP/s at {plan.efficiency:.0%}, {plan.bandwidth:g} GB/s",
+        f"micro-batches of {images}, accumulation {times}, {'bf16 autocast' if _sizes(config)[1] == 2 else 'fp32'}, "
+        f"FSDP2 gathers {config.parallel.gather}",
+        f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
+        f"{count.training(True) / 1e9:.2f} with gradient checkpointing",
+        *(f"{name.format(unit):28}" + "".join(f"{cell:>11}" for cell in row) for name, *row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _degrees(config: Config) -> list[int]:
+    """Over how many devices experts may be split. ValueError where `parallel` asks for what cannot be."""
+    n, E, asked = config.plan.devices, config.moe.num_experts, config.parallel.experts
+    if n % asked or E % asked:
+        raise ValueError(f"parallel.experts {asked} must divide plan.devices {n} and moe.num_experts {E}")
+    if config.parallel.shard and n == 1:
+        raise ValueError("parallel.shard needs several devices, but plan.devices is 1")
+    if config.parallel.gather == "bfloat16" and config.train.precision == "fp32":
+        raise ValueError("parallel.gather bfloat16 needs --train.precision bf16, not fp32")
+    common = math.gcd(n, E) if any(_routed(config)) else 1
+    return [asked] if asked > 1 else [d for d in range(2, common + 1) if common % d == 0]
+
+
+def _cell(value: float, digits: int = 3) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = f"{value:.{digits}f}"
+    if 0 < value < 10.0 ** (1 - digits):
+        return f"{value:.1e}"
+    return text if len(text) <= 10 else f"{value:.3e}"
+
+
+def describe(config: Config) -> str:
+    """The configuration as JSON and the parameter counts; allocates nothing, reads no images."""
+    with torch.device("meta"):
+        known = {"digits": 10, "fashion": 10}.get(config.data.name, 0)
+        model = build(config, known if config.model.num_classes is None else config.model.num_classes)
+    pipeline.assemble(model, config, {})  # a sampler that does not fit is refused here too
+    total, activated = count_parameters(model)
+    counts = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
+    if config.model.num_classes is None and not known:
+        counts += ", without the label table, whose size the data set decides"
+    if config.plan.devices:
+        counts += "\n" + budget.table(config, model, micro_batch_size(config.train, config.plan.devices))
+    return json.dumps(to_dict(config), indent=2) + "\n" + counts

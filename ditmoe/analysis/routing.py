@@ -1,0 +1,95 @@
+"""Who serves what: a model's routing by layer, time step, class and position, counted, and in numbers.
+
+Shapes: L layers with experts, B time bins, Y classes, n images of each, T tokens of an image, E experts, K of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..generate.pictures import Array
+from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..objective import Objective
+
+FORWARD = 128  # images in one forward pass of the count
+
+
+@torch.no_grad()
+def count_experts(
+    net: DiTMoETransformer2DModel, objective: Objective, x: Tensor, classes: Sequence[int], num_bins: int, seed: int
+) -> Array:
+    """Assignments of tokens to experts while clean images, noised to every time bin, pass through the network.
+
+    Args:
+        net: in eval mode; its routing must not depend on the batch.
+        objective: its `corrupt` makes x_t.
+        x: (Y, n, C, H, W), n images of each class.
+        classes: their labels, which the network is given if it was trained with labels.
+        num_bins: B bins of the 0..1000 time axis; the n images of a class are spread over each bin.
+        seed: of the noise.
+
+    Returns:
+        int64 (L, B, Y, T, E); every (l, b, y, t) sums to n * K.
+    """
+    Y, n, *size = x.shape
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((Y, n, *size), generator=generator)
+    y = torch.arange(Y).repeat_interleave(n)
+    labels = torch.tensor(classes)[y].to(net.device) if net.null_label is not None else None
+    T, total = tokens_per_image(net), list[Tensor]()
+    for b in range(num_bins):
+        t = ((b + (torch.arange(n) + 0.5) / n) * (1000 / num_bins)).floor().clamp_min(1).repeat(Y)
+        x_t, _ = objective.corrupt(x.flatten(0, 1), t, noise.flatten(0, 1))
+        for rows in torch.arange(Y * n).split(FORWARD):
+            some = None if labels is None else labels[rows.to(net.device)]
+            _, routing = net(x_t[rows].to(net.device), t[rows].to(net.device), some, return_dict=False)
+            for layer, record in enumerate(routing):
+                E = record.logits.shape[1]
+                ids = record.expert_ids.unflatten(0, (-1, T)).cpu()  # (rows, T, K), or (1, T, K) by place
+                cell = ((b * Y + y[rows])[:, None, None] * T + torch.arange(T)[:, None]) * E + ids
+                counts = torch.bincount(cell.flatten(), minlength=num_bins * Y * T * E)
+                if layer == len(total):
+                    total.append(torch.zeros_like(counts).view(num_bins, Y, T, E))
+                total[layer] += counts.view_as(total[layer])
+    return torch.stack(total).numpy()
+
+
+def relative_load(counts: Array) -> Array:
+    """Counts (..., E) as share / even share: 1 everywhere when the load is even; nan where nothing was counted."""
+    with np.errstate(invalid="ignore"):
+        load: Array = counts * counts.shape[-1] / counts.sum(axis=-1, keepdims=True)
+    return load
+
+
+def routing_summary(counts: Array) -> list[dict[str, float]]:
+    """For each layer of counts (L, B, Y, T, E): how even the load is, and what the choice of expert depends on.
+
+    `busiest` is the largest load over the even load, `idle` the number of experts that got nothing, and
+    `bits_time`, `bits_class`, `bits_position` the mutual information between expert and time bin, class or position,
+    in bits: 0 when the choice does not depend on it, at most log2 of the number of experts or of the bins.
+    """
+    rows = []
+    for layer in counts:
+        load = relative_load(layer.sum(axis=(0, 1, 2)))
+        rows.append(
+            {
+                "busiest": float(load.max()),
+                "idle": int((load == 0).sum()),
+                "bits_time": mutual_information(layer.sum(axis=(1, 2))),
+                "bits_class": mutual_information(layer.sum(axis=(0, 2))),
+                "bits_position": mutual_information(layer.sum(axis=(0, 1))),
+            }
+        )
+    return rows
+
+
+def mutual_information(counts: Array) -> float:
+    """Between the rows and columns of a table of counts, in bits: sum of p log2 p / (p_row p_column)."""
+    p = counts / counts.sum()
+    even = p.sum(axis=1, keepdims=True) * p.sum(axis=0, keepdims=True)
+    seen = p > 0
+    return max(0.0, float((p[seen] * np.log2(p[seen] / even[seen])).sum()))

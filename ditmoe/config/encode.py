@@ -1,0 +1,43 @@
+"""What `encode` is asked. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class LatentArgs:
+    """Encode images with a VAE into safetensors shards, from which training reads them (--data.name latents). Under
+    torchrun or accelerate launch the processes share the work; the same command again goes on."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder with one sub-folder a class, or with tar files of KEY.jpg (png, ...) and KEY.cls (WebDataset's layout)."""
+    vae: Path
+    """Folder of an AutoencoderKL of diffusers: config.json and .safetensors weights."""
+    out: Path
+    """Folder of the shards and of latents.json, which is written when all are there."""
+    size: int = 256
+    """Height and width to which images are resized and centre-cropped, in pixels."""
+    shard_size: int = 4096
+    """Images in a shard."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the stored latents; the VAE computes in float32."""
+    flip: bool = True
+    """Also encode the mirrored images, which --data.flip needs; twice the time and size."""
+    batch_size: int = 32
+    """Images encoded at once by a process."""
+    num_workers: int = 4
+    """Threads of a process that read images."""
+    max_bad: int = 0
+    """Images that cannot be used and are left out, each named, before the program stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "shard_size", "batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_bad < 0:
+            raise ValueError(f"max_bad is {self.max_bad}; it must be 0 or more")

@@ -1,0 +1,365 @@
+"""What a run is: frozen dataclasses and their checks. Imports no torch.
+
+A run's `config.json` is this tree. Every value is in the unit its docstring names; "steps" are optimiser steps and
+batch sizes are global (over all processes and accumulation).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer around the experts."""
+
+    sample_size: int = 8
+    """Height and width of an image (or latent), in pixels."""
+    in_channels: int = 1
+    """Channels of an image (or latent)."""
+    num_classes: int | None = None
+    """Number of classes; 0 trains without labels; None takes what the data set has."""
+    patch_size: int = 2
+    """Height and width of a token, in pixels."""
+    hidden_size: int = 128
+    """Width D of the residual stream."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    ffn_width: int = 384
+    """Hidden width of the feed-forward layer in blocks without experts."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Of experts and dense feed-forward layers; swiglu has three matrices, gelu (tanh form) has two."""
+    positions: Literal["rope", "sincos"] = "rope"
+    """2-D rotary positions in attention, or DiT's fixed sine-cosine table added to the tokens."""
+    qk_norm: Literal["rms", "layer", "none"] = "rms"
+    """Normalisation of queries and keys, per head."""
+    gradient_checkpointing: bool = False
+    """Recompute block activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth")
+        _positive(self, "num_heads", "ffn_width")
+        _require(
+            self.num_classes is None or self.num_classes >= 0,
+            f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more",
+        )
+        _require(
+            self.sample_size % self.patch_size == 0,
+            f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        _require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = "
+            f"{4 * self.num_heads}, so that a head splits into two rotary halves for two axes",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture-of-experts layers."""
+
+    blocks: Literal["all", "every-second", "none"] = "every-second"
+    """Which blocks hold experts: every one, blocks 1, 3, 5, ... (from 0), or none (the dense twin)."""
+    num_experts: int = 8
+    """Routed experts E in a layer."""
+    top_k: int = 2
+    """Experts K that serve one token."""
+    expert_width: int = 128
+    """Hidden width F of one routed expert."""
+    shared_width: int = 128
+    """Hidden width of the shared expert that serves every token; 0 leaves it out."""
+    router_input: Literal["token", "position"] = "token"
+    """What the router looks at: the token, or its place in the image (for aligned images: the same experts serve a
+    place at every noise level)."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    renormalize: bool = True
+    """Divide the K chosen scores by their sum."""
+    scale: float = 1.0
+    """Factor on the routed experts' weights, after renormalisation."""
+    balance_weight: float = 0.005
+    """Weight of each layer's balance loss (DiT-MoE's alpha: 0.005)."""
+    z_weight: float = 0.0
+    """Weight of each layer's router z-loss (ST-MoE: 0.001)."""
+    bias_rate: float = 0.0
+    """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out."""
+    backend: Literal["auto", "grouped", "loop"] = "auto"
+    """Expert kernels: grouped_mm, a loop, or the first where it applies."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_experts", "top_k", "expert_width")
+        _not_negative(self, "shared_width", "balance_weight", "z_weight", "bias_rate")
+        _require(
+            self.top_k <= self.num_experts,
+            f"top_k {self.top_k} is more than num_experts {self.num_experts}",
+        )
+        _require(self.scale > 0, f"scale is {self.scale}; it must be above 0")
+        _require(
+            self.top_k > 1 or not self.renormalize or self.blocks == "none",
+            "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the network is trained to predict."""
+
+    prediction_type: PredictionType = "v_prediction"
+    """Noise, velocity v, the clean image, or flow matching's velocity eps - x_0."""
+    learn_sigma: bool = False
+    """Also learn the reverse variance (improved DDPM's hybrid loss); for epsilon only."""
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule of the diffusion objectives (diffusers' names)."""
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Law of the training times; logit_normal (SD3) is for flow_prediction."""
+    class_dropout_prob: float = 0.1
+    """Share of training samples whose label is replaced by the null label, for guidance."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.class_dropout_prob <= 1,
+            f"class_dropout_prob is {self.class_dropout_prob}; it must lie in [0, 1]",
+        )
+        _require(
+            not self.learn_sigma or self.prediction_type == "epsilon",
+            f"learn_sigma works with prediction_type epsilon, not {self.prediction_type}",
+        )
+        _require(
+            self.time_sampling == "uniform" or self.prediction_type == "flow_prediction",
+            f"time_sampling logit_normal works with flow_prediction, not {self.prediction_type}",
+        )
+        _require(
+            self.beta_schedule == "linear" or self.prediction_type != "flow_prediction",
+            f"beta_schedule {self.beta_schedule} does not apply to flow_prediction, which has no betas",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from."""
+
+    name: Literal["digits", "fashion", "folder", "latents"] = "digits"
+    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards, made by
+    python -m ditmoe.latents)."""
+    path: Path | None = None
+    """Folder of the images, of the IDX files, or of the latent shards."""
+    vae: Path | None = None
+    """latents: folder of the VAE that made them, saved with the model so that it draws pictures."""
+    download: bool = False
+    """Let torchvision download Fashion-MNIST into ./data when it is nowhere else."""
+    fit: Literal["exact", "crop"] = "exact"
+    """folder: images must have sample_size and in_channels exactly, or are resized, centre-cropped and converted."""
+    flip: bool = False
+    """Mirror images left-right at random; of latents, take those of the mirrored images."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads in the training process."""
+    max_bad: int = 0
+    """folder: files that cannot be used and are skipped, each named, before the run stops."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "num_workers", "max_bad")
+        _require(not self.max_bad or self.name == "folder", f"max_bad works with folder, not {self.name}")
+        _require(
+            not self.download or self.name == "fashion",
+            f"download works with the data set fashion, not {self.name}",
+        )
+        _require(self.path is None or self.name != "digits", "path does not apply to digits, which are bundled")
+        _require(self.fit == "exact" or self.name == "folder", f"fit crop works with folder, not {self.name}")
+        _require(self.vae is None or self.name == "latents", f"vae works with latents, not {self.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimiser, the loop, and what it writes."""
+
+    batch_size: int = 128
+    """Images of one optimiser step, over all processes and accumulation."""
+    accumulation: int = 1
+    """Micro-batches of one optimiser step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Step at which the learning rate reaches zero (linearly, from the peak); None keeps it constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    beta2: float = 0.99
+    """Second-moment decay of AdamW (the first is 0.9)."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    ema_decay: float = 0.999
+    """Decay of the moving average: min(ema_decay, (1 + n) / (10 + n)) at step n, parameters and buffers."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it fast, else fp32."""
+    compile: bool = False
+    """Compile the blocks (torch.compile): minutes at the start, faster steps after; the last digits change."""
+    log_every: int = 20
+    """Steps between metrics rows (1 when max_steps is at most 200)."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints to keep, each read back and found whole before an older one goes; 0 keeps all."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (disk full): train on and try again at the next one, or stop."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped because a loss, gradient or router logit is not finite, before the run stops."""
+    sample_every: int = 0
+    """Steps between sample grids and scores during training; 0 makes none."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard (extra: track)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "accumulation", "learning_rate", "log_every")
+        _positive(self, "checkpoint_every")
+        _not_negative(self, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
+        for name in ("ema_decay", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}",
+        )
+        if self.decay_steps is not None:
+            _require(
+                self.decay_steps > self.warmup_steps,
+                f"decay_steps {self.decay_steps} must come after warmup_steps {self.warmup_steps}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How the report draws images; sampler, steps and cfg are also saved with the model as its defaults."""
+
+    sampler: str = "ddim"
+    """A name of samplers.SAMPLERS."""
+    steps: int = 50
+    """Sampling steps."""
+    cfg: float = 1.5
+    """Classifier-free guidance scale; 1 is no guidance."""
+    num: int = 500
+    """Images that the report makes, judges and scores."""
+    batch_size: int = 250
+    """Images drawn at once."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch_size")
+        _require(self.steps <= 1000, f"steps is {self.steps}; the training schedule has 1000")
+        _require(self.num >= 2, f"num is {self.num}; a score needs 2 images or more")
+        _require(0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be 0 or more, and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is split over the processes of a launch. It may change between the parts of a run."""
+
+    experts: int = 1
+    """Processes that share the experts of every layer (expert parallelism)."""
+    shard: bool = False
+    """Cut everything else into slices too, a slice a process (FSDP2); otherwise it is replicated (DDP)."""
+    gather: Literal["float32", "bfloat16"] = "float32"
+    """What --parallel.shard gathers of the float32 slices; gradients are summed in float32, routers never rounded."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "experts")
+        _require(
+            self.gather == "float32" or self.shard, "gather bfloat16 needs --parallel.shard: else nothing is gathered"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The devices that --dry-run plans for; nothing that trains reads it."""
+
+    devices: int = 0
+    """Devices, one process each; 0 prints no plan."""
+    memory: float = 80.0
+    """Memory of a device, in GB (10^9 bytes)."""
+    tflops: float = 989.0
+    """Peak arithmetic of a device, in 10^12 operations a second (H100 SXM, dense bf16: 989)."""
+    efficiency: float = 0.4
+    """Share of that peak that a training step reaches, in (0, 1]."""
+    bandwidth: float = 50.0
+    """What a device sends, in GB (10^9 bytes) a second (InfiniBand NDR: 50)."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "devices")
+        _positive(self, "memory", "tflops", "bandwidth")
+        _require(0 < self.efficiency <= 1, f"efficiency is {self.efficiency}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    out: Path = Path("runs/digits")
+    """The run folder."""
+    max_steps: int = 3000
+    """Optimiser steps in all."""
+    seed: int = 0
+    """Of weights, data order, noise, times, dropped labels and sampled images."""
+    dry_run: bool = False
+    """Check and print the configuration and parameter counts, then stop."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_steps")
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2^63)")
+        _require(
+            self.parallel.experts == 1 or self.moe.blocks != "none",
+            f"parallel.experts {self.parallel.experts} does not apply to a model without experts (moe.blocks none)",
+        )
+        decay = self.train.decay_steps
+        _require(
+            decay is None or self.max_steps <= decay,
+            f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
+            f"a longer run is another run: give --train.decay-steps too, and another --out",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(0 < value < float("inf"), f"{name} is {value}; it must be above 0, and finite")
+
+
+def _not_negative(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value >= 0, f"{name} is {value}; it must be 0 or more")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+pass
+
+
+def micro_batch_size(train: TrainConfig, num_processes: int) -> int:
+    """Images of one forward pass of one process. ValueError when batch_size does not divide."""
+    parts = train.accumulation * num_processes
+    if train.batch_size % parts:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} is not a multiple of accumulation {train.accumulation} * "
+            f"{num_processes} processes; {-(-train.batch_size // parts) * parts} is"
+        )
+    return train.batch_size // parts

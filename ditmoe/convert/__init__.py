@@ -1,0 +1,1 @@
+"""A model folder in, a model folder out."""

@@ -1,0 +1,93 @@
+"""A model to give away: the pipeline of a run in bfloat16, with a page that says how it came about.
+
+python -m ditmoe.convert.export RUN FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .. import cli
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write the averaged weights of a finished run as a pipeline folder to share."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The new pipeline folder."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the stored weights; bfloat16 has half the size."""
+    vae: Path | None = None
+    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
+    force: bool = False
+    """Replace the folder if it is there."""
+
+
+def export(args: ExportArgs) -> None:
+    """Write the pipeline folder: weights in `dtype`, the run's config.json as training.json, and a README.md.
+
+    Raises:
+        ValueError: The run holds no model, the folder exists, or the VAE is not that of the latents.
+    """
+    import torch
+
+    from .. import pipeline
+    from ..config.file import read_config
+    from ..data.vae import load_vae
+
+    if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
+        raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
+    read_config(args.run)  # refuses what is no run
+    pipe = pipeline.load(args.run)
+    if args.vae is not None:
+        pipe.register_modules(vae=load_vae(args.vae, pipe.config.latents))
+    torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    pipeline.save(pipe, args.folder)
+    (args.folder / "training.json").write_text((args.run / "config.json").read_text())
+    (args.folder / "README.md").write_text(card(args))
+    print(f"wrote {args.folder}; python sample.py {args.folder} --out grid.png draws from it")
+
+
+def card(args: ExportArgs) -> str:
+    """The model's page: the commands that made it, what it was trained on, and its score if the run has one."""
+    command = args.run / "command.txt"
+    report = args.run / "report.json"
+    lines = [f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", ""]
+    commands = list(dict.fromkeys(command.read_text().splitlines())) if command.exists() else []
+    lines += [
+        "```",
+        *commands,
+        f"python -m ditmoe.convert.export {args.run} {args.folder} --dtype {args.dtype}",
+        "```",
+        "",
+    ]
+    lines += _facts(json.loads(report.read_text())) if report.exists() else []
+    return "\n".join([*lines, f"`python sample.py {args.folder} --out grid.png` draws a grid of samples.", ""])
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    model, score = report["model"], report.get("score")
+    lines = [
+        f"* {model['parameters_total'] / 1e6:.2f} M parameters, "
+        f"{model['parameters_activated'] / 1e6:.2f} M activated by a token",
+        f"* data: {report['data']['source']}",
+        f"* {report['training']['steps']} steps of {report['training']['batch_size']} images",
+    ]
+    if score:
+        lines.append(f"* {score['metric']} {score['value']:.4f} with {score['n_gen']} samples")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    parsed = tyro.cli(ExportArgs, prog="python -m ditmoe.convert.export")
+    sys.exit(cli.run(lambda: export(parsed)))

@@ -1,0 +1,1 @@
+"""Image sets, their order, pixels, VAE, encoding."""

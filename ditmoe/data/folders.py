@@ -1,0 +1,254 @@
+"""Images in folders: one sub-folder a class, or none. Every file that cannot be used is named.
+
+Shapes: n images asked for, C channels, H W size; pixels are uint8 (n, H, W, C).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+
+from .sets import BadImage
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+MOST_PIXELS = 2**30 // 12  # beyond it Pillow warns of a decompression bomb
+_LONGEST = 16  # times the short side: of a longer image only the centre square is enlarged
+# What Pillow raises on truncated, corrupt or foreign bytes.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    NotImplementedError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class FolderImages:
+    """Images read from files each time they are asked for, one sub-folder a class.
+
+    Args:
+        root: The folder; without sub-folders its images have no labels.
+        size: Height and width of the model's images.
+        channels: 1 (grey) or 3 (RGB).
+        fit: "exact": other sizes and modes cannot be used; "crop": resized, centre-cropped and converted. Either
+            way a picture is turned upright first, as its EXIF orientation says.
+
+    Raises:
+        ValueError: No images, or a folder that cannot be listed.
+    """
+
+    is_latent = False
+
+    def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
+        if not root.is_dir():
+            raise ValueError(f"data.path {root} is not a folder; give a folder of images with --data.path")
+        if channels not in (1, 3):
+            raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
+        self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
+        _, folders, names = next(_walk(root))
+        _check_links(root, names)
+        classes = {
+            name: files for name in sorted(folders) if not name.startswith(".") and (files := _image_files(root / name))
+        }
+        if classes and any(map(_is_image, names)):
+            raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
+        self.files: list[Path] = []
+        labels: list[int] = []
+        for label, files in enumerate(classes.values() if classes else [_image_files(root)]):
+            self.files += files
+            labels += [label] * len(files)
+        if not self.files:
+            raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.id2label = dict(enumerate(classes))
+        self.root = root
+        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def inventory(self) -> list[tuple[str, int]]:
+        """Every file's place below the root and its size in bytes, -1 of one that cannot be reached."""
+        return [(file.relative_to(self.root).as_posix(), _size(file)) for file in self.files]
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """(n, H, W, C) uint8. Raises BadImage at the first file that cannot be used."""
+        return np.stack([self._image(i) for i in indices])
+
+    def check_headers(self) -> dict[int, str]:
+        """With fit "exact", what is wrong with files by their number, as far as their headers tell."""
+        wrong = {}
+        for row, file in enumerate(self.files if self.fit == "exact" else []):
+            try:
+                with _opened(file) as image:
+                    self._check(file, image)
+            except ValueError as error:
+                wrong[row] = str(error)
+        return wrong
+
+    def tensors(self, indices: Sequence[int]) -> Tensor:
+        """(n, C, H, W) float32 in [-1, 1]."""
+        return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def _check(self, file: Path, image: Image.Image) -> None:
+        want = (self.size, self.size)
+        if image.size != want or image.mode != self.mode:
+            raise ValueError(
+                f"{file} is {image.size[0]}x{image.size[1]} {image.mode}, the model takes {want[0]}x{want[1]} "
+                f"{self.mode}; add --data.fit crop to resize, centre-crop and convert every image"
+            )
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        try:
+            return self._read(self.files[row])
+        except ValueError as error:
+            raise BadImage(row, str(error)) from error
+        except Exception as error:  # no damage that is known: it ends the run, which says at which file
+            raise RuntimeError(f"{self.files[row]} could not be read: {error!r}") from error
+
+    def _read(self, file: Path) -> NDArray[np.uint8]:
+        if self.fit == "crop":
+            return read_cropped(file, self.size, self.mode)
+        with _opened(file) as image:
+            self._check(file, image)
+            return np.asarray(_upright(file, image), dtype=np.uint8).reshape(self.size, self.size, -1)
+
+
+def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = None) -> NDArray[np.uint8]:
+    """The image of a file, upright, resized, centre-cropped and converted: (size, size, C) uint8.
+
+    Args:
+        file: The file, or with `content` what messages call it.
+        size: Height and width.
+        mode: "L" or "RGB".
+        content: What is read instead of the file.
+
+    Raises:
+        ValueError: It cannot be used; the file is named.
+    """
+    with _opened(file, content) as image:
+        upright = _upright(file, image)
+        with _naming(file, f"cannot be made {mode} of {size}x{size}"):
+            fitted = _centre_crop(_converted(upright, mode), size)
+            return np.asarray(fitted, dtype=np.uint8).reshape(size, size, -1)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """What `os.walk` yields. Raises ValueError at a folder that cannot be listed."""
+
+    def stop(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); may you read it?") from error
+
+    return os.walk(root, onerror=stop)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _image_files(root: Path) -> list[Path]:
+    """All below a folder that have an image's name; what is no file is among them, to be named when it is read."""
+    return sorted(Path(place, name) for place, _, names in _walk(root) for name in names if _is_image(name))
+
+
+def _check_links(root: Path, names: Sequence[str]) -> None:
+    """ValueError for a link to a folder that is not there: without its class the others' labels would move."""
+    for name in names:
+        usual = name.startswith(".") or _is_image(name) or not (root / name).is_symlink()
+        if not usual and not os.path.exists(root / name):
+            raise ValueError(f"data.path {root} holds {name}, a link that leads nowhere; mend or remove it")
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
+@contextmanager
+def _naming(file: Path, fault: str) -> Iterator[None]:
+    """Whatever damage is met inside becomes a ValueError that names the file."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ValueError(f"{file} {fault} ({str(error) or type(error).__name__}); remove or replace it") from error
+
+
+@contextmanager
+def _opened(file: Path, content: BinaryIO | None = None) -> Iterator[ImageFile.ImageFile]:
+    """An image of which only the header has been read."""
+    with _naming(file, "is not a readable image"):
+        if content is None and not file.is_file():  # to open a pipe would be to wait
+            raise OSError("it is no file, or a link that leads nowhere")
+        opened = Image.open(file if content is None else content, formats=IMAGE_FORMATS)
+    with opened as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{file} has {image.width} x {image.height} pixels, more than {MOST_PIXELS}; shrink it")
+        if _is_deep(image):
+            raise ValueError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
+        yield image
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether the file has more than 8 bits a value, which Pillow cuts off without a word where the mode is RGB."""
+    stored = [tile[3] for tile in image.tile]  # as they lie in the file: "RGB;16B", ("RGB", largest value)
+    if image.mode.startswith(("I", "F")):
+        return True
+    if image.format == "PPM":
+        return any(isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255 for args in stored)
+    return image.format in ("PNG", "TIFF") and any(";16" in str(args) for args in stored)
+
+
+def _upright(file: Path, image: Image.Image) -> Image.Image:
+    """Decoded, and turned as its EXIF orientation says."""
+    with _naming(file, "cannot be decoded"):
+        upright = ImageOps.exif_transpose(image)
+        upright.load()
+    return upright
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in the model's mode; transparency becomes white."""
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square at size x size: halved with a box filter while large, then bicubic, as in ADM."""
+    short = min(image.size)
+    if max(image.size) > _LONGEST * short:  # the short side enlarged to size, the long one would fill the memory
+        image = _centre(image, short)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    width, height = (max(size, round(v * factor)) for v in image.size)
+    return _centre(image.resize((width, height), Image.Resampling.BICUBIC), size)
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

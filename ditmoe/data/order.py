@@ -1,0 +1,139 @@
+"""The order of training: which image every sample of a run is, and the micro-batches of one process.
+
+Shapes: n images of a micro-batch, C channels, H W size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config.sections import Config, micro_batch_size
+from ..launch.signals import ignored_here
+from ..rng import sample_rng
+from .folders import FolderImages
+from .open import tensors
+from .sets import BadImage, ImageSet
+
+
+class Batch(NamedTuple):
+    """A micro-batch: running numbers of its samples, x (n, C, H, W) float32, y (n,) int64, and what was skipped."""
+
+    indices: list[int]
+    x: Tensor
+    y: Tensor
+    bad: list[str]
+
+
+class _Stream(Dataset[Batch]):
+    """Sample number i of a run: image `permutation(epoch)[position]`, perhaps mirrored; a function of (seed, i).
+
+    In the place of an image that cannot be used comes the next one of the permutation that can.
+    """
+
+    def __init__(self, data: ImageSet, seed: int, flip: bool) -> None:
+        self.data, self.seed, self.flip = data, seed, flip
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._bad: set[int] = set()
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        x, rows, bad = None, [], []
+        mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices] if self.flip else []
+        while x is None:
+            rows = [self._image_of(i) for i in indices]
+            try:
+                x = tensors(self.data, rows, mirrored) if self.flip else self.data.tensors(rows)
+            except BadImage as error:
+                self._bad.add(error.row)
+                bad.append(str(error))
+        return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad)
+
+    def name(self, index: int) -> str:
+        """The file of a sample, or its number in the set."""
+        row = self._image_of(index)
+        return str(self.data.files[row]) if isinstance(self.data, FolderImages) else f"image {row}"
+
+    def _image_of(self, index: int) -> int:
+        epoch, position = divmod(index, len(self.data))
+        if epoch != self._epoch:
+            self._epoch, self._order = (
+                epoch,
+                sample_rng(self.seed, 4, epoch).permutation(len(self.data)),
+            )
+        if len(self._bad) == len(self._order):
+            raise ValueError(f"none of the images can be used: {self.data.source}")
+        while int(self._order[position]) in self._bad:
+            position = (position + 1) % len(self._order)
+        return int(self._order[position])
+
+
+class _MicroBatches:
+    """The running numbers of this process's samples, one list a micro-batch."""
+
+    def __init__(self, numbers: range, rank: int, num_processes: int, size: int) -> None:
+        self.numbers, self.rank, self.num_processes, self.size = numbers, rank, num_processes, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in self.numbers:
+            start = (number * self.num_processes + self.rank) * self.size
+            yield list(range(start, start + self.size))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class Batches:
+    """The micro-batches of one process, from `first_step` to the end of the run.
+
+    Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
+    cut it into equal consecutive parts, so that the samples of a step do not depend on how it is cut.
+
+    Raises:
+        ValueError: batch_size does not divide into accumulation * num_processes equal parts.
+    """
+
+    def __init__(self, config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> None:
+        train, workers = config.train, config.data.num_workers
+        size = micro_batch_size(train, num_processes)
+        numbers = range(first_step * train.accumulation, config.max_steps * train.accumulation)
+        self._plan = _MicroBatches(numbers, rank, num_processes, size)
+        self._stream = _Stream(data, config.seed, config.data.flip)
+        self._ahead = max(1, 2 * workers)  # micro-batches that the readers may be at
+        self._given = 0
+        loader = DataLoader(
+            self._stream,
+            sampler=self._plan,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignored_here,
+        )
+        self._batches: Any = iter(loader)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._batches)
+        self._given += 1
+        return batch
+
+    def close(self) -> None:
+        """End the readers. They ignore the signal with which a program that exits would end them."""
+        shutdown = getattr(self._batches, "_shutdown_workers", None)  # what torch itself calls when it is collected
+        if shutdown is not None:
+            shutdown()
+            for worker in self._batches._workers:
+                worker.kill()
+
+    def awaited(self) -> str:
+        """The images that are being read, for a message."""
+        lists = itertools.islice(self._plan, self._given, self._given + self._ahead)
+        names = [self._stream.name(i) for indices in lists for i in indices]
+        return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,0 +1,37 @@
+"""uint8 pixels to the model's x in [-1, 1] and back.
+
+Shapes: N images, C channels, H W size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+QUANTIZE = "floor(127.5 x + 128), clamped"  # rounds half up
+
+
+def to_pixels(x: Tensor) -> Any:
+    """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), by QUANTIZE. FloatingPointError unless all are finite."""
+    if not bool(x.isfinite().all()):
+        raise FloatingPointError(
+            "images are not finite: the weights are damaged, or guidance_scale or epsilon_scale are too much for them"
+        )
+    pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """x (N, C, H, W) in [-1, 1] -> N pictures, grey for C = 1."""
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in to_pixels(x)]
+
+
+def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images with 1 or 3 channels: of others (latents without a decoder), the first 3, or the first of 2."""
+    channels = images.shape[-1]
+    return images if channels in (1, 3) else images[..., : 3 if channels > 3 else 1]

@@ -1,0 +1,144 @@
+"""Images in tar files as WebDataset lays them out: members KEY.jpg (or .png, ...) and KEY.cls, the label's number.
+
+The files are read in place with `tarfile`; nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .folders import IMAGE_SUFFIXES, read_cropped
+from .latents import MOST_LABELS
+from .sets import BadImage
+
+
+class _Member(NamedTuple):
+    tar: Path
+    key: str
+    offset: int
+    size: int
+
+
+class TarImages:
+    """Images read from uncompressed tar files each time they are asked for; without .cls members, without labels.
+
+    Args:
+        root: A tar file, or a folder of them (*.tar), taken in the order of their names.
+        size: Height and width; images are resized and centre-cropped.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        ValueError: A file is truncated, damaged or compressed, holds no images, links instead of images, a key twice
+            or a label without an image, or labels that are not numbers; or there are images beside the tar files.
+    """
+
+    def __init__(self, root: Path, size: int, channels: int) -> None:
+        self.size, self.mode = size, "L" if channels == 1 else "RGB"
+        self._members: list[_Member] = []
+        labels: list[int | None] = []
+        tars = tar_files(root)
+        stray = next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
+        if stray is not None:
+            raise ValueError(f"{root} holds tar files, and images beside them ({stray}); move the one or the other")
+        for tar in tars:
+            for member, label in _scan(tar):
+                self._members.append(member)
+                labels.append(label)
+        if not self._members:
+            raise ValueError(f"the tar files in {root} hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        bare = [member for member, label in zip(self._members, labels, strict=True) if label is None]
+        if bare and len(bare) < len(labels):
+            raise ValueError(f"{bare[0].tar} has {bare[0].key} without {bare[0].key}.cls, but others have labels")
+        self.labels = np.asarray([label or 0 for label in labels], dtype=np.int64)
+        self.id2label = {} if bare else {i: str(i) for i in range(int(self.labels.max()) + 1)}
+        self.source = f"{len(labels)} images of {len(self.id2label)} classes in {len(tars)} tar files of {root}"
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def inventory(self) -> list[tuple[str, int]]:
+        """Every image's file and key, and its size in bytes."""
+        return [(f"{m.tar.name}/{m.key}", m.size) for m in self._members]
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """(n, H, W, C) uint8. Raises BadImage at the first one that cannot be used."""
+        return np.stack([self._image(i) for i in indices])
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        member = self._members[row]
+        try:
+            with member.tar.open("rb") as file:
+                file.seek(member.offset)
+                content = io.BytesIO(file.read(member.size))
+            return read_cropped(Path(f"{member.tar}/{member.key}"), self.size, self.mode, content)
+        except (OSError, ValueError) as error:
+            raise BadImage(row, str(error)) from error
+
+
+def tar_files(root: Path) -> list[Path]:
+    """The tar files that a path means; none for a folder of images."""
+    return [root] if root.is_file() and root.suffix == ".tar" else sorted(root.glob("*.tar"))
+
+
+def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
+    """The images of a tar file in its order, each with its label."""
+    images: dict[str, _Member] = {}
+    labels: dict[str, int] = {}
+    with tar.open("rb") as file:
+        for entry in _entries(tar):
+            place = PurePosixPath(entry.name)
+            stem, _, extension = place.name.partition(".")
+            is_label, is_image = extension.lower() == "cls", f".{extension.lower()}" in IMAGE_SUFFIXES
+            if not stem or not (is_label or is_image) or entry.isdir():
+                continue
+            key = str(place.with_name(stem))
+            if not entry.isreg() or entry.issparse():
+                raise ValueError(f"{tar} has {entry.name} as a link or another special file; store the file itself")
+            if key in (labels if is_label else images):
+                raise ValueError(f"{tar} has two {'labels' if is_label else 'images'} of the key {key}")
+            if is_label:
+                file.seek(entry.offset_data)
+                labels[key] = _label(tar, key, file.read(entry.size) if entry.size <= 32 else b"")
+            else:
+                images[key] = _Member(tar, key, entry.offset_data, entry.size)
+    alone = next((key for key in labels if key not in images), None)
+    if alone is not None:
+        raise ValueError(f"{tar} has {alone}.cls without an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [(member, labels.get(key)) for key, member in images.items()]
+
+
+def _entries(tar: Path) -> list[tarfile.TarInfo]:
+    """All that a tar file holds. `tarfile` alone takes a damaged header for the end, and follows sizes below 0."""
+    entries: list[tarfile.TarInfo] = []
+    try:
+        with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
+            for entry in archive:
+                if entry.size < 0 or (entries and entry.offset_data <= entries[-1].offset_data):
+                    raise tarfile.ReadError(f"the size or the place of {entry.name} makes no sense")
+                entries.append(entry)
+            file.seek(archive.offset)
+            rest = file.read(tarfile.BLOCKSIZE)
+            if rest != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"neither a member nor the end is at byte {archive.offset}")
+            while rest:
+                if rest.strip(tarfile.NUL):
+                    raise tarfile.ReadError(f"it goes on after its end at byte {archive.offset}")
+                rest = file.read(2**20)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{tar} is truncated, damaged, compressed or no tar file ({error})") from error
+    return entries
+
+
+def _label(tar: Path, key: str, content: bytes) -> int:
+    text = content.decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= MOST_LABELS:
+        raise ValueError(f"{tar} has {key}.cls with {text!r:.40}; a label is a number from 0 on")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Images in memory, sets on disk, grids and strips."""

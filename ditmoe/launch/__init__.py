@@ -1,0 +1,1 @@
+"""How a launch begins and ends, what its processes agree on, signals."""

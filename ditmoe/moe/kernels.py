@@ -1,0 +1,175 @@
+"""Kernels of the experts: gather, products, activation, combine, and their gradients.
+
+Shapes: S tokens laid flat, B rows that share a token's plan, D width, E experts, K experts per token, F hidden width
+of an expert, P = S * K (token, expert) pairs sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Activation = Literal["swiglu", "gelu"]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype, or else x's: grouped_mm does not know autocast, so casts are made by hand."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _activate(h: Tensor, activation: Activation) -> Tensor:
+    """The activation, with a gradient of our own for swiglu, but not where torch's compiler makes one."""
+    if activation == "gelu" or torch.compiler.is_compiling():
+        return _activation(h, activation)
+    y: Tensor = _SwiGLU.apply(h)
+    return y
+
+
+def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Each expert's rows times its matrix: rows (P, I), weight (E, O, I) -> (P, O)."""
+    offsets = counts.cumsum(0).to(torch.int32)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+
+
+class _Loop(torch.autograd.Function):
+    """Gather, both products, activation and combine, one expert after the other.
+
+    What is as long as all pairs together is touched once; the rest has an expert's rows and stays in cache. The
+    rows are gathered again for the backward pass, where the sums over a token's experts have a fixed order too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor, token: Tensor, slot: Tensor, counts: Tensor,
+        activation: Activation,
+    ) -> Tensor:  # fmt: skip
+        S, B, D = x.shape
+        x = x.reshape(S, B * D)
+        out = x.new_empty(len(token), B * D)
+        hidden = []
+        runs = _runs(counts)
+        for e, run in runs:
+            h = x.index_select(0, token[run]).view(-1, D) @ w_in[e].T
+            torch.mm(_activation(h, activation), w_out[e].T, out=out[run].view(-1, D))
+            hidden.append(h)
+        ctx.save_for_backward(x, w_in, w_out, weight, token, slot, out, *hidden)
+        ctx.runs, ctx.activation = runs, activation
+        y = F.embedding_bag(slot, out, mode="sum", per_sample_weights=weight.to(out.dtype)[slot])
+        return y.view(S, B, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, weight, token, slot, out, *hidden = ctx.saved_tensors
+        shape, D = grad.shape, grad.shape[-1]
+        grad = grad.reshape(x.shape)
+        grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
+        grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
+        for (e, run), h in zip(ctx.runs, hidden, strict=True):
+            g = grad.index_select(0, token[run])
+            torch.sum(g.to(weight.dtype) * out[run].to(weight.dtype), dim=-1, out=grad_weight[run])
+            g = (g * weight[run].to(g.dtype).unsqueeze(-1)).view(-1, D)
+            torch.mm(g.T, _activation(h, ctx.activation), out=grad_out[e])
+            grad_h = torch.empty_like(h)
+            _activation_backward(g @ w_out[e], h, ctx.activation, grad_h)
+            torch.mm(grad_h.T, x.index_select(0, token[run]).view(-1, D), out=grad_in[e])
+            torch.mm(grad_h, w_in[e], out=grad_rows[run].view(-1, D))
+        grad_x = F.embedding_bag(slot, grad_rows, mode="sum").view(shape)
+        return grad_x, grad_in, grad_out, grad_weight, None, None, None, None
+
+
+def _runs(counts: Tensor) -> list[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has any."""
+    ends = counts.cumsum(0).tolist()
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
+
+
+def _activation(h: Tensor, activation: Activation) -> Tensor:
+    """Its values."""
+    if activation == "gelu":
+        return F.gelu(h, approximate="tanh")
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
+
+
+def _activation_backward(grad: Tensor, h: Tensor, activation: Activation, out: Tensor) -> None:
+    """The gradient of h, into `out`."""
+    if activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=out)
+        return
+    gate, up = h.chunk(2, dim=-1)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of h = [gate, up]. The gradient is written into one buffer, where autograd would join two."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return _activation(h, "swiglu")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        h2, grad2 = h.flatten(0, -2), grad.reshape(-1, grad.shape[-1])
+        total = torch.empty_like(h2)
+        for rows in _blocks(h2):
+            _activation_backward(grad2[rows], h2[rows], "swiglu", total[rows])
+        return total.view_as(h)
+
+
+class _Dispatch(torch.autograd.Function):
+    """rows[p] = x[token[p]]. The gradient is gathered through `slot` and summed in a fixed order: no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return F.embedding_bag(slot, grad, mode="sum"), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]]: an inverse gather in a fixed order.
+
+    Products and sums are float32; the weights are first rounded to out's dtype, like every operand of a 16-bit product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(out, weight, token)
+        weights = weight.to(out.dtype)[slot]  # (S, K)
+        return F.embedding_bag(slot, out, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        out, weight, token = ctx.saved_tensors
+        grad_out, grad_weight = torch.empty_like(out), torch.empty_like(weight)
+        factor = weight.to(out.dtype).unsqueeze(-1)
+        for rows in _blocks(out):
+            part = grad.index_select(0, token[rows])
+            torch.sum(part.to(weight.dtype) * out[rows].to(weight.dtype), dim=-1, out=grad_weight[rows])
+            torch.mul(part, factor[rows], out=grad_out[rows])
+        return grad_out, grad_weight, None, None
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of x's rows: small enough for a core's cache on a CPU, all rows at once elsewhere."""
+    size = max(1, 2**19 // x.shape[1]) if x.device.type == "cpu" else len(x)
+    return (slice(start, start + size) for start in range(0, len(x), max(1, size)))

@@ -1,0 +1,1 @@
+"""A run's page: facts, template, charts, maps."""

@@ -1,0 +1,162 @@
+"""Pictures of a run, from numpy arrays alone: sample grid, film strip, loss curves. (Expert maps: expert_maps.py.)
+
+Every function writes one PNG of about 1,000 pixels' width. Images are uint8 (..., H, W, C) with C 1 or 3; small ones
+are enlarged without smoothing so that every pixel can be seen. Charts use matplotlib's object API, never pyplot.
+
+Shapes: R rows, H W size of an image, C its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, _save
+
+LINE, SECOND = "#2b6cb0", "#c2571a"
+SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
+    "vlb": "variational bound",
+    "balance": "balance loss (1 = even)",
+    "load_max_over_mean": "busiest expert ÷ mean load",
+    "z": "router z-loss",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "images_per_second": "images per second",
+}
+
+
+# ---- pictures made of images
+
+
+# ---- the loss
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the loss over the steps (raw faint, smoothed on top) beside small panels of its parts.
+
+    The smooth line is a centred moving average over 1/30 of the rows, so it does not lag. Small panels are drawn
+    for the keys of `SMALL_PANELS` that the rows have; lists (one value a layer) show their largest.
+
+    Args:
+        rows: the lines of `metrics.jsonl`, each with "step" and "loss".
+        path: the PNG to write.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; train for at least one logged step before drawing the loss.")
+    from matplotlib.figure import Figure
+
+    series = {key: _series(rows, key) for key in ("loss", "mse", *SMALL_PANELS)}
+    small = [key for key in SMALL_PANELS if len(series[key][0]) and np.ptp(series[key][1])][:6]
+    columns = 1 if len(small) <= 3 else 2
+    deep = max(1, -(-len(small) // columns))
+    fig = Figure(figsize=(WIDTH / 100, 3.6 if deep < 3 else 4.4), dpi=100, layout="constrained")
+    grid = fig.add_gridspec(deep, 2 + columns if small else 1)
+    main = fig.add_subplot(grid[:, :2] if small else grid[:, :])
+    loss, mse = (smooth(series[key][1], len(rows) // 30 | 1) for key in ("loss", "mse"))
+    has_parts = len(mse) == len(loss) and not np.allclose(mse, loss, rtol=0.01)
+    if has_parts:
+        _draw_series(main, *series["mse"], colour=SECOND, label="squared error alone", raw=False)
+    _draw_series(main, *series["loss"], colour=LINE, label="loss: all weighted parts")
+    _log_if_wide(main, loss)
+    if has_parts:
+        main.legend(frameon=False, fontsize=9, labelcolor=INK, reverse=True)
+    title(main, "Training loss")
+    main.set_xlabel("optimiser step", color=MUTED, fontsize=9)
+    for k, key in enumerate(small):
+        ax = fig.add_subplot(grid[k // columns, 2 + k % columns])
+        _draw_series(ax, *series[key], colour=MUTED, exact=key == "lr")
+        title(ax, SMALL_PANELS[key], size=9)
+    save_figure(fig, path)
+
+
+def smooth(values: Array, window: int) -> Array:
+    """Centred moving average of `window` values (fewer at the ends); values that are not finite do not count."""
+    good = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(good)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(values))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        average: Array = (total[high] - total[low]) / (count[high] - count[low])
+    return average
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Array, Array]:
+    """(steps, values) of the rows that have the key; of a list, its largest."""
+    pairs = [(row["step"], row[key]) for row in rows if np.size(row.get(key, [])) and row[key] is not None]
+    steps = np.array([step for step, _ in pairs], dtype=float)
+    return steps, np.array([np.max(value) for _, value in pairs], dtype=float)
+
+
+def _draw_series(
+    ax: Any, steps: Array, values: Array, *, colour: str, label: str = "", raw: bool = True, exact: bool = False
+) -> None:
+    """One line: raw values faint, the moving average on top (or the values, if exact); dots when there are few."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    few = len(values) < 30
+    line = values if exact else smooth(values, len(values) // 30 | 1)
+    if raw and not few and not exact:
+        ax.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+        inside = np.concatenate([line, np.nanquantile(values, [0.005, 0.995])])  # the rare spikes may leave the frame
+        low, high = np.nanmin(inside), np.nanmax(inside)
+        edge = 0.05 * (high - low)
+        ax.set_ylim((0.9 * low if 0 < low <= edge else low - edge), high + edge)
+    ax.plot(steps, line, color=colour, linewidth=1.7, label=label, marker="o" if few else "", markersize=3)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    bare_axes(ax)
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def _log_if_wide(ax: Any, line: Array) -> None:
+    """A log axis with plain numbers when the line spans more than a factor of 4."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    shown = line[np.isfinite(line)]
+    if len(shown) and ax.get_ylim()[0] > 0 and shown.max() > 4 * shown.min():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    """A tick's number: 20000 as 20k, 1500000 as 1.5M."""
+    for size, unit in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
+    return f"{value:.5g}"
+
+
+# ---- shared by all
+
+
+def title(ax: Any, text: str, size: int = 11) -> None:
+    """A title at the left, bold from size 11."""
+    ax.set_title(text, loc="left", fontsize=size, color=INK, fontweight="bold" if size > 10 else "normal")
+
+
+def bare_axes(ax: Any) -> None:
+    """Only what is read: no box, no tick marks, muted numbers."""
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(FAINT)
+    ax.tick_params(length=0, labelsize=8, labelcolor=MUTED, which="both")
+
+
+def save_figure(fig: Any, path: Path) -> None:
+    """Draw a matplotlib figure into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    _save(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

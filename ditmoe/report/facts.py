@@ -1,0 +1,81 @@
+"""What is known about a run before anything is drawn: its configuration, its log, its model, the machine."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ditmoe import __version__
+
+from ..config.sections import Config
+from ..model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
+from ..moe import MoELayer
+
+MODEL_FACTS = (
+    "num_classes", "patch_size", "depth", "hidden_size", "num_experts", "top_k", "expert_width", "shared_width",
+    "prediction_type",
+)  # fmt: skip
+
+
+def describe(run: Path, net: DiTMoETransformer2DModel) -> dict[str, Any]:
+    """Name, command, model and machine of a run, as JSON values."""
+    total, activated = count_parameters(net)
+    c, command = net.config, run / "command.txt"
+    return {
+        "title": run.resolve().name,
+        "run": str(run),
+        "command": command.read_text().splitlines()[-1] if command.exists() else None,
+        "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "model": {
+            **{name: c[name] for name in MODEL_FACTS},
+            "size": [c.sample_size, c.sample_size, c.in_channels],
+            "tokens": tokens_per_image(net),
+            "moe_layers": len(moe_layer_names(net)),
+            "parameters_total": total,
+            "parameters_activated": activated,
+        },
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else None,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "ditmoe": __version__,
+        },
+    }
+
+
+def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
+    """Names of the blocks that hold experts, counted from 0."""
+    return [f"block {i}" for i, b in enumerate(net.blocks) if any(isinstance(m, MoELayer) for m in b.modules())]
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], config: Config) -> dict[str, Any]:
+    """Steps, and from the log: seconds spent on them, and the mean loss of its last tenth."""
+    steps = [0, *(row["step"] for row in rows)]
+    images = [(b - a) * config.train.batch_size for a, b in pairwise(steps)]
+    rates = [max(row["images_per_second"], 0.005) for row in rows]  # which are rounded
+    seconds = sum(n / rate for n, rate in zip(images, rates, strict=True))
+    last = [row["loss"] for row in rows[-max(1, len(rows) // 10) :]]
+    return {
+        "steps": steps[-1],
+        "batch_size": config.train.batch_size,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(sum(images) / seconds, 1) if seconds else None,
+        "final_loss": float(np.mean(last)) if last else None,
+    }

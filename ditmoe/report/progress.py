@@ -1,0 +1,38 @@
+"""What a run shows while it trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ..config.sections import Config
+from ..generate.draw import balanced_labels, draw
+from ..generate.pictures import write_grid
+from ..pipeline import DiTMoEPipeline, best_device
+
+
+def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..., dict[str, Any]] | None) -> None:
+    """What a run shows while it trains: progress/step-000500.png, and a row of progress/scores.jsonl.
+
+    Always the same images of the run's seed, so that the pictures of two steps can be laid side by side.
+    """
+    pipe.to(best_device())
+    labels = balanced_labels(pipe, config.sample.num)
+    images = draw(
+        pipe, labels, config.sample.num, steps=config.sample.steps, cfg=config.sample.cfg if labels else None,
+        seed=config.seed, batch_size=config.sample.batch_size,
+    )  # fmt: skip
+    folder = config.out / "progress"
+    folder.mkdir(exist_ok=True)
+    shown = 8 * max(len(pipe.id2label), 1)
+    write_grid(images[:shown], labels and labels[:shown], pipe.id2label, folder / f"step-{step:06d}.png")
+    if score is not None:
+        report = score(images)
+        row = {"step": step, "metric": report["metric"], "value": report["value"], "num": len(images)}
+        path = folder / "scores.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [old for old in rows if old["step"] < step] + [row]  # a resumed run comes by again
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        temporary.replace(path)

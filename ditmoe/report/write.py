@@ -1,0 +1,310 @@
+"""A run's page: samples, film strip, loss, expert maps, judgement and score, in report.json and index.html.
+
+Shapes: N images, C channels, H W size, L layers with experts, B time bins, Y classes, T tokens of an image, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..analysis.routing import count_experts, routing_summary
+from ..config.file import read_config, to_dict
+from ..config.sections import Config
+from ..data.open import open_data, readable
+from ..data.pixels import to_pixels, visible
+from ..data.sets import ArrayImages, ImageSet
+from ..generate import pictures
+from ..generate.draw import balanced_labels, draw
+from ..launch.start import is_first
+from ..model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
+from ..objective import Objective
+from ..pipeline import DiTMoEPipeline, best_device, load
+from ..run_folder.log import read_rows
+from ..run_folder.place import locked
+from . import charts, page
+from .facts import describe, moe_layer_names, summarise
+from .maps import expert_maps
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+TIME_BINS = 10
+SHOWN_CLASSES = 12  # rows of the expert maps, at most
+SHOWN_ROWS, SHOWN_COLUMNS = 20, 10  # of the sample grid
+FEWEST_REAL = 100  # real training images that a judgement needs
+MOST_REAL = {True: 60_000, False: 10_000}  # training images that a judgement reads: from memory, from files
+ROUTING_FLOPS = 4e11  # about what counting the experts' work may cost
+
+
+def write(
+    run: Path,
+    *,
+    score: Callable[[Images], Mapping[str, Any]] | None = None,
+    judge: Callable[..., dict[str, Any]] | None = None,
+    num_judged: int | None = None,
+    score_real: bool = True,
+) -> dict[str, Any]:
+    """Write samples.png, film.png, loss.png, experts.png, report.json and index.html into a finished run's folder.
+
+    Args:
+        run: a run folder: config.json, metrics.jsonl and model/ are read, command.txt if it is there.
+        score: uint8 images (N, H, W, C) -> a JSON report with "metric", "value" and "n_gen", such as eval.fid.score
+            with a reference filled in. None leaves the score out.
+        judge: `eval.judge.judge`; None leaves out whether samples show their class and are copies.
+        num_judged: how many images are drawn, judged and scored; None takes the run's `sample.num`.
+        score_real: also score held-out real images, as many as there are up to `num_judged`, to compare with; it is
+            fair when the score's reference is the training set. Costs a second call of `score`.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: the folder holds no such run, or its data set is gone.
+    """
+    config = read_config(run)
+    pipe = load(run).to(best_device())
+    data, held_out = _open_data(config, pipe.transformer)
+    (run / "index.html").unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
+    num = num_judged or config.sample.num
+    labels = balanced_labels(pipe, num)
+    images, sampling = _draw_images(pipe, labels, num, config)
+    rows = read_rows(run / "metrics.jsonl")
+    experts = _draw_pictures(run, pipe, config, data, images, labels, rows)
+    report = {
+        **describe(run, pipe.transformer),
+        "data": _data_facts(data, held_out, config),
+        "training": summarise(rows, config),
+        "sampling": sampling,
+        "experts": experts,
+        **_judge(judge, images, labels, data, held_out, config),
+        **_score(score, images, held_out if score_real else None),
+    }
+    report["notes"] = _notes(report, images)
+    _write_text(run / "report.json", json.dumps(report, indent=2) + "\n")
+    pictures = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
+    _write_text(run / "index.html", page.render(report, pictures, to_dict(config)))
+    print(_summary(report), flush=True)
+    return report
+
+
+def finish(
+    config: Config,
+    score: Callable[[Images], Mapping[str, Any]] | None,
+    judge: Callable[..., dict[str, Any]],
+    *,
+    news: bool,
+) -> None:
+    """The end of a training run: its page, where the run has `news` or none, and a line that says where."""
+    if not is_first():
+        return
+    if news or not (config.out / "index.html").exists():
+        with locked(config):
+            write(config.out, score=score, judge=judge)
+    print(f"{config.out} is finished: see {config.out}/index.html, or python sample.py {config.out}")
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    """The judgement and the score in two or three lines."""
+    lines = []
+    if classes := report["classes"]:
+        lines.append(
+            f"recognised as the class asked for: {classes['accuracy']:.1%} of {report['sampling']['num']} samples "
+            f"({classes['real_accuracy']:.1%} of {classes['num_real']} held-out real images)"
+        )
+    if copies := report["copies"]:
+        lines.append(f"nearest-neighbour copies: {copies['share']:.1%} ({copies['real_share']:.1%} of real images)")
+    if score := report["score"]:
+        real = report["score_real"]
+        beside = f" (held-out real images: {real['value']:.4g})" if real else ""
+        lines.append(f"{score['metric']}: {score['value']:.4g}{beside}")
+    return "\n".join(lines)
+
+
+def _open_data(config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet, ImageSet | None]:
+    """The training images and the held-out ones, where the set has any."""
+    size, channels = net.config.sample_size, net.config.in_channels
+    data = open_data(config.data, size=size, channels=channels)
+    if config.data.name in ("folder", "latents"):
+        return data, None
+    return data, open_data(config.data, size=size, channels=channels, split="test")
+
+
+def _data_facts(data: ImageSet, held_out: ImageSet | None, config: Config) -> dict[str, Any]:
+    return {
+        "name": config.data.name,
+        "source": data.source,
+        "num_train": len(data),
+        "num_held_out": 0 if held_out is None else len(held_out),
+        "num_classes": len(data.id2label),
+        "is_latent": data.is_latent,
+    }
+
+
+def _draw_images(
+    pipe: DiTMoEPipeline, labels: list[int] | None, num: int, config: Config
+) -> tuple[Images, dict[str, Any]]:
+    """The images to show, judge and score, and how they were drawn."""
+    sample, started = config.sample, time.perf_counter()
+    guidance = 1.0 if labels is None else sample.cfg
+    images = draw(
+        pipe, labels, num, sampler=sample.sampler, steps=sample.steps, cfg=guidance, seed=config.seed,
+        batch_size=sample.batch_size,
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - started, 2)
+    nfe = pipe.network_calls(sample.sampler, sample.steps)
+    how = {"sampler": sample.sampler, "steps": sample.steps, "nfe": nfe, "guidance": guidance}
+    return images, {"num": num, **how, "seed": config.seed, "seconds": seconds}
+
+
+# ---- pictures
+
+
+def _draw_pictures(
+    run: Path, pipe: DiTMoEPipeline, config: Config, data: ImageSet, images: Images, labels: list[int] | None,
+    rows: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the four pictures (those that apply); the expert maps in numbers, a row a layer."""
+    for name in page.CAPTIONS:
+        (run / f"{name}.png").unlink(missing_ok=True)  # none may be left from another report
+    _draw_grid(images, labels, pipe.id2label, run / "samples.png")
+    _draw_film(pipe, config, labels, run / "film.png")
+    if rows:
+        charts.loss_curve(rows, run / "loss.png")
+    layers = moe_layer_names(pipe.transformer)
+    if not layers:
+        return []
+    chosen, x = _one_batch_a_class(pipe.transformer, data, config.seed)
+    counts = count_experts(pipe.transformer, Objective(config.objective), x, chosen, TIME_BINS, config.seed)
+    side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
+    expert_maps(
+        counts, run / "experts.png", class_names=[data.id2label.get(c, "all images") for c in chosen],
+        timesteps=[(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)], grid=(side, side), layer_names=layers,
+    )  # fmt: skip
+    return [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
+
+
+def _draw_grid(images: Images, labels: list[int] | None, names: Mapping[int, str], path: Path) -> None:
+    """A row a class, evenly chosen when they are many; ten columns of images without labels."""
+    groups = [i // SHOWN_COLUMNS for i in range(len(images))] if labels is None else labels
+    present = sorted(set(groups))
+    rows = [[i for i, g in enumerate(groups) if g == present[k]] for k in pictures.spread(len(present), SHOWN_ROWS)]
+    if len(rows) > 1 and len(rows[-1]) < len(rows[0]) and labels is None:
+        rows = rows[:-1]
+    columns = min(SHOWN_COLUMNS, *(len(row) for row in rows), len(images))
+    grid = np.stack([visible(images[row[:columns]]) for row in rows])
+    pictures.sample_grid(
+        grid, ["" if labels is None else names.get(labels[r[0]], str(labels[r[0]])) for r in rows], path
+    )
+
+
+def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, path: Path) -> None:
+    """Four of the judged images (evenly chosen classes) on their way from noise."""
+    classes = 4 if labels is None else len(set(labels))
+    indices = pictures.spread(classes, 4)  # image i < classes has the i-th class
+    states: list[tuple[float, Tensor, Tensor]] = []
+
+    def note(step: int, t: Tensor, x_t: Tensor, x_0: Tensor | None) -> None:
+        assert x_0 is not None, "our samplers tell what they predict"
+        states.append((float(t), x_t.clone(), x_0.clone()))
+
+    pipe(
+        None if labels is None else [labels[i] for i in indices],
+        num_images=len(indices) if labels is None else None, sampler=config.sample.sampler,
+        num_inference_steps=config.sample.steps, guidance_scale=None if labels is None else config.sample.cfg,
+        seed=config.seed, indices=indices, output_type="pt", callback=note,
+    )  # fmt: skip
+    shown = [states[k] for k in pictures.spread(len(states), 12)]
+    pictures.film_strip(
+        np.stack([visible(to_pixels(pipe.decode(x_t))) for _, x_t, _ in shown], axis=1),
+        np.stack([visible(to_pixels(pipe.decode(x_0))) for _, _, x_0 in shown], axis=1),
+        [t for t, _, _ in shown],
+        path,
+        names=None if labels is None else [pipe.id2label.get(labels[i], str(labels[i])) for i in indices],
+    )
+
+
+def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int) -> tuple[list[int], Tensor]:
+    """Evenly chosen classes, and as many training images of each as the budget allows: x (Y, n, C, H, W)."""
+    rng = np.random.default_rng(seed)
+    present = [c for c in range(max(1, len(data.id2label))) if (data.labels == c).any()]
+    classes = [present[k] for k in pictures.spread(len(present), SHOWN_CLASSES)]
+    cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS
+    members = [np.flatnonzero(data.labels == c) for c in classes]
+    n = int(np.clip(ROUTING_FLOPS / cost, 2, 32))
+    rows = [readable(data, rng.permutation(m)[: 2 * n].tolist()) for m in members]
+    kept = [(label, (r * n)[:n]) for label, r in zip(classes, rows, strict=True) if r]
+    return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
+
+
+# ---- judgement
+
+
+def _judge(
+    judge: Callable[..., dict[str, Any]] | None,
+    images: Images,
+    labels: list[int] | None,
+    data: ImageSet,
+    held_out: ImageSet | None,
+    config: Config,
+) -> dict[str, Any]:
+    """The parts "classes" and "copies" of the report, each None where it cannot be had."""
+    if judge is None or data.is_latent or len(data) < FEWEST_REAL:
+        return {"classes": None, "copies": None}
+    rng = np.random.default_rng(config.seed)
+    most = MOST_REAL[isinstance(data, ArrayImages)]
+    rows = np.array(readable(data, rng.permutation(len(data))[:most].tolist()))
+    train, train_labels = data.images(rows.tolist()), data.labels[rows]
+    names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
+    real = None
+    if held_out is not None:
+        real = held_out.images(range(len(held_out))), held_out.labels
+    return judge(
+        images, None if labels is None else np.asarray(labels), train, train_labels, real, names,
+        mirrored=config.data.flip, seed=config.seed,
+    )  # fmt: skip
+
+
+def _score(
+    score: Callable[[Images], Mapping[str, Any]] | None, images: Images, held_out: ImageSet | None
+) -> dict[str, Any]:
+    """The parts "score" and "score_real" of the report; latents have no score."""
+    if images.shape[-1] not in (1, 3):
+        score = None
+    real = None if held_out is None else held_out.images(range(min(len(images), len(held_out))))
+    return {
+        "score": None if score is None else dict(score(images)),
+        "score_real": None if score is None or real is None else dict(score(real)),
+    }
+
+
+def _notes(report: Mapping[str, Any], images: Images) -> list[str]:
+    """Sentences on what is missing, and why."""
+    notes = []
+    if not report["model"]["moe_layers"]:
+        notes.append("This model has no experts (a dense twin), so there are no expert maps.")
+    if report["copies"] is None:
+        why = "latents have no pixels" if report["data"]["is_latent"] else f"fewer than {FEWEST_REAL} training images"
+        notes.append(f"Samples were not compared with training images: {why}.")
+    elif report["copies"]["num_train"] < report["data"]["num_train"]:
+        few, all_of_them = report["copies"]["num_train"], report["data"]["num_train"]
+        notes.append(f"Copies were looked for among {few:,} of {all_of_them:,} training images, drawn at random.")
+    if report["score"] is None:
+        notes.append("The samples were not scored.")
+    if images.shape[-1] not in (1, 3):
+        notes.append(f"The pictures show latents, {visible(images).shape[-1]} of {images.shape[-1]} channels.")
+    return notes
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(path)

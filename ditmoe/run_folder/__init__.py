@@ -1,0 +1,1 @@
+"""Whose folder it is, checkpoints read and written, the log."""

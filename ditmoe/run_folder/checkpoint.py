@@ -1,0 +1,170 @@
+"""Checkpoints: whole or not there, verified before they are used. Tensors in safetensors, scalars in JSON.
+
+A checkpoint is a folder `step-000123/` with one `.safetensors` file a part, `state.json`, and `manifest.json` with
+the size and SHA-256 of each. It is written under a temporary name, synced to the disk and renamed; older ones are
+removed only when enough newer ones have been read back and found whole.
+
+Tensors that are split over processes lie in files of their own, `model.shard-0.safetensors`, ..., which each process
+writes into the same temporary folder, with their sizes and digests; of what is read back a process reads the rows that
+it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..files import remove
+
+FORMAT = 1
+MARK = ".saved"  # beside the folder of checkpoints, once there has been one
+_NAME = re.compile(r"step-(\d{6,})")
+_UNFINISHED = "step-*.tmp-*"
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class Saved:
+    """A tensor of a checkpoint, whose rows are read from the disk when they are asked for.
+
+    Args:
+        pieces: Its rows in order, as different processes wrote them; memory-mapped.
+
+    Attributes:
+        shape, dtype: Of the whole.
+
+    Raises:
+        ValueError: The pieces do not belong together.
+    """
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        first = pieces[0]
+        if len(pieces) > 1 and any(
+            not p.ndim or (p.shape[1:], p.dtype) != (first.shape[1:], first.dtype) for p in pieces
+        ):
+            raise ValueError("the slices of a tensor do not fit together")
+        rows = [sum(len(p) for p in pieces)] if first.ndim else []
+        self._pieces, self.dtype, self.shape = pieces, first.dtype, torch.Size([*rows, *first.shape[1:]])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """A copy of rows start..stop - 1, as far as they exist."""
+        found, before = [], 0
+        for piece in self._pieces:
+            found.append(piece[max(start - before, 0) : max(stop - before, 0)])
+            before += len(piece)
+        return torch.cat(found)
+
+    def whole(self) -> Tensor:
+        """A copy of all of it."""
+        return torch.cat(list(self._pieces)) if self.shape else self._pieces[0].clone()
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what interrupted saves and removals have left."""
+    for leftover in root.glob(_UNFINISHED):
+        remove(leftover)
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not."""
+    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint whose files are what its manifest says; None when there never was one.
+
+    Raises:
+        ValueError: Checkpoints are there but none is whole.
+    """
+    return first_whole(newest_first(root), find_fault)
+
+
+def first_whole(
+    candidates: Sequence[Path], fault_of: Callable[[Path], str | None], say: Callable[[str], None] = print
+) -> Path | None:
+    """The first one without a fault, after a line on those before it. None of none; ValueError where all have one."""
+    for path in candidates:
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        say(f"checkpoint {path} is damaged ({fault}); trying the one before it")
+    if candidates:
+        raise ValueError(f"no checkpoint in {candidates[0].parent} is whole; move the folder away to start again")
+    return None
+
+
+def find_fault(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when every file matches the manifest.
+
+    With a `share` (n, of) the contents of every of-th file alone are read, from the n-th on; all sizes are looked at.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = manifest["files"]
+        strangers = {p.name for p in path.iterdir()} - {"manifest.json", *files}
+        if strangers or "state.json" not in files:
+            return "manifest.json does not list the files of the folder"
+        for i, (name, known) in enumerate(sorted(files.items())):
+            file = path / name
+            if file.stat().st_size != known["size"]:
+                return f"{name} has {file.stat().st_size} bytes, not {known['size']}"
+            if i % share[1] == share[0] and _digest(file) != known["sha256"]:
+                return f"{name} has other content than when it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "manifest.json cannot be read"
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(parts, state) of one checkpoint that was found whole, on the CPU. Raises as `opened`."""
+    parts, state = opened(path)
+    return {part: {key: saved.whole() for key, saved in found.items()} for part, found in parts.items()}, state
+
+
+def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
+    """(parts, state) of one checkpoint that was found whole; tensors are read when they are asked for.
+
+    Raises:
+        ValueError: A file is what its manifest says, and yet none of ours.
+    """
+    try:
+        files: dict[str, list[dict[str, Tensor]]] = {}
+        for file in sorted(
+            path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"shard-(\d+)", f.name)]
+        ):
+            files.setdefault(file.name.split(".")[0], []).append(load_file(file))
+        parts: dict[str, dict[str, Saved]] = {}
+        for part, found in files.items():
+            keys = dict.fromkeys(key for tensors in found for key in tensors)
+            parts[part] = {key: Saved([tensors[key] for tensors in found if key in tensors]) for key in keys}
+        state = dict(json.loads((path / "state.json").read_text()))
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        raise ValueError(f"{path} holds a file that cannot be read: {error}; move it away") from error
+    return parts, state
+
+
+def _remove(path: Path) -> None:
+    """A folder that is going away is none from its first moment on."""
+    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
+    path.rename(doomed)
+    remove(doomed)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

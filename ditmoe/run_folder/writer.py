@@ -1,0 +1,269 @@
+"""Checkpoints written: in the background, whole or not at all, older ones pruned once newer ones were read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import sync
+from . import checkpoint
+from .checkpoint import FORMAT, Parts, _digest, _remove, find_fault, newest_first
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own while training goes on, one at a time.
+
+    Args:
+        root: The folder of checkpoints; made when missing. Leftovers of interrupted saves are removed.
+        keep: Newest checkpoints to keep, see `checkpoint.prune`.
+        tolerant: Say so and go on where a checkpoint cannot be written, instead of raising OSError.
+        token: The same on all processes that write together, another one in every run of the program.
+        shard: Which slice of split tensors this process writes; 0 also writes everything else and ends the save.
+        shards: How many there are.
+    """
+
+    def __init__(
+        self, root: Path, keep: int, *, tolerant: bool, token: str = "", shard: int = 0, shards: int = 1
+    ) -> None:
+        self.root, self.keep, self.tolerant = root, keep, tolerant
+        self.token, self.shard, self.shards = token or str(os.getpid()), shard, shards
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._whole: list[Path] = []  # those that were read back
+        self._given_up = threading.Event()  # no other process is to be waited for any more
+        if shard == 0:
+            checkpoint.remove_unfinished(root)
+
+    def save(
+        self,
+        step: int,
+        parts: checkpoint.Parts,
+        state: Mapping[str, Any],
+        split: checkpoint.Parts | None = None,
+        *,
+        wait: bool,
+    ) -> None:
+        """Copy the tensors, then write them in the background; with `wait`, return when they are on the disk.
+
+        `parts` and `state` are those of all processes, `split` this one's slices.
+
+        Raises:
+            OSError: The one before could not be written, unless tolerant; with `wait` neither could this one.
+            FloatingPointError: See `checkpoint.save`.
+        """
+        try:
+            self.finish()
+        except OSError as error:
+            if not self.tolerant:
+                raise
+            print(f"warning: a checkpoint could not be written ({error}); trying again now", flush=True)
+        copies = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in parts.items()}
+        slices = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in (split or {}).items()}
+        self._pending = self._thread.submit(self._write, step, copies, state, slices)
+        if self.shard == 0:
+            self._thread.submit(self._prune, self._pending)  # `finish` does not wait for it, leaving does
+        if wait:
+            self.finish()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._given_up.set()
+        self._thread.shutdown(wait=True)
+        if self.shard == 0 and self.shards > 1:
+            checkpoint.remove_unfinished(self.root)
+
+    def finish(self) -> None:
+        """Wait for the last one. Raises what it met."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, parts: checkpoint.Parts, state: Mapping[str, Any], split: checkpoint.Parts) -> None:
+        named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
+        if self.shard == 0 and self.shards > 1:
+            checkpoint.remove_unfinished(self.root)  # the last one, if it failed
+        if self.shard:
+            write_shard(self.root, step, named, self.token, self._given_up)
+            return
+        others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
+        more: dict[str, Any] = {"token": self.token, "others": others, "given_up": self._given_up}
+        save(self.root, step, {**parts, **named}, state, **more)
+        (self.root.parent / checkpoint.MARK).touch()
+
+    def _prune(self, written: Future[None]) -> None:
+        if written.exception() is not None:
+            return
+        try:
+            whole = prune(self.root, self.keep, self._whole)
+        except OSError as error:
+            print(f"warning: an older checkpoint could not be removed ({error})", flush=True)
+        else:
+            self._whole = whole if self.shards > 1 else []  # what many wrote is too large to be read at every save
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+FAILED = "failed"  # a file in the temporary folder
+
+
+OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
+
+
+def save(
+    root: Path,
+    step: int,
+    parts: Parts,
+    state: Mapping[str, Any],
+    *,
+    token: str = "",
+    others: Sequence[str] = (),
+    given_up: threading.Event | None = None,
+) -> Path:
+    """Write `root/step-<step>/` and return it. The folder appears complete or not at all.
+
+    Where it is there already, whole, it stays as it is: a step of a run has one state.
+
+    Args:
+        root: The folder of checkpoints; made when missing.
+        step: Optimiser steps done.
+        parts: File name (without suffix) -> tensors by name.
+        state: JSON values.
+        token: See `Writer`.
+        others: Names of parts that other processes write with `write_shard`; they are waited for.
+        given_up: Once it is set, no longer.
+
+    Raises:
+        OSError: The disk is full, or fails otherwise; nothing is left of this checkpoint.
+        FloatingPointError: A value is not finite; nothing was written.
+    """
+    _check_finite(step, parts)
+    final = root / f"step-{step:06d}"
+    if not others and final.exists() and find_fault(final) is None:
+        return final
+    temporary = root / f"{final.name}.tmp-{token or os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        _write_parts(temporary, parts)
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
+        sync(temporary / "state.json")
+        _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
+        files = {name: _described(temporary / name) for name in _names(temporary)}
+        for note in temporary.glob("*.note"):  # that a network disk did not show in time
+            note.unlink(missing_ok=True)
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        sync(temporary / "manifest.json")
+        sync(temporary)
+        if final.exists():  # damaged: it was not found whole above
+            _remove(final)
+        temporary.rename(final)
+        sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if others:
+            with suppress(OSError):  # until the next save, for those who have not begun
+                temporary.mkdir()
+                (temporary / FAILED).touch()
+        raise
+    return final
+
+
+def write_shard(root: Path, step: int, parts: Parts, token: str, given_up: threading.Event | None = None) -> None:
+    """This process's slices, into the folder that another one's `save` makes, which learns when it fails.
+
+    Raises as it does.
+    """
+    temporary = root / f"step-{step:06d}.tmp-{token}"
+    try:
+        _wait_for([temporary], temporary / FAILED, given_up)
+        if (temporary / FAILED).exists():
+            raise OSError(f"{temporary} was given up by the process that makes it")
+        _check_finite(step, parts)
+        _write_parts(temporary, parts)
+    except BaseException:
+        with suppress(OSError):  # the folder may have gone with the other one's failure
+            (temporary / FAILED).touch()
+        raise
+
+
+def prune(root: Path, keep: int, known: Collection[Path] = ()) -> list[Path]:
+    """Remove what is older than the `keep` newest whole checkpoints, which are read back for it; 0 keeps all.
+
+    Those that are `known` to be whole are not read again. Returns the ones that stay.
+    """
+    whole: list[Path] = []
+    for path in newest_first(root) if keep else []:
+        if len(whole) >= keep:
+            _remove(path)
+        elif path in known or find_fault(path) is None:
+            whole.append(path)
+    return whole
+
+
+def _write_parts(folder: Path, parts: Parts) -> None:
+    """A file a part, on the disk before it has its name, and beside it what is known of it."""
+    for name, tensors in parts.items():
+        file = folder / f"{name}.safetensors"
+        partial = folder / f"{file.name}.part"
+        try:
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written: {error}") from error
+        sync(partial)
+        _note_of(file).write_text(json.dumps(_described(partial)))
+        partial.rename(file)
+
+
+def _note_of(file: Path) -> Path:
+    """Where the process that wrote a file says what it has written; gone once the manifest has it."""
+    return file.with_name(f"{file.name}.note")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix != ".note")
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """Size and SHA-256: as noted by its writer, or of its content."""
+    note = _note_of(file)
+    if note.exists():
+        known: dict[str, Any] = json.loads(note.read_text())
+        note.unlink()
+        return known
+    return {"size": file.stat().st_size, "sha256": _digest(file)}
+
+
+def _wait_for(files: Sequence[Path], failed: Path, given_up: threading.Event | None) -> None:
+    end = time.monotonic() + OTHERS_TAKE
+    while missing := [file for file in files if not file.exists()]:
+        if time.monotonic() > end or failed.exists() or (given_up and given_up.is_set()):
+            raise OSError(f"{missing[0]} was not written by the process that has to")
+        time.sleep(0.05)
+
+
+def _check_finite(step: int, parts: Parts) -> None:
+    wrong = [f"{part} {name}" for part, tensors in parts.items() for name, v in tensors.items() if not _finite(v)]
+    if wrong:
+        raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: nothing was saved")
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())

@@ -1,0 +1,1 @@
+"""The one loop, one step, state, saving, parallel, feed, health."""

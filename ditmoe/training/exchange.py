@@ -1,0 +1,74 @@
+"""Tokens to the processes that hold their experts, and the results back.
+
+Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+
+
+class Exchange:
+    """Sends rows to the processes that hold their experts, and the results back.
+
+    Args:
+        group: The processes among which a layer's experts are split, in the order of their slices.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.degree = dist.get_world_size(group)
+        self.bytes_sent = 0  # to other processes, forward and backward, since the start
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        return self
+
+    def __call__(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
+        """The experts' outputs (P, D) for rows (P, D); counts (E,) int64 are those of all experts.
+
+        `compute` takes the rows of this process's experts, sorted by expert, and their counts (E / degree,).
+        """
+        there = counts.view(self.degree, -1)  # (degree, E / degree)
+        here = torch.empty_like(there)
+        dist.all_to_all_single(here, there.contiguous(), group=self.group)
+        send, receive = there.sum(1).tolist(), here.sum(1).tolist()  # the one host synchronisation of a layer
+        got = _AllToAll.apply(rows, receive, send, self)  # by process, then by expert
+        local = torch.arange(here.shape[1], device=rows.device).repeat(self.degree).repeat_interleave(here.flatten())
+        order = local.argsort(stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        out = compute(got.index_select(0, order), here.sum(0)).index_select(0, back)
+        result: Tensor = _AllToAll.apply(out, send, receive, self)
+        return result
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to other processes; the gradient goes the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, receive: list[int], send: list[int], exchange: Exchange) -> Tensor:
+        ctx.sizes, ctx.exchange = (send, receive), exchange
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=exchange.group)
+        own = send[dist.get_rank(exchange.group)]
+        exchange.bytes_sent += (len(rows) - own) * rows[:1].nbytes if len(rows) else 0
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        receive, send = ctx.sizes
+        return _AllToAll.apply(grad, receive, send, ctx.exchange), None, None, None
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's slice of a sharded tensor, itself of any other."""
+    mine: Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return mine

@@ -1,0 +1,161 @@
+"""What a run is made of: the network, its moving average, the optimiser; and how a checkpoint becomes one again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config.sections import Config
+from ..data.sets import ImageSet
+from ..launch import agree
+from ..model import DiTMoETransformer2DModel, build
+from ..moe import Router
+from ..run_folder import checkpoint
+from .exchange import local
+from .parallel import Parallel, expert_names
+
+
+class State(NamedTuple):
+    """All that learns: the network, its moving average, the optimiser."""
+
+    model: DiTMoETransformer2DModel
+    ema: DiTMoETransformer2DModel
+    optimizer: torch.optim.AdamW
+
+
+def new_state(config: Config, num_classes: int, parallel: Parallel | None = None) -> State:
+    """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only).
+
+    The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
+    """
+    torch.manual_seed(config.seed)
+    if parallel is not None and parallel.splits:
+        model, ema = parallel.split(lambda: build(config, num_classes))
+    else:
+        model = build(config, num_classes)
+        ema = copy.deepcopy(model)
+    ema.eval().requires_grad_(False)
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    train = config.train
+    if train.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    names = expert_names(model)
+    routers = [m.weight for m in model.modules() if isinstance(m, Router)]
+    known = {id(p) for p in routers}
+    experts = [p for name, p in model.named_parameters() if name in names]  # split in another way than the rest
+    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known and n not in names]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": routers, "weight_decay": train.weight_decay, "lr_factor": config.model.hidden_size**-0.5},
+        {"params": experts, "weight_decay": train.weight_decay},
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
+    return State(model.train(), ema, optimizer)
+
+
+def num_classes(config: Config, data: ImageSet) -> int:
+    """Classes of the model: those asked for, or those of the data set. ValueError when the two cannot go together."""
+    asked, found = config.model.num_classes, len(data.id2label)
+    if asked is None:
+        return found
+    if asked and (found > asked or not found):
+        raise ValueError(f"model.num_classes is {asked} but the data set has {found or 'no'} classes: {data.source}")
+    return asked
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, over parameters and floating-point buffers; others are copied."""
+    ours, theirs = ({n: local(v) for n, v in net.state_dict().items()} for net in (ema, model))
+    floating = [name for name, value in ours.items() if value.is_floating_point()]
+    torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
+    for name in ours.keys() - set(floating):
+        ours[name].copy_(theirs[name])
+
+
+def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
+    names = {p: n for n, p in state.model.named_parameters()}
+    moments = {
+        f"{names[p]}.{key}": torch.as_tensor(value)
+        for p, entry in state.optimizer.state.items()
+        for key, value in entry.items()
+    }
+    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
+
+
+def newest(root: Path, parallel: Parallel) -> Path | None:
+    """The newest whole checkpoint of a folder, None of none. Each process reads a share of the files.
+
+    Raises:
+        ValueError: Checkpoints are there but none is whole on every process.
+    """
+    accelerator, rank, world = parallel.accelerator, parallel.rank, parallel.world
+
+    def fault_of(path: Path) -> str | None:
+        fault = checkpoint.find_fault(path, (rank, world))
+        found = agree.everything(accelerator, [fault and f"{fault}, as process {rank} sees it" if rank else fault])
+        return next((fault for fault in found if fault), None)
+
+    candidates = agree.decided_by_first(accelerator, lambda: checkpoint.newest_first(root))
+    return checkpoint.first_whole(candidates, fault_of, accelerator.print)
+
+
+def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """Load a whole checkpoint into the state, which is touched only when all of it fits; its saved values.
+
+    Raises:
+        ValueError: It is of other data, or of another network.
+    """
+    saved, meta = checkpoint.opened(path)
+    lacking = [name for name in ("step", *facts) if name not in meta]
+    if lacking:
+        raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
+    if meta["data"] != facts["data"]:
+        raise ValueError(
+            f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
+            f"restore it, or give another --out"
+        )
+    parts = parallel.own(saved, state.model)
+    wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path} is of another network: {'; '.join(wrong[:5])}{more}; give another --out")
+    for name in ("precision", "num_processes"):
+        if meta[name] != facts[name]:
+            print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
+    state.model.load_state_dict(parts["model"])
+    state.ema.load_state_dict(parts["ema"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in parts.get("optimizer", {}).items():
+        name, kind = key.rsplit(".", 1)
+        moments.setdefault(name, {})[kind] = value
+    for name, parameter in state.model.named_parameters():
+        if name in moments:
+            state.optimizer.state[parameter] = moments[name]
+    return meta
+
+
+def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:
+    """What a checkpoint's tensors are and the state's are not, in words. AdamW that has `moved` has its moments."""
+    want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
+    for name, parameter in state.model.named_parameters() if moved else ():
+        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
+        want[f"optimizer {name}.step"] = torch.zeros(())
+    found = {f"{part} {n}": v for part in ("model", "ema", "optimizer") for n, v in parts.get(part, {}).items()}
+    wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
+    wrong += [f"{name} is not known" for name in found.keys() - want.keys()]
+    for name in want.keys() & found.keys():
+        a, b = found[name], want[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            wrong.append(f"{name} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+    return sorted(wrong)

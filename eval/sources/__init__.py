@@ -1,0 +1,1 @@
+"""Where images and statistics come from."""

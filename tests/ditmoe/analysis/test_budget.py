@@ -1,0 +1,469 @@
+"""The plan of --dry-run: counts, arithmetic, what autograd keeps; real processes hold, send and grow as said."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import plan_check, train_step
+from ditmoe import layers
+from ditmoe.analysis import budget
+from ditmoe.analysis.budget import describe
+from ditmoe.config.file import save, to_dict
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
+from ditmoe.launch.start import shutdown
+from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
+from ditmoe.moe import Experts
+from ditmoe.run_folder import place
+from ditmoe.training.exchange import local
+from tests.ditmoe.test_model import PAPER, meta
+from tests.doors import typed
+from tests.processes import start
+
+GB = 1e9
+SMALL = Config(
+    model=ModelConfig(
+        sample_size=16, in_channels=4, num_classes=10, hidden_size=128, depth=2, num_heads=4, ffn_width=384
+    ),
+    moe=MoEConfig(blocks="all", num_experts=4, expert_width=128, shared_width=256, backend="grouped"),
+    train=TrainConfig(precision="fp32"),
+)
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    return replace(config, **{name: replace(getattr(config, name), **new) for name, new in sections.items()})
+
+
+def inputs(model: DiTMoETransformer2DModel, n: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    size = model.config.sample_size
+    x = torch.zeros(n, model.config.in_channels, size, size, device=device)
+    return x, torch.ones(n, device=device), torch.ones(n, dtype=torch.int64, device=device)
+
+
+def plan_of(
+    config: Config, way: budget.Way, d: int, images: int, again: bool = False, num_classes: int = 1000
+) -> budget.Needs:
+    with torch.device("meta"):
+        model = build(config, num_classes)
+    return budget.needs(
+        config, sum(p.numel() for p in model.parameters()), budget.blocks(config, model), way, d, images, again
+    )
+
+
+def split(config: Config) -> tuple[int, int]:
+    """Parameters of the routed experts, and all others."""
+    sizes = {name: p.numel() for name, p in meta(config).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return experts, sum(sizes.values()) - experts
+
+
+# ------------------------------------------------------------------------------------------ arithmetic
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe": {"blocks": "every-second", "shared_width": 0}},
+        {"model": {"activation": "gelu"}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
+        {"moe": {"blocks": "none"}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("again", [False, True])
+def test_flops_are_those_that_torch_counts(changes: dict[str, Any], again: bool) -> None:
+    config = changed(changed(SMALL, **changes), moe={"backend": "loop"})  # torch does not count grouped_mm
+    model, n = build(config, 10), 2
+    if again:
+        model.enable_gradient_checkpointing()
+    count = budget.flops(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.enable_grad():
+        out = model(*inputs(model, n)).sample
+        forward = counter.get_total_flops()
+        out.square().mean().backward()
+    assert forward == n * count.forward
+    assert counter.get_total_flops() == pytest.approx(n * count.training(again), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "gflops"), [("dit-moe-s/2-8e2a", 15.43), ("dit-moe-xl/2-8e2a", 323.74), ("dit-moe-g/2-16e2a", 690.94)]
+)
+def test_flops_of_the_paper(name: str, gflops: float) -> None:
+    config = PRESETS[name]  # its Gflops are multiply-adds, attention's own products left out
+    attention = 4 * 256**2 * config.model.hidden_size * config.model.depth
+    assert (budget.flops(config).forward - attention) / 2e9 == pytest.approx(gflops, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def saved_bytes(model: DiTMoETransformer2DModel, n: int, device: str) -> int:
+    """Bytes that autograd keeps of a forward pass, without parameters and buffers."""
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in known:
+            kept.setdefault(key, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model(*inputs(model, n, device))
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total
+
+
+@contextmanager
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bf16 autocast on a GPU that is not there: shapes, dtypes and autograd are real, values are not."""
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return out
+
+    monkeypatch.setattr(layers, "attend", flash)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"moe": {"blocks": "every-second", "shared_width": 0}, "model": {"activation": "gelu"}},
+    {"moe": {"router_input": "position"}},
+    {"model": {"qk_norm": "none", "positions": "sincos"}, "moe": {"score": "softmax", "renormalize": False}},
+    {"model": {"qk_norm": "layer", "positions": "rope"}},
+]
+
+
+def a_block_and_an_image(measure: Callable[[int, int], int]) -> float:
+    """From measure(depth, images): what two more blocks keep of one more image."""
+    return ((measure(4, 8) - measure(2, 8)) - (measure(4, 4) - measure(2, 4))) / 4
+
+
+def saved_by_two(config: Config, exchanged: bool = False) -> float:
+    return sum(budget.activations(config, routed, exchanged)[0] for routed in budget._routed(config))
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_activations_are_what_autograd_keeps_in_bf16(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(changed(SMALL, train={"precision": "bf16"}), **changes)
+
+    def measure(depth: int, n: int) -> int:
+        with pretended_gpu(monkeypatch):
+            return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cuda")
+
+    assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config), rel=0.005)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("qk_norm", ["none", "layer"])
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_activations_are_what_autograd_keeps_in_fp32(backend: str, qk_norm: str, exchanged: bool) -> None:
+    config = changed(SMALL, model={"qk_norm": qk_norm}, moe={"backend": backend})
+
+    def measure(depth: int, n: int) -> int:
+        model = build(changed(config, model={"depth": depth}), 10)
+        for module in model.modules():
+            if isinstance(module, Experts) and exchanged:
+                module.exchange = lambda rows, counts, products: products(rows, counts)
+        return saved_bytes(model, n, "cpu")
+
+    assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config, exchanged), rel=0.01)
+
+
+PEAKS = {
+    "alone": (changed(plan_check.CASES["experts, activations"], model={"depth": 4}, train={"batch_size": 24}), 1),
+    "both": (changed(plan_check.CASES["both over 2"], model={"depth": 4}, train={"batch_size": 8}), 2),
+}
+
+
+def grow(name: str) -> None:
+    print(plan_check.measured(PEAKS[name][0]))
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_real_processes_are_as_large_as_planned(tmp_path: Path, name: str) -> None:
+    config, world = PEAKS[name]
+    group = start(grow, name, folder=tmp_path, world=world)
+    assert group.wait() == [0] * world, group.err()
+    measured = max(float(group.out(rank).splitlines()[-1]) for rank in range(world))
+    assert measured == pytest.approx(plan_check.predicted(config).peak, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------ what is held and sent
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the tensors that are handed to each collective operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")
+        if name[0] == "c10d":
+            self.bytes[name[1]] += sum(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+DIGITS = changed(SMALL, model={"sample_size": 8, "in_channels": 1})
+SENT = {
+    "sharded, more processes than experts": changed(
+        DIGITS, moe={"num_experts": 2}, train={"batch_size": 16}, parallel={"shard": True}, plan={"devices": 4}
+    ),
+    "gathered in bf16": changed(
+        DIGITS,
+        train={"batch_size": 16, "precision": "bf16"},
+        parallel={"shard": True, "gather": "bfloat16"},
+        plan={"devices": 2},
+    ),
+    "both": changed(
+        DIGITS,
+        model={"gradient_checkpointing": True},
+        train={"batch_size": 16, "accumulation": 2},
+        parallel={"experts": 2, "shard": True},
+        plan={"devices": 4},
+    ),
+}
+
+
+def send(name: str) -> None:
+    config = SENT[name]
+    step, state, run = train_step.prepared(config)
+    step()
+    before = run.parallel.bytes_sent
+    with Traffic() as traffic:
+        step()
+    held = sum(local(p).untyped_storage().nbytes() for p in state.model.parameters())
+    print(json.dumps({**traffic.bytes, "exchanged": run.parallel.bytes_sent - before, "held": held}))
+    shutdown()
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_real_processes_hold_and_send_what_is_planned(tmp_path: Path, name: str) -> None:
+    config, world = SENT[name], SENT[name].plan.devices
+    group = start(send, name, folder=tmp_path, world=world)
+    assert group.wait() == [0] * world, group.err()
+    found = [json.loads(group.out(rank).splitlines()[-1]) for rank in range(world)]
+    images = config.train.batch_size // world // config.train.accumulation
+    again, d = config.model.gradient_checkpointing, config.parallel.experts
+    need = plan_of(config, "FSDP2", d, images, again, num_classes=10)
+    assert found[0]["held"] == pytest.approx(need.weights, rel=1e-3)
+    # An operation is handed its input and its output: n + 1 parts, of which n - 1 go to others.
+    handed = sum(found[0][name] for name in ("_allgather_base_", "_reduce_scatter_base_"))
+    assert handed * (world - 1) / (world + 1) == pytest.approx(need.gather_scatter, rel=1e-3)
+    assert sum(x["exchanged"] for x in found) / world == pytest.approx(need.all_to_all, rel=0.1)  # planned: even load
+    copies = world // d if d > 1 else 1  # of the experts; a ring sends 2 (n - 1) / n of what it reduces
+    assert found[0]["allreduce_"] * 2 * (copies - 1) / copies == pytest.approx(need.all_reduce, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_state_of_the_papers_models(name: str) -> None:
+    total = PAPER[name][0] * 1e6
+    one = plan_of(changed(PRESETS[name], plan={"devices": 1}), "DDP", 1, 1)
+    assert sum(one[:4]) == pytest.approx(20 * total, rel=1e-3)
+    many = changed(PRESETS[name], plan={"devices": 8})
+    assert sum(plan_of(many, "FSDP2", 1, 1)[:4]) == pytest.approx(20 * total / 8, rel=1e-3)
+    experts, rest = split(many)
+    assert plan_of(many, "DDP", 4, 1).weights == 4 * (rest + experts / 4)
+    assert plan_of(many, "FSDP2", 4, 1).weights == pytest.approx(4 * (rest / 8 + experts / 4), rel=1e-3)
+
+
+def test_more_devices_than_experts_gather_as_if_each_had_one() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 64})
+    experts, rest = split(config)
+    alone, both = plan_of(config, "FSDP2", 1, 4), plan_of(config, "FSDP2", 8, 4)
+    assert alone.weights == pytest.approx(4 * (experts / 8 + rest / 64), rel=0.01)
+    assert alone.weights == both.weights
+    assert alone.gather_scatter == pytest.approx(3 * 4 * (8 * experts + rest) * 63 / 64, rel=0.01)
+    assert both.gather_scatter == pytest.approx(3 * 4 * rest * 63 / 64, rel=0.03)
+
+
+def test_checkpointing_and_accumulation() -> None:
+    config = changed(PRESETS["dit-moe-b/2-8e2a"], plan={"devices": 8})
+    plain, again = (plan_of(config, "DDP", 1, 64, x) for x in (False, True))
+    assert again.activations < plain.activations / 5
+    assert again.peak < plain.peak
+    twice = plan_of(changed(config, train={"accumulation": 2}), "DDP", 1, 64)
+    assert twice.peak > plain.peak  # gradients of the first micro-batch stay
+    assert twice.all_reduce == plain.all_reduce
+    assert plan_of(config, "DDP", 1, 128).activations == 2 * plain.activations
+
+
+def test_traffic() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 8})
+    model = meta(config)
+    experts, rest = split(config)
+    total = experts + rest
+    outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
+    assert plan_of(config, "DDP", 1, 4)[7:] == pytest.approx((2 * 4 * total * 7 / 8, 0, 0))
+    gathered = 4 * (3 * total - outside) * 7 / 8  # what is outside the blocks stays gathered
+    assert plan_of(config, "FSDP2", 1, 4)[7:] == pytest.approx((0, gathered, 0))
+    rows = 12 * 4 * tokens_per_image(model) * 2 * 384 * 2  # layers, images, tokens, experts a token, width, bf16
+    copies = 2 * 4 * experts / 4 * 1 / 2  # experts/4: two copies of each
+    reduced = 2 * 4 * rest * 7 / 8 + copies
+    assert plan_of(config, "DDP", 4, 4)[7:] == pytest.approx((reduced, 0, 4 * rows * 3 / 4))
+    assert plan_of(config, "DDP", 4, 4, True).all_to_all == pytest.approx(6 * rows * 3 / 4)
+    gathered = 4 * (3 * rest - outside) * 7 / 8
+    assert plan_of(config, "FSDP2", 4, 4)[7:] == pytest.approx((copies, gathered, 4 * rows * 3 / 4))
+    twice = changed(config, train={"accumulation": 2})
+    assert plan_of(twice, "FSDP2", 4, 4)[7:] == pytest.approx((copies, 2 * gathered, 8 * rows * 3 / 4))
+    alone = changed(config, plan={"devices": 1})
+    assert plan_of(alone, "DDP", 1, 4)[7:] == (0, 0, 0)
+
+
+def test_gathering_in_bf16() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 8})
+    (most, sent), (most_half, sent_half) = (
+        budget.gathering(budget.blocks(config, meta(config)), 0, 8, 1, size) for size in (4, 2)
+    )
+    inside = sum(p.numel() for p in meta(config).blocks.parameters())
+    routers = 12 * 8 * 384
+    assert sent == pytest.approx(12 * inside * 7 / 8)
+    assert sent_half == pytest.approx((8 * inside + 4 * routers) * 7 / 8)  # gradients and routers stay in float32
+    block = inside / 12
+    assert most == pytest.approx(4 * 4 * block)
+    assert most_half == pytest.approx((2 + 2 + 2 + 4) * block, rel=1e-3)
+    asked = changed(config, parallel={"shard": True, "gather": "bfloat16"})
+    full, half = ([plan_of(asked_or_not, "FSDP2", d, 4) for d in (1, 4)] for asked_or_not in (config, asked))
+    assert plan_of(asked, "DDP", 4, 4) == plan_of(config, "DDP", 4, 4)
+    assert half[0].gather_scatter == pytest.approx(full[0].gather_scatter * 2 / 3, rel=1e-3)
+    experts, rest = split(config)
+    for before, after, copies, kept in zip(full, half, (experts + rest, rest), (0, experts / 4), strict=True):
+        assert before[:4] == after[:4]  # float32 slices all the same
+        assert before.buffers - after.buffers > 2 * copies  # and no copies of what was gathered
+        assert after.buffers >= 2 * kept  # but of split experts
+        assert after.peak < before.peak
+
+
+def test_buffers_are_those_that_are_there_at_one_time() -> None:
+    config = changed(PRESETS["dit-moe-s/2-8e2a"], plan={"devices": 8})
+    experts, rest = split(config)
+    plain, again = (plan_of(config, "DDP", 1, 4, x).buffers for x in (False, True))
+    assert plain == pytest.approx(6 * (experts + rest))  # DDP's buckets, and bf16 copies for the backward pass
+    assert again == pytest.approx(4 * (experts + rest) + 2 * (rest + experts / 12))  # experts' of a block at a time
+    fp32 = changed(config, train={"precision": "fp32"})
+    assert plan_of(fp32, "DDP", 1, 4).buffers == 4 * (experts + rest)
+    assert plan_of(fp32, "DDP", 8, 4).buffers == pytest.approx(4 * rest)  # DDP leaves split experts alone
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def cells(text: str, label: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(label)]
+    return line[28:].split()
+
+
+def test_the_largest_model_on_64_devices() -> None:
+    config = changed(PRESETS["dit-moe-g/2-16e2a"], plan={"devices": 64})
+    text = describe(config)
+    assert cells(text, "a device") == ["DDP", "DDP", "FSDP2", "FSDP2"] * 2
+    assert cells(text, "parallel.experts") == ["1"] * 4 + ["16"] * 4
+    assert cells(text, "gradient checkpointing") == ["no", "yes"] * 4
+    assert cells(text, "fits") == ["no", "no", "no", "yes", "no", "yes", "yes", "yes"]
+    assert max(len(line) for line in text[text.index("plan (") :].splitlines()) <= 120
+    for way, d, column in (("FSDP2", 1, 3), ("DDP", 16, 5), ("FSDP2", 16, 6)):
+        again = column % 2 == 1
+        largest = int(cells(text, "largest")[column].replace(",", ""))
+        limit = budget.USABLE * 80 * GB
+        assert plan_of(config, way, d, largest, again).peak <= limit < plan_of(config, way, d, largest + 1, again).peak
+    seconds = 16 * budget.flops(config).training(False) / (989e12 * 0.4)
+    assert float(cells(text, "seconds")[0]) == pytest.approx(seconds, abs=1e-4)
+
+
+def test_ways_that_do_not_apply_are_left_out() -> None:
+    dense = changed(PRESETS["digits"], moe={"blocks": "none"}, plan={"devices": 4})
+    assert cells(describe(dense), "a device") == ["DDP", "DDP", "FSDP2", "FSDP2"]
+    assert cells(describe(changed(PRESETS["digits"], plan={"devices": 1})), "a device") == ["DDP", "DDP"]
+    no_multiple = changed(PRESETS["digits"], train={"batch_size": 9}, plan={"devices": 3})  # 8 experts
+    assert cells(describe(no_multiple), "parallel.experts") == ["1"] * 4
+    assert "plan (" not in describe(PRESETS["digits"])
+
+
+def test_the_degree_that_is_asked_for_is_planned() -> None:
+    config = changed(PRESETS["digits"], plan={"devices": 4}, parallel={"experts": 4})
+    assert cells(describe(config), "parallel.experts") == ["1"] * 4 + ["4"] * 4
+    with pytest.raises(ValueError, match="parallel.experts 8 must divide plan.devices 4 and moe.num_experts 8"):
+        describe(changed(config, parallel={"experts": 8}))
+    with pytest.raises(ValueError, match="parallel.experts 2 must divide plan.devices 4 and moe.num_experts 5"):
+        describe(changed(config, parallel={"experts": 2}, moe={"num_experts": 5}))
+    with pytest.raises(ValueError, match="parallel.shard needs several devices, but plan.devices is 1"):
+        describe(changed(config, parallel={"experts": 1, "shard": True}, plan={"devices": 1}))
+    with pytest.raises(ValueError, match="parallel.gather bfloat16 needs --train.precision bf16, not fp32"):
+        describe(changed(config, parallel={"shard": True, "gather": "bfloat16"}, train={"precision": "fp32"}))
+
+
+def test_small_models_and_absurd_devices_stay_readable() -> None:
+    small = changed(PRESETS["digits"], plan={"devices": 2})
+    text = describe(small)
+    assert "a device, in MB" in text
+    assert float(cells(text, "weights")[0]) == pytest.approx(4 * 1.00, rel=0.01)
+    absurd = changed(small, train={"batch_size": 2 * 10**21}, plan={"tflops": 1e-300, "bandwidth": 1e-300})
+    text = describe(absurd)[len(json.dumps(to_dict(absurd), indent=2)) :]
+    assert max(map(len, text.splitlines())) <= 120
+    for label in ("weights", "peak", "largest", "seconds", "  sending"):
+        assert len(cells(text, label)) == 8
+    free = changed(small, plan={"memory": 1e30})
+    assert set(cells(describe(free), "largest")) == {">1,048,575"}
+
+
+def test_a_run_goes_on_with_another_plan(tmp_path: Path) -> None:
+    config = replace(PRESETS["digits"], out=tmp_path)
+    save(config, tmp_path / "config.json")
+    place.check_place(changed(config, plan={"devices": 64, "memory": 40.0}))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"devices": -1}, "devices is -1; it must be 0 or more"),
+        ({"memory": 0.0}, "memory is 0.0; it must be above 0"),
+        ({"tflops": 0.0}, "tflops is 0.0"),
+        ({"bandwidth": -1.0}, "bandwidth is -1.0"),
+        ({"efficiency": 0.0}, "efficiency is 0.0; it must lie in"),
+        ({"efficiency": 1.5}, "efficiency is 1.5"),
+    ],
+)
+def test_values_that_cannot_be(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PlanConfig(**values)
+
+
+def test_devices_must_divide_the_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size 1024 is not a multiple of accumulation 1 \\* 48 processes"):
+        describe(changed(PRESETS["dit-moe-g/2-16e2a"], plan={"devices": 48}))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    argv = ["dit-moe-g/2-16e2a", "--dry-run", "--plan.devices", "64", "--out", tmp_path / "x"]
+    begin = time.perf_counter()
+    done = typed("train", *argv)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - begin < 60  # a few seconds on a quiet machine
+    assert "plan (a calculation, not a run): 64 devices of 80 GB" in done.stdout
+    assert not (tmp_path / "x").exists()
+    wrong = typed("train", *argv, "--plan.memory", "0")
+    assert wrong.returncode == 2
+    assert "memory is 0.0" in wrong.stderr

@@ -1,0 +1,229 @@
+"""Data: what comes out, which source is taken, and every way a user's files can be wrong."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ditmoe.config.sections import Config, DataConfig
+from ditmoe.data.named import read_idx
+from ditmoe.data.open import open_data, reference
+from ditmoe.data.order import Batches
+
+Tiny = Callable[..., Config]
+
+
+def png(path: Path, size: tuple[int, int] = (8, 8), mode: str = "L", value: int = 9) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value,) * len(Image.new(mode, (1, 1)).getbands())).save(path)
+    return path
+
+
+def folder(path: Path, **options: object) -> DataConfig:
+    return DataConfig(name="folder", path=path, **options)  # type: ignore[arg-type]
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+def test_digits_are_bundled() -> None:
+    train, test = (open_data(DataConfig(), size=8, channels=1, split=s) for s in ("train", "test"))
+    assert (len(train), len(test)) == (1497, 300)
+    x = train.tensors(range(100))
+    assert x.shape == (100, 1, 8, 8)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert sorted(train.id2label.values()) == [str(i) for i in range(10)]
+
+
+def test_digits_do_not_fit_another_size() -> None:
+    with pytest.raises(ValueError, match="--model.sample-size 8"):
+        open_data(DataConfig(), size=16, channels=1)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_fashion_reads_idx_files_and_says_from_where(tmp_path: Path, zipped: bool) -> None:
+    pixels, labels = np.arange(3 * 28 * 28).reshape(3, 28, 28) % 256, np.array([9, 0, 4])
+    for name, array in (("train-images-idx3-ubyte", pixels), ("train-labels-idx1-ubyte", labels)):
+        raw = idx(array)
+        (tmp_path / (name + ".gz" * zipped)).write_bytes(gzip.compress(raw) if zipped else raw)
+    data = open_data(DataConfig(name="fashion", path=tmp_path), size=28, channels=1)
+    assert str(tmp_path) in data.source
+    assert np.array_equal(data.images([2])[0, :, :, 0], pixels[2])
+    assert data.labels.tolist() == [9, 0, 4]
+    assert data.id2label[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_truncated_idx_file_is_named(tmp_path: Path, zipped: bool) -> None:
+    raw = idx(np.zeros((3, 28, 28)))
+    path = tmp_path / ("x-ubyte" + ".gz" * zipped)
+    path.write_bytes((gzip.compress(raw) if zipped else raw)[:-9])
+    with pytest.raises(ValueError, match=r"x-ubyte.*truncated"):
+        read_idx(path)
+    path = tmp_path / "y"
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match="not an IDX file"):
+        read_idx(path)
+
+
+def test_missing_fashion_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dataset-fashion-mnist"):
+        open_data(DataConfig(name="fashion", path=tmp_path), size=28, channels=1)
+
+
+def test_folder_with_classes_and_without(tmp_path: Path) -> None:
+    png(tmp_path / "a" / "cat" / "1.png")
+    png(tmp_path / "a" / "ant" / "deep" / "2.png", value=200)
+    data = open_data(folder(tmp_path / "a"), size=8, channels=1)
+    assert data.id2label == {0: "ant", 1: "cat"}
+    assert data.images([0]).mean() == 200
+    png(tmp_path / "b" / "1.png")
+    free = open_data(folder(tmp_path / "b"), size=8, channels=1)
+    assert free.id2label == {}
+    assert len(free) == 1
+
+
+@pytest.mark.parametrize(("size", "mode"), [((8, 9), "L"), ((16, 16), "L"), ((8, 8), "RGB"), ((8, 8), "RGBA")])
+def test_mixed_sizes_and_modes_are_refused_by_name_and_cropped_on_request(
+    tmp_path: Path, size: tuple[int, int], mode: str
+) -> None:
+    png(tmp_path / "1.png")
+    png(tmp_path / "odd.png", size, mode)
+    with pytest.raises(ValueError, match=r"odd\.png is .* --data.fit crop"):
+        open_data(folder(tmp_path), size=8, channels=1)
+    assert open_data(folder(tmp_path, fit="crop"), size=8, channels=1).images([0, 1]).shape == (2, 8, 8, 1)
+
+
+def test_crop_keeps_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 40), dtype=np.uint8)
+    pixels[:, 12:28] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    data = open_data(folder(tmp_path, fit="crop"), size=8, channels=1)
+    assert (data.images([0]) > 250).mean() > 0.7
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "html"])
+def test_damaged_images_are_named_before_training(tmp_path: Path, damage: str) -> None:
+    good = png(tmp_path / "good.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / "bad.png")
+    raw = (tmp_path / "bad.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes({"truncated": raw[:-40], "empty": b"", "html": b"<html>"}[damage])
+    assert good.exists()
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        open_data(folder(tmp_path), size=8, channels=1)
+
+
+def test_folders_that_hold_nothing_useful(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no images"):
+        open_data(folder(tmp_path), size=8, channels=1)
+    with pytest.raises(ValueError, match="not a folder"):
+        open_data(folder(tmp_path / "nowhere"), size=8, channels=1)
+    with pytest.raises(ValueError, match="needs --data.path"):
+        open_data(DataConfig(name="folder"), size=8, channels=1)
+    png(tmp_path / "a" / "1.png")
+    png(tmp_path / "loose.png")
+    with pytest.raises(ValueError, match="beside class folders"):
+        open_data(folder(tmp_path), size=8, channels=1)
+
+
+def test_latents(tmp_path: Path) -> None:
+    shard = {"latents": torch.randn(5, 4, 8, 8), "labels": torch.tensor([0, 2, 1, 0, 2])}
+    save_file(shard, tmp_path / "00.safetensors")
+    config = DataConfig(name="latents", path=tmp_path)
+    data = open_data(config, size=8, channels=4)
+    assert torch.equal(data.tensors([3]), shard["latents"][3:4])
+    assert len(data.id2label) == 3
+    (tmp_path / "01.safetensors").write_bytes((tmp_path / "00.safetensors").read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"01\.safetensors is damaged"):
+        open_data(config, size=8, channels=4)
+
+
+def samples(config: Config, processes: int, first_step: int = 0) -> list[list[int]]:
+    """The sample numbers of each step, over all processes."""
+    data = open_data(config.data, size=8, channels=1)
+    parts = [list(Batches(config, data, first_step=first_step, rank=r, num_processes=processes))
+             for r in range(processes)]  # fmt: skip
+    micro = [[i for part in parts for i in part[m].indices] for m in range(len(parts[0]))]
+    cut = config.train.accumulation
+    return [sorted(i for part in micro[s : s + cut] for i in part) for s in range(0, len(micro), cut)]
+
+
+def test_a_step_has_the_same_samples_however_it_is_cut(tiny: Tiny) -> None:
+    whole = samples(tiny(max_steps=4), 1)
+    assert whole == [list(range(s * 16, s * 16 + 16)) for s in range(4)]
+    assert samples(tiny(max_steps=4, train={"accumulation": 2}), 2) == whole
+    assert samples(tiny(max_steps=4), 4, first_step=1) == whole[1:]
+
+
+def test_an_epoch_shows_every_image_once(tiny: Tiny) -> None:
+    config = tiny(max_steps=3, train={"batch_size": 499})
+    data = open_data(config.data, size=8, channels=1)
+    seen = torch.cat([b.x for b in Batches(config, data, first_step=0, rank=0, num_processes=1)])
+    rows = {row.numpy().tobytes() for row in seen}
+    assert len(rows) == len({row.numpy().tobytes() for row in data.tensors(range(1497))})
+    assert not torch.equal(seen, data.tensors(range(1497)))
+
+
+def test_workers_change_nothing(tiny: Tiny) -> None:
+    plain, workers = tiny(max_steps=3), tiny(max_steps=3, data={"num_workers": 2, "flip": True})
+    flipped = tiny(max_steps=3, data={"flip": True})
+    data = open_data(plain.data, size=8, channels=1)
+    first, second, third = (
+        torch.cat([b.x for b in Batches(c, data, first_step=0, rank=0, num_processes=1)])
+        for c in (workers, flipped, plain)
+    )
+    assert torch.equal(first, second)
+    same = (first == third).flatten(1).all(1)
+    assert 0.2 < same.float().mean() < 0.8
+    assert torch.equal(first[~same], third[~same].flip(3))
+
+
+def test_labels_out_of_range_are_refused(tmp_path: Path) -> None:
+    for name, array in (("images-idx3", np.zeros((2, 28, 28))), ("labels-idx1", np.array([3, 46]))):
+        (tmp_path / f"train-{name}-ubyte").write_bytes(idx(array))
+    with pytest.raises(ValueError, match=r"label 46 is out of range.*0\.\.9"):
+        open_data(DataConfig(name="fashion", path=tmp_path), size=28, channels=1)
+
+
+def test_crop_refuses_16_bits_and_puts_transparency_on_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits"):
+        open_data(folder(tmp_path, fit="crop"), size=8, channels=1)
+    (tmp_path / "deep.png").unlink()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_data(folder(tmp_path, fit="crop"), size=8, channels=1).images([0]).min() == 255
+
+
+def test_latent_shards_that_do_not_belong_together(tmp_path: Path) -> None:
+    config = DataConfig(name="latents", path=tmp_path)
+    save_file({"latents": torch.zeros(2, 4, 8, 8), "labels": torch.tensor([0, 10**9])}, tmp_path / "0.safetensors")
+    with pytest.raises(ValueError, match="labels 0..1000000000"):
+        open_data(config, size=8, channels=4)
+    save_file({"latents": torch.zeros(2, 4, 4, 4), "labels": torch.tensor([0, 1])}, tmp_path / "1.safetensors")
+    with pytest.raises(ValueError, match="different shapes"):
+        open_data(config, size=8, channels=4)
+
+
+def test_the_reference_of_a_folder_holds_every_class(tmp_path: Path) -> None:
+    for i in range(30):
+        png(tmp_path / str(i % 3) / f"{i}.png", value=i % 3)
+    config = folder(tmp_path)
+    pixels = reference(config, open_data(config, size=8, channels=1), 0)
+    assert not isinstance(pixels, str)
+    assert sorted(np.unique(pixels)) == [0, 1, 2]
+    assert reference(DataConfig(), open_data(DataConfig(), size=8, channels=1), 0) == "digits:train"
+
+
+@pytest.mark.parametrize(
+    "options", [{"path": "x"}, {"fit": "crop"}, {"download": True}, {"vae": "x"}, {"name": "latents", "max_bad": 1}]
+)
+def test_options_that_cannot_apply_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="apply|works with"):
+        DataConfig(**options)  # type: ignore[arg-type]
