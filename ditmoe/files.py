@@ -1,13 +1,100 @@
-"""A folder that is on the disk whole or not at all."""
+"""Files and folders that are on the disk whole or not at all; their digests, locks, and JSON read safely."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import IO, Any
+
+LOCK = ".lock"
+
+
+@contextmanager
+def whole(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write into that stands at `path` once the block is done, in place of an older one; else nothing does.
+
+    What a kill leaves is named `path`.tmp and is written over the next time. With `durable` the bytes are on the disk
+    before the file has its name.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all; what cannot be encoded becomes a question mark."""
+    with whole(path) as file:
+        file.write(text.encode(errors="replace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. ValueError, naming the file, where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made when missing. The lock ends with the process, however it ends.
+
+    Raises:
+        ValueError: Another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise ValueError(f"out {folder} cannot be written ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its readers do not inherit it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}; wait for it, stop it, "
+                f"or give another --out"
+            ) from None
+        except OSError as error:
+            print(f"note: {folder} is on a disk without locks ({error.strerror}); start only one run on it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+        file.truncate(0)
 
 
 @contextmanager

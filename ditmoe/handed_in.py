@@ -4,7 +4,6 @@ Whoever made the folder decides neither what is imported nor which files outside
 ValueError of one sentence that names the file or the entry.
 """
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from samplers.catalog import LIBRARY_ERRORS, SAMPLERS
 
+from .files import read_object
+
 CODE = ("auto_map", "quantization_config")  # entries that name further code
 _TABLES = 2**30  # bytes, at most, of what a network computes from its config alone, such as positions
 _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as many values
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return found
 
 
 def is_scheduler(entry: Any) -> bool:

@@ -25,7 +25,7 @@ from .config.sections import Config
 from .data.latents import denormalize, is_normalization, normalization
 from .data.pixels import to_pil
 from .data.vae import check_vae, load_vae
-from .files import replacing
+from .files import read_object, replacing
 from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
 
@@ -227,7 +227,7 @@ def load(folder: Path) -> DiTMoEPipeline:
 
 def _check(folder: Path) -> None:
     """Refuse a pipeline folder that names anything but our classes and diffusers', or whose parts do not fit."""
-    index = handed_in.read_object(folder / "model_index.json")
+    index = read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
     network = [DiTMoETransformer2DModel.__module__, DiTMoETransformer2DModel.__name__]
     fits = {
@@ -246,7 +246,7 @@ def _check(folder: Path) -> None:
             raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
     handed_in.check_no_code(folder)
     handed_in.check_scheduler(folder / "scheduler")
-    check_network(handed_in.read_object(folder / "transformer" / "config.json"))
+    check_network(read_object(folder / "transformer" / "config.json"))
     vae = handed_in.vae_class(index.get("vae"))
     for component, network in {"transformer": DiTMoETransformer2DModel, **({"vae": vae} if vae else {})}.items():
         handed_in.check_weights(network, folder / component, renamed=component == "vae")
@@ -297,7 +297,7 @@ def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
         _check(folder)
-        steps = handed_in.read_object(folder / "model_index.json").get("trained_steps")
+        steps = read_object(folder / "model_index.json").get("trained_steps")
     except ValueError:
         return None
     return steps if isinstance(steps, int) else None

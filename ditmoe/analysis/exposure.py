@@ -26,7 +26,8 @@ from samplers.criterion import check_data_variance
 from samplers.loop import sample
 from samplers.noise import image_generators, initial_noise
 
-from ..handed_in import check_no_code, check_scheduler, check_weights, read_object
+from ..files import read_object
+from ..handed_in import check_no_code, check_scheduler, check_weights
 
 NETWORKS = ("diffusers", "ditmoe.model")  # modules that a pipeline folder may name
 

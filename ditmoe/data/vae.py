@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ..handed_in import check_component, read_object
+from ..files import read_object
+from ..handed_in import check_component
 
 
 def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
