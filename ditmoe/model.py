@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .config.file import check_types
-from .config.sections import Config, ModelConfig, MoEConfig
+from .config.sections import Config, ModelConfig, MoEConfig, RouterInput
 from .layers import (
     Attention,
     LabelEmbedder,
@@ -30,7 +30,7 @@ from .layers import (
     sincos_positions,
     unpatchify,
 )
-from .moe import Experts, FeedForward, MoELayer, Router, Routing, RoutingRule
+from .moe import Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, RoutingRule
 
 
 @dataclass
@@ -63,12 +63,15 @@ class DiTBlock(nn.Module):
             self.mlp = feed_forward
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Routing | None]:
-        """x (N, T, D), c (N, D) -> x (N, T, D), and the routing record where the block has experts."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(
+        self, x: Tensor, condition: Condition, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Routing | None]:
+        """x (N, T, D) -> x (N, T, D), and the routing record where the block has experts."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition.c).chunk(6, dim=1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
-        h = modulate(self.norm2(x), shift2, scale2)
-        y, routing = self.moe(h) if hasattr(self, "moe") else (self.mlp(h), None)
+        plain = self.norm2(x)
+        h = modulate(plain, shift2, scale2)
+        y, routing = self.moe(h, condition._replace(plain=plain)) if hasattr(self, "moe") else (self.mlp(h), None)
         return torch.addcmul(x, gate2.unsqueeze(1), y), routing
 
 
@@ -88,36 +91,25 @@ class FinalLayer(nn.Module):
         return y
 
 
+KEYS = {  # fields of the configuration that the network, and so a saved model, knows by another name
+    "blocks": "moe_blocks",
+    "score": "router_score",
+    "renormalize": "router_renormalize",
+    "scale": "router_scale",
+}
+
+
 class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """DiT with mixture-of-experts feed-forward layers. Saved and loaded as any diffusers model.
 
-    Args:
-        sample_size: Height and width of the image or latent.
-        in_channels: Its channels C.
-        num_classes: Classes; 0 for a model without labels. The null label is `num_classes`.
-        patch_size: Height and width of a token.
-        hidden_size: Width D.
-        depth: Blocks.
-        num_heads: Attention heads.
-        ffn_width: Hidden width of feed-forward layers without experts.
-        activation: "swiglu" or "gelu", in experts and dense layers.
-        positions: "rope" (2-D rotary) or "sincos" (DiT's table).
-        qk_norm: "rms", "layer" or "none".
-        moe_blocks: "all", "every-second" (1, 3, 5, ...) or "none".
-        num_experts: Routed experts E of a layer.
-        top_k: Experts K of a token.
-        expert_width: Hidden width of one routed expert.
-        shared_width: Hidden width of the shared expert; 0 for none.
-        router_input: "token", or "position": the place in the image decides, see `ditmoe.moe.Router`.
-        router_score: "softmax" or "sigmoid".
-        router_renormalize: Divide the K scores by their sum.
-        router_scale: Factor on the routed weights.
+    Args: the fields of `ditmoe.config.ModelConfig`, `MoEConfig` and `ObjectiveConfig` of the same names, or of those in
+        `KEYS`; num_classes is a number here, 0 for a model without labels, and the null label is `num_classes`.
         router_bias: Keep a balancing bias in every router.
-        backend: "auto", "grouped" or "loop".
-        learn_sigma: Predict 2C channels.
-        prediction_type: What the prediction means: "epsilon", "v_prediction", "sample" or "flow_prediction".
         time_scale: Length of the time axis that the embedding was trained on. `forward` takes t on 0..1000 and
             embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
+
+    Raises:
+        ValueError: The router is to look at labels, of which there are none.
 
     Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633).
     """
@@ -144,7 +136,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         top_k: int = 3,
         expert_width: int = 256,
         shared_width: int = 256,
-        router_input: Literal["token", "position"] = "token",
+        router_input: RouterInput = "token",
         router_score: Literal["softmax", "sigmoid"] = "sigmoid",
         router_renormalize: bool = True,
         router_scale: float = 1.0,
@@ -161,10 +153,12 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self._add_positions(positions, hidden_size, hidden_size // num_heads, sample_size // patch_size)
-        places = None
-        if router_input == "position":
+        inputs, places = cast("Sequence[Input]", router_input.split("+")), None
+        if "position" in inputs:
             table = sincos_positions(hidden_size, sample_size // patch_size)[0]  # (T, D)
             places = nn.functional.layer_norm(table, (hidden_size,))
+        if "label" in inputs and not num_classes:
+            raise ValueError(f"router_input {router_input} needs a model with classes, and this one has none")
         rule = RoutingRule(top_k, router_score, router_renormalize, router_scale)
 
         def feed_forward(i: int) -> MoELayer | FeedForward:
@@ -177,6 +171,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 shared_width=shared_width,
                 rule=rule,
                 activation=activation,
+                inputs=inputs,
                 positions=places,
                 with_bias=router_bias,
                 backend=backend,
@@ -243,7 +238,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: Labels for a model without classes, or x_t of another shape.
         """
         self._check(hidden_states, class_labels)
-        c = self._condition(hidden_states, timestep, class_labels)
+        condition = self._condition(hidden_states, timestep, class_labels)
         x = self.x_embedder(hidden_states)  # (N, T, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
@@ -251,24 +246,24 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         routing: list[Routing] = []
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, record = self._gradient_checkpointing_func(block, x, c, rotary)
+                x, record = self._gradient_checkpointing_func(block, x, condition, rotary)
             else:
-                x, record = block(x, c, rotary)
+                x, record = block(x, condition, rotary)
             if record is not None:
                 routing.append(record)
-        x = self.final_layer(x, c)
+        x = self.final_layer(x, condition.c)
         sample = unpatchify(x, self.config.patch_size, self.out_channels)
         return DiTMoEOutput(sample=sample, routing=routing) if return_dict else (sample, routing)
 
-    def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Tensor:
+    def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
         N = x.shape[0]
         t = torch.as_tensor(t, device=x.device).expand(N)
-        c: Tensor = self.t_embedder(t.float() * (self.config.time_scale / 1000))
-        if self.y_embedder is not None:
-            if y is None:
-                y = torch.full((N,), self.config.num_classes, device=x.device)
-            c = c + self.y_embedder(y)
-        return c
+        time: Tensor = self.t_embedder(t.float() * (self.config.time_scale / 1000))
+        if self.y_embedder is None:
+            return Condition(time, time)
+        y = torch.full((N,), self.config.num_classes, device=x.device) if y is None else y
+        label = self.y_embedder(y)
+        return Condition(time + label, time, label)
 
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         size = self.config.sample_size
@@ -281,33 +276,11 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     """A new model with the weights of torch's current random state."""
-    m, e, objective = config.model, config.moe, config.objective
-    model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(
-        sample_size=m.sample_size,
-        in_channels=m.in_channels,
-        num_classes=num_classes,
-        patch_size=m.patch_size,
-        hidden_size=m.hidden_size,
-        depth=m.depth,
-        num_heads=m.num_heads,
-        ffn_width=m.ffn_width,
-        activation=m.activation,
-        positions=m.positions,
-        qk_norm=m.qk_norm,
-        moe_blocks=e.blocks,
-        num_experts=e.num_experts,
-        top_k=e.top_k,
-        expert_width=e.expert_width,
-        shared_width=e.shared_width,
-        router_input=e.router_input,
-        router_score=e.score,
-        router_renormalize=e.renormalize,
-        router_scale=e.scale,
-        router_bias=e.bias_rate > 0,
-        backend=e.backend,
-        learn_sigma=objective.learn_sigma,
-        prediction_type=objective.prediction_type,
-    )
+    known = signature(DiTMoETransformer2DModel.__init__).parameters
+    fields = {**vars(config.model), **vars(config.moe), **vars(config.objective)}
+    options = {KEYS.get(name, name): value for name, value in fields.items()}
+    options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
+    model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})
     return model
 
 
@@ -339,7 +312,7 @@ def check_network(values: Mapping[str, Any]) -> None:
     """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
     make = DiTMoETransformer2DModel.__init__
     check_types(values, get_type_hints(make))
-    c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values}
-    ModelConfig(**{f.name: c[f.name] for f in dataclasses.fields(ModelConfig) if f.name in c})
-    widths = {name: c[name] for name in ("num_experts", "top_k", "expert_width", "shared_width")}
-    MoEConfig(**widths, scale=c["router_scale"], renormalize=False)
+    c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values, "router_renormalize": False}
+    for section in (ModelConfig, MoEConfig):
+        keys = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(section)}
+        section(**{name: c[key] for name, key in keys.items() if key in c})

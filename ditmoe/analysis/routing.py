@@ -48,13 +48,10 @@ def count_experts(
             some = None if labels is None else labels[rows.to(net.device)]
             _, routing = net(x_t[rows].to(net.device), t[rows].to(net.device), some, return_dict=False)
             for layer, record in enumerate(routing):
-                E = record.logits.shape[1]
-                ids = record.expert_ids.unflatten(0, (-1, T)).cpu()  # (rows, T, K), or (1, T, K) by place
-                cell = ((b * Y + y[rows])[:, None, None] * T + torch.arange(T)[:, None]) * E + ids
-                counts = torch.bincount(cell.flatten(), minlength=num_bins * Y * T * E)
+                served = record.served().cpu().expand(len(rows), T, -1)  # (rows, T, E)
                 if layer == len(total):
-                    total.append(torch.zeros_like(counts).view(num_bins, Y, T, E))
-                total[layer] += counts.view_as(total[layer])
+                    total.append(torch.zeros(num_bins, Y, *served.shape[1:], dtype=torch.int64))
+                total[layer][b].index_add_(0, y[rows], served)
     return torch.stack(total).numpy()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+RouterInput = Literal["token", "plain", "token+time", "plain+time", "position", "time", "time+label"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
@@ -75,9 +76,10 @@ class MoEConfig:
     """Hidden width F of one routed expert."""
     shared_width: int = 128
     """Hidden width of the shared expert that serves every token; 0 leaves it out."""
-    router_input: Literal["token", "position"] = "token"
-    """What the router looks at: the token, or its place in the image (for aligned images: the same experts serve a
-    place at every noise level)."""
+    router_input: RouterInput = "token"
+    """What the router looks at, which decides who shares its decision. Each token has its own with token, or plain (the
+    token before adaLN modulates it), alone or with the time beside it; position: a place has the same experts in every
+    image and at every noise level (for aligned images); time, time+label: an image has."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become scores."""
     renormalize: bool = True

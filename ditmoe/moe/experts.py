@@ -1,7 +1,7 @@
 """The experts: stacked feed-forward networks that carry out a plan, with two interchangeable kernels.
 
-Shapes: S tokens laid flat, B rows that share a token's plan, D width, E experts, K experts per token, F hidden width
-of an expert, P = S * K (token, expert) pairs sorted by expert.
+Shapes: R rows with a plan, B tokens that share a row's, D width, E experts, F hidden width of an expert, P
+(row, expert) pairs sorted by expert; K experts of a row where all have as many.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .kernels import Activation, _activate, _Combine, _Dispatch, _grouped, _Loop
 from .select import Plan
 
 _LOOP_PAYS = 2**16  # D * F; on a CPU the loop won at 147,456 and 589,824, the grouped products at 16,384
-_JOIN_PAYS = 2**20  # S * K * D * F: the matrices of all S places still fit in a cache
+_JOIN_PAYS = 2**20  # R * K * D * F: the matrices of all rows still fit in a cache
 
 
 class FeedForward(nn.Module):
@@ -97,13 +97,15 @@ class Experts(nn.Module):
         nn.init.uniform_(self.w_in, -bound, bound)
         nn.init.uniform_(self.w_out, -bound, bound)
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """The weighted sum of every token's experts: x (S, B, D) -> (S, B, D), of x's dtype or autocast's.
+    def forward(self, x: Tensor, plan: Plan, *, alike: bool = False) -> Tensor:
+        """The weighted sum of every row's experts: x (R, B, D) -> (R, B, D), of x's dtype or autocast's.
 
-        B is 1 where every token has a plan of its own, and the number of images where the S places of an image
-        decide for all of them.
+        alike: All batches have these R rows, as where places decide: small experts may then be joined. Elsewhere an
+        image's last bits would depend on how many others there are.
         """
         x = x.to(autocast_dtype(x))
+        if alike and plan.per_row and self.joins(len(x), plan.per_row):
+            return self._joined(x, plan.expert[plan.slot].view(len(x), -1), plan.weight[plan.slot].view(len(x), -1))
         if torch.compiler.is_compiling() and (self.exchange or x.dtype == torch.float32 or not self._use_grouped(x)):
             y: Tensor = self._uncompiled(x, plan)
             return y
@@ -116,17 +118,18 @@ class Experts(nn.Module):
 
     def _weighted_sum(self, x: Tensor, plan: Plan) -> Tensor:
         y: Tensor
+        way = plan.row, plan.slot, plan.starts
         if self.exchange is None and not self._use_grouped(x):
             w_in, w_out = self.w_in.to(x.dtype), self.w_out.to(x.dtype)
-            y = _Loop.apply(x, w_in, w_out, plan.weight, plan.token, plan.slot, plan.counts, self.activation)
+            y = _Loop.apply(x, w_in, w_out, plan.weight, *way, plan.counts, self.activation)
             return y
-        S, B, D = x.shape
+        R, B, D = x.shape
         counts = plan.counts * B
-        rows = _Dispatch.apply(x.reshape(S, B * D), plan.token, plan.slot).view(-1, D)  # (P * B, D)
+        rows = _Dispatch.apply(x.reshape(R, B * D), *way).view(-1, D)  # (P * B, D)
         exchange = self.exchange
         out = self._products(rows, counts) if exchange is None else exchange(rows, counts, self._products)
-        y = _Combine.apply(out.view(-1, B * D), plan.weight, plan.token, plan.slot)
-        return y.view(S, B, D)
+        y = _Combine.apply(out.view(-1, B * D), plan.weight, *way)
+        return y.view(R, B, D)
 
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both products and the activation, for rows (P, D) sorted by expert: (P, D)."""
@@ -137,31 +140,22 @@ class Experts(nn.Module):
         parts = zip(rows.split(counts.tolist()), w_in.unbind(0), w_out.unbind(0), strict=True)
         return torch.cat([_activate(part @ a.T, self.activation) @ b.T for part, a, b in parts])
 
-    def joins(self, places: int, top_k: int) -> bool:
-        """Whether `joined` pays for an image of so many places: never where a backend was asked for by name."""
-        return self.backend == "auto" and self.exchange is None and places * top_k * self.w_out[0].numel() <= _JOIN_PAYS
+    def joins(self, rows: int, per_row: int) -> bool:
+        """Whether `_joined` pays for so many rows: never where a backend was asked for by name."""
+        return self.backend == "auto" and self.exchange is None and rows * per_row * self.w_out[0].numel() <= _JOIN_PAYS
 
-    def joined(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """`forward` where all B rows of a place have the same experts: they make up one dense layer of width K * F.
+    def _joined(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        """The K experts (R, K) of a row's B tokens as one dense layer of width K F, with their weights (R, K).
 
         The weighted sum happens inside the second product, without sorting, gathering or combining rows.
-
-        Args:
-            x: (S, B, D), S places of B images.
-            expert_ids: (S, K) int64.
-            weights: (S, K) float32.
-
-        Returns:
-            (S, B, D) of x's dtype or autocast's.
         """
-        S, K = expert_ids.shape
+        R, K = expert.shape
         D, width = self.w_out.shape[1:]
-        dtype = autocast_dtype(x)
-        w_in = F.embedding(expert_ids, self.w_in.to(dtype).flatten(1)).view(S, K, -1, width, D)
-        w_in = w_in.transpose(1, 2).reshape(S, -1, D)  # gate rows of all K, then up rows of all K
-        w_out = F.embedding(expert_ids, self.w_out.to(dtype).flatten(1)).view(S, K, D, width)
-        w_out = (w_out * weights[..., None, None].to(dtype)).transpose(1, 2).reshape(S, D, -1)
-        hidden = _activate(torch.bmm(x.to(dtype), w_in.transpose(1, 2)), self.activation)  # (S, B, K * F)
+        w_in = F.embedding(expert, self.w_in.to(x.dtype).flatten(1)).view(R, K, -1, width, D)
+        w_in = w_in.transpose(1, 2).reshape(R, -1, D)  # gate rows of all K, then up rows of all K
+        w_out = F.embedding(expert, self.w_out.to(x.dtype).flatten(1)).view(R, K, D, width)
+        w_out = (w_out * weight[..., None, None].to(x.dtype)).transpose(1, 2).reshape(R, D, -1)
+        hidden = _activate(torch.bmm(x, w_in.transpose(1, 2)), self.activation)  # (R, B, K * F)
         return torch.bmm(hidden, w_out.transpose(1, 2))
 
     def _use_grouped(self, x: Tensor) -> bool:

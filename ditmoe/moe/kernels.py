@@ -1,7 +1,9 @@
 """Kernels of the experts: gather, products, activation, combine, and their gradients.
 
-Shapes: S tokens laid flat, B rows that share a token's plan, D width, E experts, K experts per token, F hidden width
-of an expert, P = S * K (token, expert) pairs sorted by expert.
+A plan's way: `row` (P,) of each pair, `slot` (P,) where the pairs stand row after row, `starts` (R,) of the rows in it.
+
+Shapes: R rows with a plan, B tokens that share a row's, D width, E experts, F hidden width of an expert, P
+(row, expert) pairs sorted by expert.
 """
 
 from __future__ import annotations
@@ -47,42 +49,47 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor, token: Tensor, slot: Tensor, counts: Tensor,
-        activation: Activation,
+        ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor, row: Tensor, slot: Tensor, starts: Tensor,
+        counts: Tensor, activation: Activation,
     ) -> Tensor:  # fmt: skip
-        S, B, D = x.shape
-        x = x.reshape(S, B * D)
-        out = x.new_empty(len(token), B * D)
+        R, B, D = x.shape
+        x = x.reshape(R, B * D)
+        out = x.new_empty(len(row), B * D)
         hidden = []
         runs = _runs(counts)
         for e, run in runs:
-            h = x.index_select(0, token[run]).view(-1, D) @ w_in[e].T
+            h = x.index_select(0, row[run]).view(-1, D) @ w_in[e].T
             torch.mm(_activation(h, activation), w_out[e].T, out=out[run].view(-1, D))
             hidden.append(h)
-        ctx.save_for_backward(x, w_in, w_out, weight, token, slot, out, *hidden)
+        ctx.save_for_backward(x, w_in, w_out, weight, row, slot, starts, out, *hidden)
         ctx.runs, ctx.activation = runs, activation
-        y = F.embedding_bag(slot, out, mode="sum", per_sample_weights=weight.to(out.dtype)[slot])
-        return y.view(S, B, D)
+        return _bags(out, slot, starts, weight).view(R, B, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, weight, token, slot, out, *hidden = ctx.saved_tensors
+        x, w_in, w_out, weight, row, slot, starts, out, *hidden = ctx.saved_tensors
         shape, D = grad.shape, grad.shape[-1]
         grad = grad.reshape(x.shape)
         grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
         grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
         for (e, run), h in zip(ctx.runs, hidden, strict=True):
-            g = grad.index_select(0, token[run])
+            g = grad.index_select(0, row[run])
             torch.sum(g.to(weight.dtype) * out[run].to(weight.dtype), dim=-1, out=grad_weight[run])
             g = (g * weight[run].to(g.dtype).unsqueeze(-1)).view(-1, D)
             torch.mm(g.T, _activation(h, ctx.activation), out=grad_out[e])
             grad_h = torch.empty_like(h)
             _activation_backward(g @ w_out[e], h, ctx.activation, grad_h)
-            torch.mm(grad_h.T, x.index_select(0, token[run]).view(-1, D), out=grad_in[e])
+            torch.mm(grad_h.T, x.index_select(0, row[run]).view(-1, D), out=grad_in[e])
             torch.mm(grad_h, w_in[e], out=grad_rows[run].view(-1, D))
-        grad_x = F.embedding_bag(slot, grad_rows, mode="sum").view(shape)
-        return grad_x, grad_in, grad_out, grad_weight, None, None, None, None
+        grad_x = _bags(grad_rows, slot, starts).view(shape)
+        return grad_x, grad_in, grad_out, grad_weight, None, None, None, None, None
+
+
+def _bags(pairs: Tensor, slot: Tensor, starts: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The (weighted) sum of every row's pairs: pairs (P, X) in the plan's order -> (R, X), in a fixed order."""
+    scale = None if weight is None else weight.to(pairs.dtype)[slot]
+    return F.embedding_bag(slot, pairs, starts, mode="sum", per_sample_weights=scale)
 
 
 def _runs(counts: Tensor) -> list[tuple[int, slice]]:
@@ -130,43 +137,41 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Dispatch(torch.autograd.Function):
-    """rows[p] = x[token[p]]. The gradient is gathered through `slot` and summed in a fixed order: no atomics."""
+    """pairs[p] = x[row[p]]. The gradient is gathered through `slot` and summed in a fixed order: no atomics."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, token)
+    def forward(ctx: Any, x: Tensor, row: Tensor, slot: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(slot, starts)
+        return x.index_select(0, row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (slot,) = ctx.saved_tensors
-        return F.embedding_bag(slot, grad, mode="sum"), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _bags(grad, *ctx.saved_tensors), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """y[s] = sum_k weight[slot[s, k]] * out[slot[s, k]]: an inverse gather in a fixed order.
+    """y[r] = sum over the pairs p of row r of weight[p] * out[p]: an inverse gather in a fixed order.
 
     Products and sums are float32; the weights are first rounded to out's dtype, like every operand of a 16-bit product.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(out, weight, token)
-        weights = weight.to(out.dtype)[slot]  # (S, K)
-        return F.embedding_bag(slot, out, mode="sum", per_sample_weights=weights)
+    def forward(ctx: Any, out: Tensor, weight: Tensor, row: Tensor, slot: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(out, weight, row)
+        return _bags(out, slot, starts, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        out, weight, token = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, weight, row = ctx.saved_tensors
         grad_out, grad_weight = torch.empty_like(out), torch.empty_like(weight)
         factor = weight.to(out.dtype).unsqueeze(-1)
-        for rows in _blocks(out):
-            part = grad.index_select(0, token[rows])
-            torch.sum(part.to(weight.dtype) * out[rows].to(weight.dtype), dim=-1, out=grad_weight[rows])
-            torch.mul(part, factor[rows], out=grad_out[rows])
-        return grad_out, grad_weight, None, None
+        for some in _blocks(out):
+            part = grad.index_select(0, row[some])
+            torch.sum(part.to(weight.dtype) * out[some].to(weight.dtype), dim=-1, out=grad_weight[some])
+            torch.mul(part, factor[some], out=grad_out[some])
+        return grad_out, grad_weight, None, None, None
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:

@@ -1,42 +1,49 @@
 """The mixture-of-experts layer: router, selection, experts, shared expert, and a record of what was decided.
 
-Shapes: N images, T tokens of an image, S = N * T tokens laid flat, D width, E experts, K experts per token.
+Shapes: N images, T tokens of an image, D width, E experts; n images and t tokens with a decision of their own, each
+all of them or 1; R = n * t rows that share a decision, B = N T / R tokens of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .experts import Experts, FeedForward
 from .kernels import autocast_dtype
-from .router import Router
-from .select import RoutingRule, select
+from .router import Condition, Input, Router
+from .select import Plan, RoutingRule, select
 
 
 class Routing(NamedTuple):
     """What one layer's router did with one batch. Losses, logs and pictures are functions of it.
 
-    It has R rows, one a decision: R = S, every token, or R = T, every place, for all images alike.
-
     Attributes:
-        logits: (R, E) float32.
+        logits: (R, E) float32, a row a decision.
         scores: (R, E) float32, softmax or sigmoid of the logits.
-        expert_ids: (R, K) int64, best first.
-        weights: (R, K) float32.
-        counts: (E,) int64, assignments of each expert; they sum to S * K.
+        plan: Who serves whom: (row, expert) pairs.
+        counts: (E,) int64, tokens of each expert: its pairs times B.
+        images: n, images with decisions of their own: N, or 1 where all share them.
     """
 
     logits: Tensor
     scores: Tensor
-    expert_ids: Tensor
-    weights: Tensor
+    plan: Plan
     counts: Tensor
+    images: int
+
+    def served(self) -> Tensor:
+        """(n, t, E) int64: 1 where an expert serves a row."""
+        R, E = self.logits.shape
+        cells = torch.bincount(self.plan.row * E + self.plan.expert, minlength=R * E)
+        return cells.view(self.images, -1, E)
 
 
 class MoELayer(nn.Module):
-    """y = sum_k w_k Expert_{i_k}(x) + Shared(x), for every token x.
+    """y = sum over its experts e of w_e Expert_e(x) + Shared(x), for every token x.
 
     Args:
         hidden_size: Width D.
@@ -45,7 +52,8 @@ class MoELayer(nn.Module):
         shared_width: Hidden width of the shared expert; 0 for none.
         rule: The routing rule.
         activation: Of all experts.
-        positions: (T, D), lets a token's place decide instead of the token, see `Router`.
+        inputs: What the router looks at, which decides who shares a decision, see `Router`.
+        positions: (T, D), for the router's input "position".
         with_bias: Keep a balancing bias in the router.
         backend: Expert kernels, see `Experts`.
 
@@ -64,6 +72,7 @@ class MoELayer(nn.Module):
         shared_width: int,
         rule: RoutingRule,
         activation: Literal["swiglu", "gelu"] = "swiglu",
+        inputs: Sequence[Input] = ("token",),
         positions: Tensor | None = None,
         with_bias: bool = False,
         backend: Literal["auto", "grouped", "loop"] = "auto",
@@ -72,32 +81,21 @@ class MoELayer(nn.Module):
         if not 1 <= rule.top_k <= num_experts:
             raise ValueError(f"top_k is {rule.top_k}; it must be between 1 and num_experts {num_experts}")
         self.rule = rule
-        self.router = Router(hidden_size, num_experts, positions=positions, with_bias=with_bias)
+        self.router = Router(hidden_size, num_experts, inputs=inputs, positions=positions, with_bias=with_bias)
         self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Routing]:
         """x (N, T, D) -> y (N, T, D) of x's dtype or autocast's, and the record. Changes no state."""
-        if self.router.positions is not None:
-            return self._by_place(x)
         N, T, D = x.shape
-        logits = self.router(x).flatten(0, 1)  # (S, E)
-        chosen = select(logits, self.rule, self.router.expert_bias)
-        y = self.experts(x.reshape(N * T, 1, D), chosen.plan).view(N, T, D)
-        return self._with_shared(x, y), Routing(logits, *chosen[:3], chosen.plan.counts)
-
-    def _by_place(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """One plan for the T places of an image, carried out on all N images at once."""
-        logits = self.router(x[:1]).squeeze(0)  # (T, E)
-        chosen = select(logits, self.rule, self.router.expert_bias)
-        dtype = autocast_dtype(x)
-        rows = x.transpose(0, 1).to(dtype).contiguous()  # (T, N, D)
-        if self.experts.joins(*chosen.expert_ids.shape):
-            y = self.experts.joined(rows, chosen.expert_ids, chosen.weights)
-        else:
-            y = self.experts(rows, chosen.plan)
-        y = self._with_shared(rows, y).transpose(0, 1)
-        return y, Routing(logits, *chosen[:3], chosen.plan.counts * len(x))
-
-    def _with_shared(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self.shared is None else y + self.shared(x)
+        logits = self.router(x, condition)
+        n, t, E = logits.shape
+        logits = logits.view(n * t, E)
+        scores, plan = select(logits, self.rule, self.router.expert_bias)
+        tokens = x.to(autocast_dtype(x)).view(n, N // n, t, T // t, D)
+        rows = tokens.transpose(1, 2).reshape(n * t, -1, D)  # (R, B, D): a copy where a place decides
+        y = self.experts(rows, plan, alike=not self.router.per_image)
+        if self.shared is not None:
+            y = y + self.shared(rows)
+        y = y.view(n, t, N // n, T // t, D).transpose(1, 2).reshape(N, T, D)
+        return y, Routing(logits, scores, plan, plan.counts * rows.shape[1], n)

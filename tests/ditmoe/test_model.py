@@ -1,15 +1,18 @@
 """The transformer: published sizes, what it must not depend on, saving and loading, gradient checkpointing."""
 
+import dataclasses
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, RouterInput
 from ditmoe.layers import rotary_positions, rotate, sincos_positions, unpatchify
-from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.model import KEYS, DiTMoETransformer2DModel, build, count_parameters
 
 PAPER = {  # total and activated parameters in millions (DiT-MoE, Table 1; the release instantiated)
     "dit-moe-s/2-8e2a": (199.31, 71.91),
@@ -83,13 +86,38 @@ def test_routing_by_place_survives_saving(tmp_path: Path) -> None:
     out = model(x, t, y)
     first, second = (model(x[i : i + 1], t[i : i + 1], y[i : i + 1]).routing for i in (0, 1))
     for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.expert_ids, b.expert_ids)  # other image, time and label: the same experts
-        assert len(torch.unique(a.expert_ids, dim=0)) > 1  # other place: others
+        assert torch.equal(a.served(), b.served())  # other image, time and label: the same experts
+        assert len(torch.unique(a.served()[0], dim=0)) > 1  # other place: others
     model.save_pretrained(tmp_path)
     again = DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()
     assert torch.equal(again(x, t, y).sample, out.sample)
     with pytest.raises(ValueError, match="positions"):
         model.blocks[0].moe(torch.randn(1, 9, 32))
+
+
+@pytest.mark.parametrize("kind", get_args(RouterInput))
+def test_every_router_input_trains_a_model(kind: str) -> None:
+    model = small(router_input=kind, moe_blocks="all").train()
+    x, t, y = inputs()
+    out = model(x, t, y)
+    out.sample.square().mean().backward()
+    assert all(block.moe.router.weight.grad.abs().sum() > 0 for block in model.blocks)
+    an_image = kind in ("time", "time+label")
+    assert all(record.served().shape[1] == (1 if an_image else 16) for record in out.routing)
+    alone = model(x[:1], t[:1], y[:1]).sample
+    torch.testing.assert_close(alone, out.sample[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_of_labels_needs_labels() -> None:
+    with pytest.raises(ValueError, match=r"router_input time\+label needs a model with classes"):
+        small(router_input="time+label", num_classes=0)
+
+
+def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainings_own() -> None:
+    known = signature(DiTMoETransformer2DModel.__init__).parameters
+    fields = [KEYS.get(f.name, f.name) for section in (ModelConfig, MoEConfig) for f in dataclasses.fields(section)]
+    assert set(fields) - known.keys() == {"gradient_checkpointing", "balance_weight", "z_weight", "bias_rate"}
+    assert known.keys() - {"self", *fields} == {"router_bias", "learn_sigma", "prediction_type", "time_scale"}
 
 
 def test_a_new_model_predicts_zero() -> None:

@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import build
-from ditmoe.moe import Experts, MoELayer, RoutingRule, select
+from ditmoe.moe import Condition, Experts, MoELayer, RoutingRule, plan_of, select
+from tests.reference.moe_layer import expert
 from tests.reference.moe_layer import moe as reference_moe
 
 D, E, F = 16, 6, 8
@@ -17,6 +18,8 @@ D, E, F = 16, 6, 8
 def layer(rule: RoutingRule, **options: object) -> MoELayer:
     torch.manual_seed(0)
     values = {"num_experts": E, "expert_width": F, "shared_width": 12, **options}
+    if values.get("positions") is not None:
+        values.setdefault("inputs", ("position",))
     made = MoELayer(D, rule=rule, **values)  # type: ignore[arg-type]
     with torch.no_grad():
         made.router.weight.mul_(2)  # spread the logits
@@ -43,9 +46,11 @@ def test_routing_by_place_equals_the_obvious_version(backend: str, activation: s
     x = torch.randn(3, 5, D, dtype=torch.float64)
     y, routing = made(x)
     torch.testing.assert_close(y, reference_moe(made, x), rtol=1e-10, atol=1e-10)
-    assert routing.expert_ids.shape == (5, 2)  # one decision a place
-    assert len(torch.unique(routing.expert_ids, dim=0)) > 1
-    assert routing.counts.tolist() == (3 * torch.bincount(routing.expert_ids.flatten(), minlength=E)).tolist()
+    served = routing.served()
+    assert served.shape == (1, 5, E)  # one decision a place
+    assert served.sum(-1).tolist() == [[2] * 5]
+    assert len(torch.unique(served[0], dim=0)) > 1
+    assert routing.counts.tolist() == (3 * served.sum((0, 1))).tolist()
     y.square().mean().backward()
     assert made.router.weight.grad.abs().sum() > 0
 
@@ -134,33 +139,116 @@ def test_autocast_runs_the_experts_in_bfloat16_and_the_router_in_float32() -> No
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, routing = made(torch.randn(2, 4, D))
     assert y.dtype == torch.bfloat16
-    assert routing.logits.dtype == routing.scores.dtype == routing.weights.dtype == torch.float32
+    assert routing.logits.dtype == routing.scores.dtype == routing.plan.weight.dtype == torch.float32
 
 
 def test_plan_lists_every_pair_once_sorted_by_expert() -> None:
     logits = torch.randn(40, E)
-    chosen = select(logits, RoutingRule(2))
-    plan = chosen.plan
-    pairs = {(int(t), int(e)) for t, e in zip(plan.token, plan.expert, strict=True)}
-    wanted = {(s, int(e)) for s, e in itertools.product(range(40), range(E)) if e in chosen.expert_ids[s]}
-    assert pairs == wanted
+    scores, plan = select(logits, RoutingRule(2))
+    wanted = scores.topk(2).indices
+    pairs = {(int(r), int(e)) for r, e in zip(plan.row, plan.expert, strict=True)}
+    assert pairs == {(r, int(e)) for r, e in itertools.product(range(40), range(E)) if e in wanted[r]}
     assert (plan.expert.diff() >= 0).all()
-    assert plan.counts.tolist() == torch.bincount(chosen.expert_ids.flatten(), minlength=E).tolist()
-    assert torch.equal(plan.token[plan.slot], torch.arange(40)[:, None].expand(40, 2))
-    assert torch.equal(plan.weight[plan.slot], chosen.weights)
+    assert plan.counts.tolist() == torch.bincount(wanted.flatten(), minlength=E).tolist()
+    assert torch.equal(plan.row[plan.slot], torch.arange(40).repeat_interleave(2))
+    assert torch.equal(plan.expert[plan.slot].view(40, 2), wanted)  # best first
+    assert torch.equal(plan.weight[plan.slot].view(40, 2), scores.gather(1, wanted))
+    assert plan.per_row == 2
+
+
+RAGGED = [[], [3], [0, 1, 2, 3, 4, 5], [2, 5], [], [0], []]  # experts of seven rows; nobody asks expert 4 but the third
+
+
+def ragged_plan(weight: torch.Tensor) -> object:
+    """The plan of RAGGED with these weights of its pairs, row after row."""
+    sizes = torch.tensor([len(row) for row in RAGGED])
+    return plan_of(torch.tensor(list(itertools.chain(*RAGGED))), weight, sizes.cumsum(0) - sizes, E)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "loop", "exchange"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_rows_may_have_any_number_of_experts(backend: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.rand(sum(map(len, RAGGED)), requires_grad=True)
+    experts = Experts(D, E, F, backend="grouped" if backend == "exchange" else backend)  # type: ignore[arg-type]
+    if backend == "exchange":
+        experts.exchange = lambda rows, counts, products: products(rows, counts)
+    x = torch.randn(len(RAGGED), tokens, D, requires_grad=True)
+    y = experts(x, ragged_plan(weight))
+    obvious = torch.zeros_like(x)
+    pairs = zip(weight, [(r, e) for r, row in enumerate(RAGGED) for e in row], strict=True)
+    for w, (r, e) in pairs:
+        for b in range(tokens):
+            once = expert(x[r, b], experts.w_in[e], experts.w_out[e], "swiglu")
+            obvious = obvious + torch.zeros_like(x).index_put((torch.tensor(r), torch.tensor(b)), w * once)
+    torch.testing.assert_close(y, obvious, rtol=1e-5, atol=1e-6)
+    assert y[0].abs().sum() == 0  # nobody serves it
+    to = torch.randn_like(y)
+    leaves = (x, weight, experts.w_in, experts.w_out)
+    for got, wanted in zip(*(torch.autograd.grad((out * to).sum(), leaves) for out in (y, obvious)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_of_nothing_gives_nothing() -> None:
+    experts = Experts(D, E, F, backend="loop")
+    none = plan_of(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(4, dtype=torch.int64), E)
+    x = torch.randn(4, 2, D, requires_grad=True)
+    y = experts(x, none)
+    y.sum().backward()
+    assert y.abs().sum() == 0
+    assert x.grad is not None
+    assert x.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "token+time", "plain+time", "time", "time+label", "position+time"])
+@pytest.mark.parametrize("backend", ["loop", "auto"])
+def test_routers_that_see_more_than_the_token_equal_the_obvious_version(kind: str, backend: str) -> None:
+    inputs = tuple(kind.split("+"))
+    positions = torch.randn(5, D) if "position" in inputs else None
+    made = layer(RoutingRule(2, "sigmoid", True), inputs=inputs, positions=positions, backend=backend).double()
+    torch.manual_seed(1)
+    x, plain = torch.randn(2, 3, 5, D, dtype=torch.float64)
+    t, y = torch.randn(2, 3, D, dtype=torch.float64)
+    condition = Condition(t + y, t, y, plain)
+    got, routing = made(x, condition)
+    torch.testing.assert_close(got, reference_moe(made, x, condition), rtol=1e-6, atol=1e-6)
+    an_image = {"time", "label"} >= set(inputs)
+    assert routing.served().shape == ((3, 1, E) if an_image else (3, 5, E))
+    assert int(routing.counts.sum()) == 3 * 5 * 2
+    for i in range(3):  # no image depends on its mates
+        alone = made(x[i : i + 1], Condition(*(part[i : i + 1] for part in condition)))[0]
+        torch.testing.assert_close(alone[0], got[i], rtol=1e-10, atol=1e-10)
+    got.square().mean().backward()
+    assert all(part.abs().sum() > 0 for part in made.router.weight.grad.split(D, dim=1))
+
+
+def test_one_decision_for_a_whole_batch_goes_the_same_way() -> None:
+    made = layer(RoutingRule(2))
+    logits = torch.randn(1, 1, E)
+    made.router.forward = lambda x, condition: logits  # type: ignore[method-assign]
+    x = torch.randn(3, 5, D)
+    y, routing = made(x)
+    scores, ids = logits.flatten().softmax(0).topk(2)
+    wanted = sum(s * expert_rows(made, int(e), x) for s, e in zip(scores, ids, strict=True)) + made.shared(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+    assert sorted(routing.counts.tolist()) == [0] * (E - 2) + [15, 15]
+
+
+def expert_rows(made: MoELayer, e: int, x: torch.Tensor) -> torch.Tensor:
+    w_in, w_out = made.experts.w_in[e], made.experts.w_out[e]
+    return torch.stack([expert(token, w_in, w_out, "swiglu") for token in x.flatten(0, 1)]).view_as(x)
 
 
 def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -1.0, -1.0]])
     bias = torch.tensor([0.0, 0, 0, 0, 0, 5.0])
-    chosen = select(logits, RoutingRule(2, "sigmoid"), bias)
-    assert set(chosen.expert_ids[0].tolist()) == {0, 5}
-    torch.testing.assert_close(chosen.weights, logits.sigmoid().gather(1, chosen.expert_ids))
+    _, plan = select(logits, RoutingRule(2, "sigmoid"), bias)
+    assert plan.expert.tolist() == [0, 5]
+    torch.testing.assert_close(plan.weight, logits.sigmoid()[0, [0, 5]])
 
 
 def test_paper_weights_are_not_renormalised() -> None:
-    weights = select(torch.zeros(3, 8), RoutingRule(2)).weights
-    torch.testing.assert_close(weights, torch.full((3, 2), 1 / 8))
+    torch.testing.assert_close(select(torch.zeros(3, 8), RoutingRule(2))[1].weight, torch.full((6,), 1 / 8))
 
 
 @pytest.mark.parametrize("top_k", [-1, 0, 5])
@@ -206,7 +294,9 @@ def test_a_block_compiles_into_one_graph_in_bfloat16(activation: str) -> None:
     block, D = build(config, 10).blocks[0], config.model.hidden_size
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch._dynamo.explain(block)(torch.randn(4, 16, D, requires_grad=True), torch.randn(4, D), None)
+        found = torch._dynamo.explain(block)(
+            torch.randn(4, 16, D, requires_grad=True), Condition(*torch.randn(2, 4, D)), None
+        )
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
@@ -225,7 +315,8 @@ def test_what_changes_from_step_to_step_is_not_compiled_anew(how: str) -> None:
         torch.manual_seed(seed)
         x = torch.randn(4, 16, D, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=how != "float32"):
-            wanted, got = block(x, x[:, 0], None)[0], compiled(x, x[:, 0], None)[0]
+            condition = Condition(x[:, 0], x[:, 1])
+            wanted, got = block(x, condition, None)[0], compiled(x, condition, None)[0]
         torch.testing.assert_close(got, wanted)
         got.sum().backward()
         graphs.append(counter.frame_count)
