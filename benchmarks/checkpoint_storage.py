@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m benchmarks.checkpoint_storage [--tensors 64] [--r
 
 import argparse
 import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -50,10 +51,8 @@ def main() -> None:
             seconds, grown = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
             if dist.get_rank() == 0:
                 size = sum(value.nbytes for value in parts.values()) / 2**20
-                print(
-                    f"round {number}, {name}: {seconds:.2f} s, peak +{grown / 1024:.0f} MB for {size:.0f} MB",
-                    flush=True,
-                )
+                print(f"round {number}, {name}: {seconds:.2f} s, peak +{grown / 1024:.0f} MB for {size:.0f} MB")
+                shutil.rmtree(str(folder[0]))
     dist.destroy_process_group()
 
 
