@@ -154,9 +154,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=to_pil(x) if output_type == "pil" else x)
 
     def _scheduler_config(self) -> dict[str, Any]:
-        """The saved config; what a network with a learned variance needs, whichever sampler it was saved with."""
-        learned = {"variance_type": "learned_range"} if self.transformer.config.learn_sigma else {}
-        return {**self.scheduler.config, **learned}
+        """The saved config, with what the network decides, whichever sampler it was saved with."""
+        net = self.transformer.config
+        learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
+        return {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
 
     def scheduler_for(
         self,

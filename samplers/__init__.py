@@ -9,6 +9,7 @@ from samplers.pndm import PNDMScheduler
 from samplers.schedulers import DDIMScheduler, DDPMScheduler
 from samplers.solvers import DPMSolverScheduler, UniPCScheduler
 from samplers.time_shift import TimeShiftScheduler
+from samplers.translate import Translated
 
 __all__ = [
     "SAMPLERS",
@@ -22,6 +23,7 @@ __all__ = [
     "PNDMScheduler",
     "Sampler",
     "TimeShiftScheduler",
+    "Translated",
     "UniPCScheduler",
     "draw_noise",
     "image_generators",

@@ -6,6 +6,8 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from samplers import gaussian
 from samplers.flow import FlowEulerScheduler, FlowHeunScheduler, FlowSDEScheduler
 from samplers.grid import refuse_lost
@@ -18,7 +20,10 @@ FLOW = ("flow_prediction",)
 
 
 class Sampler(NamedTuple):
-    """A scheduler class, the prediction types whose networks it can sample, and the options that its name means."""
+    """A scheduler class, the prediction types that it reads, and the options that its name means.
+
+    Networks of other types are translated (`samplers.translate`), so that every sampler draws from every network.
+    """
 
     scheduler: Any
     prediction_types: tuple[str, ...]
@@ -80,16 +85,19 @@ def prediction_type_of(config: Mapping[str, Any]) -> str:
 def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
     """The scheduler ``name`` of `SAMPLERS`, built from a saved scheduler's ``config``.
 
-    Fields that only another scheduler knows are left out. ``options`` are fields of this one that are to differ from
-    the config and from what the name means. Raises ValueError, one sentence, for an unknown name, for a sampler that
-    does not fit the config's prediction type, and for options and fields that this sampler does not have.
+    Fields that only another scheduler knows are left out. Where it does not read the config's prediction type, it reads
+    v, or the flow's velocity, into which `samplers.sample` translates the network's answers. ``options`` are fields of
+    this one that are to differ from the config and from what the name means. Raises ValueError, one sentence, for an
+    unknown name or prediction type, and for options and fields that this sampler does not have.
     """
     if name not in SAMPLERS:
         near = get_close_matches(name, SAMPLERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no sampler {name!r}; {hint}choose from {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
-    _check_prediction_type(name, prediction_type_of(config))
+    kind = prediction_type_of(config)
+    if kind not in (*gaussian.PREDICTION_TYPES, *FLOW):
+        raise ValueError(f"prediction_type {kind!r} is not one of {', '.join((*gaussian.PREDICTION_TYPES, *FLOW))}")
     known = signature(sampler.scheduler.__init__).parameters
     for option in options or {}:
         if option not in known or option == "self":
@@ -101,6 +109,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
     # Take every field at its word: from_config would swap those that another scheduler left at its
     # default for defaults of the new one, so a config would change meaning when saved to disk.
     fields = {key: value for key, value in config.items() if key in known or key in _OF_THE_CHAIN}
+    if kind not in sampler.prediction_types:
+        fields["prediction_type"] = FLOW[0] if sampler.prediction_types == FLOW else "v_prediction"
     if sampler.prediction_types == FLOW and "flow_shift" in config:  # what diffusers' solvers call it
         fields.setdefault("shift", config["flow_shift"])
     if fields.get("variance_type", "") is None:  # the stock solvers say so, and mean that they do not know
@@ -110,6 +120,14 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
         fields = {**TIME_SHIFT, "exposure_cutoff": cutoff, **fields}
     return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
 
+
+_CHAIN = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+)  # what alpha_bar follows from
 
 LIBRARY_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of diffusers
 
@@ -135,12 +153,7 @@ def network_calls(name: str, config: Mapping[str, Any], steps: int, options: Map
     return len(scheduler_for(name, config, steps, options).timesteps)
 
 
-def _check_prediction_type(name: str, kind: str) -> None:
-    fitting = [other for other, entry in SAMPLERS.items() if kind in entry.prediction_types]
-    if not fitting:
-        known = dict.fromkeys(k for entry in SAMPLERS.values() for k in entry.prediction_types)
-        raise ValueError(f"prediction_type {kind!r} is not one of {', '.join(known)}")
-    if name not in fitting:
-        raise ValueError(
-            f"sampler {name!r} cannot sample a model with prediction_type {kind!r}; use {' or '.join(fitting)}"
-        )
+def chain_of(config: Mapping[str, Any]) -> Tensor:
+    """alpha_bar (T,) float64 of the chain that a scheduler's ``config`` is of, or that it was made from."""
+    chain: Tensor = DDPMScheduler(**{field: config[field] for field in _CHAIN if field in config})._alpha_bar
+    return chain

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers import gaussian
+from samplers.translate import Translation
 
 RULES = ("cfg", "cfg++")
 
@@ -88,12 +89,14 @@ class Network:
         labels: (N,), or None for a model without classes.
         null_label: the label that means "no class".
         guidance: see `Guidance`.
+        translation: into what the scheduler expects, None where the model says just that.
     """
 
     model: nn.Module
     labels: Tensor | None
     null_label: int | None
     guidance: Guidance
+    translation: Translation | None = None
 
     def check(self, noise: Tensor) -> None:
         """Raise ValueError for labels or guidance that cannot apply to these images."""
@@ -147,7 +150,12 @@ class Network:
 
     def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        output: Tensor = self.model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample.float()
+
+        def ask(x: Tensor, t: Tensor) -> Tensor:
+            said: Tensor = self.model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample
+            return said.float()
+
+        output = ask(x, t) if self.translation is None else self.translation(ask, x, t)
         channels = x.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise ValueError(

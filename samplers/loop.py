@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from samplers.catalog import prediction_type_of
 from samplers.grid import check_steps
 from samplers.guidance import Guidance, Network, Rescale, epsilon_scaling
+from samplers.translate import translation
 
 Callback = Callable[[int, Tensor, Tensor, Tensor | None], None]
 
@@ -42,7 +43,8 @@ def sample(
         model: called as ``model(x, t, class_labels=y).sample`` with t (N,) on the scheduler's
             scale; it may emit 2C channels, of which the second half (a learned variance) goes to
             schedulers that use it. In eval mode meanwhile; every module's mode is restored.
-        scheduler: from `make_scheduler`, or a stock diffusers scheduler.
+        scheduler: from `make_scheduler`, or a stock diffusers scheduler. A network whose config names another
+            prediction type is translated, see `samplers.translate`.
         noise: standard normal (N, C, H, W), from `initial_noise`.
         num_inference_steps: 1..num_train_timesteps.
         class_labels: (N,), or None for an unconditional model.
@@ -67,12 +69,11 @@ def sample(
     """
     train_steps = scheduler.config.get("num_train_timesteps", 1000)
     check_steps(num_inference_steps, train_steps)
-    _check_objective(model, scheduler)
     guidance = Guidance(
         scale=guidance_scale, interval=guidance_interval, channels=guidance_channels, rule=guidance_rule
     )
     labels = None if class_labels is None else torch.as_tensor(class_labels, device=noise.device)
-    network = Network(model, labels, null_label, guidance)
+    network = Network(model, labels, null_label, guidance, translation(model, scheduler))
     network.check(noise)
     step_options = _step_options(scheduler, len(noise), generators, eta, guidance)
     rescaled = epsilon_scaling(scheduler, prediction_type_of(scheduler.config), epsilon_scale)
@@ -135,14 +136,3 @@ def _step_options(
     if generators is not None and "generator" in known:
         options["generator"] = list(generators)
     return options
-
-
-def _check_objective(model: nn.Module, scheduler: Any) -> None:
-    """Refuse a scheduler for another prediction type than the one in the model's config, if any."""
-    trained = getattr(getattr(model, "config", None), "prediction_type", None)
-    expected = prediction_type_of(scheduler.config)
-    if trained is not None and trained != expected:
-        raise ValueError(
-            f"the model has prediction_type {trained!r}, but the scheduler expects {expected!r}; "
-            "make one from the scheduler's config that was saved with the model"
-        )

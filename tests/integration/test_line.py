@@ -146,10 +146,10 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
     assert sweep.main([*arguments, *grid]) == 0
     assert [file for file in reports if file.stat().st_mtime_ns != times[file]] == reports[:1]
     capfd.readouterr()
-    assert sweep.main([*arguments, "--sampler", "flow-euler"]) == 2
+    assert sweep.main([*arguments, "--sampler", "ddmi"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot sample a model with prediction_type" in error
+    assert "did you mean 'ddim'" in error
     done = typed("eval.sweep", *arguments, *grid, "--seed", 1)
     assert (done.returncode, "holds a sweep with other seed" in done.stderr) == (2, True)
 
@@ -163,9 +163,9 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
             ["train", "folder", "--data.path", "{mixed}", "--model.sample-size", "8", "--out", "{new}"],
             "--data.fit crop",
         ),
-        (["train", "digits", "--sample.sampler", "flow-euler", "--out", "{new}"], "use ddpm or ddim"),
+        (["train", "digits", "--sample.sampler", "flow-oiler", "--out", "{new}"], "did you mean 'flow-euler'"),
         (["sample", "{run}", "--classes", "3", "12"], "label 12 is out of range"),
-        (["sample", "{run}", "--sampler", "flow-euler"], "cannot sample a model with prediction_type"),
+        (["sample", "{run}", "--sampler", "flow-oiler"], "did you mean 'flow-euler'"),
         (["sample", "{empty}"], "holds no model"),
         (["sample", "{run}", "--score", "nope"], "'nope' does not exist"),
         (["sample", "{run}", "--report", "r.json"], "give --score REF too"),

@@ -91,10 +91,6 @@ def test_a_flow_model_keeps_the_warp_that_it_was_saved_with(name, stock):
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
-        ("flow-euler", {"prediction_type": "epsilon"}, "'epsilon'; use ddpm or ddim or pndm or ts-ddpm"),
-        ("flow-euler", {}, "'epsilon'; use ddpm or ddim or pndm or ts-ddpm"),
-        ("ddim", {"prediction_type": "flow_prediction"}, "'flow_prediction'; use flow-euler"),
-        ("ddim", {"shift": 1.0}, "use flow-euler"),
         ("ddmp", {}, "no sampler 'ddmp'; did you mean 'ddpm'"),
         ("zzz", {}, "no sampler 'zzz'; choose from ddpm, ddim, pndm, ts-ddpm, .*, flow-sde"),
         ("ddpm", {"prediction_type": "noise"}, "'noise' is not one of epsilon, v_pred"),
