@@ -1,0 +1,99 @@
+"""Muon: orthogonal updates matrix by matrix, AdamW for the rest, exactly resumed."""
+
+import copy
+
+import pytest
+import torch
+
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig
+from ditmoe.model import build
+from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (3, 24, 8), (2, 8, 40)])
+def test_the_result_is_nearly_orthogonal_and_keeps_the_directions(shape: tuple[int, int, int]) -> None:
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(u)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    left, _, right = torch.linalg.svd(u, full_matrices=False)
+    inside = left.mT @ found @ right.mT  # diagonal in the basis of u
+    off = inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 1e-3
+    torch.testing.assert_close(orthogonal(1000 * u), found, rtol=1e-3, atol=1e-3)
+
+
+def test_stacked_matrices_are_moved_each_for_itself() -> None:
+    torch.manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(3, 8, 5))  # three experts of two matrices (4, 5)
+    alone = [torch.nn.Parameter(part.clone()) for part in stacked.detach().view(6, 4, 5)]
+    together = Muon([{"params": [stacked], "parts": 2, "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.99))
+    apart = Muon([{"params": alone, "parts": 1, "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.99))
+    for _ in range(3):
+        stacked.grad = torch.randn(3, 8, 5)
+        for p, g in zip(alone, stacked.grad.view(6, 4, 5), strict=True):
+            p.grad = g.clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(stacked.detach().view(6, 4, 5), torch.stack([p.detach() for p in alone]))
+
+
+def test_one_step_is_the_formula() -> None:
+    torch.manual_seed(0)
+    p, g = torch.nn.Parameter(torch.randn(6, 4)), torch.randn(6, 4)
+    before, p.grad = p.detach().clone(), g
+    Muon([{"params": [p], "parts": 1, "weight_decay": 0.5}], lr=0.1, betas=(0.9, 0.99)).step()
+    m = (1 - MOMENTUM) * g
+    move = orthogonal(((1 - MOMENTUM) * g + MOMENTUM * m)[None])[0]
+    torch.testing.assert_close(p.detach(), before * (1 - 0.05) - 0.1 * 0.2 * 6**0.5 * move)
+
+
+def test_other_groups_are_adamws_to_the_bit() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    muon = Muon([{"params": [ours]}, {"params": [weight], "parts": 1}], lr=0.01, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), fused=True)
+    for _ in range(4):
+        ours.grad = torch.randn(5, 3)
+        theirs.grad, weight.grad = ours.grad.clone(), torch.randn(4, 4)
+        muon.step()
+        adamw.step()
+    assert torch.equal(ours, theirs)
+    assert set(muon.state[weight]) == {"momentum"}
+    assert set(muon.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_which_weights_are_muons(experts: bool) -> None:
+    model = build(Config(model=ModelConfig(depth=2), moe=MoEConfig(bias_rate=0.1)), 10)
+    found = matrices(model, experts=experts)
+    names = {name for name, _ in model.named_parameters()}
+    assert found.keys() <= names
+    assert {n.split(".", 2)[-1]: k for n, k in found.items() if n.startswith("blocks.1.")} == {
+        "attn.qkv.weight": 3, "attn.proj.weight": 1, "moe.shared.fc1.weight": 2, "moe.shared.fc2.weight": 1,
+        **({"moe.experts.w_in": 2, "moe.experts.w_out": 1} if experts else {}),
+    }  # fmt: skip
+    left = {name for name in names - found.keys() if name.startswith("blocks.")}
+    assert all("adaLN" in n or "norm" in n or "bias" in n or "router" in n or ("experts" in n) for n in left)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert all(shapes[name][-2] % parts == 0 for name, parts in found.items())
+
+
+def test_a_copy_of_weights_and_state_goes_on_to_the_bit() -> None:
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    grads = torch.randn(6, 8, 8)
+    muon = Muon([{"params": [p], "parts": 2}], lr=0.01, betas=(0.9, 0.99))
+    for g in grads[:3]:
+        p.grad = g
+        muon.step()
+    q = torch.nn.Parameter(p.detach().clone())
+    other = Muon([{"params": [q], "parts": 2}], lr=0.01, betas=(0.9, 0.99))
+    other.state[q] = copy.deepcopy(muon.state[p])
+    for g in grads[3:]:
+        p.grad, q.grad = g, g.clone()
+        muon.step()
+        other.step()
+    assert torch.equal(p, q)
