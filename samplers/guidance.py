@@ -31,16 +31,24 @@ class Guidance:
             4 latent channels); None: all.
         rule: "cfg", or "cfg++" (Chung et al. 2024, arXiv 2406.08070): the step takes the clean image from the guided
             answer and puts noise back with the unconditional one; scales are in 0..1.
+        guide_scale: w of ``guide + w (cond - guide)``, with a weaker network as guide: autoguidance (Karras et al.
+            2024, arXiv 2406.02507), which sharpens images without taking their variety; 1 is off. Beside ``scale``
+            both differences are added: ``cond + (scale - 1) (cond - uncond) + (guide_scale - 1) (cond - guide)``.
     """
 
     scale: float = 1.0
     interval: tuple[float, float] | None = None
     channels: int | None = None
     rule: str = "cfg"
+    guide_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:
             raise ValueError(f"guidance_scale is {self.scale}, but it must be 0 or more; 1 is off")
+        if not math.isfinite(self.guide_scale) or self.guide_scale < 0:
+            raise ValueError(f"guide_scale is {self.guide_scale}, but it must be 0 or more; 1 is off")
+        if self.guide_scale != 1 and self.rule == "cfg++":
+            raise ValueError("guidance_rule 'cfg++' has no guide; use 'cfg', or guide_scale 1")
         if self.interval is not None and not _is_interval(self.interval):
             raise ValueError(f"guidance_interval {self.interval} must be (lowest, highest) timestep")
         if self.channels is not None and self.channels < 1:
@@ -57,7 +65,12 @@ class Guidance:
     @property
     def off(self) -> bool:
         """Is the conditional model all that is asked for?"""
-        return self.scale == 1 and self.rule == "cfg"
+        return not self.classifier_free and self.guide_scale == 1
+
+    @property
+    def classifier_free(self) -> bool:
+        """Is the answer without the label asked for?"""
+        return self.scale != 1 or self.rule != "cfg"
 
     def check(self, timesteps: Tensor) -> None:
         """Raise ValueError for an interval that holds none of these timesteps of a schedule."""
@@ -90,6 +103,7 @@ class Network:
         null_label: the label that means "no class".
         guidance: see `Guidance`.
         translation: into what the scheduler expects, None where the model says just that.
+        guide: a weaker network for ``guidance.guide_scale``, called as the model is; and its translation.
     """
 
     model: nn.Module
@@ -97,12 +111,18 @@ class Network:
     null_label: int | None
     guidance: Guidance
     translation: Translation | None = None
+    guide: nn.Module | None = None
+    guide_translation: Translation | None = None
 
     def check(self, noise: Tensor) -> None:
         """Raise ValueError for labels or guidance that cannot apply to these images."""
         scale = self.guidance.scale
+        if (self.guide is None) != (self.guidance.guide_scale == 1):
+            raise ValueError(
+                f"guide_scale is {self.guidance.guide_scale}: a guide and a scale other than 1 belong together"
+            )
         if self.labels is None:
-            if not self.guidance.off:
+            if self.guidance.classifier_free:
                 what = f"guidance_scale {scale}" if scale != 1 else f"guidance_rule {self.guidance.rule!r}"
                 raise ValueError(
                     f"{what} needs class labels; an unconditional model can only be sampled with guidance_scale 1 "
@@ -113,7 +133,7 @@ class Network:
             raise ValueError(
                 f"class_labels has shape {tuple(self.labels.shape)} for {len(noise)} images; give one label per image"
             )
-        if not self.guidance.off and self.null_label is None:
+        if self.guidance.classifier_free and self.null_label is None:
             raise ValueError(
                 f"guidance_scale {scale} needs the model's null label; pass null_label "
                 "(num_classes for a DiT) or use guidance_scale 1"
@@ -128,34 +148,40 @@ class Network:
         ``t`` () or (N,) is what the network is told, ``scheduled`` what the guidance interval goes by. A learned
         variance stays the conditional one. The unguided answer is for "cfg++" steps that are guided.
         """
-        guided = self.guidance.applies(scheduled)
-        labels = self.labels
-        if guided:
+        labels, channels = self.labels, x.shape[1]
+        if not self.guidance.applies(scheduled):
+            return self._ask(x, t, labels), None
+        null = None
+        if self.guidance.classifier_free:
             assert labels is not None
             assert self.null_label is not None
-            x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, self.null_label)])
-            t = torch.cat([t, t]) if t.ndim else t
-        output = self._ask(x, t, labels)
-        if not guided:
-            return output, None
-        channels = x.shape[1]
-        cond, uncond = output.chunk(2)
-        mean, rest = cond[:, :channels], cond[:, channels:]
-        null = uncond[:, :channels]
-        joined = null + self.guidance.scale * (mean - null)
+            twice = torch.cat([labels, torch.full_like(labels, self.null_label)])
+            output, uncond = self._ask(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, twice).chunk(2)
+            null = uncond[:, :channels]
+        else:
+            output = self._ask(x, t, labels)
+        cond, rest = output[:, :channels], output[:, channels:]
+        joined = cond if null is None else null + self.guidance.scale * (cond - null)
+        if self.guide is not None:
+            said = self._ask(x, t, labels, of_guide=True)[:, :channels]
+            joined = joined + (self.guidance.guide_scale - 1) * (cond - said)
         if self.guidance.channels is not None:
-            joined = torch.cat([joined[:, : self.guidance.channels], mean[:, self.guidance.channels :]], dim=1)
-            null = torch.cat([null[:, : self.guidance.channels], mean[:, self.guidance.channels :]], dim=1)
+            first = self.guidance.channels
+            joined = torch.cat([joined[:, :first], cond[:, first:]], dim=1)
+            null = None if null is None else torch.cat([null[:, :first], cond[:, first:]], dim=1)
         return torch.cat([joined, rest], dim=1), null if self.guidance.rule == "cfg++" else None
 
-    def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+    def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None, *, of_guide: bool = False) -> Tensor:
+        model = self.guide if of_guide else self.model
+        translation = self.guide_translation if of_guide else self.translation
+        assert model is not None
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
         def ask(x: Tensor, t: Tensor) -> Tensor:
-            said: Tensor = self.model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample
+            said: Tensor = model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample
             return said.float()
 
-        output = ask(x, t) if self.translation is None else self.translation(ask, x, t)
+        output = ask(x, t) if translation is None else translation(ask, x, t)
         channels = x.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise ValueError(

@@ -31,6 +31,8 @@ def sample(
     guidance_interval: tuple[float, float] | None = None,
     guidance_channels: int | None = None,
     guidance_rule: str = "cfg",
+    guide: nn.Module | None = None,
+    guide_scale: float = 1.0,
     epsilon_scale: float | tuple[float, float] = 1.0,
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
@@ -53,6 +55,8 @@ def sample(
             images. 1 is the plain conditional model in one pass of N. See `samplers.guidance.Guidance`.
         guidance_interval: (lowest, highest) timestep at which to guide, some of the run's within; None: all.
         guidance_channels: guide only so many first channels; None: all.
+        guide: a weaker network, called as ``model`` is: a smaller or an earlier one. In eval mode meanwhile too.
+        guide_scale: autoguidance ``guide + w (cond - guide)``, within the interval; 1 is off.
         guidance_rule: "cfg", or "cfg++" where the scheduler has it (DDIM and flow Euler), with a scale in 0..1.
         epsilon_scale: lambda of epsilon scaling, a number or (k, b) for ``k t + b``; 1 is off. See
             `samplers.guidance.epsilon_scaling`.
@@ -70,18 +74,25 @@ def sample(
     train_steps = scheduler.config.get("num_train_timesteps", 1000)
     check_steps(num_inference_steps, train_steps)
     guidance = Guidance(
-        scale=guidance_scale, interval=guidance_interval, channels=guidance_channels, rule=guidance_rule
+        scale=guidance_scale,
+        interval=guidance_interval,
+        channels=guidance_channels,
+        rule=guidance_rule,
+        guide_scale=guide_scale,
     )
     labels = None if class_labels is None else torch.as_tensor(class_labels, device=noise.device)
-    network = Network(model, labels, null_label, guidance, translation(model, scheduler))
+    guide_says = None if guide is None else translation(guide, scheduler)
+    network = Network(model, labels, null_label, guidance, translation(model, scheduler), guide, guide_says)
     network.check(noise)
     step_options = _step_options(scheduler, len(noise), generators, eta, guidance)
     rescaled = epsilon_scaling(scheduler, prediction_type_of(scheduler.config), epsilon_scale)
     scheduler.set_timesteps(num_inference_steps)
     guidance.check(scheduler.timesteps)
 
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
+    networks = [model] if guide is None else [model, guide]
+    in_training = [module for each in networks for module in each.modules() if module.training]
+    for each in networks:
+        each.eval()
     try:
         with torch.inference_mode():
             x = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are made orthogonal before they move the weights; AdamW for everything else.
 
 A weight W moves by -lr * 0.2 sqrt(max(out, in)) * O(u), with m <- beta m + (1 - beta) g, u = beta m + (1 - beta) g
-(Nesterov), and O(u) about the nearest orthogonal matrix, by five Newton-Schulz steps. The factor gives the update the root
-mean square that AdamW's has, so that AdamW's learning rate carries over. Source: Jordan et al. 2024
+(Nesterov), and O(u) about the nearest orthogonal matrix, by five Newton-Schulz steps. The factor gives the update the
+root mean square that AdamW's has, so that AdamW's learning rate carries over. Source: Jordan et al. 2024
 (kellerjordan.github.io/posts/muon); Liu et al. 2025, "Muon is scalable for LLM training" (arXiv 2502.16982) eq. 4.
 
 Shapes: a weight holds M matrices of (out, in): stacked experts E, gate and up two, query, key and value three.
