@@ -107,7 +107,8 @@ def copy(latents: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    """Of all files but the lock, in which stands who held it last."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != ".lock"}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
