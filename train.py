@@ -19,7 +19,7 @@ def main() -> None:
         return print(describe(config))
     try:
         images = open_images(config)
-        score = None if images.is_latent else lambda x: fid.score(x, reference(config.data, images, config.seed))
+        score = None if images.is_latent else lambda x: fid.score(x, reference(images, config.seed))
         news = train(config, images, lambda n, pipe: progress.progress(config, n, pipe, score), sys.argv)
         write.finish(config, score, judge.judge, news=news)
     finally:

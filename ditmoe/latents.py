@@ -17,7 +17,7 @@ def main() -> None:
     from .launch import start
 
     try:
-        encode.encode(args, encode.join())
+        encode.encode(args, start.joined())
     finally:
         start.shutdown()
 

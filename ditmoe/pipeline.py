@@ -22,7 +22,7 @@ from samplers.catalog import LIBRARY_ERRORS, scheduler_for
 
 from . import handed_in
 from .config.sections import Config
-from .data.latents import denormalize, is_normalization, normalization
+from .data.latents import denormalize, is_normalization, read_normalization
 from .data.pixels import to_pil
 from .data.vae import check_vae, load_vae
 from .files import read_object, replacing
@@ -45,7 +45,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
-            "sha256"}, "mean", "std"}, see `ditmoe.latent_sets`; None: by the scaling factor of the VAE's config.
+            "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -275,9 +275,9 @@ def assemble(
 ) -> DiTMoEPipeline:
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
-    `data_variance` (`ditmoe.data.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
-    latents it knows how they were normalised: as `latents` says (`ditmoe.latent_sets.normalization`), else as the
-    folder of the data does; the VAE is in it where `data.vae` gives one.
+    `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
+    latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
+    data does; the VAE is in it where `data.vae` gives one.
 
     Raises:
         ValueError: The sampler does not fit the network, or the VAE is not that of the latents.
@@ -288,7 +288,7 @@ def assemble(
     guidance = config.sample.cfg if model.null_label is not None else 1.0
     sampler, steps = config.sample.sampler, config.sample.steps
     if latents is None and config.data.name == "latents":
-        latents = normalization(config.data.path)
+        latents = read_normalization(config.data.path)
     vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
     return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
 

@@ -98,3 +98,10 @@ def shutdown() -> None:
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def joined() -> PartialState:
+    """This process among those of its launch, as `launched` but to encode: one may need a day longer than another."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
+        end_with_parent(signal.SIGTERM)
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))

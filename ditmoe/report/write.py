@@ -19,9 +19,9 @@ from torch import Tensor
 from ..analysis.routing import count_experts, routing_summary
 from ..config.file import read_config, to_dict
 from ..config.sections import Config
-from ..data.open import open_data, readable
+from ..data.open import open_data, open_held_out
 from ..data.pixels import to_pixels, visible
-from ..data.sets import ArrayImages, ImageSet
+from ..data.sets import ImageSet
 from ..generate import pictures
 from ..generate.draw import balanced_labels, draw
 from ..launch.start import is_first
@@ -133,9 +133,7 @@ def _open_data(config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet,
     """The training images and the held-out ones, where the set has any."""
     size, channels = net.config.sample_size, net.config.in_channels
     data = open_data(config.data, size=size, channels=channels)
-    if config.data.name in ("folder", "latents"):
-        return data, None
-    return data, open_data(config.data, size=size, channels=channels, split="test")
+    return data, open_held_out(config.data, size=size, channels=channels)
 
 
 def _data_facts(data: ImageSet, held_out: ImageSet | None, config: Config) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int)
     cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS
     members = [np.flatnonzero(data.labels == c) for c in classes]
     n = int(np.clip(ROUTING_FLOPS / cost, 2, 32))
-    rows = [readable(data, rng.permutation(m)[: 2 * n].tolist()) for m in members]
+    rows = [data.readable(rng.permutation(m)[: 2 * n].tolist()) for m in members]
     kept = [(label, (r * n)[:n]) for label, r in zip(classes, rows, strict=True) if r]
     return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
 
@@ -260,8 +258,8 @@ def _judge(
     if judge is None or data.is_latent or len(data) < FEWEST_REAL:
         return {"classes": None, "copies": None}
     rng = np.random.default_rng(config.seed)
-    most = MOST_REAL[isinstance(data, ArrayImages)]
-    rows = np.array(readable(data, rng.permutation(len(data))[:most].tolist()))
+    most = MOST_REAL[data.in_memory]
+    rows = np.array(data.readable(rng.permutation(len(data))[:most].tolist()))
     train, train_labels = data.images(rows.tolist()), data.labels[rows]
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
     real = None

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from .. import pipeline
 from ..config.file import to_dict
 from ..config.sections import Config, micro_batch_size
-from ..data.open import fingerprint, open_data, pixel_variance
+from ..data.open import open_data, pixel_variance
 from ..data.sets import ImageSet
 from ..launch import agree, start
 from ..launch.signals import Interrupted, Signals
@@ -63,12 +63,12 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = start.launched(config.train)
-    images = fingerprint(data)
+    images = data.fingerprint()
     agree.check_alike(accelerator, {**_common(config), "images": images})
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
-    pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
+    pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
     with ExitStack() as stack:
         agree.decided_by_first(accelerator, lambda: stack.enter_context(place.locked(config)))
         return _train(config, data, on_sample, argv, parallel, state, images)

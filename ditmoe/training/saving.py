@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import pipeline
 from ..config.file import to_dict
 from ..config.sections import Config
-from ..data.latents import LatentShards, normalization_of
 from ..data.sets import ImageSet
 from ..launch import agree
 from ..model import DiTMoETransformer2DModel, build
@@ -31,7 +30,7 @@ class Saving:
         data: Its training images, for the names of the classes.
         parallel: Who holds what.
         state: What learns.
-        variance: `ditmoe.data.pixel_variance`, for the pipeline.
+        variance: `ditmoe.data.open.pixel_variance`, for the pipeline.
         step: The step of the checkpoint that the state came from; -1 for none.
     """
 
@@ -105,8 +104,8 @@ class Saving:
 
     def _assemble(self, model: DiTMoETransformer2DModel, step: int) -> DiTMoEPipeline:
         """With the latents' statistics of the data that were opened: the folder may be another one by now."""
-        latents = normalization_of(self.data.index) if isinstance(self.data, LatentShards) else None
-        return pipeline.assemble(model, self.config, self.data.id2label, self.variance, step, latents)
+        data = self.data
+        return pipeline.assemble(model, self.config, data.id2label, self.variance, step, data.normalization)
 
     def _lots(self) -> Iterator[dict[str, Tensor]]:
         """The averaged weights, a block at a time, whole on the first process."""

@@ -206,10 +206,10 @@ def slow_images(seconds):
 
     tensors = ArrayImages.tensors
 
-    def slow(self, indices):
-        if len(indices) in (8, 16):  # a micro-batch
+    def slow(self, rows, mirrored=None):
+        if len(rows) in (8, 16):  # a micro-batch
             time.sleep(seconds)
-        return tensors(self, indices)
+        return tensors(self, rows, mirrored)
 
     ArrayImages.tensors = slow
 
