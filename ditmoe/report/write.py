@@ -35,7 +35,6 @@ from .facts import describe, moe_layer_names, summarise
 from .maps import expert_maps
 
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 TIME_BINS = 10
 SHOWN_CLASSES = 12  # rows of the expert maps, at most
