@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.sections import Config
+from ..files import write_text
 from ..generate.draw import balanced_labels, draw
 from ..generate.pictures import write_grid
 from ..pipeline import DiTMoEPipeline, best_device
@@ -33,6 +34,4 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
         path = folder / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         rows = [old for old in rows if old["step"] < step] + [row]  # a resumed run comes by again
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(each) + "\n" for each in rows))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(each) + "\n" for each in rows))

@@ -5,7 +5,6 @@ Shapes: N images, C channels, H W size, L layers with experts, B time bins, Y cl
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..config.sections import Config
 from ..data.open import open_data, open_held_out
 from ..data.pixels import to_pixels, visible
 from ..data.sets import ImageSet
+from ..files import write_json, write_text
 from ..generate import pictures
 from ..generate.draw import balanced_labels, draw
 from ..launch.start import is_first
@@ -35,7 +35,6 @@ from .facts import describe, moe_layer_names, summarise
 from .maps import expert_maps
 
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 TIME_BINS = 10
 SHOWN_CLASSES = 12  # rows of the expert maps, at most
@@ -89,9 +88,9 @@ def write(
         **_score(score, images, held_out if score_real else None),
     }
     report["notes"] = _notes(report, images)
-    _write_text(run / "report.json", json.dumps(report, indent=2) + "\n")
-    pictures = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
-    _write_text(run / "index.html", page.render(report, pictures, to_dict(config)))
+    write_json(run / "report.json", report)
+    shown = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
+    write_text(run / "index.html", page.render(report, shown, to_dict(config)))
     print(_summary(report), flush=True)
     return report
 
@@ -173,7 +172,7 @@ def _draw_pictures(
     """Write the four pictures (those that apply); the expert maps in numbers, a row a layer."""
     for name in page.CAPTIONS:
         (run / f"{name}.png").unlink(missing_ok=True)  # none may be left from another report
-    _draw_grid(images, labels, pipe.id2label, run / "samples.png")
+    pictures.write_grid(images, labels, pipe.id2label, run / "samples.png", columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
     _draw_film(pipe, config, labels, run / "film.png")
     if rows:
         charts.loss_curve(rows, run / "loss.png")
@@ -188,20 +187,6 @@ def _draw_pictures(
         timesteps=[(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)], grid=(side, side), layer_names=layers,
     )  # fmt: skip
     return [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
-
-
-def _draw_grid(images: Images, labels: list[int] | None, names: Mapping[int, str], path: Path) -> None:
-    """A row a class, evenly chosen when they are many; ten columns of images without labels."""
-    groups = [i // SHOWN_COLUMNS for i in range(len(images))] if labels is None else labels
-    present = sorted(set(groups))
-    rows = [[i for i, g in enumerate(groups) if g == present[k]] for k in pictures.spread(len(present), SHOWN_ROWS)]
-    if len(rows) > 1 and len(rows[-1]) < len(rows[0]) and labels is None:
-        rows = rows[:-1]
-    columns = min(SHOWN_COLUMNS, *(len(row) for row in rows), len(images))
-    grid = np.stack([visible(images[row[:columns]]) for row in rows])
-    pictures.sample_grid(
-        grid, ["" if labels is None else names.get(labels[r[0]], str(labels[r[0]])) for r in rows], path
-    )
 
 
 def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, path: Path) -> None:
@@ -300,9 +285,3 @@ def _notes(report: Mapping[str, Any], images: Images) -> list[str]:
     if images.shape[-1] not in (1, 3):
         notes.append(f"The pictures show latents, {visible(images).shape[-1]} of {images.shape[-1]} channels.")
     return notes
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)

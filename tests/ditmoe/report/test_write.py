@@ -20,7 +20,6 @@ from ditmoe.config.sections import Config, ObjectiveConfig
 from ditmoe.data.open import open_data
 from ditmoe.objective import Objective
 from ditmoe.pipeline import load
-from ditmoe.report import page
 from ditmoe.report import write as report
 from ditmoe.report.facts import moe_layer_names, summarise
 from ditmoe.training.loop import train
@@ -235,18 +234,3 @@ def test_training_is_summed_up_from_the_log(tiny: Tiny) -> None:
     assert found["images_per_second"] == pytest.approx(405 * 16 / 305, abs=0.1)
     assert found["final_loss"] == 10.5
     assert summarise([], tiny())["final_loss"] is None
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (59.94, "59.9 s"),
-        (61, "1 min 01 s"),
-        (3599, "59 min 59 s"),
-        (3600, "1 h 00 min"),
-        (9000, "2 h 30 min"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert page.duration(seconds) == text
