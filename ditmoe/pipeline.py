@@ -26,6 +26,7 @@ from .data.latents import denormalize, is_normalization, normalization
 from .data.pixels import to_pil
 from .data.vae import check_vae, load_vae
 from .files import read_object, replacing
+from .launch.start import best_device as best_device
 from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
 
@@ -258,11 +259,6 @@ def _is_number(value: Any) -> bool:
 
 def _are_names(id2label: Any) -> bool:
     return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
-
-
-def best_device() -> torch.device:
-    """Where sampling is fast: a CUDA device when there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def assemble(

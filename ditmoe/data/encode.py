@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from ..config.encode import LatentArgs
 from ..launch import agree
 from ..launch.signals import end_with_parent
-from ..launch.start import check_launch
+from ..launch.start import best_device, check_launch
 from .folders import FolderImages
 from .latents import FORMAT, INDEX, KEY, digest, metadata, names, read_index, statistics
 from .sets import BadImage, check_bad
@@ -54,7 +54,7 @@ def join() -> PartialState:
     """This process among those of its launch; one may need a day longer for a shard than another."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
         end_with_parent(signal.SIGTERM)
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=1))
 
 
 def encode(args: LatentArgs, state: PartialState) -> None:
