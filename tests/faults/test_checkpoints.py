@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from ditmoe.run_folder import checkpoint, writer
+from tests import checkpoints
 from tests.faults import runs
 from tests.processes import start
 
 
 def newest_step(run):
-    path = checkpoint.newest(run / "checkpoints")
+    path = checkpoints.newest(run / "checkpoints")
     return -1 if path is None else int(path.name.removeprefix("step-"))
 
 
 def same(a, b):
-    (parts_a, state_a), (parts_b, state_b) = checkpoint.load(a), checkpoint.load(b)
+    (parts_a, state_a), (parts_b, state_b) = checkpoints.load(a), checkpoints.load(b)
     for part in ("model", "ema", "optimizer"):
         assert parts_a[part].keys() == parts_b[part].keys()
         assert all(torch.equal(value, parts_b[part][name]) for name, value in parts_a[part].items())
@@ -37,12 +38,12 @@ def test_a_save_that_is_killed_at_any_point_loses_nothing(tmp_path):
         at += 1
         group = start(runs.save_and_die, root, before + 1, at, folder=tmp_path)
         code = group.wait()[0]
-        newest = checkpoint.newest(root)
+        newest = checkpoints.newest(root)
         assert newest is not None
         assert re.fullmatch(r"step-\d{6}", newest.name)
         step = int(newest.name.removeprefix("step-"))
         assert step in (before, before + 1)
-        assert checkpoint.load(newest)[1]["step"] == step
+        assert checkpoints.load(newest)[1]["step"] == step
         whole = [p for p in root.glob("step-??????") if checkpoint.find_fault(p) is None]
         assert len(whole) >= 2  # never fewer than were asked for
         before = step
@@ -70,7 +71,7 @@ def test_with_one_to_keep_there_is_a_whole_one_at_every_instant(tmp_path, monkey
             (tmp_path / "step-000003" / "model.safetensors").write_bytes(b"rot")  # before it is read back
         writer.prune(tmp_path, 1)
     assert seen == [["step-000001", "step-000002"]]  # at step 3 nothing was removed
-    assert checkpoint.newest(tmp_path).name == "step-000002"
+    assert checkpoints.newest(tmp_path).name == "step-000002"
 
 
 @pytest.mark.parametrize("when", ["continue", "stop"])
@@ -233,7 +234,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path):
 def test_a_file_in_the_way_of_a_checkpoint(tmp_path):
     (tmp_path / "step-000002").write_text("what?")
     (tmp_path / "step-000003.tmp-1").write_text("what?")
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoints.newest(tmp_path) is None
     checkpoint.remove_unfinished(tmp_path)
     assert writer.save(tmp_path, 2, {"model": {"w": torch.zeros(2)}}, {}).is_dir()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
