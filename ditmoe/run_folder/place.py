@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import files
-from ..config.file import differences, to_dict
+from ..config.file import differences, save, to_dict
 from ..config.sections import Config
 
 CONFIG = "config.json"
@@ -79,7 +79,7 @@ def open_folder(config: Config, argv: Sequence[str], *, goes_on: bool) -> None:
     """
     for leftover in config.out.glob(f"{MODEL}.tmp-*"):  # of an export that was killed
         files.remove(leftover)
-    files.write_json(config.out / CONFIG, to_dict(config))
+    save(config, config.out / CONFIG)
     (config.out / PAGE).unlink(missing_ok=True)
     if goes_on:
         (config.out / SAVED).touch()

@@ -23,7 +23,7 @@ from ..run_folder import checkpoint
 from ..run_folder.place import CHECKPOINTS, MODEL
 from ..run_folder.writer import Writer
 from .parallel import Parallel
-from .state import State, num_classes, to_parts
+from .state import State, num_classes
 
 
 class Saving:
@@ -119,6 +119,17 @@ class Saving:
             yield {
                 name: whole for name, value in lot.items() if (whole := self.parallel.gathered(name, value)) is not None
             }
+
+
+def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
+    names = {p: n for n, p in state.model.named_parameters()}
+    moments = {
+        f"{names[p]}.{key}": torch.as_tensor(value)
+        for p, entry in state.optimizer.state.items()
+        for key, value in entry.items()
+    }
+    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
 
 
 def newest(root: Path, parallel: Parallel) -> Path | None:

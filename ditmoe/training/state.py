@@ -6,7 +6,7 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.sections import Config
 from ..data.sets import ImageSet
@@ -77,14 +77,3 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
     for name in ours.keys() - set(floating):
         ours[name].copy_(theirs[name])
-
-
-def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
-    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
-    names = {p: n for n, p in state.model.named_parameters()}
-    moments = {
-        f"{names[p]}.{key}": torch.as_tensor(value)
-        for p, entry in state.optimizer.state.items()
-        for key, value in entry.items()
-    }
-    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}

@@ -242,27 +242,28 @@ def test_a_file_in_the_way_of_a_checkpoint(tmp_path):
 
 def test_every_file_is_on_the_disk_before_the_name_that_promises_it(tmp_path, monkeypatch):
     """A killed process cannot show this, a lost power supply would: what is synced when."""
-    done, sync, rename = [], os.fsync, os.rename
+    done, sync, rename, replace = [], os.fsync, os.rename, os.replace
 
     def fsync(descriptor):
         done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
         sync(descriptor)
 
-    def renamed(source, target):
-        done.append(("rename", Path(target)))
-        rename(source, target)
+    def noted(work):
+        return lambda source, target: (done.append(("rename", Path(target))), work(source, target))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "rename", noted(rename))
+    monkeypatch.setattr(os, "replace", noted(replace))
     root = tmp_path / "checkpoints"
     final = writer.save(root, 1, {name: {"w": torch.zeros(2)} for name in ("model", "ema")}, {})
     temporary = next(path.parent for what, path in done if path.name == "manifest.json")
     before = done.index(("rename", final))
-    for name in ("model", "ema"):
-        synced = done.index(("sync", temporary / f"{name}.safetensors.part"))
-        assert synced < done.index(("rename", temporary / f"{name}.safetensors")) < before
-    files = [done.index(("sync", temporary / name)) for name in ("state.json", "manifest.json")]
-    assert max(files) < done.index(("sync", temporary)) < before < done.index(("sync", root))
+    folder = done.index(("sync", temporary))
+    for name, unfinished in (("model.safetensors", "part"), ("ema.safetensors", "part"), ("state.json", "tmp"),
+                             ("manifest.json", "tmp")):  # fmt: skip
+        synced = done.index(("sync", temporary / f"{name}.{unfinished}"))
+        assert synced < done.index(("rename", temporary / name)) < folder < before
+    assert before < done.index(("sync", root))
 
 
 def test_a_longer_run_that_is_killed_before_its_export_makes_it_later(tmp_path):
