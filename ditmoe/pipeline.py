@@ -260,11 +260,6 @@ def _are_names(id2label: Any) -> bool:
     return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
 
 
-def best_device() -> torch.device:
-    """Where sampling is fast: a CUDA device when there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def assemble(
     model: DiTMoETransformer2DModel,
     config: Config,

@@ -28,6 +28,7 @@ from samplers.noise import image_generators, initial_noise
 
 from ..files import read_object
 from ..handed_in import check_no_code, check_scheduler, check_weights
+from ..launch.start import best_device
 
 NETWORKS = ("diffusers", "ditmoe.model")  # modules that a pipeline folder may name
 
@@ -189,7 +190,7 @@ def _read(args: argparse.Namespace) -> dict[str, list[Reading]]:
     folder = args.model if (args.model / "model_index.json").is_file() else args.model / "model"
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{args.model} holds no model: neither model_index.json nor model/model_index.json is there")
-    model = load_network(folder).float().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_network(folder).float().to(best_device())
     check_scheduler(folder / "scheduler")
     config = read_object(folder / "scheduler" / "scheduler_config.json")
     variance = config.get("data_variance") if args.data_variance is None else args.data_variance

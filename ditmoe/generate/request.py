@@ -16,7 +16,8 @@ from ..config.sample import SampleArgs
 from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
-from ..pipeline import best_device, load
+from ..launch.start import best_device
+from ..pipeline import load
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
 from .set_files import Processes, write_folder, write_npz

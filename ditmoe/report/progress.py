@@ -10,7 +10,8 @@ from ..config.sections import Config
 from ..files import write_text
 from ..generate.draw import balanced_labels, draw
 from ..generate.pictures import write_grid
-from ..pipeline import DiTMoEPipeline, best_device
+from ..launch.start import best_device
+from ..pipeline import DiTMoEPipeline
 
 
 def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..., dict[str, Any]] | None) -> None:

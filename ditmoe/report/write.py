@@ -24,10 +24,10 @@ from ..data.sets import ImageSet
 from ..files import write_json, write_text
 from ..generate import pictures
 from ..generate.draw import balanced_labels, draw
-from ..launch.start import is_first
+from ..launch.start import best_device, is_first
 from ..model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
 from ..objective import Objective
-from ..pipeline import DiTMoEPipeline, best_device, load
+from ..pipeline import DiTMoEPipeline, load
 from ..run_folder.log import read_rows
 from ..run_folder.place import locked
 from . import charts, page

@@ -35,7 +35,10 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "latents": 12,
 }
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
-HEAVY = {"accelerate": {"launch", "training", "run_folder", "data"}, "samplers": {"handed_in", "pipeline", "analysis"}}
+HEAVY = {
+    "accelerate": {"launch", "training"},
+    "samplers": {"handed_in", "objective", "pipeline", "analysis"},
+}
 
 
 def imports(path: Path) -> set[str]:

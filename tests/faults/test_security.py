@@ -26,11 +26,12 @@ from ditmoe.data.open import open_data
 from ditmoe.generate import request as image_sets
 from ditmoe.report import page
 from ditmoe.report import write as report
-from ditmoe.run_folder import checkpoint, writer
+from ditmoe.run_folder import writer
 from ditmoe.run_folder.log import _reopen, read_rows
 from ditmoe.run_folder.place import check_place
 from eval import judge
 from eval.processes import Processes
+from tests import checkpoints
 from tests.doors import typed
 from tests.faults.halts import save_model, save_run
 
@@ -319,7 +320,7 @@ def test_a_checkpoint_with_a_pickle_in_it_is_not_used(tmp_path, trap):
     for step in (1, 2):
         writer.save(tmp_path, step, {"model": {"w": torch.ones(2)}}, {})
     (tmp_path / "step-000002/optimizer.pt").write_bytes(pickle.dumps(trap))
-    assert checkpoint.newest(tmp_path).name == "step-000001"
+    assert checkpoints.newest(tmp_path).name == "step-000001"
 
 
 def pickled(trap):

@@ -16,7 +16,8 @@ from ditmoe.launch import start
 from ditmoe.run_folder import checkpoint
 from ditmoe.training.loop import train
 from ditmoe.training.parallel import Parallel
-from ditmoe.training.state import new_state, resume, to_parts
+from ditmoe.training.saving import resume, to_parts
+from ditmoe.training.state import new_state
 
 Tiny = Callable[..., Config]
 
