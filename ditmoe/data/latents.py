@@ -1,6 +1,6 @@
 """Latents of images that a VAE has encoded: what training reads of them, and how a pipeline turns them back.
 
-The folder that `python -m ditmoe.latents` writes: shards `00000.safetensors`, ..., each with `latents` (n, C, H, W), as
+The folder that `python -m ditmoe encode` writes: shards `00000.safetensors`, ..., each with `latents` (n, C, H, W), as
 the VAE's posterior mean has them, `labels` (n,) int64 and mostly `latents_flipped`, the latents of the mirrored images;
 and `latents.json`, written when all are there. The model's x is (latents - mean) / std with the mean and std of each
 channel over the set. In the simple form, shards without a latents.json, the latents are the model's x.
@@ -108,7 +108,7 @@ class LatentShards:
 
     def _labels(self, file: Path, shard: Mapping[str, Any], hashed: bool) -> NDArray[np.int64]:
         """The labels of a shard, once it has been found to be the one that latents.json lists."""
-        fix = f"restore it, or run python -m ditmoe.latents with --out {self.root} again, which makes it anew"
+        fix = f"restore it, or run python -m ditmoe encode with --out {self.root} again, which makes it anew"
         if not file.is_file():
             raise ValueError(f"{file} is missing, which {INDEX} lists; {fix}")
         if file.stat().st_size != shard["bytes"]:
@@ -139,7 +139,7 @@ def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
     if flip and not (index and index["flip"]):
         raise ValueError(
             f"data.flip needs the latents of mirrored images, which {root} does not hold; encode them with python -m "
-            f"ditmoe.latents --flip, or train with --data.no-flip"
+            f"ditmoe encode --flip, or train with --data.no-flip"
         )
     return _open_simple(root) if index is None else LatentShards(root, index)
 
@@ -193,7 +193,7 @@ def read_index(root: Path) -> Index | None:
     if not file.is_file():
         first = min(root.glob("*.safetensors"), default=None)
         if first is not None and metadata(first) is not None:
-            raise ValueError(f"{root} holds no {INDEX}: run python -m ditmoe.latents again until all is encoded")
+            raise ValueError(f"{root} holds no {INDEX}: run python -m ditmoe encode again until all is encoded")
         return None
     try:
         index = json.loads(file.read_text())
@@ -201,7 +201,7 @@ def read_index(root: Path) -> Index | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
-        raise ValueError(f"{file} is not what python -m ditmoe.latents writes ({fault})")
+        raise ValueError(f"{file} is not what python -m ditmoe encode writes ({fault})")
     found: Index = index
     return found
 

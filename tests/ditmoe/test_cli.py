@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ditmoe import cli
-from ditmoe.config import sample
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
+from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import DataConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -106,22 +106,23 @@ def test_help_and_mistakes_answer_before_torch_is_imported(argv: list[str]) -> N
 
 
 def test_sample_arguments() -> None:
-    args = cli.parse_sample(["models/fashion", "--classes", "3", "7", "7", "--cfg", "2", "--out", "a.npz"])
+    args = cli.parse(SampleArgs, ["models/fashion", "--classes", "3", "7", "7", "--cfg", "2", "--out", "a.npz"])
     assert args.classes == (3, 7, 7)
     assert (args.cfg, args.out, args.model) == (2.0, Path("a.npz"), Path("models/fashion"))
     for wrong in (["m", "--num", "0"], ["m", "--num", "2", "--classes", "1"]):
         with pytest.raises(SystemExit) as stopped:
-            cli.parse_sample(wrong)
+            cli.parse(SampleArgs, wrong)
         assert stopped.value.code == 2
 
 
 def test_sampler_options_are_those_that_were_given() -> None:
-    assert cli.parse_sample(["m"]).sampler_options() == {}
+    assert cli.parse(SampleArgs, ["m"]).sampler_options() == {}
     asked = ["m", "--exposure-window", "40", "--exposure-variance", "0.3", "--flow-shift", "3"]
-    assert cli.parse_sample(asked).sampler_options() == {"exposure_window": 40, "exposure_variance": 0.3, "shift": 3.0}
-    assert cli.parse_sample(["m", "--exposure-variance", "calibrated"]).exposure_variance == "calibrated"
+    options = {"exposure_window": 40, "exposure_variance": 0.3, "shift": 3.0}
+    assert cli.parse(SampleArgs, asked).sampler_options() == options
+    assert cli.parse(SampleArgs, ["m", "--exposure-variance", "calibrated"]).exposure_variance == "calibrated"
     with pytest.raises(ValueError, match="exposure_variance 'lots' is neither"):
-        sample.SampleArgs(Path("m"), exposure_variance="lots")
+        SampleArgs(Path("m"), exposure_variance="lots")
 
 
 def test_checks_of_single_values() -> None:
