@@ -46,6 +46,7 @@ def test_a_run_folder_holds_what_was_promised(run: Path) -> None:
     promised = {"config.json", "command.txt", "metrics.jsonl", "checkpoints", "model", "samples.png", "film.png",
                 "experts.png", "loss.png", "report.json", "index.html"}  # fmt: skip
     assert promised <= {p.name for p in run.iterdir()}
+    assert (run / "command.txt").read_text().startswith(f"python train.py digits --out {run} --max-steps 6 ")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert "http" not in (run / "index.html").read_text().replace("http://www.w3.org", "")
