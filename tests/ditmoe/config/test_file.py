@@ -12,6 +12,7 @@ import pytest
 
 from ditmoe.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from ditmoe.config.file import differences, read_config, read_file, save, to_dict
+from ditmoe.run_folder.place import check_place
 
 OLD = {  # as the first version that had experts routed by place wrote it
     "out": "runs/fashion", "max_steps": 900, "seed": 0, "dry_run": False,
@@ -109,6 +110,16 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not a configuration that can be read: Expecting property name"):
         read_file(tmp_path / "config.json")
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    config = replace(PRESETS["digits"], out=tmp_path)
+    written(tmp_path, {key: value for key, value in to_dict(config).items() if key != "parallel"})
+    check_place(config)
+    with pytest.raises(ValueError, match=r"holds another run \(seed: 0 -> 1\)"):
+        check_place(replace(config, seed=1))
+    with pytest.raises(ValueError, match=r"holds another run \(model.depth: 4 -> 5\)"):
+        check_place(replace(config, model=replace(config.model, depth=5)))
 
 
 def test_differences_name_the_leaves() -> None:
