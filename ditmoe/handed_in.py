@@ -35,12 +35,8 @@ def check_pipeline(
 ) -> dict[str, Any]:
     """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
 
-    Args:
-        folder: The pipeline folder.
-        pipeline: The class that it has to be of; it may have the entries that this class is made of.
-        network: The class of its transformer.
-        check_network: Raises ValueError for what the transformer's config.json may not say.
-        settings: What an entry that is there has to fulfil, where this room does not know it.
+    It has to be of the class `pipeline`, its transformer of the class `network` with a config.json that `check_network`
+    does not refuse. `settings`: what further entries have to fulfil where they are there.
 
     Raises:
         ValueError: It names anything but our classes and diffusers', holds code, or its parts do not fit.
@@ -54,7 +50,7 @@ def check_pipeline(
         "vae": _is_vae(index.get("vae", [None, None])),
         "id2label": _are_names(index.get("id2label", {})),
         "sampler": isinstance(index.get("sampler", ""), str),
-        **{name: index.get(name) is None or fitting(index[name]) for name, fitting in settings.items()},
+        **{name: index.get(name) is None or usable(index[name]) for name, usable in settings.items()},
         **{name: _is_number(index.get(name, 1)) for name in ("num_inference_steps", "guidance_scale")},
         **dict.fromkeys(index.keys() - known, False),
     }
