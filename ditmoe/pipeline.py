@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .config.sections import Config
 from .data.latents import denormalize, is_normalization, read_normalization
 from .data.pixels import to_pil
 from .data.vae import check_vae, load_vae
-from .files import read_object, replacing
+from .files import replacing
 from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
 
@@ -225,39 +224,10 @@ def load(folder: Path) -> DiTMoEPipeline:
     raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
 
 
-def _check(folder: Path) -> None:
-    """Refuse a pipeline folder that names anything but our classes and diffusers', or whose parts do not fit."""
-    index = read_object(folder / "model_index.json")
-    known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
-    network = [DiTMoETransformer2DModel.__module__, DiTMoETransformer2DModel.__name__]
-    fits = {
-        "_class_name": index.get("_class_name") == DiTMoEPipeline.__name__,
-        "transformer": index.get("transformer") == network,
-        "scheduler": handed_in.is_scheduler(index.get("scheduler")),
-        "vae": handed_in.is_vae(index.get("vae", [None, None])),
-        "id2label": _are_names(index.get("id2label", {})),
-        "sampler": isinstance(index.get("sampler", ""), str),
-        "latents": index.get("latents") is None or is_normalization(index["latents"]),
-        **{name: _is_number(index.get(name, 1)) for name in ("num_inference_steps", "guidance_scale")},
-        **dict.fromkeys(index.keys() - known, False),
-    }
-    for entry, fitting in fits.items():
-        if not fitting:
-            raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
-    handed_in.check_no_code(folder)
-    handed_in.check_scheduler(folder / "scheduler")
-    check_network(read_object(folder / "transformer" / "config.json"))
-    vae = handed_in.vae_class(index.get("vae"))
-    for component, network in {"transformer": DiTMoETransformer2DModel, **({"vae": vae} if vae else {})}.items():
-        handed_in.check_weights(network, folder / component, renamed=component == "vae")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e9
-
-
-def _are_names(id2label: Any) -> bool:
-    return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
+def _check(folder: Path) -> dict[str, Any]:
+    """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
+    network = DiTMoETransformer2DModel
+    return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, {"latents": is_normalization})
 
 
 def assemble(
@@ -291,8 +261,7 @@ def assemble(
 def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
-        _check(folder)
-        steps = read_object(folder / "model_index.json").get("trained_steps")
+        steps = _check(folder).get("trained_steps")
     except ValueError:
         return None
     return steps if isinstance(steps, int) else None

@@ -58,9 +58,9 @@ class Arguments:
     """JSON file for the report."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.fid") -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr). A bug keeps its traceback."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.fid")
+    arguments = tyro.cli(Arguments, args=argv, prog=prog)
     options = {k: v for k, v in vars(arguments).items() if k not in ("images", "ref", "out")}
     return together(
         lambda processes: score_and_show(arguments.images, arguments.ref, arguments.out, processes, **options)

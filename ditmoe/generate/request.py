@@ -43,7 +43,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if images.are_latents and (score or out is None or out.suffix != ".png"):  # the grid is there to look at them
         raise ValueError(
             f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them; give it one: "
-            "python -m ditmoe.convert.export MODEL FOLDER --vae PATH"
+            "python -m ditmoe export MODEL FOLDER --vae PATH"
         )
     if score and out is not None and out.suffix == ".png":
         raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")

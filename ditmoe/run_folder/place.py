@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import files
-from ..config.file import differences, save, to_dict
+from ..config.file import differences, read_file, save, to_dict
 from ..config.sections import Config
 
 CONFIG = "config.json"
@@ -53,15 +52,9 @@ def check_place(config: Config) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            if not isinstance(old, dict):
-                raise ValueError("it holds no JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a configuration that can be read: {error}") from error
         changed = [
             line
-            for line in differences(old, to_dict(config))
+            for line in differences(to_dict(read_file(path)), to_dict(config))
             if line.split(":")[0] not in _FREE and not line.startswith(("sample.", "plan."))
         ]
         if changed:
@@ -84,4 +77,4 @@ def open_folder(config: Config, argv: Sequence[str], *, goes_on: bool) -> None:
     if goes_on:
         (config.out / SAVED).touch()
     with (config.out / COMMAND).open("a") as file:
-        file.write(shlex.join(["python", *argv]) + "\n")
+        file.write(shlex.join(argv) + "\n")

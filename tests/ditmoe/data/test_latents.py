@@ -22,7 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ditmoe import cli, pipeline
+from ditmoe.config.encode import LatentArgs
 from ditmoe.config.presets import PRESETS
+from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config, DataConfig
 from ditmoe.convert.export import ExportArgs, export
 from ditmoe.data import encode as encoder
@@ -92,7 +94,7 @@ def flags(photos: Path, vae: Path, out: Path, *more: object) -> list[str]:
 
 
 def encode(photos: Path, vae: Path, out: Path, *more: object) -> Path:
-    encoder.encode(cli.parse_latents(flags(photos, vae, out, *more)), joined())
+    encoder.encode(cli.parse(LatentArgs, flags(photos, vae, out, *more)), joined())
     return out
 
 
@@ -168,7 +170,7 @@ def pipeline_net(config: Config) -> Any:
 
 
 def test_two_processes_write_the_bytes_of_one(latents: Path, photos: Path, vae: Path, tmp_path: Path) -> None:
-    done = typed("ditmoe.latents", *flags(photos, vae, tmp_path / "two"), world=2)
+    done = typed("ditmoe", "encode", *flags(photos, vae, tmp_path / "two"), world=2)
     assert done.returncode == 0, done.stderr
     assert "5 of 5 shards to encode on 2 process(es)" in done.stdout
     assert "22 latents of 2 classes" in done.stdout
@@ -183,7 +185,7 @@ def slow_encoding(argv: list[str]) -> None:
         return real(self, x)
 
     encoder._Job._encode = slow  # type: ignore[method-assign]
-    door("ditmoe.latents", argv)
+    door("ditmoe", ["encode", *argv])
 
 
 @pytest.mark.parametrize(("number", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
@@ -268,12 +270,12 @@ def test_what_the_encoder_refuses(
     if "--vae" in change:
         change = ["--vae", tmp_path / change[1]]
     with pytest.raises(ValueError, match=sentence):
-        encoder.encode(cli.parse_latents([*argv, *map(str, change)]), joined())
+        encoder.encode(cli.parse(LatentArgs, [*argv, *map(str, change)]), joined())
     assert content(latents) == before
 
 
 def test_a_mistake_is_one_sentence_from_every_process(latents: Path, photos: Path, vae: Path) -> None:
-    done = typed("ditmoe.latents", *flags(photos, vae, latents, "--size", 32), world=2)
+    done = typed("ditmoe", "encode", *flags(photos, vae, latents, "--size", 32), world=2)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 2
     assert "Traceback" not in done.stderr
@@ -320,7 +322,7 @@ def test_what_rounding_leaves_of_a_constant_is_no_spread() -> None:
 
 def small_disk(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3800, 3800))  # no file grows beyond it
-    door("ditmoe.latents", argv)
+    door("ditmoe", ["encode", *argv])
 
 
 @pytest.mark.parametrize(("file", "shard_size"), [("00000.safetensors", 5), ("latents.json", 1)])
@@ -656,7 +658,7 @@ def test_latents_are_not_written_as_pictures(channels: int, photos: Path, tiny: 
     config = tiny(data={"name": "latents", "path": data}, model={**MODEL, "in_channels": channels})
     pipeline.save(pipeline.assemble(pipeline_net(config), config, {0: "cat", 1: "dog"}), tmp_path / "model")
     for out in ("folder", "set.npz"):
-        asked = cli.parse_sample([str(tmp_path / "model"), "--steps", "1", "--num", "2", "--out", str(tmp_path / out)])
+        asked = SampleArgs(tmp_path / "model", steps=1, num=2, out=tmp_path / out)
         with pytest.raises(ValueError, match=f"makes latents of {channels} channels and holds no VAE"):
             image_sets.run(asked, One())
         assert not (tmp_path / out).exists()
