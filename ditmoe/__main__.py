@@ -24,7 +24,7 @@ def train(argv: Sequence[str], prog: str) -> None:
 
     from .analysis.budget import describe
     from .data.open import reference
-    from .launch.start import shutdown
+    from .launch.start import is_first, shutdown
     from .report import progress, write
     from .training.loop import open_images
     from .training.loop import train as begin
@@ -36,7 +36,8 @@ def train(argv: Sequence[str], prog: str) -> None:
         images = open_images(config)
         score = None if images.is_latent else lambda x: fid.score(x, reference(images, config.seed))
         news = begin(config, images, lambda n, pipe: progress.progress(config, n, pipe, score), typed)
-        write.finish(config, score, judge.judge, news=news)
+        if is_first():
+            write.finish(config, score, judge.judge, news=news)
     finally:
         shutdown()
 

@@ -6,18 +6,17 @@ Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from .config import PRESETS, Config
-from .config.file import read_file
-from .files import read_object
+from .config.file import as_flags, read_file
 from .launch.signals import EXIT_CODE, Interrupted, Signals
 
 Args = TypeVar("Args")
@@ -91,22 +90,9 @@ def _load(start: str) -> Config:
             return replace(read_file(path), out=path.parent, dry_run=False)
         except ValueError as error:
             with suppress(ValueError):  # names and values are refused in the words that flags have, with their hints
-                tyro.cli(Config, prog=str(path), args=list(_as_flags(read_object(path))))
+                tyro.cli(Config, prog=str(path), args=as_flags(path))
             stop(str(error))
     stop(f"there is no preset or file {start!r}; {near(start, PRESETS)}presets are {', '.join(PRESETS)}")
-
-
-def _as_flags(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """A saved configuration as command-line flags."""
-    for key, value in values.items():
-        flag = f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _as_flags(value, f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            section, _, name = flag.rpartition(".")
-            yield "--" + (f"{section}." if section else "") + ("" if value else "no-") + name
-        else:
-            yield from (f"--{flag}", str(value))
 
 
 def near(word: str, words: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from .data.latents import denormalize, is_normalization, read_normalization
 from .data.pixels import to_pil
 from .data.vae import check_vae, load_vae
 from .files import replacing
+from .launch.start import best_device
 from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
 
@@ -198,8 +199,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.tensor(list(class_labels), dtype=torch.int64), len(class_labels)
 
 
-def load(folder: Path) -> DiTMoEPipeline:
-    """The pipeline of a run folder or of its `model/`, in float32 on the CPU. Nothing in the folder is executed.
+def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
+    """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
+
+    On the CPU, or with `fast` where this machine computes fast.
 
     Raises:
         ValueError: There is no pipeline; it says what was looked for. Or what is there is not one of ours.
@@ -217,7 +220,7 @@ def load(folder: Path) -> DiTMoEPipeline:
                 pipe.transformer.float()
                 if pipe.vae is not None and pipe.config.latents is not None:
                     check_vae(pipe.vae, pipe.config.latents)
-                return pipe
+                return pipe.to(best_device()) if fast else pipe
             except (OSError, *LIBRARY_ERRORS) as error:
                 sentence = " ".join(str(error).split())
                 raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
@@ -256,6 +259,11 @@ def assemble(
         latents = read_normalization(config.data.path)
     vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
     return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
+
+
+def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:
+    """Let a pipeline of latents decode them. ValueError unless the folder holds the VAE that made them."""
+    pipe.register_modules(vae=load_vae(folder, pipe.config.latents))
 
 
 def trained_steps(folder: Path) -> int | None:

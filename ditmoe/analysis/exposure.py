@@ -23,7 +23,6 @@ from samplers.loop import sample
 from samplers.noise import image_generators, initial_noise
 
 from ..config.exposure import ExposureArgs
-from ..launch.start import best_device
 from ..pipeline import load
 
 
@@ -143,7 +142,7 @@ def run(args: ExposureArgs) -> None:
         ValueError: A model that cannot be loaded, a sampler or a value that does not fit it.
         FloatingPointError: Images that are not finite.
     """
-    pipe = load(args.model).to(best_device())
+    pipe = load(args.model, fast=True)
     saved = pipe.scheduler.config.get("data_variance")
     variance = saved if args.data_variance is None else args.data_variance
     if variance is None:

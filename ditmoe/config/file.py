@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -113,3 +113,20 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             lines.append(f"{prefix}{key}: {a} -> {b}")
     return lines
+
+
+def as_flags(path: Path) -> list[str]:
+    """What a configuration's file holds as command-line flags. ValueError where it holds no JSON object."""
+
+    def flags(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in values.items():
+            flag = f"{prefix}{key}".replace("_", "-")
+            if isinstance(value, dict):
+                yield from flags(value, f"{prefix}{key}.")
+            elif isinstance(value, bool):
+                section, _, name = flag.rpartition(".")
+                yield "--" + (f"{section}." if section else "") + ("" if value else "no-") + name
+            else:
+                yield from (f"--{flag}", str(value))
+
+    return list(flags(read_object(path), ""))

@@ -10,7 +10,6 @@ import torch
 from .. import pipeline
 from ..config.export import ExportArgs
 from ..config.file import read_config
-from ..data.vae import load_vae
 
 
 def export(args: ExportArgs) -> None:
@@ -24,7 +23,7 @@ def export(args: ExportArgs) -> None:
     read_config(args.run)  # refuses what is no run
     pipe = pipeline.load(args.run)
     if args.vae is not None:
-        pipe.register_modules(vae=load_vae(args.vae, pipe.config.latents))
+        pipeline.add_vae(pipe, args.vae)
     torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)

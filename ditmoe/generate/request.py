@@ -16,7 +16,6 @@ from ..config.sample import SampleArgs
 from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
-from ..launch.start import best_device
 from ..pipeline import load
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
@@ -69,7 +68,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
 
 def requested(args: SampleArgs) -> RequestedSet:
     """The set that a command line asks for."""
-    pipe = load(args.model).to(best_device())
+    pipe = load(args.model, fast=True)
     num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
     labels = balanced_labels(pipe, num) if args.classes is None else list(args.classes)
     name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps

@@ -10,7 +10,6 @@ from ..config.sections import Config
 from ..files import write_text
 from ..generate.draw import balanced_labels, draw
 from ..generate.pictures import write_grid
-from ..launch.start import best_device
 from ..pipeline import DiTMoEPipeline
 
 
@@ -19,7 +18,6 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
 
     Always the same images of the run's seed, so that the pictures of two steps can be laid side by side.
     """
-    pipe.to(best_device())
     labels = balanced_labels(pipe, config.sample.num)
     images = draw(
         pipe, labels, config.sample.num, steps=config.sample.steps, cfg=config.sample.cfg if labels else None,

@@ -24,14 +24,12 @@ from ..data.sets import ImageSet
 from ..files import write_json, write_text
 from ..generate import pictures
 from ..generate.draw import balanced_labels, draw
-from ..launch.start import best_device, is_first
-from ..model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
-from ..objective import Objective
+from ..model import DiTMoETransformer2DModel, count_parameters, moe_layer_names, tokens_per_image
 from ..pipeline import DiTMoEPipeline, load
 from ..run_folder.log import read_rows
 from ..run_folder.place import locked
 from . import charts, page
-from .facts import describe, moe_layer_names, summarise
+from .facts import describe, summarise
 from .maps import expert_maps
 
 Images = NDArray[np.uint8]
@@ -70,7 +68,7 @@ def write(
         ValueError: the folder holds no such run, or its data set is gone.
     """
     config = read_config(run)
-    pipe = load(run).to(best_device())
+    pipe = load(run, fast=True)
     data, held_out = _open_data(config, pipe.transformer)
     (run / "index.html").unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
     num = num_judged or config.sample.num
@@ -103,8 +101,6 @@ def finish(
     news: bool,
 ) -> None:
     """The end of a training run: its page, where the run has `news` or none, and a line that says where."""
-    if not is_first():
-        return
     if news or not (config.out / "index.html").exists():
         with locked(config):
             write(config.out, score=score, judge=judge)
@@ -180,7 +176,7 @@ def _draw_pictures(
     if not layers:
         return []
     chosen, x = _one_batch_a_class(pipe.transformer, data, config.seed)
-    counts = count_experts(pipe.transformer, Objective(config.objective), x, chosen, TIME_BINS, config.seed)
+    counts = count_experts(pipe.transformer, config.objective, x, chosen, TIME_BINS, config.seed)
     side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
     expert_maps(
         counts, run / "experts.png", class_names=[data.id2label.get(c, "all images") for c in chosen],

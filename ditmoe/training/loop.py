@@ -161,6 +161,8 @@ def _loop(
 def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) -> None:
     """The samples of a step, made by the first process from the averaged weights."""
     pipe = saving.pipeline(step)
+    if pipe is not None:
+        pipe.to(run.parallel.accelerator.device)
 
     def draw() -> None:
         try:
