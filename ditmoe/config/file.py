@@ -99,7 +99,7 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if hint in (int, float):
         kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e30
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= 1e30
     return isinstance(value, hint)
 
 
