@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.metrics.frechet import FeatureStatistics, Gaussian
-from eval.metrics.inception_score import InceptionScore, Score
+from eval.metrics.inception_score import InceptionSums, Score
 from eval.metrics.reservoir import Float32Array, Reservoir, Rows, chosen_indices
 from eval.processes import Processes, SharedError
 from eval.progress import progress as shown_progress
@@ -101,7 +101,7 @@ class _Pass:
         self.source, self.net, self.wanted, self.count = source, net, wanted, count
         self.moments = FeatureStatistics(net.num_features)
         self.spatial: FeatureStatistics | None = None
-        self.inception: InceptionScore | None = None
+        self.inception: InceptionSums | None = None
         self.reservoir = None
         if wanted.keep:
             self.reservoir = Reservoir(chosen_indices(count, wanted.keep, wanted.seed), net.num_features)
@@ -120,7 +120,7 @@ class _Pass:
             self.spatial.update(found.spatial.numpy())
         if self.wanted.logits:
             assert found.logits is not None
-            self.inception = self.inception or InceptionScore(self.count, found.logits.shape[1])
+            self.inception = self.inception or InceptionSums(self.count, found.logits.shape[1])
             self.inception.update(indices, found.logits.numpy())
         if self.wanted.classify is not None:
             assert self.source.labels is not None
@@ -177,7 +177,7 @@ class _Pass:
         if not self.wanted.logits:
             return None
         sizes = processes.gather(self.inception and self.inception.sum_p.shape[1])
-        mine = self.inception or InceptionScore(self.count, max(size or 0 for size in sizes))
+        mine = self.inception or InceptionSums(self.count, max(size or 0 for size in sizes))
         mine.count, mine.sum_p = processes.total(mine.count), processes.total(mine.sum_p)
         mine.sum_p_log_p = processes.total(mine.sum_p_log_p)
         return mine.compute()

@@ -99,8 +99,7 @@ class Extractor(nn.Module):
 
         Raises ValueError for another dtype or shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 1 or 3, H, W)")
+        check_images(images)
         x = images.float()
         if x.shape[-2:] != (self.side, self.side):
             x = self._resized(x)
@@ -116,6 +115,12 @@ class Extractor(nn.Module):
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in evaluation mode, whatever a module that holds this one asks for."""
         return super().train(False)
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless these are uint8 (N, C, H, W), C = 1 or 3."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 1 or 3, H, W)")
 
 
 def best_device() -> torch.device:
