@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.metrics.reservoir import Float32Array
-from eval.sources.arrays import IndexArray, UInt8Array
+from eval.sources.arrays import Float32Array, IndexArray, UInt8Array
 
 PASSES = 60_000  # images the classifier sees in training, at most
 LARGEST_SIDE = 32  # pixels; larger images are averaged down

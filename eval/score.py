@@ -93,7 +93,8 @@ def score(
     sources, net = processes.agree(prepare)
     wanted = Wanted("sfid" in metrics, "is" in metrics, keep if {"kid", "prdc"} & set(metrics) else 0, seed, classify)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
-    gen = _generated(sources[0], net, wanted, num, options)
+    side = sources[0]
+    gen = of_statistics(side, net) if isinstance(side, Statistics) else measure(side, net, wanted, num, **options)
     target, problems = _reference(sources[1], net, replace(wanted, logits=False, classify=None), cache, options)
     scores = processes.agree(lambda: _scores(gen, target, net, metrics))
     metric = metric_name(net.name, fid_named=net.fid_named)
@@ -132,13 +133,16 @@ def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics:
 
 
 def check_sources(
-    sources: tuple[Images | Statistics, Images | Statistics],
+    sources: tuple[Images | Statistics | None, Images | Statistics],
     metrics: Sequence[str],
     extractor: str,
-    num: int | None,
-    classify: Classify | None,
+    num: int | None = None,
+    classify: Classify | None = None,
 ) -> None:
-    """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs."""
+    """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs.
+
+    The first one, what is scored, is None while it is still to come: images then, of which nothing is asked.
+    """
     images = sources[0]
     for metric in metrics:
         if metric not in ("sfid", "is", "kid", "prdc"):
@@ -150,24 +154,16 @@ def check_sources(
             raise ValueError(f"{images.path}: num {num} needs images, and these are statistics")
         if "is" in metrics:
             raise ValueError(f"{images.path}: the Inception Score needs images, and these are statistics")
-    elif num is not None and not 2 <= num <= images.count:
+    elif images and num is not None and not 2 <= num <= images.count:
         raise ValueError(f"num {num} must be between 2 and the {images.count} of {images.path}")
     for side in sources:
         if isinstance(side, Statistics) and {"kid", "prdc"} & set(metrics) and side.features is None:
             raise ValueError(f"{side.path}: KID and prdc need images, and these are statistics without features")
-        stored = side if isinstance(side, Statistics) or side is images else side.statistics
+        stored = side.statistics if isinstance(side, Images) and side is not images else side
         if isinstance(stored, Statistics) and "sfid" in metrics and stored.spatial is None:
             raise ValueError(f"{stored.path}: sFID needs mu_s and sigma_s, which this file does not have")
-    if classify is not None and (isinstance(images, Statistics) or images.labels is None):
+    if images and classify is not None and (isinstance(images, Statistics) or images.labels is None):
         raise ValueError(f"{images.path}: class accuracy needs labels, the arr_1 of an .npz")
-
-
-def _generated(
-    source: Images | Statistics, net: "Extractor", wanted: Wanted, num: int | None, options: dict[str, Any]
-) -> Measured:
-    if isinstance(source, Statistics):
-        return of_statistics(source, net)
-    return measure(source, net, wanted, num, **options)
 
 
 def _reference(

@@ -76,34 +76,42 @@ def gaussian(moments: FloatArray) -> Gaussian:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, in D*D*8 bytes whatever N is."""
+    """Mean and covariance of features that arrive in batches, in D*D*8 bytes whatever N is.
 
-    def __init__(self, num_features: int) -> None:
-        self.num_features = num_features
-        self._moments = np.zeros((num_features + 3, num_features))
+    `num_features` is D; where it is None, the first batch says it.
+    """
+
+    def __init__(self, num_features: int | None = None) -> None:
+        self._moments = np.zeros((num_features + 3, num_features)) if num_features else None
 
     @property
     def n(self) -> int:
         """Features so far."""
-        return int(self._moments[0, 0])
+        return 0 if self._moments is None else int(self._moments[0, 0])
 
     def update(self, features: npt.NDArray[Any]) -> None:
         """Add a batch of features (N, D), any float dtype.
 
         Raises ValueError when the batch is not (N, D) for this D, or is not finite.
         """
-        check_features("features", features, self.num_features)
+        check_features("features", features, None if self._moments is None else self._moments.shape[1])
+        if self._moments is None:
+            self._moments = np.zeros((features.shape[1] + 3, features.shape[1]))
         if len(features):
             add(self._moments, features.astype(np.float64))
 
     def merge(self, processes: Processes) -> None:
         """Add up what several processes saw; afterwards all of them hold the same sums."""
-        shift = processes.gather(self._moments[1])[0]  # the first process has the first batch
-        self._moments = processes.total(about(self._moments, shift))
+        shift = processes.gather(None if self._moments is None else self._moments[1])[
+            0
+        ]  # the first has the first batch
+        mine = np.zeros((len(shift) + 3, len(shift))) if self._moments is None else about(self._moments, shift)
+        self._moments = processes.total(mine)
         self._moments[1] = shift
 
     def gaussian(self) -> Gaussian:
         """Mean (D,) and unbiased covariance (D, D), divisor n - 1. Raises ValueError when n < 2."""
+        assert self._moments is not None
         return gaussian(self._moments)
 
 

@@ -15,6 +15,8 @@ a side that had too few images.
 import hashlib
 from copy import copy
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -103,10 +105,22 @@ class _Rows(_TwoSets):
 
     So which are kept, and in which order, is a function of the images alone. Equal images are kept or left together.
     States are flat float32 rows of 2 + D numbers: the hash in two whole numbers below 2^24, then the features.
+    Memory: at most 2 * 2 * keep * (D + 2) * 4 bytes; W times that while W processes are joined.
+
+    Args:
+        extractor, num_features, reset_real_features: As in `FrechetDistance`.
+        keep: Images a side that are looked at.
+        seed: Chooses them.
     """
 
     def __init__(
-        self, extractor: nn.Module, num_features: int | None, reset_real_features: bool, keep: int, seed: int
+        self,
+        extractor: nn.Module,
+        num_features: int | None = None,
+        *,
+        keep: int = 10_000,
+        seed: int = 0,
+        reset_real_features: bool = True,
     ) -> None:
         super().__init__(extractor, num_features, reset_real_features)
         if keep < 2 or not 0 <= seed < 2**32:
@@ -124,10 +138,8 @@ class _Rows(_TwoSets):
             held[:] = [self._kept(SIDES[real]).flatten()]
 
     def _hashes(self, images: Tensor) -> Tensor:
-        digests = [
-            hashlib.sha256(self.seed.to_bytes(4, "little") + image.tobytes()).digest()
-            for image in images.expand(-1, 3, -1, -1).cpu().numpy()
-        ]
+        seed, pixels = self.seed.to_bytes(4), images.expand(-1, 3, -1, -1).cpu().numpy()
+        digests = [hashlib.sha256(seed + image.tobytes()).digest() for image in pixels]
         return torch.tensor([(int.from_bytes(d[:3]), int.from_bytes(d[3:6])) for d in digests]).reshape(-1, 2)
 
     def _kept(self, side: str) -> Tensor:
@@ -138,79 +150,41 @@ class _Rows(_TwoSets):
             rows = rows[rows[:, column].argsort(stable=True)]
         return rows[: self.keep]
 
+    def _features_kept(self) -> list[npt.NDArray[np.float32]]:
+        return [self._kept(side)[:, 2:].cpu().numpy() for side in SIDES]
+
 
 class KernelDistance(_Rows):
-    """Kernel distance of the features of generated images to those of real ones: Bińkowski et al., 2018, section 4.
+    """Kernel distance of generated images to real ones: `eval.metrics.kid.kernel_distance`.
 
-    `compute` gives float64 scalars `kernel_distance`, the mean of the unbiased squared MMD over `subsets` random
-    subsets of `subset_size` images a side, and `kernel_distance_std` over them; see `eval.metrics.kid.kernel_distance`.
-    Memory: at most 2 * 2 * keep * (D + 2) * 4 bytes; W times half of that while W processes are joined.
+    `compute` gives float64 scalars: `kernel_distance`, the mean over random subsets, and `kernel_distance_std` over
+    them. Subsets are drawn in the order of the images' hashes, by `eval.fid` in file order: the same estimate.
 
-    Args:
-        extractor, num_features, reset_real_features: As in `FrechetDistance`.
-        keep: Images a side that are looked at.
-        seed: Chooses them.
-        subsets, subset_size: At most as many images as a side has are in a subset.
+    Arguments and memory: see `_Rows`.
     """
 
     higher_is_better = False
 
-    def __init__(
-        self,
-        extractor: nn.Module,
-        num_features: int | None = None,
-        *,
-        reset_real_features: bool = True,
-        keep: int = 10_000,
-        seed: int = 0,
-        subsets: int = 100,
-        subset_size: int = 1000,
-    ) -> None:
-        super().__init__(extractor, num_features, reset_real_features, keep, seed)
-        self.subsets, self.subset_size = subsets, subset_size
-
     def compute(self) -> dict[str, Tensor]:
         """Both numbers. Raises ValueError when a side has fewer than two images."""
-        generated, real = (self._kept(side)[:, 2:].cpu().numpy() for side in SIDES)
-        found = kernel_distance(generated, real, subsets=self.subsets, subset_size=self.subset_size)
+        found = kernel_distance(*self._features_kept())
         return {"kernel_distance": self._scalar(found.mean), "kernel_distance_std": self._scalar(found.std)}
 
 
 class PrecisionRecallDensityCoverage(_Rows):
-    """Fidelity and diversity of generated images: Kynkäänniemi et al., 2019, and Naeem et al., 2020.
+    """Fidelity and diversity of generated images: `eval.metrics.manifold.prdc`.
 
-    `compute` gives float64 scalars `precision`, `recall`, `density` and `coverage`; see `eval.metrics.manifold.prdc`.
-    Memory as of `KernelDistance`.
+    `compute` gives float64 scalars `precision`, `recall`, `density` and `coverage`.
 
-    Args:
-        extractor, num_features, reset_real_features: As in `FrechetDistance`.
-        keep: Images a side that are looked at.
-        seed: Chooses them.
-        pr_k: Neighbours of precision and recall.
-        dc_k: Neighbours of density and coverage.
+    Arguments and memory: see `_Rows`.
     """
 
     higher_is_better = True
 
-    def __init__(
-        self,
-        extractor: nn.Module,
-        num_features: int | None = None,
-        *,
-        reset_real_features: bool = True,
-        keep: int = 10_000,
-        seed: int = 0,
-        pr_k: int = 3,
-        dc_k: int = 5,
-    ) -> None:
-        super().__init__(extractor, num_features, reset_real_features, keep, seed)
-        self.pr_k, self.dc_k = pr_k, dc_k
-
     def compute(self) -> dict[str, Tensor]:
         """All four. Raises ValueError when a side has no more images than neighbours are asked for."""
-        generated, real = (self._kept(side)[:, 2:].cpu().numpy() for side in SIDES)
-        found = prdc(real, generated, pr_k=self.pr_k, dc_k=self.dc_k)
-        return {name: self._scalar(value) for name, value in found._asdict().items()}
+        generated, real = self._features_kept()
+        return {name: self._scalar(value) for name, value in prdc(real, generated)._asdict().items()}
 
 
 class InceptionScore(Metric):  # type: ignore[misc]

@@ -10,8 +10,7 @@ import numpy as np
 
 from eval import strict_json
 from eval.metrics.frechet import Gaussian
-from eval.metrics.reservoir import Float32Array
-from eval.sources.arrays import DAMAGE, IndexArray, open_npz_images, read_npz_arrays, read_npz_header
+from eval.sources.arrays import DAMAGE, Float32Array, IndexArray, open_npz_images, read_npz_arrays, read_npz_header
 from eval.sources.images import Images, Statistics
 
 # Some kilobytes of zeros unpack to gigabytes: what a file's headers may ask for.

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers import FeatureShare
 
 from eval.fid import score
-from eval.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecallDensityCoverage
+from eval.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecallDensityCoverage, modules
 from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.metrics.inception_score import InceptionSums
 from eval.metrics.kid import kernel_distance
@@ -84,15 +85,16 @@ def test_batches_and_order_do_not_matter(kind, sides, expected):
     agree(figures(fed(kind(net), sides, 7, slice(None, None, -1))), expected, rel=1e-6)
 
 
-def test_subsets_are_drawn_from_images_in_the_order_of_their_hash(sides):
+def test_subsets_are_drawn_from_images_in_the_order_of_their_hash(sides, monkeypatch):
+    monkeypatch.setattr(modules, "kernel_distance", partial(kernel_distance, subset_size=100))
     net = load_extractor("random-conv-v1")
     rows = []
     for images in sides:
         coloured = images.repeat(3, axis=3).transpose(0, 3, 1, 2)
-        hashes = [hashlib.sha256(b"\x05\0\0\0" + image.tobytes()).hexdigest()[:12] for image in coloured]
+        hashes = [hashlib.sha256(b"\0\0\0\x05" + image.tobytes()).hexdigest()[:12] for image in coloured]
         rows.append(net(pixels(images))[np.argsort(hashes)[:300]].numpy())
-    expected = kernel_distance(*rows, subsets=10, subset_size=100)._asdict()
-    metric = KernelDistance(net, keep=300, seed=5, subsets=10, subset_size=100)
+    expected = kernel_distance(*rows, subset_size=100)._asdict()
+    metric = KernelDistance(net, keep=300, seed=5)
     found = figures(fed(metric, sides, 450))
     agree(found, {"kernel_distance": expected["mean"], "kernel_distance_std": expected["std"]})
     assert expected["std"] > 1e-5
@@ -156,7 +158,7 @@ class WithLogits(Extractor):
 def every_figure(sides, rank=0, world=1, batch=32):
     """All metrics of every world-th batch."""
     net, found = load_extractor("random-conv-v1"), {}
-    metrics = [FrechetDistance(net), KernelDistance(net), KernelDistance(net, keep=60, subset_size=50)]
+    metrics = [FrechetDistance(net), KernelDistance(net), KernelDistance(net, keep=60)]
     metrics += [PrecisionRecallDensityCoverage(net)]
     inception = InceptionScore(Logits(), 10)
     for images, real in zip(sides, (False, True), strict=True):
