@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from eval import report as reporting
 from eval import statistics
 from eval.measure import Classify, Measured, Wanted, measure, misfit, of_statistics
+from eval.metrics import kid
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import SPLIT_SIZE
 from eval.processes import Processes
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from eval.networks.extractors import Extractor
 
 INCEPTION = "inception-2015"
-KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
 PR_K, DC_K = 3, 5  # of Kynkäänniemi et al. and of Naeem et al.
 
 
@@ -189,12 +189,12 @@ def _reference(
 def _parameters(gen: Measured, ref: Measured, wanted: Wanted, metrics: Sequence[str]) -> dict[str, Any]:
     """What the metrics besides the Fréchet distance depend on; None where one was not asked for."""
     rows = [None if side.features is None else len(side.features) for side in (gen, ref)]
-    size = min(KID_SUBSET_SIZE, *(row for row in rows if row is not None)) if rows != [None, None] else None
+    size = min(kid.SUBSET_SIZE, *(row for row in rows if row is not None)) if rows != [None, None] else None
     return {
         "rows": rows if wanted.keep else None,
         "rows_seed": gen.rows_seed if wanted.keep else None,
         "rows_sha256": {"images": gen.rows_sha256, "ref": ref.rows_sha256} if wanted.keep else None,
-        "kid": {"subsets": KID_SUBSETS, "subset_size": size, "seed": KID_SEED} if "kid" in metrics else None,
+        "kid": {"subsets": kid.SUBSETS, "subset_size": size, "seed": kid.SEED} if "kid" in metrics else None,
         "prdc": {"pr_k": PR_K, "dc_k": DC_K} if "prdc" in metrics else None,
         "inception_score": {"split_size": SPLIT_SIZE} if "is" in metrics else None,
         "classify": getattr(wanted.classify, "__qualname__", repr(wanted.classify)) if wanted.classify else None,
@@ -217,11 +217,7 @@ def _scores(gen: Measured, ref: Measured, net: "Extractor", metrics: Sequence[st
         scores["inception_score"], scores["inception_score_std"] = gen.inception
     if gen.features is not None and ref.features is not None:
         if "kid" in metrics:
-            from eval.metrics.kid import kernel_distance
-
-            scores[name("kid")], scores[name("kid") + "_std"] = kernel_distance(
-                gen.features, ref.features, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=KID_SEED
-            )
+            scores[name("kid")], scores[name("kid") + "_std"] = kid.kernel_distance(gen.features, ref.features)
         if "prdc" in metrics:
             from eval.metrics.manifold import prdc
 

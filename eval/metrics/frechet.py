@@ -173,3 +173,12 @@ def check_features(name: str, features: npt.NDArray[Any], num_features: int | No
         raise ValueError(f"{name} have shape {features.shape}; expected (N, {num_features or 'D'})")
     if not np.isfinite(features).all():
         raise ValueError(f"{name} hold NaN or infinity; check the images and the extractor's weights")
+
+
+def check_sides(sides: dict[str, npt.NDArray[Any]]) -> None:
+    """`check_features` of two sets by name; and ValueError when they differ in D."""
+    for name, features in sides.items():
+        check_features(name, features)
+    first, second = (features.shape[1] for features in sides.values())
+    if first != second:
+        raise ValueError(f"the sets have {first} and {second} features; use one extractor for both")
