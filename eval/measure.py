@@ -193,13 +193,8 @@ def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
     import torch
 
     pixels = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device)
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False  # TF32 would round a GPU's products to three digits
-    try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            found = net.features(pixels)
-    finally:
-        matmul.allow_tf32 = before
+    with torch.inference_mode():
+        found = net.features(pixels)
     spatial, logits = (None if part is None else part.cpu() for part in (found.spatial, found.logits))
     return found._replace(pool=found.pool.cpu(), spatial=spatial, logits=logits)
 

@@ -80,7 +80,7 @@ def assemble(
         "generation": gen.facts.get("generation"),
         "dtype": {"features": "float32", "statistics": "float64"},
         "device": net.center.device.type,
-        "tf32": False,  # `measure.features_of` sees to it
+        "tf32": False,  # `Extractor.features` sees to it
         "repeats": 1,
         "aggregate": "single",
         "versions": versions(),

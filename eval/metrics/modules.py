@@ -54,7 +54,8 @@ class _TwoSets(Metric):  # type: ignore[misc]
     def _features(self, images: Tensor) -> Tensor:
         """float64 (N, D), on the metric's device."""
         check_images(images)
-        features: Tensor = self.extractor.eval()(images.to(self.device)).double()
+        found: Tensor = self.extractor.eval()(images.to(self.device))
+        features = found.to(torch.float64, copy=True)  # to be overwritten: FeatureShare hands out the same ones again
         check_features("features", features.cpu().numpy(), self.num_features)
         return features
 

@@ -6,7 +6,8 @@ Shapes: N batch, C channels (1 or 3), H W size, D features.
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -105,12 +106,25 @@ class Extractor(nn.Module):
             tf1, size = self.mode == "tf1-bilinear", (self.side, self.side)
             x = tf1_bilinear(x, self.side) if tf1 else F.interpolate(x, size=size, mode=self.mode, antialias=True)
         x = ((x - self.center) / self.scale).expand(-1, 3, -1, -1)
-        features = self.net(x.contiguous(memory_format=torch.channels_last))
+        with full_precision(x.device):
+            features = self.net(x.contiguous(memory_format=torch.channels_last))
         return Features(*features) if isinstance(features, tuple) else Features(features, None, None)
 
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in evaluation mode, whatever a module that holds this one asks for."""
         return super().train(False)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, products are float32's: TF32 would round a GPU's to three digits, and so would a caller's autocast."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def check_images(images: Tensor) -> None:

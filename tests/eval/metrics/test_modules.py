@@ -117,17 +117,34 @@ def test_memory_does_not_grow_with_the_images(sides):
         assert sum(map(len, side)) <= 2 * 50 * 258
 
 
+class Far(torch.nn.Module):
+    """Some pixels around 1e6: sums that are not shifted keep no digit of their variance of 1e-4."""
+
+    num_features = 4
+
+    def forward(self, images):
+        return 1e6 + 0.01 * images.double().flatten(1)[:, 20:24] / 16
+
+
 def test_features_far_from_zero_keep_their_digits(sides):
-    """Sums that are not shifted keep no digit of a variance of 1e-4 around 1e6."""
-
-    class Far(torch.nn.Module):
-        def forward(self, images):
-            return 1e6 + 0.01 * images.double().flatten(1)[:, 20:24] / 16
-
-    x, y = (1e6 + 0.01 * images.reshape(len(images), -1)[:, 20:24] / 16 for images in sides)
-    got = fed(FrechetDistance(Far(), 4), sides, 50).compute()
+    x, y = (Far()(pixels(images)).numpy() for images in sides)
+    got = fed(FrechetDistance(Far()), sides, 50).compute()
     moments = [Gaussian(f.mean(0), np.cov(f - f.mean(0), rowvar=False)) for f in (x, y)]
     assert float(got) == pytest.approx(frechet_distance(*moments), rel=1e-4)
+
+
+def test_features_that_are_shared_are_left_alone(sides):
+    kinds = [FrechetDistance, PrecisionRecallDensityCoverage]
+    shared = fed(FeatureShare([kind(Far()) for kind in kinds]), sides).compute()
+    for kind in kinds:
+        for name, value in figures(fed(kind(Far()), sides)).items():
+            assert float(shared["FrechetDistance" if name == "fd" else name]) == value
+
+
+def test_a_callers_autocast_changes_nothing(sides, expected):
+    with torch.autocast("cpu", torch.bfloat16):
+        metric = fed(FrechetDistance(load_extractor("random-conv-v1")), sides)
+    agree(figures(metric), expected)
 
 
 def test_grey_images_are_their_copies_in_three_channels(sides):
