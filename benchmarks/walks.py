@@ -1,4 +1,4 @@
-"""Which files and rooms two walks enter: an image to its loss, a sample to its PNG. A room is a wing, or a trunk's file.
+"""Which files and rooms two walks enter: an image to its loss, a sample to its PNG. A room is a wing or a trunk file.
 
     python -m benchmarks.walks
 
