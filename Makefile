@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo test test-all format
+.PHONY: setup demo test test-all test-gpu format
 
 setup: .venv/.ready
 
@@ -23,6 +23,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -m 'not gpu'
+
+test-gpu: setup
+	$(BIN)/python -m tests.gpu
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -2,21 +2,12 @@
 
 import sys
 
-from ditmoe import cli
+from ditmoe import __main__, cli
 
 
 def main() -> None:
-    """Parse, sample, write, score; under torchrun or accelerate launch the processes share the work."""
-    args = cli.parse_sample(sys.argv[1:])
-    from ditmoe.generate import request as image_sets
-    from eval import fid, processes
-
-    group = processes.join()
-    try:
-        score = fid.scorer(args.score, args.report, group, **args.score_options()) if args.score else None
-        image_sets.run(args, group, score)
-    finally:
-        processes.leave(group)
+    """The command `ditmoe sample`."""
+    __main__.sample(sys.argv[1:], "sample.py")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from benchmarks.timing import machine
 from benchmarks.train_step import prepared
 from ditmoe.config.presets import PRESETS
 from ditmoe.run_folder.writer import Writer
-from ditmoe.training.state import to_parts
+from ditmoe.training.saving import to_parts
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipelin
     """The pipeline of a checkpoint's moving average."""
     config = read_config(run)
     model = build(config, len(names))
-    model.load_state_dict(checkpoint.load(folder)[0]["ema"])
+    model.load_state_dict({name: saved.whole() for name, saved in checkpoint.opened(folder)[0]["ema"].items()})
     return pipeline.assemble(model.eval(), config, names)
 
 

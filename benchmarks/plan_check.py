@@ -78,10 +78,9 @@ def predicted(config: Config) -> budget.Needs:
     """What the planner says, in bytes."""
     with torch.device("meta"):
         model = build(config, 10)
-    total = sum(p.numel() for p in model.parameters())
     images = config.train.batch_size // config.train.accumulation // config.plan.devices
     again, way = config.model.gradient_checkpointing, "FSDP2" if config.parallel.shard else "DDP"
-    return budget.needs(config, total, budget.blocks(config, model), way, config.parallel.experts, images, again)
+    return budget.needs(config, model, way, config.parallel.experts, images, again)
 
 
 def measured(config: Config, *, default: bool = False) -> float:

@@ -10,8 +10,10 @@ from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.sets import ImageSet
 from eval.judge import Classifier, accuracy, train_classifier
-from eval.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
+from eval.measure import Wanted, measure
+from eval.metrics.frechet import Gaussian, frechet_distance
 from eval.networks.extractors import load_extractor
+from eval.sources.open import open_source
 
 Images = NDArray[np.uint8]
 
@@ -27,7 +29,7 @@ class Scorer:
     Args:
         config: Says which data set, and its image size.
         cache: Folder for the statistics of the training images and the classifier.
-        extractor: See eval.extractors.
+        extractor: See eval.networks.extractors.
         num_ref: Training images of the reference, the first ones; None takes all.
     """
 
@@ -58,12 +60,7 @@ class Scorer:
         return open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels, split=split)
 
     def _gaussian(self, images: Images) -> Gaussian:
-        statistics = FeatureStatistics(self.net.num_features)
-        with torch.inference_mode():
-            for start in range(0, len(images), 500):
-                part = torch.from_numpy(images[start : start + 500].transpose(0, 3, 1, 2).copy())
-                statistics.update(self.net(part).numpy())
-        return statistics.gaussian()
+        return measure(open_source(images), self.net, Wanted(), batch_size=500).gaussian
 
     def _reference(self, path: Path, num: int | None) -> Gaussian:
         if not path.exists():

@@ -38,8 +38,12 @@ def launched(out: Path, log: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
+def newest_of(out: Path) -> Path | None:
+    return checkpoint.first_whole(checkpoint.newest_first(out / "checkpoints"), checkpoint.find_fault)
+
+
 def newest(out: Path) -> int:
-    path = checkpoint.newest(out / "checkpoints")
+    path = newest_of(out)
     return 0 if path is None else int(path.name.removeprefix("step-"))
 
 
@@ -99,8 +103,8 @@ def main() -> None:
         lost.append(max(0, (logged[-1]["step"] if logged else 0) - step))
         print(f"{len(kills)}: {done[0]}, gone after {done[1]:.2f} s, goes on from step {step}", flush=True)
     assert launched(killed, args.out / "killed.log").wait() == 0
-    parts = [checkpoint.load(path)[0] for run in (straight, killed) if (path := checkpoint.newest(run / "checkpoints"))]
-    equal = all(torch.equal(v, parts[1][part][name]) for part in parts[0] for name, v in parts[0][part].items())
+    one, other = (checkpoint.opened(path)[0] for run in (straight, killed) if (path := newest_of(run)))
+    equal = all(torch.equal(v.whole(), other[part][name].whole()) for part in one for name, v in one[part].items())
     logs = rows(straight) == rows(killed)
     count = {name: sum(kind == name for kind, _ in kills) for name in ("SIGKILL", "SIGTERM")}
     print(f"{machine()}; {len(kills)} kills {count}, {len(rows(straight))} steps")

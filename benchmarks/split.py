@@ -78,11 +78,8 @@ def one_process(way: str) -> dict[str, Any]:
         found[f"{kind}, moments"] = size(v for p in chosen for v in state.optimizer.state[p].values() if v.ndim)
     with torch.device("meta"):
         whole = build(config, 10)
-    parameters = sum(p.numel() for p in whole.parameters())
-    need = budget.needs(
-        config, parameters, budget.blocks(config, whole), "FSDP2" if config.parallel.shard else "DDP",
-        config.parallel.experts, config.train.batch_size // 2, False,
-    )  # fmt: skip
+    way = "FSDP2" if config.parallel.shard else "DDP"
+    need = budget.needs(config, whole, way, config.parallel.experts, config.train.batch_size // 2)
     found |= {"peak": peak_resident() - before, "sent": sent, "planned": need.all_to_all}
     start.shutdown()
     return found

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.timing import machine, round_robin
 from ditmoe import pipeline
+from ditmoe.launch.start import best_device
 
 STEPS = 10
 VARIANTS = {
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--images", type=int, default=64)
     args = parser.parse_args()
-    pipe = pipeline.load(args.model).to(pipeline.best_device())
+    pipe = pipeline.load(args.model).to(best_device())
     pipe.set_progress_bar_config(disable=True)
     whole, alone = (
         round_robin({name: make(pipe, name, args.images) for name in VARIANTS}, rounds)

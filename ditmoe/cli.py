@@ -5,64 +5,58 @@ Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import tyro
 
-from .config.encode import LatentArgs
-from .config.file import as_flags
-from .config.presets import PRESETS
-from .config.sample import SampleArgs
-from .config.sections import Config
+from .config import PRESETS, Config
+from .config.file import as_flags, read_file
 from .launch.signals import EXIT_CODE, Interrupted, Signals
+
+Args = TypeVar("Args")
 
 DEFAULT_PRESET = "digits"
 OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
 
 
-def parse_train(argv: Sequence[str]) -> Config:
-    """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config.
+def parse(kind: type[Args], argv: Sequence[str], prog: str = "ditmoe") -> Args:
+    """What a command is asked, a dataclass of `ditmoe.config`; `prog` is what messages call the command.
 
     Mistakes end the program with exit code 2 and a sentence; `--help` ends it with 0.
     """
+    return tyro.cli(kind, prog=prog, args=list(argv))
+
+
+def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
+    """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config; ends as `parse` does."""
     named = bool(argv) and not argv[0].startswith("-")
     start, rest = (argv[0], argv[1:]) if named else (DEFAULT_PRESET, argv)
     base = PRESETS[start] if start in PRESETS else _load(start)
     presets = ", ".join(PRESETS)
     return tyro.cli(
         Config,
-        prog=f"train.py {start}",
-        description=f"Train a diffusion transformer with experts: train.py [PRESET | RUN/config.json] [options]. "
+        prog=f"{prog} {start}",
+        description=f"Train a diffusion transformer with experts: {prog} [PRESET | RUN/config.json] [options]. "
         f"Presets: {presets}. Defaults below are those of {start}.",
         default=base,
         args=list(rest),
     )
 
 
-def parse_sample(argv: Sequence[str]) -> SampleArgs:
-    """`MODEL [options]` -> SampleArgs; mistakes end the program with exit code 2."""
-    return tyro.cli(SampleArgs, prog="sample.py", args=list(argv))
-
-
-def parse_latents(argv: Sequence[str]) -> LatentArgs:
-    """`DATA --vae PATH --out DIR [options]` -> LatentArgs; mistakes end the program with exit code 2."""
-    return tyro.cli(LatentArgs, prog="python -m ditmoe.latents", args=list(argv))
-
-
-def run(main: Callable[[], None]) -> int:
+def run(main: Callable[[], int | None]) -> int:
     """Call `main` and turn what it raises into an exit code; a user's mistake is one sentence on stderr.
 
     A signal raises Interrupted in it, wherever it is, but where training has to save first.
     """
     try:
         with Signals(raising=True):
-            main()
+            return main() or 0
     except ValueError as error:
         if not _is_ours(error):
             raise
@@ -74,7 +68,6 @@ def run(main: Callable[[], None]) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _is_ours(error: ValueError) -> bool:
@@ -94,18 +87,21 @@ def _load(start: str) -> Config:
     if path.suffix == ".json" or path.exists():
         path = path / "config.json" if path.is_dir() else path
         try:
-            values = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            _stop(f"{path} is not a configuration that can be read: {error}")
-        if not isinstance(values, dict):
-            _stop(f"{path} does not hold a configuration")
-        config = tyro.cli(Config, prog=str(path), args=list(as_flags(values)))
-        return replace(config, out=path.parent, dry_run=False)
-    near = get_close_matches(start, PRESETS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    _stop(f"there is no preset or file {start!r}; {hint}presets are {', '.join(PRESETS)}")
+            return replace(read_file(path), out=path.parent, dry_run=False)
+        except ValueError as error:
+            with suppress(ValueError):  # names and values are refused in the words that flags have, with their hints
+                tyro.cli(Config, prog=str(path), args=as_flags(path))
+            stop(str(error))
+    stop(f"there is no preset or file {start!r}; {near(start, PRESETS)}presets are {', '.join(PRESETS)}")
 
 
-def _stop(sentence: str) -> NoReturn:
+def near(word: str, words: Iterable[str]) -> str:
+    """The part of a refusal that asks whether one of `words` was meant; empty where none is like this one."""
+    found = get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {found[0]!r}? " if found else ""
+
+
+def stop(sentence: str) -> NoReturn:
+    """End the program: the user's mistake."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)

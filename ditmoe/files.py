@@ -90,11 +90,14 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             print(f"note: {folder} is on a disk without locks ({error.strerror}); start only one run on it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
-        yield
-        file.truncate(0)
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        with suppress(OSError):  # it holds on a full disk too
+            file.truncate(0)
+            os.write(file.fileno(), owner.encode())
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 @contextmanager

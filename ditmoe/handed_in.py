@@ -4,6 +4,8 @@ Whoever made the folder decides neither what is imported nor which files outside
 ValueError of one sentence that names the file or the entry.
 """
 
+from collections.abc import Callable, Mapping
+from inspect import signature
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,32 +26,76 @@ _TABLES = 2**30  # bytes, at most, of what a network computes from its config al
 _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as many values
 
 
-def is_scheduler(entry: Any) -> bool:
+def check_pipeline(
+    folder: Path,
+    pipeline: type,
+    network: type,
+    check_network: Callable[[dict[str, Any]], None],
+    settings: Mapping[str, Callable[[Any], bool]],
+) -> dict[str, Any]:
+    """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
+
+    It has to be of the class `pipeline`, its transformer of the class `network` with a config.json that `check_network`
+    does not refuse. `settings`: what further entries have to fulfil where they are there.
+
+    Raises:
+        ValueError: It names anything but our classes and diffusers', holds code, or its parts do not fit.
+    """
+    index = read_object(folder / "model_index.json")
+    known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(pipeline).parameters}
+    fits = {
+        "_class_name": index.get("_class_name") == pipeline.__name__,
+        "transformer": index.get("transformer") == [network.__module__, network.__name__],
+        "scheduler": _is_scheduler(index.get("scheduler")),
+        "vae": _is_vae(index.get("vae", [None, None])),
+        "id2label": _are_names(index.get("id2label", {})),
+        "sampler": isinstance(index.get("sampler", ""), str),
+        **{name: index.get(name) is None or usable(index[name]) for name, usable in settings.items()},
+        **{name: _is_number(index.get(name, 1)) for name in ("num_inference_steps", "guidance_scale")},
+        **dict.fromkeys(index.keys() - known, False),
+    }
+    for entry, fitting in fits.items():
+        if not fitting:
+            raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
+    _check_no_code(folder)
+    _check_scheduler(folder / "scheduler")
+    check_network(read_object(folder / "transformer" / "config.json"))
+    _check_weights(network, folder / "transformer")
+    if vae := _of_diffusers(index.get("vae")):
+        _check_weights(vae, folder / "vae", renamed=True)
+    return index
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
+
+
+def _are_names(id2label: Any) -> bool:
+    return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
+
+
+def _is_scheduler(entry: Any) -> bool:
     """Whether [module, class] of model_index.json is one of `SAMPLERS` or of diffusers' schedulers."""
     ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
     found = _of_diffusers(entry)
     return entry in ours or (found is not None and issubclass(found, SchedulerMixin))
 
 
-def is_vae(entry: Any) -> bool:
+def _is_vae(entry: Any) -> bool:
     """Whether [module, class] of model_index.json is no VAE or one of diffusers' autoencoders."""
     found = _of_diffusers(entry)
     return entry == [None, None] or (found is not None and found.__module__.startswith("diffusers.models.autoencoders"))
 
 
-def vae_class(entry: Any) -> type | None:
-    """The class that an entry which `is_vae` stands for; None for no VAE."""
-    return _of_diffusers(entry)
-
-
 def _of_diffusers(entry: Any) -> type | None:
+    """The class of diffusers that [module, class] names; None where it names none."""
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
         return None
     found = getattr(diffusers, entry[1], None)
     return found if isinstance(found, type) else None
 
 
-def check_no_code(folder: Path) -> None:
+def _check_no_code(folder: Path) -> None:
     """Refuse a folder with Python files; diffusers imports some names on its own."""
     for script in sorted(folder.glob("*.py")):
         raise ValueError(f"{script} is code, and a model folder holds settings and weights alone; remove it")
@@ -57,7 +103,7 @@ def check_no_code(folder: Path) -> None:
 
 def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors in the `.safetensors` files of a component's folder, once it was found harmless."""
-    check_no_code(folder)
+    _check_no_code(folder)
     for file in sorted(folder.glob("*.json")):
         values = read_object(file)
         for entry in values.keys() & CODE:
@@ -67,7 +113,7 @@ def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
 
 
-def check_scheduler(folder: Path) -> None:
+def _check_scheduler(folder: Path) -> None:
     """`check_component` for a scheduler, whose tables must be of a size that can be used."""
     check_component(folder)
     steps = read_object(folder / "scheduler_config.json").get("num_train_timesteps", 1000)
@@ -75,7 +121,7 @@ def check_scheduler(folder: Path) -> None:
         raise ValueError(f"{folder} has num_train_timesteps {steps!r:.100}; it must be a number in 1..{_STEPS}")
 
 
-def check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None:
+def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None:
     """`check_component` for a network, whose weights must be those that its config.json asks for.
 
     Compared are the files' headers and a network that takes no memory.

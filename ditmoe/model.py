@@ -310,6 +310,11 @@ def tokens_per_image(model: DiTMoETransformer2DModel) -> int:
 pass
 
 
+def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
+    """Names of the blocks that hold experts, counted from 0."""
+    return [f"block {i}" for i, b in enumerate(net.blocks) if any(isinstance(m, MoELayer) for m in b.modules())]
+
+
 def check_network(values: Mapping[str, Any]) -> None:
     """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
     make = DiTMoETransformer2DModel.__init__

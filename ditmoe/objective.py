@@ -1,4 +1,4 @@
-"""Objectives: how x_t is made, what the network has to say about it, and the loss as a named tuple.
+"""Objectives: how x_t is made, what the network has to say about it, and the losses, by name.
 
 Shapes: N images, C channels, H W size. x_0 lies in [-1, 1] (pixels) or has unit scale (latents); t is on the 0..1000
 scale at the model's door.
@@ -19,8 +19,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from .config.sections import MoEConfig, ObjectiveConfig
-from .moe import Routing, balance_loss, z_loss
+from samplers.gaussian import ddpm_posterior, noisy_image, per_image, velocity
+
+from .config.sections import ObjectiveConfig
 from .rng import sample_rng
 
 NUM_TIMESTEPS = 1000
@@ -33,20 +34,6 @@ class Draws(NamedTuple):
     t: Tensor
     noise: Tensor
     drop: Tensor
-
-
-class Losses(NamedTuple):
-    """The total and its parts, float32 scalars; vlb is None without learn_sigma, balance and z without experts.
-
-    total = mse + vlb + layers * (balance_weight * balance + z_weight * z): each layer's own loss has the weight, as in
-    the paper; balance and z are means over the layers, so that 1 is even load whatever the depth.
-    """
-
-    total: Tensor
-    mse: Tensor
-    vlb: Tensor | None
-    balance: Tensor | None
-    z: Tensor | None
 
 
 def scheduler_config(config: ObjectiveConfig) -> dict[str, Any]:
@@ -100,53 +87,26 @@ class Objective:
     def corrupt(self, x_0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, target), each (N, C, H, W)."""
         if self.is_flow:
-            s = _per_image(t / NUM_TIMESTEPS, x_0)
+            s = per_image(t / NUM_TIMESTEPS, x_0)
             return (1 - s) * x_0 + s * noise, noise - x_0
-        a = _per_image(self.alphas_cumprod[t.long().cpu()].to(t.device), x_0)
-        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-        if self.config.prediction_type == "epsilon":
-            return x_t, noise
-        if self.config.prediction_type == "sample":
-            return x_t, x_0
-        return x_t, a.sqrt() * noise - (1 - a).sqrt() * x_0
+        a = self.alphas_cumprod[t.long().cpu()].float().to(x_0.device)
+        target = {"epsilon": noise, "sample": x_0}.get(self.config.prediction_type)
+        return noisy_image(x_0, noise, a), velocity(x_0, noise, a) if target is None else target
 
-    def losses(
-        self,
-        sample: Tensor,
-        routing: Sequence[Routing],
-        target: Tensor,
-        x_0: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        moe: MoEConfig,
-        counts: Tensor | None = None,
-    ) -> Losses:
-        """The loss of one (micro-)batch.
+    def losses(self, sample: Tensor, target: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The losses of one (micro-)batch, float32 scalars: "mse", and with learn_sigma "vlb".
 
         Args:
             sample: The network's output (N, C or 2C, H, W).
-            routing: Its routing records.
             target: As `corrupt` gave it.
             x_0: Clean images, x_t: noisy ones, t: their times (the variance's loss needs them).
-            moe: The weights of the balance losses.
-            counts: (L, E) assignments of each MoE layer over all processes; default: the records' own.
         """
         C = target.shape[1]
-        mse = (sample[:, :C].float() - target).square().mean()
-        vlb = None
+        losses = {"mse": (sample[:, :C].float() - target).square().mean()}
         if self.config.learn_sigma:
             eps, values = sample.float().split(C, dim=1)
-            vlb = self._variance_bound(eps.detach(), values, x_0, x_t, t.long())
-        balance = z = None
-        if routing:
-            shares = [balance_loss(r, None if counts is None else counts[i]) for i, r in enumerate(routing)]
-            balance = torch.stack(shares).mean()
-            z = torch.stack([z_loss(record) for record in routing]).mean()
-        total = mse + (0 if vlb is None else vlb)
-        for weight, part in ((moe.balance_weight, balance), (moe.z_weight, z)):
-            if part is not None and weight:
-                total = total + weight * len(routing) * part
-        return Losses(total, mse, vlb, balance, z)
+            losses["vlb"] = self._variance_bound(eps.detach(), values, x_0, x_t, t.long())
+        return losses
 
     def _variance_bound(self, eps: Tensor, values: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The variational bound's term at t in bits per dimension, mean over the batch: trains the variance alone.
@@ -161,10 +121,9 @@ class Objective:
         log_tilde = torch.cat([tilde[1:2], tilde[1:]]).log()  # tilde is 0 at t = 0
 
         def at(table: Tensor) -> Tensor:
-            return _per_image(table[t].to(x_0.device), x_0)
+            return per_image(table[t], x_0)
 
-        true_mean = at(beta * a_prev.sqrt() / (1 - a)) * x_0
-        true_mean = true_mean + at((1 - a_prev) * (a / a_prev).sqrt() / (1 - a)) * x_t
+        true_mean, _ = ddpm_posterior(x_t, x_0, a[t], a_prev[t], "fixed_small")
         mean = (x_t - at(beta / (1 - a).sqrt()) * eps) / at((a / a_prev).sqrt())
         f = (values + 1) / 2
         log_var = f * at(beta.log()) + (1 - f) * at(log_tilde)
@@ -175,10 +134,6 @@ class Objective:
         first = -_discretised_log_likelihood(x_0, mean, 0.5 * log_var)
         nats = torch.where((t == 0).to(kl.device).view(-1, 1, 1, 1), first, kl).mean(dim=(1, 2, 3))
         return nats.mean() / math.log(2.0)
-
-
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

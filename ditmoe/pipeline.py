@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from samplers.catalog import LIBRARY_ERRORS, scheduler_for
 
 from . import handed_in
 from .config.sections import Config
-from .data.latents import denormalize, is_normalization, normalization
+from .data.latents import denormalize, is_normalization, read_normalization
 from .data.pixels import to_pil
 from .data.vae import check_vae, load_vae
-from .files import read_object, replacing
+from .files import replacing
+from .launch.start import best_device
 from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
 
@@ -45,7 +45,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
-            "sha256"}, "mean", "std"}, see `ditmoe.latent_sets`; None: by the scaling factor of the VAE's config.
+            "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -200,8 +200,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.tensor(list(class_labels), dtype=torch.int64), len(class_labels)
 
 
-def load(folder: Path) -> DiTMoEPipeline:
-    """The pipeline of a run folder or of its `model/`, in float32 on the CPU. Nothing in the folder is executed.
+def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
+    """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
+
+    On the CPU, or with `fast` where this machine computes fast.
 
     Raises:
         ValueError: There is no pipeline; it says what was looked for. Or what is there is not one of ours.
@@ -219,51 +221,17 @@ def load(folder: Path) -> DiTMoEPipeline:
                 pipe.transformer.float()
                 if pipe.vae is not None and pipe.config.latents is not None:
                     check_vae(pipe.vae, pipe.config.latents)
-                return pipe
+                return pipe.to(best_device()) if fast else pipe
             except (OSError, *LIBRARY_ERRORS) as error:
                 sentence = " ".join(str(error).split())
                 raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
     raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
 
 
-def _check(folder: Path) -> None:
-    """Refuse a pipeline folder that names anything but our classes and diffusers', or whose parts do not fit."""
-    index = read_object(folder / "model_index.json")
-    known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
-    network = [DiTMoETransformer2DModel.__module__, DiTMoETransformer2DModel.__name__]
-    fits = {
-        "_class_name": index.get("_class_name") == DiTMoEPipeline.__name__,
-        "transformer": index.get("transformer") == network,
-        "scheduler": handed_in.is_scheduler(index.get("scheduler")),
-        "vae": handed_in.is_vae(index.get("vae", [None, None])),
-        "id2label": _are_names(index.get("id2label", {})),
-        "sampler": isinstance(index.get("sampler", ""), str),
-        "latents": index.get("latents") is None or is_normalization(index["latents"]),
-        **{name: _is_number(index.get(name, 1)) for name in ("num_inference_steps", "guidance_scale")},
-        **dict.fromkeys(index.keys() - known, False),
-    }
-    for entry, fitting in fits.items():
-        if not fitting:
-            raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
-    handed_in.check_no_code(folder)
-    handed_in.check_scheduler(folder / "scheduler")
-    check_network(read_object(folder / "transformer" / "config.json"))
-    vae = handed_in.vae_class(index.get("vae"))
-    for component, network in {"transformer": DiTMoETransformer2DModel, **({"vae": vae} if vae else {})}.items():
-        handed_in.check_weights(network, folder / component, renamed=component == "vae")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e9
-
-
-def _are_names(id2label: Any) -> bool:
-    return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
-
-
-def best_device() -> torch.device:
-    """Where sampling is fast: a CUDA device when there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _check(folder: Path) -> dict[str, Any]:
+    """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
+    network = DiTMoETransformer2DModel
+    return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, {"latents": is_normalization})
 
 
 def assemble(
@@ -276,9 +244,9 @@ def assemble(
 ) -> DiTMoEPipeline:
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
-    `data_variance` (`ditmoe.data.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
-    latents it knows how they were normalised: as `latents` says (`ditmoe.latent_sets.normalization`), else as the
-    folder of the data does; the VAE is in it where `data.vae` gives one.
+    `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
+    latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
+    data does; the VAE is in it where `data.vae` gives one.
 
     Raises:
         ValueError: The sampler does not fit the network, or the VAE is not that of the latents.
@@ -289,16 +257,20 @@ def assemble(
     guidance = config.sample.cfg if model.null_label is not None else 1.0
     sampler, steps = config.sample.sampler, config.sample.steps
     if latents is None and config.data.name == "latents":
-        latents = normalization(config.data.path)
+        latents = read_normalization(config.data.path)
     vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
     return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
+
+
+def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:
+    """Let a pipeline of latents decode them. ValueError unless the folder holds the VAE that made them."""
+    pipe.register_modules(vae=load_vae(folder, pipe.config.latents))
 
 
 def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
-        _check(folder)
-        steps = read_object(folder / "model_index.json").get("trained_steps")
+        steps = _check(folder).get("trained_steps")
     except ValueError:
         return None
     return steps if isinstance(steps, int) else None

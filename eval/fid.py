@@ -58,9 +58,9 @@ class Arguments:
     """JSON file for the report."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.fid") -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr). A bug keeps its traceback."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m eval.fid")
+    arguments = tyro.cli(Arguments, args=argv, prog=prog)
     options = {k: v for k, v in vars(arguments).items() if k not in ("images", "ref", "out")}
     return together(
         lambda processes: score_and_show(arguments.images, arguments.ref, arguments.out, processes, **options)
@@ -98,19 +98,16 @@ def scorer(
 
     def prepare() -> None:
         _check_out(out, processes)
-        images = Images("model", "the images to come", 2, (1, 1, 1), lambda *_: iter(()))
-        check_sources((images, open_source(ref)), options["metrics"], options["extractor"], None, None)
+        check_sources((None, open_source(ref)), options["metrics"], options["extractor"])
 
         from eval.networks.extractors import load_extractor
 
         load_extractor(options["extractor"], options["weights"])
 
     processes.agree(prepare)
-
-    def run(drawn: str | Path | dict[str, Any]) -> None:
-        score_and_show(Images(**drawn) if isinstance(drawn, dict) else drawn, ref, out, processes, **options)
-
-    return run
+    return lambda drawn: score_and_show(
+        Images(**drawn) if isinstance(drawn, dict) else drawn, ref, out, processes, **options
+    )
 
 
 def _check_out(out: Path | None, processes: Processes) -> None:

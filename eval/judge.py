@@ -5,21 +5,17 @@ and the copy rule is set so that 1 % of held-out real images break it. Images ar
 pixels are averaged down to 32 first. Shapes: n and m images, H W C their size, P = H*W*C numbers of an image.
 """
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-Ratios = NDArray[np.float32]
+from eval.sources.arrays import Float32Array, IndexArray, UInt8Array
 
 PASSES = 60_000  # images the classifier sees in training, at most
 LARGEST_SIDE = 32  # pixels; larger images are averaged down
@@ -28,11 +24,11 @@ REAL_SHARE = 0.01  # share of real images that the copy rule flags, by construct
 
 
 def judge(
-    images: Images,
-    labels: Labels | None,
-    train: Images,
-    train_labels: Labels,
-    held_out: tuple[Images, Labels] | None,
+    images: UInt8Array,
+    labels: IndexArray | None,
+    train: UInt8Array,
+    train_labels: IndexArray,
+    held_out: tuple[UInt8Array, IndexArray] | None,
     names: Sequence[str],
     seed: int = 0,
     mirrored: bool = False,
@@ -78,16 +74,12 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *_convolution(channels, 16 if channels == 1 else 32),
-            nn.MaxPool2d(2),
-            *_convolution(16 if channels == 1 else 32, 48),
-            nn.MaxPool2d(2),
-            *_convolution(48, 96),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(96 * (size[0] // 4) * (size[1] // 4), num_classes),
-        )
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise((channels, 16 if channels == 1 else 32, 48, 96)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+            layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        layers[-1:] = [nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * (size[0] // 4) * (size[1] // 4), num_classes)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, num_classes) of x (n, C, H, W) in [-1, 1]."""
@@ -95,23 +87,17 @@ class Classifier(nn.Module):
         return logits
 
     @torch.no_grad()
-    def predict(self, images: Images) -> Labels:
+    def predict(self, images: UInt8Array) -> IndexArray:
         """The most likely class (n,) of uint8 images (n, H, W, C)."""
         self.eval()
         parts = [self(part).argmax(1) for part in _pixels(images).split(500)]
-        found: Labels = torch.cat(parts).numpy()
+        found: IndexArray = torch.cat(parts).numpy()
         return found
 
 
-def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
-
-
-def train_classifier(images: Images, labels: Labels, seed: int = 0, *, num_classes: int | None = None) -> Classifier:
+def train_classifier(
+    images: UInt8Array, labels: IndexArray, seed: int = 0, *, num_classes: int | None = None
+) -> Classifier:
     """A classifier trained on real images, within a fixed budget of `PASSES` image passes.
 
     Weights and order are a function of (images, labels, seed) on one machine; torch's global random
@@ -159,7 +145,7 @@ def _fit(classifier: Classifier, x: Tensor, y: Tensor, generator: torch.Generato
         schedule.step()
 
 
-def accuracy(classifier: Classifier, images: Images, labels: Labels) -> float:
+def accuracy(classifier: Classifier, images: UInt8Array, labels: IndexArray) -> float:
     """Share in [0, 1] of images (n, H, W, C) that the classifier gives their label (n,)."""
     return float((classifier.predict(images) == labels).mean())
 
@@ -189,9 +175,9 @@ class Copies:
     """Median over generated images to the nearest training image: RMS over pixels, in grey levels of 255."""
     real_distance: float
     """The same for the real images."""
-    ratios: Ratios
+    ratios: Float32Array
     """(n,), of the generated images."""
-    nearest: Labels
+    nearest: IndexArray
     """(n,), index of the nearest training image of each."""
     num_train: int
     num_real: int
@@ -210,7 +196,9 @@ class Copies:
         )
 
 
-def nearest_copies(generated: Images, train: Images, held_out: Images | None = None, *, most: int = 2000) -> Copies:
+def nearest_copies(
+    generated: UInt8Array, train: UInt8Array, held_out: UInt8Array | None = None, *, most: int = 2000
+) -> Copies:
     """Generated images that stand unusually close to one single training image.
 
     With d_1 <= d_2 <= ... the L2 distances of an image to the training images, pixels in [-1, 1], the ratio
@@ -260,14 +248,16 @@ def nearest_copies(generated: Images, train: Images, held_out: Images | None = N
     )
 
 
-def _quantile(ratios: Ratios) -> float:
+def _quantile(ratios: Float32Array) -> float:
     """The largest ratio that 1 % of them reach from below; of fewer than 100, below all. At least 0: exact copies."""
     rank = int(REAL_SHARE * len(ratios))
     ordered = np.sort(ratios)
     return max(0.0, float(ordered[rank - 1] if rank else np.nextafter(ordered[0], np.float32(-1))))
 
 
-def _ratios(images: Images, pixels: Tensor, own: Labels | None = None) -> tuple[Ratios, Ratios, Labels]:
+def _ratios(
+    images: UInt8Array, pixels: Tensor, own: IndexArray | None = None
+) -> tuple[Float32Array, Float32Array, IndexArray]:
     """r, d_1 and the index of the nearest, each (n,), of images among pixels (m, P) but for `own`."""
     squares = pixels.square().sum(1)
     distances, indices = [], []
@@ -286,7 +276,7 @@ def _ratios(images: Images, pixels: Tensor, own: Labels | None = None) -> tuple[
     return ratio.numpy(), d[:, 0].numpy(), torch.cat(indices).numpy()
 
 
-def _pixels(images: Images) -> Tensor:
+def _pixels(images: UInt8Array) -> Tensor:
     """float32 (n, C, H, W) in [-1, 1], sides at most LARGEST_SIDE."""
     parts = []
     for start in range(0, len(images), 1000):

@@ -5,18 +5,17 @@ Shapes: n images, b in a batch, D features, C classes.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eval.metrics.frechet import FeatureStatistics, Gaussian
-from eval.metrics.inception_score import InceptionScore, Score
-from eval.metrics.reservoir import Float32Array, Reservoir, Rows, chosen_indices
+from eval.metrics.inception_score import InceptionSums, Score
 from eval.processes import Processes, SharedError
 from eval.progress import progress as shown_progress
-from eval.sources.arrays import IndexArray, UInt8Array
+from eval.sources.arrays import Float32Array, IndexArray, UInt8Array
 from eval.sources.images import Images, Statistics
 
 if TYPE_CHECKING:
@@ -100,11 +99,10 @@ class _Pass:
     def __init__(self, source: Images, net: "Extractor", wanted: Wanted, count: int) -> None:
         self.source, self.net, self.wanted, self.count = source, net, wanted, count
         self.moments = FeatureStatistics(net.num_features)
-        self.spatial: FeatureStatistics | None = None
-        self.inception: InceptionScore | None = None
-        self.reservoir = None
-        if wanted.keep:
-            self.reservoir = Reservoir(chosen_indices(count, wanted.keep, wanted.seed), net.num_features)
+        self.spatial = FeatureStatistics() if wanted.spatial else None
+        self.inception: InceptionSums | None = None
+        self.chosen = chosen_indices(count, wanted.keep, wanted.seed) if wanted.keep else np.arange(0)
+        self.rows: dict[int, Float32Array] = {}  # of the chosen images, each (D,)
         self.right = 0
         self.digests: dict[int, bytes] = {}
 
@@ -112,15 +110,14 @@ class _Pass:
         found = features_of(self.net, batch)
         pool = found.pool.numpy()
         self.moments.update(pool)
-        if self.reservoir is not None:
-            self.reservoir.update(indices, pool)
-        if self.wanted.spatial:
+        for k in np.flatnonzero(np.isin(indices, self.chosen)):
+            self.rows[int(indices[k])] = pool[k].copy()
+        if self.spatial is not None:
             assert found.spatial is not None
-            self.spatial = self.spatial or FeatureStatistics(found.spatial.shape[1])
             self.spatial.update(found.spatial.numpy())
         if self.wanted.logits:
             assert found.logits is not None
-            self.inception = self.inception or InceptionScore(self.count, found.logits.shape[1])
+            self.inception = self.inception or InceptionSums(self.count, found.logits.shape[1])
             self.inception.update(indices, found.logits.numpy())
         if self.wanted.classify is not None:
             assert self.source.labels is not None
@@ -133,64 +130,62 @@ class _Pass:
 
     def close(self, processes: Processes) -> Measured:
         self.moments.merge(processes)
-        spatial = self._merged_spatial(processes)
+        if self.spatial is not None:
+            self.spatial.merge(processes)
         inception = self._merged_inception(processes)
-        parts = processes.gather((self.digests, self.source.bad, self.right))
+        parts = processes.gather((self.digests, self.source.bad, self.right, self.rows))
         digests = {i: digest for part in parts for i, digest in part[0].items()}
         bad = sorted({name for part in parts for name in part[1]})
         if len(bad) > self.source.may_skip:
             raise SharedError(f"{self.source.path}: {len(bad)} images cannot be read: {', '.join(bad[:5])}")
-        rows = self._merged_rows(processes, bool(bad))
+        rows = {i: row for part in parts for i, row in part[3].items()}
+        features = np.array([rows[i] for i in sorted(rows)], np.float32).reshape(-1, self.net.num_features)
+        assert bad or len(rows) == len(self.chosen), (len(rows), len(self.chosen))
         assert self.moments.n == len(digests), (self.moments.n, len(digests))
 
         def sha256(indices: list[int]) -> str:
             joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in indices)
             return hashlib.sha256(joined).hexdigest()
 
-        facts: dict[str, Any] = {
-            "path": self.source.path,
-            "kind": self.source.kind,
-            "sha256": sha256(sorted(digests)),
-        }
-        facts |= {"shape": list(self.source.shape), "generation": self.source.facts or None}
-        accuracy = sum(part[2] for part in parts) / self.moments.n if self.wanted.classify else None
-        gaussian = self.moments.gaussian()
-        found = Measured(
-            gaussian, self.moments.n, self.source.shape, facts, spatial,
-            inception=inception, accuracy=accuracy, bad=bad,
-        )  # fmt: skip
-        if rows is None:
-            return found
-        return replace(
-            found, features=rows.features, rows_seed=self.wanted.seed, rows_sha256=sha256(rows.indices.tolist())
+        facts = {"path": self.source.path, "kind": self.source.kind, "sha256": sha256(sorted(digests))}
+        return Measured(
+            self.moments.gaussian(),
+            self.moments.n,
+            self.source.shape,
+            {**facts, "shape": list(self.source.shape), "generation": self.source.facts or None},
+            spatial=self.spatial.gaussian() if self.spatial else None,
+            features=features if self.wanted.keep else None,
+            rows_seed=self.wanted.seed if self.wanted.keep else None,
+            rows_sha256=sha256(sorted(rows)) if self.wanted.keep else None,
+            inception=inception,
+            accuracy=sum(part[2] for part in parts) / self.moments.n if self.wanted.classify else None,
+            bad=bad,
         )
-
-    def _merged_spatial(self, processes: Processes) -> Gaussian | None:
-        if not self.wanted.spatial:
-            return None
-        sizes = processes.gather(self.spatial and self.spatial.num_features)
-        mine = self.spatial or FeatureStatistics(max(size or 0 for size in sizes))
-        mine.merge(processes)
-        return mine.gaussian()
 
     def _merged_inception(self, processes: Processes) -> Score | None:
         if not self.wanted.logits:
             return None
-        sizes = processes.gather(self.inception and self.inception.sum_p.shape[1])
-        mine = self.inception or InceptionScore(self.count, max(size or 0 for size in sizes))
-        mine.count, mine.sum_p = processes.total(mine.count), processes.total(mine.sum_p)
-        mine.sum_p_log_p = processes.total(mine.sum_p_log_p)
-        return mine.compute()
+        classes = processes.gather(self.inception and self.inception.sum_p.shape[1])[0]  # it has the first batch
+        sums = self.inception or InceptionSums(self.count, classes)
+        sums.count, sums.sum_p = processes.total(sums.count), processes.total(sums.sum_p)
+        sums.sum_p_log_p = processes.total(sums.sum_p_log_p)
+        return sums.compute()
 
-    def _merged_rows(self, processes: Processes, bad: bool) -> Rows | None:
-        if self.reservoir is None:
-            return None
-        whole = Reservoir(self.reservoir.indices, self.net.num_features)
-        for part in processes.gather(self.reservoir.rows()):
-            whole.update(*part)
-        rows = whole.rows()
-        assert bad or len(rows.indices) == len(whole.indices), (len(rows.indices), len(whole.indices))
-        return rows
+
+def chosen_indices(n: int, size: int, seed: int) -> IndexArray:
+    """min(n, size) different indices of range(n), ascending; all of range(n) when size >= n.
+
+    Every subset of that size is equally likely. The draw is numpy.random.RandomState(seed).choice
+    without replacement: NumPy has frozen RandomState's streams (NEP 19) but not those of its newer
+    Generator, and a score made today should keep its images after an upgrade.
+
+    Raises ValueError when n < 0 or size < 1.
+    """
+    if n < 0 or size < 1:
+        raise ValueError(f"cannot choose {size} of {n} images; give size >= 1 and n >= 0")
+    if size >= n:
+        return np.arange(n, dtype=np.int64)
+    return np.sort(np.random.RandomState(seed).choice(n, size, replace=False)).astype(np.int64)
 
 
 def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
@@ -198,13 +193,8 @@ def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
     import torch
 
     pixels = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device)
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False  # TF32 would round a GPU's products to three digits
-    try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            found = net.features(pixels)
-    finally:
-        matmul.allow_tf32 = before
+    with torch.inference_mode():
+        found = net.features(pixels)
     spatial, logits = (None if part is None else part.cpu() for part in (found.spatial, found.logits))
     return found._replace(pool=found.pool.cpu(), spatial=spatial, logits=logits)
 
@@ -214,11 +204,13 @@ def of_statistics(source: Statistics, net: "Extractor") -> Measured:
     if (problem := misfit(source, net)) is not None:
         raise ValueError(f"{source.path}: {problem}; use the extractor that made it, or give images")
     facts = {"path": source.path, "kind": source.kind, "sha256": source.sha256, "made_from": source.facts or None}
-    found = Measured(source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features)
-    if source.features is None:
-        return found
-    rows = source.facts.get("rows") or {"sha256": hashlib.sha256(source.features.tobytes()).hexdigest()}
-    return replace(found, rows_seed=rows.get("seed"), rows_sha256=rows["sha256"])
+    rows: dict[str, Any] = {}
+    if source.features is not None:
+        rows = source.facts.get("rows") or {"sha256": hashlib.sha256(source.features.tobytes()).hexdigest()}
+    return Measured(
+        source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features,
+        rows_seed=rows.get("seed"), rows_sha256=rows.get("sha256"),
+    )  # fmt: skip
 
 
 def misfit(source: Statistics, net: "Extractor") -> str | None:

@@ -145,24 +145,41 @@ class Stopped(BaseException):
 def stoppable() -> Iterator[None]:
     """Inside, the first signal raises Stopped; one that comes more than GRACE seconds later ends the process at once.
 
-    Where Python runs no handlers, in a thread other than the main one, it does nothing.
+    A process that waits for others runs no handlers, so a thread looks out for the second one: the interpreter writes
+    the numbers of signals into a pipe the moment they come. In a thread other than the main one it does nothing.
     """
-    first: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    come, written = os.pipe()
+    os.set_blocking(written, False)
+    stopped: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        first.append(time.monotonic())
-        if len(first) == 1:
+        stopped.append(number)
+        if len(stopped) == 1:
             raise Stopped(f"stopped by {signal.Signals(number).name}")
-        if first[-1] - first[0] > GRACE:
-            os._exit(STOPPED)
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in SIGNALS} if main else {}
+    def watch() -> None:
+        first = 0.0
+        while number := os.read(come, 1):
+            if number[0] in SIGNALS:
+                first = first or time.monotonic()
+                if time.monotonic() - first > GRACE:
+                    os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
+                    os._exit(STOPPED)
+        os.close(come)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    old = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(old)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(written)
 
 
 def leave(processes: Processes) -> None:

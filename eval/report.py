@@ -2,19 +2,19 @@
 
 import errno
 import json
-import math
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
 
+from eval import strict_json
 from eval.measure import Measured
 from eval.metrics.inception_score import SPLIT_SIZE
 
@@ -80,7 +80,7 @@ def assemble(
         "generation": gen.facts.get("generation"),
         "dtype": {"features": "float32", "statistics": "float64"},
         "device": net.center.device.type,
-        "tf32": False,  # `measure.features_of` sees to it
+        "tf32": False,  # `Extractor.features` sees to it
         "repeats": 1,
         "aggregate": "single",
         "versions": versions(),
@@ -92,28 +92,13 @@ def assemble(
 
 def check_report(report: Report) -> None:
     """Raises ValueError naming the first field that is missing, not finite, or of another type than the schema says."""
-    _check(report, SCHEMA, "")
+    strict_json.check(report, SCHEMA, "the report")
     metric, value = report["metric"], report["value"]
     for where, found in ((metric, report.get(metric)), (f"scores.{metric}", report["scores"].get(metric))):
         if found != value:
             raise ValueError(f"the report's {where} is {found!r} and its value {value!r}")
     for name, score in report["scores"].items():
-        _check(score, NUMBER, f"scores.{name}")
-
-
-def _check(found: Any, schema: Any, name: str) -> None:
-    if isinstance(schema, dict):
-        if not isinstance(found, dict):
-            raise ValueError(f"the report's {name} is {found!r}; expected an object")
-        for key, part in schema.items():
-            where = f"{name}.{key}" if name else key
-            if key not in found:
-                raise ValueError(f"the report has no field {where}")
-            _check(found[key], part, where)
-    elif not isinstance(found, schema) or (isinstance(found, bool) and schema is not bool):
-        raise ValueError(f"the report's {name} is {found!r}, a {type(found).__name__}")
-    elif isinstance(found, float) and not math.isfinite(found):
-        raise ValueError(f"the report's {name} is {found!r}; check the statistics of both sides")
+        strict_json.check(score, NUMBER, "the report", f"scores.{name}")
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -195,17 +180,9 @@ def versions() -> dict[str, str | None]:
     """Of what can change a number."""
     import torch
 
-    try:
-        own: str | None = version("ditmoe")
-    except PackageNotFoundError:
-        own = None
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "torch": str(torch.__version__),
-        "ditmoe": own,
-    }
+    own = next((found.version for found in distributions(name="ditmoe")), None)
+    numeric = {"numpy": np.__version__, "pillow": PIL.__version__, "torch": str(torch.__version__)}
+    return {"python": platform.python_version(), **numeric, "ditmoe": own}
 
 
 def commit() -> str | None:

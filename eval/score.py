@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from eval import report as reporting
 from eval import statistics
 from eval.measure import Classify, Measured, Wanted, measure, misfit, of_statistics
+from eval.metrics import kid
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import SPLIT_SIZE
 from eval.processes import Processes
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from eval.networks.extractors import Extractor
 
 INCEPTION = "inception-2015"
-KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
 PR_K, DC_K = 3, 5  # of Kynkäänniemi et al. and of Naeem et al.
 
 
@@ -93,7 +93,8 @@ def score(
     sources, net = processes.agree(prepare)
     wanted = Wanted("sfid" in metrics, "is" in metrics, keep if {"kid", "prdc"} & set(metrics) else 0, seed, classify)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
-    gen = _generated(sources[0], net, wanted, num, options)
+    side = sources[0]
+    gen = of_statistics(side, net) if isinstance(side, Statistics) else measure(side, net, wanted, num, **options)
     target, problems = _reference(sources[1], net, replace(wanted, logits=False, classify=None), cache, options)
     scores = processes.agree(lambda: _scores(gen, target, net, metrics))
     metric = metric_name(net.name, fid_named=net.fid_named)
@@ -132,13 +133,16 @@ def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics:
 
 
 def check_sources(
-    sources: tuple[Images | Statistics, Images | Statistics],
+    sources: tuple[Images | Statistics | None, Images | Statistics],
     metrics: Sequence[str],
     extractor: str,
-    num: int | None,
-    classify: Classify | None,
+    num: int | None = None,
+    classify: Classify | None = None,
 ) -> None:
-    """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs."""
+    """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs.
+
+    The first one, what is scored, is None while it is still to come: images then, of which nothing is asked.
+    """
     images = sources[0]
     for metric in metrics:
         if metric not in ("sfid", "is", "kid", "prdc"):
@@ -150,24 +154,16 @@ def check_sources(
             raise ValueError(f"{images.path}: num {num} needs images, and these are statistics")
         if "is" in metrics:
             raise ValueError(f"{images.path}: the Inception Score needs images, and these are statistics")
-    elif num is not None and not 2 <= num <= images.count:
+    elif images and num is not None and not 2 <= num <= images.count:
         raise ValueError(f"num {num} must be between 2 and the {images.count} of {images.path}")
     for side in sources:
         if isinstance(side, Statistics) and {"kid", "prdc"} & set(metrics) and side.features is None:
             raise ValueError(f"{side.path}: KID and prdc need images, and these are statistics without features")
-        stored = side if isinstance(side, Statistics) or side is images else side.statistics
+        stored = side.statistics if isinstance(side, Images) and side is not images else side
         if isinstance(stored, Statistics) and "sfid" in metrics and stored.spatial is None:
             raise ValueError(f"{stored.path}: sFID needs mu_s and sigma_s, which this file does not have")
-    if classify is not None and (isinstance(images, Statistics) or images.labels is None):
+    if images and classify is not None and (isinstance(images, Statistics) or images.labels is None):
         raise ValueError(f"{images.path}: class accuracy needs labels, the arr_1 of an .npz")
-
-
-def _generated(
-    source: Images | Statistics, net: "Extractor", wanted: Wanted, num: int | None, options: dict[str, Any]
-) -> Measured:
-    if isinstance(source, Statistics):
-        return of_statistics(source, net)
-    return measure(source, net, wanted, num, **options)
 
 
 def _reference(
@@ -193,12 +189,12 @@ def _reference(
 def _parameters(gen: Measured, ref: Measured, wanted: Wanted, metrics: Sequence[str]) -> dict[str, Any]:
     """What the metrics besides the Fréchet distance depend on; None where one was not asked for."""
     rows = [None if side.features is None else len(side.features) for side in (gen, ref)]
-    size = min(KID_SUBSET_SIZE, *(row for row in rows if row is not None)) if rows != [None, None] else None
+    size = min(kid.SUBSET_SIZE, *(row for row in rows if row is not None)) if rows != [None, None] else None
     return {
         "rows": rows if wanted.keep else None,
         "rows_seed": gen.rows_seed if wanted.keep else None,
         "rows_sha256": {"images": gen.rows_sha256, "ref": ref.rows_sha256} if wanted.keep else None,
-        "kid": {"subsets": KID_SUBSETS, "subset_size": size, "seed": KID_SEED} if "kid" in metrics else None,
+        "kid": {"subsets": kid.SUBSETS, "subset_size": size, "seed": kid.SEED} if "kid" in metrics else None,
         "prdc": {"pr_k": PR_K, "dc_k": DC_K} if "prdc" in metrics else None,
         "inception_score": {"split_size": SPLIT_SIZE} if "is" in metrics else None,
         "classify": getattr(wanted.classify, "__qualname__", repr(wanted.classify)) if wanted.classify else None,
@@ -221,11 +217,7 @@ def _scores(gen: Measured, ref: Measured, net: "Extractor", metrics: Sequence[st
         scores["inception_score"], scores["inception_score_std"] = gen.inception
     if gen.features is not None and ref.features is not None:
         if "kid" in metrics:
-            from eval.metrics.kid import kernel_distance
-
-            scores[name("kid")], scores[name("kid") + "_std"] = kernel_distance(
-                gen.features, ref.features, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=KID_SEED
-            )
+            scores[name("kid")], scores[name("kid") + "_std"] = kid.kernel_distance(gen.features, ref.features)
         if "prdc" in metrics:
             from eval.metrics.manifold import prdc
 

@@ -27,3 +27,22 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is not finite")
     return value
+
+
+def check(found: Any, schema: Any, what: str, name: str = "") -> None:
+    """Raises ValueError naming the first field of `what` that is missing, not finite, or of another type.
+
+    `schema` is what `isinstance` takes, or, for an object, a dict of the fields that it has at least.
+    """
+    if isinstance(schema, dict):
+        if not isinstance(found, dict):
+            raise ValueError(f"{what}'s {name} is {found!r}; expected an object")
+        for key, part in schema.items():
+            where = f"{name}.{key}" if name else key
+            if key not in found:
+                raise ValueError(f"{what} has no field {where}")
+            check(found[key], part, what, where)
+    elif not isinstance(found, schema) or (isinstance(found, bool) and schema is not bool):
+        raise ValueError(f"{what}'s {name} is {found!r}, a {type(found).__name__}")
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"{what}'s {name} is {found!r}; check the statistics of both sides")

@@ -25,11 +25,6 @@ from eval.sources.open import open_source
 
 DOOR = Path(__file__).resolve().parent.parent / "sample.py"
 INDEX = "model_index.json"
-# What all points of a sweep have in common: where a report says it, and what the command line calls it.
-NAMES = {
-    "ref.path": "ref", "n_gen": "num", "generation.seed": "seed", "extractor.name": "extractor",
-    "generation.checkpoint.sha256": "model",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,13 +112,15 @@ def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> Non
             with file.open("rb") as handle:
                 content = hashlib.file_digest(handle, "sha256").digest()
             digest.update(file.relative_to(folder).as_posix().encode() + content)
-    wanted = {
-        "ref.path": arguments.ref, "n_gen": arguments.num, "generation.seed": arguments.seed,
-        "extractor.name": arguments.extractor, "generation.checkpoint.sha256": digest.hexdigest(),
-    }  # fmt: skip
-    for path in made:
-        report = read_report(path)
-        other = [NAMES[name] for name in wanted if field(report, name) != wanted[name]]
+    common = {  # what all points of a sweep have in common, and where a report says it
+        "ref": ("ref.path", arguments.ref),
+        "num": ("n_gen", arguments.num),
+        "seed": ("generation.seed", arguments.seed),
+        "extractor": ("extractor.name", arguments.extractor),
+        "model": ("generation.checkpoint.sha256", digest.hexdigest()),
+    }
+    for report in map(read_report, made):
+        other = [name for name, (place, value) in common.items() if field(report, place) != value]
         if other:
             raise ValueError(f"--out {arguments.out} holds a sweep with other {', '.join(other)}; give another folder")
 
@@ -138,10 +135,8 @@ def _point(arguments: Arguments, sampler: str, steps: int, cfg: float) -> Report
             raise ValueError(f"{path} is of sampler, steps and cfg {found}; remove it")
         return report
     command = [sys.executable, str(DOOR), str(arguments.model), "--score", arguments.ref, "--report", str(path)]
-    for name, value in {"sampler": sampler, "steps": steps, "cfg": cfg}.items():
-        command += [f"--{name}", str(value)]
-    for name in ("num", "seed", "batch_size", "extractor", "weights"):
-        value = getattr(arguments, name)
+    given = {name: getattr(arguments, name) for name in ("num", "seed", "batch_size", "extractor", "weights")}
+    for name, value in {"sampler": sampler, "steps": steps, "cfg": cfg, **given}.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 2:

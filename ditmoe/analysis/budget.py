@@ -1,4 +1,4 @@
-"""What a run would need on many devices: memory, arithmetic and traffic, calculated and not run. Needs no torch.
+"""What a run would need on many devices: memory, arithmetic and traffic, calculated and not run.
 
 One process a GPU, float32 parameters, `train.precision` bf16 (autocast; "auto" counts as bf16) or fp32.
 
@@ -8,24 +8,21 @@ devices, d of them share a layer's experts; m is 2 for swiglu, 1 for gelu; b is 
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-from ..config.sections import Config
-
-if TYPE_CHECKING:
-    from ..model import DiTMoETransformer2DModel
-import json
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import pipeline
 from ..config.file import to_dict
-from ..config.sections import micro_batch_size
+from ..config.sections import Config, micro_batch_size
 from ..model import DiTMoETransformer2DModel, build, count_parameters
-from . import budget
 
 Way = Literal["DDP", "FSDP2"]  # of all but split experts; FSDP2 on two devices or more
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
@@ -45,32 +42,6 @@ class Flops(NamedTuple):
     def training(self, checkpointing: bool) -> float:
         """Forward and backward, where each product has two; checkpointing repeats the blocks."""
         return 3 * self.forward + (self.blocks if checkpointing else 0.0)
-
-
-class Block(NamedTuple):
-    """Parameters of one block, outside and inside its routed experts, and one process's slices of them under FSDP2.
-
-    Slices are along the first dimension, all as long as the longest (`fully_shard` pads): where n is above E, those of
-    stacked experts are together larger than these. `router` is a part of `own_slice`.
-    """
-
-    own: int
-    experts: int
-    own_slice: int
-    experts_slice: int
-    router: int
-
-
-class _Local(NamedTuple):
-    """One block on one device: parameters held, bytes of autocast's copies of them, and those of `activations`."""
-
-    own: float
-    experts: float
-    own_copy: float
-    expert_copy: float
-    saved: float
-    boundary: float
-    passing: float
 
 
 class Needs(NamedTuple):
@@ -161,97 +132,91 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     return T * token + (7 * b + 8) * D, T * (b * D + record), T * b * (2 * D + max(3 * D, widest))
 
 
-def blocks(config: Config, model: DiTMoETransformer2DModel) -> list[Block]:
-    """Every block; `model` may be on the meta device. Slices are those of `plan.devices` processes."""
-    n = max(config.plan.devices, 1)
-    found = []
-    for block in model.blocks:
-        counts = dict.fromkeys(Block._fields, 0)
-        for name, p in block.named_parameters():
-            kind, slice_ = "experts" if ".experts." in name else "own", -(-p.shape[0] // n) * p[0].numel()
-            counts[kind] += p.numel()
-            counts[f"{kind}_slice"] += slice_
-            counts["router"] += slice_ if ".router." in name else 0
-        found.append(Block(**counts))
+def _share(parameters: Iterable[tuple[str, Tensor]], config: Config, way: Way, d: int) -> Counter[str]:
+    """What one device has of these parameters: "held" and "replicated" (or "replicated experts") are numbers of them.
+
+    FSDP2 cuts along the first dimension, into slices as long as the longest (`fully_shard` pads), all but experts that
+    are split. Bytes: it gathers "whole" weights as `parallel.gather` says, a router's in float32, makes "gradients" of
+    them, and sums those in float32 ("scattered"). Autocast's "copy" (or "expert copy") is of whole weights, also where
+    slices are held, but not of those gathered in bf16. Source: torch.distributed.fsdp, `_fsdp_param_group.py` (2.14).
+    """
+    n, size = config.plan.devices, 2 if config.parallel.gather == "bfloat16" else 4
+    cast = 0 if _sizes(config)[1] == 4 else 2
+    found: Counter[str] = Counter()
+    for name, p in parameters:
+        values, kind = p.numel(), " experts" if ".experts." in name else ""
+        mine = values // d if kind else values
+        if way == "FSDP2" and (d == 1 or not kind):
+            mine = -(-p.shape[0] // n) * (values // p.shape[0])
+            found["whole"] += n * mine * (4 if ".router." in name else size)
+            found["gradients"] += size * values
+            found["scattered"] += 4 * n * mine
+            found["expert copy" if kind else "copy"] += cast * values * (size == 4)
+        else:
+            found["replicated" + kind] += mine
+            found["expert copy" if kind else "copy"] += cast * mine
+        found["held"] += mine
     return found
 
 
-def gathering(parts: list[Block], outside: float, n: int, d: int, gathered: int) -> tuple[float, float]:
-    """Under FSDP2: most bytes of whole weights and gradients at one time, and what a process sends in a micro-batch.
+def _gathered(parts: list[Counter[str]], outside: Counter[str]) -> tuple[int, int]:
+    """Under FSDP2: most bytes of whole weights and gradients at a time, and of those that a micro-batch gathers.
 
-    n processes gather the X values of a parameter (padded) at `gathered` bytes each, a router's at 4, and reduce and
-    scatter 4 X bytes; those of a block are gathered for its forward and again for its backward pass. At most there are
-    a block's weights and gradients, its predecessor's weights (gathered ahead), its successor's gradients (being
-    sent), and all that is outside the blocks. Source: torch.distributed.fsdp, `_fsdp_param_group.py` (2.14).
+    At most there are a block's weights and gradients, its predecessor's weights (gathered ahead), its successor's
+    gradients (being sent), and all that is outside the blocks. A block's are gathered forward and again backward.
     """
-    cut = [(x.own_slice + x.experts_slice, x.own + x.experts) if d == 1 else (x.own_slice, x.own) for x in parts]
-    weights = [n * (gathered * size + (4 - gathered) * x.router) for x, (size, _) in zip(parts, cut, strict=True)]
-    scattered = [4.0 * n * size for size, _ in cut]
-    around = zip(cut, weights, [0, *weights[:-1]], [*scattered[1:], 0.0], strict=True)
-    most = max(now + ahead + gathered * gradients + behind for (_, gradients), now, ahead, behind in around)
-    sent = 2 * sum(weights) + sum(scattered) + (gathered + 4) * outside
-    return most + 2 * gathered * outside, sent * (n - 1) / n
+    around = zip([Counter[str](), *parts], parts, [*parts[1:], Counter[str]()], strict=False)
+    most = max(a["whole"] + x["whole"] + x["gradients"] + z["scattered"] for a, x, z in around)
+    sent = sum(2 * x["whole"] + x["scattered"] for x in parts) + outside["whole"] + outside["scattered"]
+    return most + outside["whole"] + outside["gradients"], sent
 
 
 def needs(
-    config: Config, parameters: int, parts: list[Block], way: Way, d: int, images: int, checkpointing: bool
+    config: Config, model: DiTMoETransformer2DModel, way: Way, d: int, images: int, checkpointing: bool = False
 ) -> Needs:
     """What each of `plan.devices` devices needs for micro-batches of so many images, experts split over d of them.
 
-    It holds 1 / d of the experts, and of the rest everything (DDP) or a slice (FSDP2, with d = 1 of experts too).
-    Buffers: DDP's buckets, 4 B a parameter that it replicates (Accelerate leaves gradient_as_bucket_view off), or
-    `gathering`; and autocast's copies, see `_moving`: of whole weights, also where slices are held, but for those that
-    are gathered in bf16.
+    It holds 1 / d of the experts, and of the rest everything (DDP, with 4 B a parameter for its buckets: Accelerate
+    leaves gradient_as_bucket_view off) or a slice (FSDP2, with d = 1 of experts too). `model` may be on "meta".
+
+    Peak: when the backward pass begins (all activations, of gradients a block's, or all where they accumulate) or ends
+    (the reverse), with what a block passes on and with checkpointing has again; or, then, when the forward pass ends:
+    autocast keeps its copies until there, experts' until the end of their block.
 
     Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
-    Yuan, 2009). DDP reduces float32 gradients, those of split experts over n / d devices; FSDP2 sends as `gathering`
-    says. An all-to-all sends S K D b (d - 1) / d at even load: two in each direction, with checkpointing two more.
+    Yuan, 2009), of split experts over n / d devices. An all-to-all sends S K D b (d - 1) / d at even load: two in each
+    direction, with checkpointing two more.
     """
-    n, times, (T, b, _), sharded = config.plan.devices, config.train.accumulation, _sizes(config), way == "FSDP2"
-    outside, whole = parameters - sum(x.own + x.experts for x in parts), d == 1  # no experts are split
-    rows = 0.0 if whole else images * T * config.moe.top_k * config.model.hidden_size * b
-    cast, gathered = 0 if b == 4 else 2, 2 if config.parallel.gather == "bfloat16" else 4
-    copied = 0 if sharded and gathered == 2 else cast
-    local = []
-    for x, routed in zip(parts, _routed(config), strict=True):
-        own, experts = x.own_slice if sharded else x.own, x.experts_slice if sharded and whole else x.experts / d
-        expert_copy = (copied if whole else cast) * x.experts / d
-        saved, boundary, passing = (images * size for size in activations(config, routed, not whole))
-        passing += 2 * rows * routed  # there twice, as sent and as received
-        local.append(_Local(own, experts, copied * x.own, expert_copy, saved, boundary, passing))
-    ends, experts = outside / n if sharded else outside, sum(x.experts for x in local)
-    rest = ends + sum(x.own for x in local)
-    held = rest + experts
-    wire, sent = gathering(parts, outside, n, d, gathered) if sharded else (4 * (held if whole else rest) * (n > 1), 0)
-    copies = (max if checkpointing else sum)([x.expert_copy for x in local])
-    kept, most = sum(x.boundary if checkpointing else x.saved for x in local), max(x.saved for x in local)
-    return Needs(
-        *(4 * held, 4 * held, 8 * held, 4 * held),
-        buffers=wire + copied * outside + sum(x.own_copy for x in local) + copies,
-        activations=kept + most * checkpointing,
-        peak=16 * held + wire + _moving(local, ends, copied * outside, checkpointing, times > 1),
-        all_reduce=8 * ((0 if sharded else rest * (n - 1) / n) + (0 if sharded and whole else experts * (n - d) / n)),
-        gather_scatter=times * sent,
-        all_to_all=times * (6 if checkpointing else 4) * rows * (d - 1) / d * sum(_routed(config)),
+    n, again, accumulates = config.plan.devices, checkpointing, config.train.accumulation > 1
+    routed, (T, b, _) = _routed(config), _sizes(config)
+    outside = _share((x for x in model.named_parameters() if not x[0].startswith("blocks.")), config, way, d)
+    parts = [_share(block.named_parameters(), config, way, d) for block in model.blocks]
+    total, (most, sent) = sum(parts, outside), _gathered(parts, outside)
+    wire = most + 4 * (total["replicated"] + (total["replicated experts"] if d == 1 else 0)) * (n > 1)
+
+    rows = 0 if d == 1 else images * T * config.moe.top_k * config.model.hidden_size * b
+    sizes = [[images * x for x in activations(config, experts, d > 1)] for experts in routed]
+    copies = [x["copy"] + x["expert copy"] for x in parts]
+    active = sum(kept if again else saved for saved, kept, _ in sizes)
+    there = active if again else active + sum(copies)
+    one = max(  # block at work; rows of tokens are there twice, as sent and as received
+        passing + 2 * rows * experts + copy + (saved + copy) * again
+        for (saved, _, passing), experts, copy in zip(sizes, routed, copies, strict=True)
     )
-
-
-def _moving(parts: list[_Local], ends: float, ends_copy: float, checkpointing: bool, accumulates: bool) -> float:
-    """Most bytes of activations, gradients and autocast's copies (2 B a parameter) at any one time.
-
-    Over the blocks from last to first: what the earlier ones and this one keep, what this one recomputes and passes on,
-    and the gradients of the later ones (of all, where they accumulate). A copy is kept until used in the backward pass;
-    with checkpointing until the end of the forward pass, experts' until that of their block. `ends` belong to no block.
-    """
-    sizes, copies = [x.own + x.experts for x in parts], [x.own_copy + x.expert_copy for x in parts]
-    gradients = 4 * (sum(sizes) + ends)
-    kept = [x.boundary if checkpointing else x.saved + copy for x, copy in zip(parts, copies, strict=True)]
-    rest = sum(x.own_copy for x in parts) + ends_copy + max(x.saved + x.expert_copy for x in parts)
-    peak = max(gradients, sum(kept) + gradients * accumulates + (rest if checkpointing else 0))  # ends of step, forward
-    for i, (x, copy) in enumerate(zip(parts, copies, strict=True)):
-        now = x.passing + copy + (x.saved + copy if checkpointing else 0.0)
-        peak = max(peak, sum(kept[: i + 1]) + now + (gradients if accumulates else 4 * sum(sizes[i:])))
-    return peak
+    gradients, block = 4 * total["held"], 4 * (total["held"] - outside["held"]) / len(parts)
+    early = gradients if accumulates else 0
+    forward = total["copy"] + max(size[0] + x["expert copy"] for size, x in zip(sizes, parts, strict=True))
+    moving = max(there + one + (early or block), there / len(parts) + one + gradients)
+    moving = max(moving, there + forward + early) if again else moving
+    return Needs(
+        *(4 * total["held"], 4 * total["held"], 8 * total["held"], 4 * total["held"]),
+        buffers=wire + total["copy"] + (max if again else sum)(x["expert copy"] for x in parts),
+        activations=active + max(size[0] for size in sizes) * again,
+        peak=16 * total["held"] + wire + moving,
+        all_reduce=8 * (total["replicated"] * (n - 1) / n + total["replicated experts"] * (n - d) / n),
+        gather_scatter=config.train.accumulation * sent * (n - 1) / n,
+        all_to_all=config.train.accumulation * (6 if again else 4) * rows * (d - 1) / d * sum(routed),
+    )
 
 
 def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
@@ -261,11 +226,11 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     or else need least memory. The step's time is its arithmetic alone, at `plan.efficiency`; sending may hide behind.
     """
     plan, count, degrees, times = config.plan, flops(config), _degrees(config), config.train.accumulation
-    parameters, parts = sum(p.numel() for p in model.parameters()), blocks(config, model)
-    usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if parameters > 1e7 else ("MB", 1e6)
+    large = sum(p.numel() for p in model.parameters()) > 1e7
+    usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if large else ("MB", 1e6)
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
-        at = partial(needs, config, parameters, parts, way)
+        at = partial(needs, config, model, way)
         found = {d: at(d, images, checkpointing) for d in degrees}
         fitting = [d for d in degrees if found[d].peak <= usable]
         d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
@@ -324,5 +289,5 @@ def describe(config: Config) -> str:
     if config.model.num_classes is None and not known:
         counts += ", without the label table, whose size the data set decides"
     if config.plan.devices:
-        counts += "\n" + budget.table(config, model, micro_batch_size(config.train, config.plan.devices))
+        counts += "\n" + table(config, model, micro_batch_size(config.train, config.plan.devices))
     return json.dumps(to_dict(config), indent=2) + "\n" + counts

@@ -6,27 +6,31 @@ Shapes: L layers with experts, B time bins, Y classes, n images of each, T token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..generate.pictures import Array
+from ..config import ObjectiveConfig
 from ..model import DiTMoETransformer2DModel, tokens_per_image
 from ..objective import Objective
+
+Array = NDArray[Any]
 
 FORWARD = 128  # images in one forward pass of the count
 
 
 @torch.no_grad()
 def count_experts(
-    net: DiTMoETransformer2DModel, objective: Objective, x: Tensor, classes: Sequence[int], num_bins: int, seed: int
+    net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, classes: Sequence[int], num_bins: int, seed: int
 ) -> Array:
     """Assignments of tokens to experts while clean images, noised to every time bin, pass through the network.
 
     Args:
         net: in eval mode; its routing must not depend on the batch.
-        objective: its `corrupt` makes x_t.
+        config: how x_t is made.
         x: (Y, n, C, H, W), n images of each class.
         classes: their labels, which the network is given if it was trained with labels.
         num_bins: B bins of the 0..1000 time axis; the n images of a class are spread over each bin.
@@ -35,7 +39,7 @@ def count_experts(
     Returns:
         int64 (L, B, Y, T, E); every (l, b, y, t) sums to n * K.
     """
-    Y, n, *size = x.shape
+    (Y, n, *size), objective = x.shape, Objective(config)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((Y, n, *size), generator=generator)
     y = torch.arange(Y).repeat_interleave(n)

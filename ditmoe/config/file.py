@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..files import read_object, write_json
 from .sections import Config
 
-
-def check_run(config: Config) -> None:
-    """ValueError unless every value of a configuration has the type of its field."""
-    for section in (config, *vars(config).values()):
-        if dataclasses.is_dataclass(section):
-            check_types(vars(section), get_type_hints(type(section)))
-
-
-def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """ValueError unless every value has the type that its name is annotated with."""
-    for name, hint in hints.items():
-        if name in values and not _has_type(values[name], hint):
-            raise ValueError(f"{name} is {values[name]!r:.100}, which it cannot be")
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_has_type(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if hint in (int, float):
-        kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e30
-    return isinstance(value, hint)
+Section = TypeVar("Section")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -51,9 +29,78 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def save(config: Config, path: Path) -> None:
     """Write the configuration as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, to_dict(config))
+
+
+def read_file(path: Path, what: str = "a configuration that can be read", needed: Sequence[str] = ()) -> Config:
+    """The configuration in a file. What an older version did not write has its default.
+
+    Args:
+        path: A JSON file as `save` writes it.
+        what: What the file is not, in the words of a refusal.
+        needed: What has to be in it.
+
+    Raises:
+        ValueError: The file cannot be read, or a name, a type or a value in it is none of ours.
+    """
+    try:
+        values = _object(path)
+        if missing := [name for name in needed if name not in values]:
+            raise ValueError(f"it has no {missing[0]}")
+        return _built(Config, values)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {what}: {error}") from error
+
+
+def read_config(run: Path, name: str = "config.json") -> Config:
+    """The configuration of a run folder, or with "training.json" of an exported model.
+
+    Raises:
+        ValueError: The file is missing or is none of ours.
+    """
+    return read_file(run / name, "the configuration of a run", needed=("out", "data"))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise ValueError(str(error.__cause__ or "it holds no JSON object")) from error
+
+
+def _built(section: type[Section], values: Mapping[str, Any]) -> Section:
+    """A section of the configuration, itself checked, of what a file holds."""
+    hints = get_type_hints(section)
+    if unknown := [name for name in values if name not in hints]:
+        near = get_close_matches(unknown[0], hints, n=1)
+        raise ValueError(f"it has {unknown[0]}, which is unknown" + (f"; did you mean {near[0]}?" if near else ""))
+    found = {name: _value(value, hints[name]) for name, value in values.items()}
+    check_types(found, hints)
+    return section(**found)
+
+
+def _value(value: Any, hint: Any) -> Any:
+    if isinstance(value, dict) and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _built(hint, value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """ValueError unless every value has the type that its name is annotated with."""
+    for name, hint in hints.items():
+        if name in values and not _has_type(values[name], hint):
+            raise ValueError(f"{name} is {values[name]!r:.100}, which it cannot be")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if hint in (int, float):
+        kinds = int if hint is int else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= 1e30
+    return isinstance(value, hint)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -68,42 +115,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
-def as_flags(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A saved configuration as command-line flags, so that one parser checks files and flags alike."""
-    for key, value in values.items():
-        flag = f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from as_flags(value, f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            section, _, name = flag.rpartition(".")
-            yield "--" + (f"{section}." if section else "") + ("" if value else "no-") + name
-        else:
-            yield from (f"--{flag}", str(value))
+def as_flags(path: Path) -> list[str]:
+    """What a configuration's file holds as command-line flags. ValueError where it holds no JSON object."""
 
+    def flags(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in values.items():
+            flag = f"{prefix}{key}".replace("_", "-")
+            if isinstance(value, dict):
+                yield from flags(value, f"{prefix}{key}.")
+            elif isinstance(value, bool):
+                section, _, name = flag.rpartition(".")
+                yield "--" + (f"{section}." if section else "") + ("" if value else "no-") + name
+            else:
+                yield from (f"--{flag}", str(value))
 
-pass
-
-
-def read_config(run: Path, name: str = "config.json") -> Config:
-    """The configuration of a run folder, or with "training.json" of an exported model.
-
-    Raises:
-        ValueError: The file is missing or is none of ours.
-    """
-    path = run / name
-    try:
-        values = json.loads(path.read_text())
-        values["out"] = Path(values["out"])
-        for place in ("path", "vae"):
-            if values["data"].get(place) is not None:
-                values["data"][place] = Path(values["data"][place])
-        for field in dataclasses.fields(Config):
-            if callable(field.default_factory):
-                values[field.name] = field.default_factory(
-                    **values.get(field.name, {})
-                )  # {}: an older version wrote it
-        config = Config(**values)
-        check_run(config)
-        return config
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+    return list(flags(read_object(path), ""))

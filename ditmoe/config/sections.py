@@ -150,7 +150,7 @@ class DataConfig:
 
     name: Literal["digits", "fashion", "folder", "latents"] = "digits"
     """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards, made by
-    python -m ditmoe.latents)."""
+    python -m ditmoe encode)."""
     path: Path | None = None
     """Folder of the images, of the IDX files, or of the latent shards."""
     vae: Path | None = None
@@ -349,12 +349,6 @@ def _not_negative(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _require(value >= 0, f"{name} is {value}; it must be 0 or more")
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-pass
 
 
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:

@@ -1,35 +1,15 @@
-"""A model to give away: the pipeline of a run in bfloat16, with a page that says how it came about.
-
-python -m ditmoe.convert.export RUN FOLDER
-"""
+"""A model to give away: the pipeline of a run in bfloat16, with a page that says how it came about."""
 
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
+import torch
 
-from .. import cli
-
-
-@dataclass(frozen=True)
-class ExportArgs:
-    """Write the averaged weights of a finished run as a pipeline folder to share."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run folder."""
-    folder: Annotated[Path, tyro.conf.Positional]
-    """The new pipeline folder."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the stored weights; bfloat16 has half the size."""
-    vae: Path | None = None
-    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
-    force: bool = False
-    """Replace the folder if it is there."""
+from .. import pipeline
+from ..config.export import ExportArgs
+from ..config.file import read_config
 
 
 def export(args: ExportArgs) -> None:
@@ -38,18 +18,12 @@ def export(args: ExportArgs) -> None:
     Raises:
         ValueError: The run holds no model, the folder exists, or the VAE is not that of the latents.
     """
-    import torch
-
-    from .. import pipeline
-    from ..config.file import read_config
-    from ..data.vae import load_vae
-
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
     read_config(args.run)  # refuses what is no run
     pipe = pipeline.load(args.run)
     if args.vae is not None:
-        pipe.register_modules(vae=load_vae(args.vae, pipe.config.latents))
+        pipeline.add_vae(pipe, args.vae)
     torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)
@@ -67,7 +41,7 @@ def card(args: ExportArgs) -> str:
     lines += [
         "```",
         *commands,
-        f"python -m ditmoe.convert.export {args.run} {args.folder} --dtype {args.dtype}",
+        f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}",
         "```",
         "",
     ]
@@ -86,8 +60,3 @@ def _facts(report: dict[str, Any]) -> list[str]:
     if score:
         lines.append(f"* {score['metric']} {score['value']:.4f} with {score['n_gen']} samples")
     return [*lines, ""]
-
-
-if __name__ == "__main__":
-    parsed = tyro.cli(ExportArgs, prog="python -m ditmoe.convert.export")
-    sys.exit(cli.run(lambda: export(parsed)))

@@ -5,6 +5,7 @@ Shapes: n images asked for, C channels, H W size; pixels are uint8 (n, H, W, C).
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import zlib
@@ -14,12 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
-from torch import Tensor
 
-from .sets import BadImage
+from .sets import BadImage, ImageSet
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
@@ -43,7 +42,7 @@ _DAMAGE = (
 )
 
 
-class FolderImages:
+class FolderImages(ImageSet):
     """Images read from files each time they are asked for, one sub-folder a class.
 
     Args:
@@ -56,8 +55,6 @@ class FolderImages:
     Raises:
         ValueError: No images, or a folder that cannot be listed.
     """
-
-    is_latent = False
 
     def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
         if not root.is_dir():
@@ -84,17 +81,22 @@ class FolderImages:
         self.root = root
         self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     @property
     def inventory(self) -> list[tuple[str, int]]:
         """Every file's place below the root and its size in bytes, -1 of one that cannot be reached."""
         return [(file.relative_to(self.root).as_posix(), _size(file)) for file in self.files]
 
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
         """(n, H, W, C) uint8. Raises BadImage at the first file that cannot be used."""
-        return np.stack([self._image(i) for i in indices])
+        return np.stack([self._image(row) for row in rows])
+
+    def contents(self) -> bytes:
+        """Names and sizes of the files."""
+        return json.dumps(self.inventory).encode()
+
+    def name(self, row: int) -> str:
+        """The file."""
+        return str(self.files[row])
 
     def check_headers(self) -> dict[int, str]:
         """With fit "exact", what is wrong with files by their number, as far as their headers tell."""
@@ -106,10 +108,6 @@ class FolderImages:
             except ValueError as error:
                 wrong[row] = str(error)
         return wrong
-
-    def tensors(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, H, W) float32 in [-1, 1]."""
-        return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _check(self, file: Path, image: Image.Image) -> None:
         want = (self.size, self.size)

@@ -1,6 +1,6 @@
 """Latents of images that a VAE has encoded: what training reads of them, and how a pipeline turns them back.
 
-The folder that `python -m ditmoe.latents` writes: shards `00000.safetensors`, ..., each with `latents` (n, C, H, W), as
+The folder that `python -m ditmoe encode` writes: shards `00000.safetensors`, ..., each with `latents` (n, C, H, W), as
 the VAE's posterior mean has them, `labels` (n,) int64 and mostly `latents_flipped`, the latents of the mirrored images;
 and `latents.json`, written when all are there. The model's x is (latents - mean) / std with the mean and std of each
 channel over the set. In the simple form, shards without a latents.json, the latents are the model's x.
@@ -10,13 +10,12 @@ Shapes: n images asked for, C channels, H W size of the latents.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,38 +24,51 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import digest
+from .sets import MOST_LABELS, ImageSet
 from .vae import vae_words
 
 INDEX = "latents.json"
 FORMAT = 1
 KEY = "ditmoe"  # of a shard's metadata; one entry, for safetensors writes several in any order
-MOST_LABELS = 1_000_000
 _HASHED_BYTES = 2 * 2**30  # a set up to this size is hashed whenever it is opened
 
 Index = dict[str, Any]
 
 
-class Latents:
-    """Latents (len, C, H, W) in memory with labels (len,), as the model takes them."""
+class _Latents(ImageSet):
+    """No set of latents has pixels, and all of them can be used."""
 
     is_latent = True
+
+    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """Latents have no pixels."""
+        raise ValueError(f"{self.source}: latents are not pixels; decode them with their VAE first")
+
+    def readable(self, rows: Sequence[int]) -> list[int]:
+        """All of the rows."""
+        return list(rows)
+
+
+class Latents(_Latents):
+    """Latents (len, C, H, W) in memory with labels (len,), as the model takes them; not those of mirrored images."""
+
+    in_memory = True
 
     def __init__(self, values: Tensor, labels: NDArray[np.int64], id2label: dict[int, str], source: str) -> None:
         self.values, self.labels, self.id2label, self.source = values, labels, id2label, source
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def contents(self) -> memoryview:
+        """The values."""
+        return self.values.contiguous().flatten().view(torch.uint8).numpy().data
 
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Latents have no pixels."""
-        _no_pixels(self.source)
-
-    def tensors(self, indices: Sequence[int]) -> Tensor:
+    def tensors(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
         """(n, C, H, W) float32."""
-        return self.values[torch.as_tensor(indices)].float()
+        assert mirrored is None, "open_latents refuses it"
+        return self.values[torch.as_tensor(rows)].float()
 
 
-class LatentShards:
+class LatentShards(_Latents):
     """Latents read from their shards, mapped into memory, when they are asked for.
 
     Args:
@@ -68,8 +80,6 @@ class LatentShards:
             are compared where the set has at most 2 GiB.
     """
 
-    is_latent = True
-
     def __init__(self, root: Path, index: Index) -> None:
         self.root, self.index = root, index
         self.flipped: bool = index["flip"]
@@ -78,25 +88,23 @@ class LatentShards:
         self._ends = list(accumulate(shard["count"] for shard in index["shards"]))
         self._open: dict[int, Any] = {}
         self._mean, self._std = _columns(index)
+        self.normalization = _normalization(index)
         hashed = sum(shard["bytes"] for shard in index["shards"]) <= _HASHED_BYTES
         labels = [self._labels(file, shard, hashed) for file, shard in zip(self._files, index["shards"], strict=True)]
-        self.labels: NDArray[np.int64] = np.concatenate(labels)
+        self.labels = np.concatenate(labels)
         self.source = f"{len(self.labels)} latents of {len(self.id2label)} classes in {root}, VAE {vae_words(index)}"
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a process that reads opens the files itself
 
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Latents have no pixels."""
-        _no_pixels(self.source)
+    def contents(self) -> bytes:
+        """The VAE, the statistics, and every shard with its size and hash."""
+        return json.dumps([self.index[name] for name in ("vae", "mean", "std", "shards")]).encode()
 
-    def tensors(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
+    def tensors(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
         """(n, C, H, W) float32, mean 0 and variance 1 in each channel over the set; `mirrored`: of which images."""
-        kinds = ["latents_flipped" if m else "latents" for m in mirrored or [False] * len(indices)]
-        z = torch.stack([self._read(row, kind) for row, kind in zip(indices, kinds, strict=True)])
+        kinds = ["latents_flipped" if m else "latents" for m in mirrored or [False] * len(rows)]
+        z = torch.stack([self._read(row, kind) for row, kind in zip(rows, kinds, strict=True)])
         return (z.float() - self._mean) / self._std
 
     def _read(self, row: int, kind: str) -> Tensor:
@@ -108,14 +116,14 @@ class LatentShards:
 
     def _labels(self, file: Path, shard: Mapping[str, Any], hashed: bool) -> NDArray[np.int64]:
         """The labels of a shard, once it has been found to be the one that latents.json lists."""
-        fix = f"restore it, or run python -m ditmoe.latents with --out {self.root} again, which makes it anew"
+        fix = f"restore it, or run python -m ditmoe encode with --out {self.root} again, which makes it anew"
         if not file.is_file():
             raise ValueError(f"{file} is missing, which {INDEX} lists; {fix}")
         if file.stat().st_size != shard["bytes"]:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not {shard['bytes']} as {INDEX} says; {fix}")
         if hashed and digest(file) != shard["sha256"]:
             raise ValueError(f"{file} has other content than {INDEX} says (SHA-256); {fix}")
-        want = {name: [shard["count"], *self.index["shape"]] for name in names(self.flipped)}
+        want = {name: [shard["count"], *self.index["shape"]] for name in latent_names(self.flipped)}
         try:
             with safe_open(file, framework="pt") as tensors:
                 labels = tensors.get_tensor("labels")
@@ -139,7 +147,7 @@ def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
     if flip and not (index and index["flip"]):
         raise ValueError(
             f"data.flip needs the latents of mirrored images, which {root} does not hold; encode them with python -m "
-            f"ditmoe.latents --flip, or train with --data.no-flip"
+            f"ditmoe encode --flip, or train with --data.no-flip"
         )
     return _open_simple(root) if index is None else LatentShards(root, index)
 
@@ -178,7 +186,7 @@ def _open_simple(root: Path) -> Latents:
 # ---- latents.json and a shard's metadata
 
 
-def names(flip: bool) -> tuple[str, ...]:
+def latent_names(flip: bool) -> tuple[str, ...]:
     """The tensors of latents in a shard."""
     return ("latents", "latents_flipped") if flip else ("latents",)
 
@@ -192,8 +200,8 @@ def read_index(root: Path) -> Index | None:
     file = root / INDEX
     if not file.is_file():
         first = min(root.glob("*.safetensors"), default=None)
-        if first is not None and metadata(first) is not None:
-            raise ValueError(f"{root} holds no {INDEX}: run python -m ditmoe.latents again until all is encoded")
+        if first is not None and noted_in(first) is not None:
+            raise ValueError(f"{root} holds no {INDEX}: run python -m ditmoe encode again until all is encoded")
         return None
     try:
         index = json.loads(file.read_text())
@@ -201,7 +209,7 @@ def read_index(root: Path) -> Index | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
-        raise ValueError(f"{file} is not what python -m ditmoe.latents writes ({fault})")
+        raise ValueError(f"{file} is not what python -m ditmoe encode writes ({fault})")
     found: Index = index
     return found
 
@@ -223,7 +231,7 @@ def _index_fault(index: Any) -> str | None:
     return None if is_normalization(index) and len(index["mean"]) == shape[0] else "mean and std are not usable"
 
 
-def metadata(file: Path) -> dict[str, Any] | None:
+def noted_in(file: Path) -> dict[str, Any] | None:
     """What our encoder noted in a shard; None where it is not one of its shards, or is damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -233,7 +241,7 @@ def metadata(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("facts"), dict) else None
 
 
-def statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict[str, list[float]]:
+def channel_statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict[str, list[float]]:
     """`mean`, `std` and `posterior_std` of each channel, which has so many values in all, from the sums of each shard.
 
     Raises:
@@ -250,31 +258,24 @@ def statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict[str, li
     return {"mean": mean, "std": std, "posterior_std": [math.sqrt(v) for v in variance]}
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 # ---- the way back
 
 
-def normalization(root: Path | None) -> dict[str, Any] | None:
-    """What a pipeline needs to turn x into latents of the VAE: `mean`, `std` (C values each), and which VAE it is.
+def read_normalization(root: Path | None) -> dict[str, Any] | None:
+    """`ImageSet.normalization` of the latents in a folder, with which a pipeline turns x into latents of the VAE.
 
-    None for pixels and for latents of the simple form.
+    None for latents of the simple form, and where there is no folder.
     """
     index = None if root is None else read_index(root)
-    return None if index is None else normalization_of(index)
+    return None if index is None else _normalization(index)
 
 
-def normalization_of(index: Index) -> dict[str, Any]:
-    """The part of a latents.json that `normalization` is about."""
+def _normalization(index: Index) -> dict[str, Any]:
     return {name: index[name] for name in ("mean", "std", "vae")}
 
 
 def is_normalization(found: Any) -> bool:
-    """Whether a value read from a file has the form of `normalization`."""
+    """Whether a value read from a file has the form of `ImageSet.normalization`."""
     if not isinstance(found, Mapping) or not isinstance(found.get("vae"), Mapping):
         return False
     mean, std = found.get("mean"), found.get("std")
@@ -294,7 +295,3 @@ def _columns(known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean and std (C, 1, 1) float32."""
     mean, std = (torch.tensor(known[name], dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std"))
     return mean, std
-
-
-def _no_pixels(source: str) -> NoReturn:
-    raise ValueError(f"{source}: latents are not pixels; decode them with their VAE first")

@@ -14,25 +14,27 @@ from ..config.sections import DataConfig
 from .sets import ArrayImages
 
 DIGITS_FILE = Path(__file__).parents[1] / "data_files" / "digits.npz"
-
-
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-
-
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
-def _open_digits(split: str) -> ArrayImages:
+def open_digits(split: str) -> ArrayImages:
+    """The 8 x 8 digits that come with the package; `split` is "train" or "test"."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         pixels, labels = file[f"{split}_images"], file[f"{split}_labels"]
     names = {i: str(i) for i in range(10)}
     source = f"{len(labels)} real 8x8 digits ({split}), bundled"
-    return ArrayImages(pixels[..., None], labels.astype(np.int64), names, source)
+    return ArrayImages(pixels[..., None], labels.astype(np.int64), names, source, f"digits:{split}")
 
 
-def _open_fashion(config: DataConfig, split: str) -> ArrayImages:
+def open_fashion(config: DataConfig, split: str) -> ArrayImages:
+    """Fashion-MNIST, 28 x 28, from `config.path`, the Debian package or ./data, into which it may be downloaded.
+
+    Raises:
+        ValueError: Its files are nowhere, or damaged.
+    """
     stem = "train" if split == "train" else "t10k"
     names = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
     cache = Path("data")
@@ -51,7 +53,8 @@ def _open_fashion(config: DataConfig, split: str) -> ArrayImages:
             if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
                 raise ValueError(f"{files[0]} and {files[1]} do not belong together")
             source = f"{len(labels)} Fashion-MNIST images ({split}) in {place}"
-            return ArrayImages(pixels[..., None], labels.astype(np.int64), dict(enumerate(FASHION_CLASSES)), source)
+            classes, name = dict(enumerate(FASHION_CLASSES)), None if config.path else f"fashion:{split}"
+            return ArrayImages(pixels[..., None], labels.astype(np.int64), classes, source, name)
     raise ValueError(
         f"Fashion-MNIST ({names[0]}[.gz]) is not in {' or '.join(map(str, places))}; install the Debian package "
         f"dataset-fashion-mnist, or give --data.path FOLDER, or --data.download"

@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from ..config.sections import Config, micro_batch_size
 from ..launch.signals import ignored_here
 from ..rng import sample_rng
-from .folders import FolderImages
-from .open import tensors
 from .sets import BadImage, ImageSet
 
 
@@ -44,28 +42,21 @@ class _Stream(Dataset[Batch]):
 
     def __getitem__(self, indices: list[int]) -> Batch:
         x, rows, bad = None, [], []
-        mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices] if self.flip else []
+        mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices] if self.flip else None
         while x is None:
-            rows = [self._image_of(i) for i in indices]
+            rows = [self.image_of(i) for i in indices]
             try:
-                x = tensors(self.data, rows, mirrored) if self.flip else self.data.tensors(rows)
+                x = self.data.tensors(rows, mirrored)
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))
         return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad)
 
-    def name(self, index: int) -> str:
-        """The file of a sample, or its number in the set."""
-        row = self._image_of(index)
-        return str(self.data.files[row]) if isinstance(self.data, FolderImages) else f"image {row}"
-
-    def _image_of(self, index: int) -> int:
+    def image_of(self, index: int) -> int:
+        """The row of the set that a sample is."""
         epoch, position = divmod(index, len(self.data))
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                sample_rng(self.seed, 4, epoch).permutation(len(self.data)),
-            )
+            self._epoch, self._order = epoch, sample_rng(self.seed, 4, epoch).permutation(len(self.data))
         if len(self._bad) == len(self._order):
             raise ValueError(f"none of the images can be used: {self.data.source}")
         while int(self._order[position]) in self._bad:
@@ -134,6 +125,6 @@ class Batches:
 
     def awaited(self) -> str:
         """The images that are being read, for a message."""
-        lists = itertools.islice(self._plan, self._given, self._given + self._ahead)
-        names = [self._stream.name(i) for indices in lists for i in indices]
+        stream, lists = self._stream, itertools.islice(self._plan, self._given, self._given + self._ahead)
+        names = [stream.data.name(stream.image_of(i)) for indices in lists for i in indices]
         return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

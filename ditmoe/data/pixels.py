@@ -5,6 +5,7 @@ Shapes: N images, C channels, H W size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 QUANTIZE = "floor(127.5 x + 128), clamped"  # rounds half up
+
+
+def from_pixels(pixels: NDArray[np.uint8], mirrored: Sequence[bool] | None = None) -> Tensor:
+    """uint8 (N, H, W, C) -> the model's x = pixel / 127.5 - 1, float32 (N, C, H, W); of `mirrored` images mirrored."""
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x if mirrored is None else torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
 
 
 def to_pixels(x: Tensor) -> Any:

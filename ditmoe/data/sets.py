@@ -1,72 +1,111 @@
 """What a set of images says of itself, and the one that is held in memory.
 
-Shapes: n images asked for, C channels, H W size. Pixels are uint8 (n, H, W, C); the model's x is float32 (n, C, H, W),
-x = pixel / 127.5 - 1 in [-1, 1].
+Shapes: n images asked for, C channels, H W size. Pixels are uint8 (n, H, W, C); the model's x is float32 (n, C, H, W).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .pixels import from_pixels
 
-class ImageSet(Protocol):
-    """A finite, ordered set of labelled images."""
+MOST_LABELS = 1_000_000  # a larger label is a mistake
 
+
+class ImageSet(ABC):
+    """A finite, ordered set of labelled images: all that training, reports and scores ask of one.
+
+    A kind of set gives `labels`, `id2label`, `source`, `images` and `contents`; the other answers are here, as for
+    pixels in files, and are given anew where they differ.
+    """
+
+    labels: NDArray[np.int64]
+    """(len,); zeros for a set without labels."""
     id2label: dict[int, str]
     """Class names; empty for a set without labels."""
     source: str
     """A sentence for the log: what was read, and from where."""
-    is_latent: bool
+    is_latent = False
     """True when the images are latents, not pixels."""
+    in_memory = False
+    """True when many images can be asked for at once: none is read from a file."""
+    eval_name: str | None = None
+    """The name by which `eval` knows the same images, if it does."""
+    normalization: dict[str, Any] | None = None
+    """Of latents that say so: `mean` and `std` (C values each), with x = (latents - mean) / std, and which `vae`."""
 
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(len,) int64; zeros for a set without labels."""
-        ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def __len__(self) -> int: ...
+    @abstractmethod
+    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """(n, H, W, C) uint8. Raises BadImage at the first one that cannot be used; ValueError for latents."""
 
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, C) uint8."""
-        ...
+    @abstractmethod
+    def contents(self) -> bytes | memoryview:
+        """What the images are told from others by: their values, or names and sizes of files."""
 
-    def tensors(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, H, W) float32, the model's x."""
-        ...
+    def tensors(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
+        """(n, C, H, W) float32, the model's x; of `mirrored` images that of their mirror image. Raises as `images`."""
+        return from_pixels(self.images(rows), mirrored)
+
+    def readable(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows whose images can be used."""
+        good = []
+        for row in rows:
+            with suppress(BadImage):  # training names and counts it
+                self.images([row])
+                good.append(row)
+        return good
+
+    def name(self, row: int) -> str:
+        """The file of an image, or its number in the set."""
+        return f"image {row}"
+
+    def fingerprint(self) -> str:
+        """A hash of the classes, of every label in order, and of the images' `contents`."""
+        known = hashlib.sha256(json.dumps([len(self), self.id2label], sort_keys=True).encode() + self.labels.tobytes())
+        known.update(self.contents())
+        return known.hexdigest()[:16]
 
 
 @dataclass
-class ArrayImages:
+class ArrayImages(ImageSet):
     """Images held in memory: pixels (len, H, W, C) uint8, labels (len,) int64; `bad` says what is wrong by row."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     id2label: dict[int, str]
     source: str
-    is_latent: bool = False
+    eval_name: str | None = None
     bad: dict[int, str] = field(default_factory=dict)
+    in_memory = True
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
         """(n, H, W, C) uint8. Raises BadImage at the first row that is bad."""
-        for row in indices if self.bad else []:
+        for row in rows if self.bad else []:
             if row in self.bad:
                 raise BadImage(row, self.bad[row])
-        chosen: NDArray[np.uint8] = self.pixels[np.asarray(indices)]
+        chosen: NDArray[np.uint8] = self.pixels[np.asarray(rows)]
         return chosen
 
-    def tensors(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, H, W) float32 in [-1, 1]."""
-        return torch.from_numpy(self.images(indices)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def contents(self) -> memoryview:
+        """The pixels."""
+        return np.ascontiguousarray(self.pixels).data
+
+    def readable(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows that are not bad."""
+        return [row for row in rows if row not in self.bad]
 
 
 def check_bad(sentences: Sequence[str], max_bad: int, option: str = "data.max_bad") -> None:

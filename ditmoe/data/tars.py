@@ -6,6 +6,7 @@ The files are read in place with `tarfile`; nothing is unpacked.
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -15,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folders import IMAGE_SUFFIXES, read_cropped
-from .latents import MOST_LABELS
-from .sets import BadImage
+from .sets import MOST_LABELS, BadImage, ImageSet
 
 
 class _Member(NamedTuple):
@@ -26,7 +26,7 @@ class _Member(NamedTuple):
     size: int
 
 
-class TarImages:
+class TarImages(ImageSet):
     """Images read from uncompressed tar files each time they are asked for; without .cls members, without labels.
 
     Args:
@@ -60,17 +60,22 @@ class TarImages:
         self.id2label = {} if bare else {i: str(i) for i in range(int(self.labels.max()) + 1)}
         self.source = f"{len(labels)} images of {len(self.id2label)} classes in {len(tars)} tar files of {root}"
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     @property
     def inventory(self) -> list[tuple[str, int]]:
         """Every image's file and key, and its size in bytes."""
         return [(f"{m.tar.name}/{m.key}", m.size) for m in self._members]
 
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
         """(n, H, W, C) uint8. Raises BadImage at the first one that cannot be used."""
-        return np.stack([self._image(i) for i in indices])
+        return np.stack([self._image(row) for row in rows])
+
+    def contents(self) -> bytes:
+        """Names and sizes of the images."""
+        return json.dumps(self.inventory).encode()
+
+    def name(self, row: int) -> str:
+        """The tar file and the key in it."""
+        return f"{self._members[row].tar}/{self._members[row].key}"
 
     def _image(self, row: int) -> NDArray[np.uint8]:
         member = self._members[row]
@@ -78,7 +83,7 @@ class TarImages:
             with member.tar.open("rb") as file:
                 file.seek(member.offset)
                 content = io.BytesIO(file.read(member.size))
-            return read_cropped(Path(f"{member.tar}/{member.key}"), self.size, self.mode, content)
+            return read_cropped(Path(self.name(row)), self.size, self.mode, content)
         except (OSError, ValueError) as error:
             raise BadImage(row, str(error)) from error
 

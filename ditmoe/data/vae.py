@@ -24,7 +24,7 @@ def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
     if latents is None:
         raise ValueError(
             f"vae {folder} cannot be checked: the latents do not say which VAE made them, as those of python -m "
-            f"ditmoe.latents do"
+            f"ditmoe encode do"
         )
     vae = open_vae(folder)
     check_vae(vae, latents)

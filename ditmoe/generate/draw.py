@@ -1,19 +1,78 @@
-"""Draw images from a trained model, for a picture or a report. Large sets that go to disk: `image_sets`.
+"""Draw images from a trained model: a set that was asked for, in memory or batch by batch.
 
-Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
+Image i is a function of (seed, i, its label) alone, so a set does not depend on the batch size, on the number of
+processes, or on how often it was interrupted. Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from ..data.pixels import to_pixels
+from ..launch.progress import progress
 from ..pipeline import DiTMoEPipeline
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RequestedSet:
+    """Images that a pipeline is asked for.
+
+    Attributes:
+        pipe: The pipeline.
+        labels: One an image, None of a model without labels.
+        num: N.
+        options: Arguments of the pipeline's call.
+        sampler: Name, steps, network calls and options of the sampler, as a report has them.
+    """
+
+    pipe: DiTMoEPipeline
+    labels: Sequence[int] | None
+    num: int
+    options: Mapping[str, Any]
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the pictures."""
+        config = self.pipe.transformer.config
+        if self.pipe.vae is None:
+            return config.sample_size, config.sample_size, config.in_channels
+        side = config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        return side, side, self.pipe.vae.config.out_channels
+
+    @property
+    def are_latents(self) -> bool:
+        """Whether the model makes latents and has no VAE to decode them, so that they are no pictures."""
+        return self.pipe.vae is None and (self.pipe.config.latents is not None or self.shape[2] not in (1, 3))
+
+    def batch(self, indices: Sequence[int]) -> Pixels:
+        """The images of these indices, uint8 (n, H, W, C)."""
+        self.pipe.set_progress_bar_config(disable=True)
+        x = self.pipe(
+            None if self.labels is None else [self.labels[i] for i in indices],
+            num_images=len(indices) if self.labels is None else None,
+            indices=indices,
+            output_type="pt",
+            **self.options,
+        ).images
+        pixels: Pixels = to_pixels(x)
+        return pixels
+
+    def whole(self, batch_size: int) -> Pixels:
+        """All N images in memory, uint8 (N, H, W, C)."""
+        return np.concatenate([self.batch(indices) for indices in batches(self.num, batch_size)])
+
+    def read(self, limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[NDArray[np.int64], Pixels]]:
+        """A process's share of the first `limit` images: indices (n,) and pictures (n, H, W, C)."""
+        for indices in batches(limit, batch_size, rank, world, shown=False):
+            yield np.array(indices), self.batch(indices)
 
 
 def balanced_labels(pipe: DiTMoEPipeline, num: int) -> list[int] | None:
@@ -35,39 +94,21 @@ def draw(
     seed: int = 0,
     batch_size: int = 64,
     more: Mapping[str, Any] | None = None,
-) -> NDArray[np.uint8]:
+) -> Pixels:
     """Images 0..num-1 of a seed, uint8 (num, H, W, C); the batch size changes nothing but speed and memory.
 
     `more`: further arguments of the pipeline's call, such as {"eta": 1.0}.
     """
     options = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": cfg, "seed": seed, **(more or {})}
-    return draw_all(pipe, labels, num, options, batch_size)
+    return RequestedSet(pipe, labels, num, options).whole(batch_size)
 
 
-def draw_all(
-    pipe: DiTMoEPipeline, labels: Sequence[int] | None, num: int, options: Mapping[str, Any], batch_size: int
-) -> NDArray[np.uint8]:
-    """Images 0..num-1, uint8 (num, H, W, C), under a progress bar; `options` are arguments of the pipeline's call."""
-    starts = tqdm(range(0, num, batch_size), desc="sampling", unit="batch", disable=None)
-    return np.concatenate(
-        [draw_some(pipe, labels, range(start, min(start + batch_size, num)), options) for start in starts]
-    )
-
-
-def draw_some(
-    pipe: DiTMoEPipeline, labels: Sequence[int] | None, indices: Sequence[int], options: Mapping[str, Any]
-) -> NDArray[np.uint8]:
-    """The images of these indices, uint8 (n, H, W, C); labels are those of the whole set.
-
-    `options`: arguments of the pipeline's call.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    x = pipe(
-        None if labels is None else [labels[i] for i in indices],
-        num_images=len(indices) if labels is None else None,
-        indices=indices,
-        output_type="pt",
-        **options,
-    ).images
-    pixels: NDArray[np.uint8] = to_pixels(x)
-    return pixels
+def batches(num: int, batch_size: int, rank: int = 0, world: int = 1, *, shown: bool = True) -> Iterator[range]:
+    """The indices of a process's batches; the first process shows how far it is, a batch being done at the next."""
+    starts = range(rank * batch_size, num, world * batch_size)
+    total = sum(min(batch_size, num - start) for start in starts)
+    with progress(total, "sampling", shown=shown and not rank) as done:
+        for start in starts:
+            batch = range(start, min(start + batch_size, num))
+            yield batch
+            done(len(batch))

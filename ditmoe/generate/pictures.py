@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,50 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.pixels import visible
+from ..files import whole
 
 Array = NDArray[Any]
 
-
 WIDTH = 1040  # pixels, of every picture
-
-
 MAX_BYTES = 300_000
-
-
 INK, MUTED, FAINT = "#1f2430", "#6b7280", "#d9dde3"
 
 
-def sample_grid(images: Array, row_names: Sequence[str], path: Path) -> None:
+def write_grid(
+    images: Array,
+    labels: Sequence[int] | None,
+    id2label: Mapping[int, str],
+    path: Path,
+    *,
+    columns: int = 8,
+    most_rows: int | None = None,
+) -> None:
     """Write a grid, a row a class with the class names at the left.
 
     Args:
-        images: uint8 (R, columns, H, W, C), some samples of each of R classes.
-        row_names: R names; empty ones leave no margin (an unconditional model).
+        images: uint8 (N, H, W, C); of more than 3 channels (latents) the first are shown.
+        labels: N; None of a model without labels: rows of `columns`, without names.
+        id2label: names of the classes that have one.
         path: the PNG to write.
-
-    Raises:
-        ValueError: images are not such an array, or the names do not match its rows.
+        columns: see `labels` and `most_rows`.
+        most_rows: so many evenly chosen rows at most, of `columns` images at most and of the same length; None: all
+            images, the shorter rows filled up with white.
     """
-    _check_images("images", images, 5)
-    if len(row_names) != len(images):
-        raise ValueError(f"row_names has {len(row_names)} names for {len(images)} rows; give one a row.")
-    _image_table(images, [shorten(name) for name in row_names], None, path)
+    images = visible(images)
+    keys = [i // columns for i in range(len(images))] if labels is None else labels
+    present = sorted(set(keys))
+    chosen = present if most_rows is None else [present[k] for k in spread(len(present), most_rows)]
+    rows = [[i for i, key in enumerate(keys) if key == row] for row in chosen]
+    if most_rows is not None:
+        if len(rows) > 1 and len(rows[-1]) < len(rows[0]) and labels is None:
+            rows = rows[:-1]
+        shortest = min(columns, *map(len, rows))
+        rows = [row[:shortest] for row in rows]
+    table = np.full((len(rows), max(map(len, rows)), *images.shape[1:]), 255, images.dtype)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = images[row]
+    names = [shorten(id2label.get(key, str(key))) if labels is not None else "" for key in chosen[: len(rows)]]
+    _image_table(table, names, None, path)
 
 
 def film_strip(
@@ -65,8 +81,6 @@ def film_strip(
     Raises:
         ValueError: the arrays, timesteps and names do not agree.
     """
-    _check_images("x_t", x_t, 5)
-    _check_images("x0", x0, 5)
     names = [""] * len(x_t) if names is None else names
     if x_t.shape != x0.shape or (len(x_t), len(timesteps)) != (len(names), x_t.shape[1]):
         raise ValueError(
@@ -87,6 +101,8 @@ def spread(count: int, most: int) -> list[int]:
 
 def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | None, path: Path, group: int = 1) -> None:
     """Images (R, columns, H, W, C) as a table with row names, column heads and a wider gap every `group` rows."""
+    if images.ndim != 5 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images {images.shape} of {images.dtype} are not uint8 (R, columns, H, W, C) with C 1 or 3")
     num_rows, num_columns, height, width, _ = images.shape
     font, gap, pad = _font(17), 5, 14
     left = pad + max(int(font.getlength(name)) for name in names)
@@ -109,20 +125,10 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
         y = top + r * (cell_h + gap) + (r // group) * extra
         draw.text((left - pad, y + cell_h // 2), names[r], fill=INK, font=font, anchor="rm")
         for k in range(num_columns):
-            shown = _to_pil(images[r, k]).resize(
-                (cell_w, cell_h),
-                Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX,
-            )
+            how = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
+            shown = to_pil(images[r, k]).resize((cell_w, cell_h), how)
             canvas.paste(shown, (left + k * (cell_w + gap), y))
-    _save(canvas, path)
-
-
-def _check_images(name: str, images: Array, ndim: int) -> None:
-    if images.ndim != ndim or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(
-            f"{name} has shape {images.shape} and type {images.dtype}; give uint8 with {ndim} axes ending in H, W, C"
-            " with C 1 or 3."
-        )
+    save_png(canvas, path)
 
 
 def shorten(name: str, most: int = 22) -> str:
@@ -138,29 +144,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _to_pil(image: Array) -> Image.Image:
+def to_pil(image: Array) -> Image.Image:
+    """uint8 (H, W, C) as a picture, grey for C = 1."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all; one that would be larger than MAX_BYTES is reduced to 256 colours."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     if buffer.tell() > MAX_BYTES:
         buffer = io.BytesIO()
         image.quantize(256).save(buffer, "PNG", optimize=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
-
-
-def write_grid(images: NDArray[np.uint8], labels: Sequence[int] | None, id2label: dict[int, str], path: Path) -> None:
-    """One picture: a row a class (rows of eight without labels)."""
-    keys = [i // 8 for i in range(len(images))] if labels is None else list(labels)
-    images = visible(images)
-    rows = [images[[i for i, key in enumerate(keys) if key == row]] for row in sorted(set(keys))]
-    width = max(len(row) for row in rows)
-    blank = np.full_like(images[:1], 255)
-    full = np.stack([np.concatenate([row, np.repeat(blank, width - len(row), axis=0)]) for row in rows])
-    names = ["" if labels is None else id2label.get(row, str(row)) for row in sorted(set(keys))]
-    sample_grid(full, names, path)
+    with whole(path) as file:
+        file.write(buffer.getvalue())

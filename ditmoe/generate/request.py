@@ -1,24 +1,25 @@
-"""Sets of images too large for memory: drawn by several processes, written to disk, continued after an interruption.
-
-Image i is a function of (seed, i, its label) alone, so a set does not depend on the batch size, on the number of
-processes, or on how often it was interrupted. Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
-"""
+"""What `sample.py` is asked for: drawn, written, scored; and the facts of how it was made."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config.file import read_config
 from ..config.sample import SampleArgs
+from ..config.sections import Config
 from ..data.pixels import QUANTIZE
-from ..pipeline import best_device, load
-from .draw import balanced_labels, draw_all
+from ..files import digest
+from ..pipeline import load
+from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
-from .set_files import ImageSet, Processes, write_folder, write_npz
+from .set_files import Processes, write_folder, write_npz
 
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 
@@ -41,66 +42,67 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if images.are_latents and (score or out is None or out.suffix != ".png"):  # the grid is there to look at them
         raise ValueError(
             f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them; give it one: "
-            "python -m ditmoe.convert.export MODEL FOLDER --vae PATH"
+            "python -m ditmoe export MODEL FOLDER --vae PATH"
         )
     if score and out is not None and out.suffix == ".png":
         raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")
     if out is None:
         assert score is not None
-        score(images.source(args.model))
-        return
-    if out.suffix == ".npz":
-        write_npz(images, out, args.batch_size, processes)
-    elif out.suffix == ".png":
-        if processes.rank == 0:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            pictures = draw_all(images.pipe, images.labels, images.num, images.options, args.batch_size)
-            write_grid(pictures, images.labels, images.pipe.id2label, out)
-    else:
-        write_folder(images, out, args.batch_size, processes)
+        labels = None if images.labels is None else np.asarray(images.labels, np.int64)
+        return score({
+            "kind": "model", "path": str(args.model), "count": images.num, "shape": images.shape, "read": images.read,
+            "labels": labels, "facts": facts(args, images),
+        })  # fmt: skip
+    if out.suffix != ".png":
+        write = write_npz if out.suffix == ".npz" else write_folder
+        write(images, facts(args, images), out, args.batch_size, processes)
+    elif processes.rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_grid(images.whole(args.batch_size), images.labels, images.pipe.id2label, out)
     if processes.rank == 0:
-        sampler = images.facts["sampler"]
-        what = f"{sampler['name']}, {sampler['steps']} steps, {sampler['nfe']} network calls an image"
+        what = "{name}, {steps} steps, {nfe} network calls an image".format_map(images.sampler)
         print(f"{images.num} images in {out} ({what})", flush=True)
     if score:
         score(out)
 
 
-def requested(args: SampleArgs) -> ImageSet:
+def requested(args: SampleArgs) -> RequestedSet:
     """The set that a command line asks for."""
-    pipe = load(args.model).to(best_device())
-    if args.classes is not None:
-        labels: list[int] | None = list(args.classes)
-        num, sampling = len(args.classes), "given"
-    else:
-        num = args.num or 8 * min(max(len(pipe.id2label), 1), 20)
-        labels = balanced_labels(pipe, num)
-        sampling = "none" if labels is None else "balanced"
+    pipe = load(args.model, fast=True)
+    num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
+    labels = balanced_labels(pipe, num) if args.classes is None else list(args.classes)
     name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
     cfg = args.cfg if args.cfg is not None or labels is None else pipe.config.guidance_scale
-    more = {option: getattr(args, option) for option in PIPELINE_OPTIONS}
-    options = {"sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more}
-    options["sampler_options"] = args.sampler_options()
+    more, of_sampler = {option: getattr(args, option) for option in PIPELINE_OPTIONS}, args.sampler_options()
     if args.flow_shift is not None and not name.startswith("flow-"):
         raise ValueError(f"sampler {name!r} has no flow_shift; it belongs to flow-euler, flow-heun, flow-sde")
-    scheduler = pipe.scheduler_for(name, steps, args.sampler_options())
-    facts = {
-        "checkpoint": _checkpoint(args.model),
-        "ema_decay": _ema_decay(args.model),
+    scheduler = pipe.scheduler_for(name, steps, of_sampler)
+    options = {
+        "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
+        "sampler_options": of_sampler,
+    }  # fmt: skip
+    noted = {"name": name, "steps": steps, "nfe": len(scheduler.timesteps), "cfg": cfg, **more, **of_sampler}
+    return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
+
+
+def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:
+    """What makes the images, as JSON values; it goes into the report of a score."""
+    pipe, labels = images.pipe, images.labels
+    sampling = "given" if args.classes is not None else "none" if labels is None else "balanced"
+    found = {
+        **_trained(args.model),
         "vae": None if pipe.vae is None else getattr(pipe.vae.config, "_name_or_path", "unknown"),
-        "sampler": {
-            "name": name, "steps": steps, "nfe": len(scheduler.timesteps), "cfg": cfg, **more,
-            **args.sampler_options(), **_time_shift(scheduler),
-        },
+        "sampler": images.sampler,
         "seed": args.seed,
         "label_sampling": sampling,
         "labels_sha256": None if labels is None else hashlib.sha256(repr(labels).encode()).hexdigest(),
-        "num": num,
+        "num": images.num,
         "quantize": QUANTIZE,
         "dtype": "float32",
         "device": pipe.device.type,
-    }  # fmt: skip
-    return ImageSet(pipe, labels, num, options, json.loads(json.dumps(facts)))
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(found))
+    return as_json
 
 
 def _time_shift(scheduler: Any) -> dict[str, Any]:
@@ -112,35 +114,23 @@ def _time_shift(scheduler: Any) -> dict[str, Any]:
     return {**found, "exposure_variance": criterion, "exposure_window": scheduler.window}
 
 
-def _checkpoint(model: Path) -> dict[str, Any]:
-    """Path and training steps of a model, and a hash of its weights and settings, scheduler and VAE included."""
+def _trained(model: Path) -> dict[str, Any]:
+    """Path and steps of a model, a hash of its weights and settings, scheduler and VAE included; and its average's."""
     folder = model if (model / "model_index.json").is_file() else model / "model"
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors") and file.is_file():
-            with file.open("rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").digest()
-            digest.update(file.relative_to(folder).as_posix().encode() + content)
-    config = folder.parent / "config.json"
-    going_on = config.is_file() and config.stat().st_mtime > (folder / "model_index.json").stat().st_mtime
-    steps = None if going_on else _of_run(model, "max_steps")  # a longer run has begun: the file is ahead of the model
-    return {"path": str(model), "steps": steps, "sha256": digest.hexdigest()}
+            content.update(file.relative_to(folder).as_posix().encode() + bytes.fromhex(digest(file)))
+    file, config = folder.parent / "config.json", _configuration(model)
+    going_on = file.is_file() and file.stat().st_mtime > (folder / "model_index.json").stat().st_mtime
+    steps = None if config is None or going_on else config.max_steps  # a longer run has begun: the file is ahead
+    checkpoint = {"path": str(model), "steps": steps, "sha256": content.hexdigest()}
+    return {"checkpoint": checkpoint, "ema_decay": None if config is None else float(config.train.ema_decay)}
 
 
-def _ema_decay(model: Path) -> float | None:
-    train = _of_run(model, "train")
-    return None if train is None else float(train.ema_decay)
-
-
-def _of_run(model: Path, field: str) -> Any:
-    """A field of the configuration that trained a model, None where it is not there."""
+def _configuration(model: Path) -> Config | None:
+    """What trained a model, None where it is not there."""
     for folder, name in ((model, "config.json"), (model, "training.json"), (model.parent, "config.json")):
-        if (folder / name).is_file():
-            try:
-                return getattr(read_config(folder, name), field)
-            except ValueError:
-                continue
+        with suppress(ValueError):
+            return read_config(folder, name)
     return None
-
-
-# ---- files

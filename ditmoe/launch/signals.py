@@ -84,13 +84,10 @@ def _watch_for_a_second() -> Callable[[], None]:
     old = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
 
     def watch() -> None:
-        first = 0.0
+        came: list[float] = []
         while number := os.read(come, 1):
-            now = time.monotonic()
-            if number[0] not in STOPPING:
-                continue
-            first = first or now
-            if now - first > GRACE:
+            came += [time.monotonic()] if number[0] in STOPPING else []
+            if came and came[-1] - came[0] > GRACE:
                 os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
                 os._exit(EXIT_CODE)
         os.close(come)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from ..config.sections import TrainConfig
 from .signals import end_with_parent
 
 
+def best_device() -> torch.device:
+    """Where this machine computes fast: its accelerator (CUDA, MPS, XPU) where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def launched(train: TrainConfig) -> Accelerator:
     """The processes of this launch, which with torchrun end with it. ValueError as `check_launch`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if resolve_precision(train.precision, device) == "bf16" else "no",
@@ -28,9 +31,19 @@ def launched(train: TrainConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
     )
     check_launch(accelerator)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun dies of signals that it does not know, and says nothing
-        end_with_parent(signal.SIGTERM)
+    _end_with_torchrun()
     return accelerator
+
+
+def joined() -> PartialState:
+    """This process among those of its launch, as `launched` but to encode: one may need a day longer than another."""
+    _end_with_torchrun()
+    return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=1))
+
+
+def _end_with_torchrun() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # it dies of signals that it does not know, and says nothing
+        end_with_parent(signal.SIGTERM)
 
 
 def is_first() -> bool:
@@ -42,55 +55,36 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """ "auto" is bf16 where bfloat16 products are fast (recent GPUs, CPUs with AVX-512 BF16 or AMX), else fp32."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if device.type == "cpu" and fast else "fp32"
+    fast: dict[str, Callable[[], bool]] = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "xpu": lambda: torch.xpu.is_bf16_supported(including_emulation=False),
+        "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+    }
+    return "bf16" if device.type in fast and fast[device.type]() else "fp32"
 
 
 def check_launch(accelerator: Accelerator | PartialState) -> None:
     """Refuse a launch that is not what it was asked to be.
 
     `accelerate launch --cpu --num_processes 2` quietly starts one process (Accelerate 1.15: --cpu disables its
-    launchers of several); and engines that keep weights where our checkpoints cannot reach are not supported.
+    launchers of several), which finds where the others would meet, and not that it is one of several; and engines that
+    keep weights where our checkpoints cannot reach are not supported.
 
     Raises:
-        ValueError: The process that started this one was asked for more, or for such an engine.
+        ValueError: `accelerate launch` was asked for more than it started, or for such an engine.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"the launch asks for {accelerator.distributed_type.value}; start plain processes "
             f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
         )
-    asked = _asked_for()
-    if accelerator.num_processes == 1 and asked > 1:
+    launcher = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}  # what accelerate launch sets, for several alone
+    if accelerator.num_processes == 1 and launcher <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"the launch was asked for {asked} processes and has started 1; on CPUs write ACCELERATE_USE_CPU=true "
-            f"accelerate launch --multi_gpu --num_processes {asked} ..., or torchrun --nproc-per-node {asked} ..."
+            "the launch was asked for several processes (MASTER_PORT is set) and has started 1; on CPUs write "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..., or torchrun "
+            "--nproc-per-node N ..."
         )
-
-
-def _asked_for() -> int:
-    """What `accelerate launch`, if it started this process, was told: by its flags or its configuration file."""
-    try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")  # Linux alone
-    except OSError:
-        return 1
-    program, then = (
-        ("accelerate", "accelerate.commands.accelerate_cli"),
-        ("accelerate-launch", "accelerate.commands.launch"),
-    )
-    by_name = any(Path(a).name in program and b == "launch" for a, b in pairwise(command))
-    if not by_name and not any(word.endswith(then) for word in command):
-        return 1
-    pairs = [(word.partition("="), following) for word, following in zip(command, [*command[1:], ""], strict=True)]
-    flags = {name.replace("_", "-"): value or following for (name, _, value), following in reversed(pairs)}
-    if "--num-processes" in flags:
-        return int(flags["--num-processes"]) if flags["--num-processes"].isdigit() else 1
-    file = Path(flags.get("--config-file", "" if "--cpu" in flags else default_config_file))  # as launch_command does
-    if not file.is_file():
-        return 1
-    return int(getattr(load_config_from_file(str(file)), "num_processes", 1) or 1)
 
 
 def shutdown() -> None:

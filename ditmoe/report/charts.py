@@ -1,10 +1,4 @@
-"""Pictures of a run, from numpy arrays alone: sample grid, film strip, loss curves. (Expert maps: expert_maps.py.)
-
-Every function writes one PNG of about 1,000 pixels' width. Images are uint8 (..., H, W, C) with C 1 or 3; small ones
-are enlarged without smoothing so that every pixel can be seen. Charts use matplotlib's object API, never pyplot.
-
-Shapes: R rows, H W size of an image, C its channels.
-"""
+"""The loss curves of a run, and what its charts share. All use matplotlib's object API, never pyplot."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, _save
+from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, save_png
 
 LINE, SECOND = "#2b6cb0", "#c2571a"
 SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
@@ -27,12 +21,6 @@ SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
     "lr": "learning rate",
     "images_per_second": "images per second",
 }
-
-
-# ---- pictures made of images
-
-
-# ---- the loss
 
 
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -138,7 +126,7 @@ def _short(value: float) -> str:
     return f"{value:.5g}"
 
 
-# ---- shared by all
+# ---- shared with the maps
 
 
 def title(ax: Any, text: str, size: int = 11) -> None:
@@ -159,4 +147,4 @@ def save_figure(fig: Any, path: Path) -> None:
 
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
-    _save(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+    save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)

@@ -15,8 +15,7 @@ import torch
 from ditmoe import __version__
 
 from ..config.sections import Config
-from ..model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
-from ..moe import MoELayer
+from ..model import DiTMoETransformer2DModel, count_parameters, moe_layer_names, tokens_per_image
 
 MODEL_FACTS = (
     "num_classes", "patch_size", "depth", "hidden_size", "num_experts", "top_k", "expert_width", "shared_width",
@@ -50,11 +49,6 @@ def describe(run: Path, net: DiTMoETransformer2DModel) -> dict[str, Any]:
             "ditmoe": __version__,
         },
     }
-
-
-def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
-    """Names of the blocks that hold experts, counted from 0."""
-    return [f"block {i}" for i, b in enumerate(net.blocks) if any(isinstance(m, MoELayer) for m in b.modules())]
 
 
 def _processor() -> str:

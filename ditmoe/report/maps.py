@@ -1,6 +1,6 @@
-"""Which expert serves what: a model's routing by layer, time step, class and position, counted and drawn.
+"""Which expert serves what: a model's routing by layer, time step, class and position, drawn.
 
-Shapes: L layers with experts, B time bins, Y classes, n images of each, T tokens of an image, E experts, K of a token.
+Shapes: L layers with experts, B time bins, Y classes, T tokens of an image, E experts.
 """
 
 from __future__ import annotations
@@ -179,6 +179,3 @@ def _load_bar(fig: Any, axes: Sequence[Any], limit: float) -> None:
     bar.set_ticks(ticks, labels=[names[int(tick)] for tick in ticks], fontsize=9, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-
-
-# ---- the same in numbers

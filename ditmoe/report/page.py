@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 PREDICTS = {
     "epsilon": "the noise",
@@ -37,40 +39,6 @@ CAPTIONS = {
         " one colour is an expert in general favour; a column that changes colour is one that specialises.",
     ),
 }
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --panel: #fff; --ink: #1f2430; --muted: #646b78; --line: #e3e5e9;
-  --accent: #2b6cb0; --code: #f3f4f6; }
-@media (prefers-color-scheme: dark) { :root { --page: #14161a; --panel: #1c1f25; --ink: #e6e8ec; --muted: #9aa2b1;
-  --line: #31353d; --accent: #7db4ea; --code: #23272e; } figure img { filter: brightness(.9); } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
-main { max-width: 1104px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
-p { margin: .4rem 0; max-width: 72ch; }
-.small, figcaption, .card span, th { color: var(--muted); font-size: .875rem; }
-pre { background: var(--code); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; margin: .6rem 0;
-  overflow-x: auto; font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-pre.command { user-select: all; white-space: pre-wrap; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: .75rem; margin: 1.4rem 0; }
-.card { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.55rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.card span { display: block; line-height: 1.4; }
-.card .name { color: var(--ink); overflow-wrap: anywhere; }
-figure { margin: 0; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
-  border-radius: 10px; padding: 10px; margin: .6rem 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 500; vertical-align: top; padding: .35rem 1.2rem .35rem 0; }
-td { vertical-align: top; padding: .35rem .8rem .35rem 0; overflow-wrap: anywhere; }
-tr { border-bottom: 1px solid var(--line); }
-.facts th { width: 13.5rem; }
-.numbers td, .numbers thead th { text-align: right; padding-right: 1rem; }
-.numbers thead th:first-child { text-align: left; }
-details { margin: 1rem 0; } summary { cursor: pointer; color: var(--accent); }
-"""
 
 
 def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Mapping[str, Any]) -> str:
@@ -81,40 +49,19 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Map
         pictures: PNG files by the keys of `CAPTIONS`; one that is missing is left out.
         config: the run's config.json, shown folded.
     """
-    title = escape(report["title"])
-    figures = "".join(_figure(key, pictures[key], report["experts"]) for key in CAPTIONS if key in pictures)
-    uses = "".join(
-        f'<p class="small">{escape(what)}</p><pre class="command">{escape(line)}</pre>' for what, line in usage(report)
-    )
-    notes = "".join(f"<p>{escape(note)}</p>" for note in report["notes"])
-    command = report["command"] or "not recorded"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} · ditmoe run</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p>{escape(lede(report))}</p>
-<pre class="command">{escape(command)}</pre>
-<div class="cards">{"".join(_card(*card) for card in cards(report))}</div>
-{notes}
-{figures}
-<h2>How it was measured</h2>
-<div class="wide"><table class="facts">{"".join(_row(*pair) for pair in protocol(report))}</table></div>
-<h2>Use it</h2>
-{uses}
-<h2>Configuration</h2>
-<details><summary>config.json</summary><pre>{escape(json.dumps(config, indent=2))}</pre></details>
-<p class="small">Written {escape(report["written"])} by ditmoe {escape(report["machine"]["ditmoe"])}.</p>
-</main>
-</body>
-</html>
-"""
+    figures = [
+        (key, *CAPTIONS[key], "data:image/png;base64," + base64.b64encode(pictures[key]).decode())
+        for key in CAPTIONS
+        if key in pictures
+    ]
+    room = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return room.get_template("page.html").render(
+        report=report, lede=lede(report), cards=cards(report), figures=figures, protocol=protocol(report),
+        usage=usage(report), config=json.dumps(config, indent=2),
+    )  # fmt: skip
 
 
 def lede(report: Mapping[str, Any]) -> str:
@@ -200,44 +147,6 @@ def usage(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     if report["command"]:
         yield "Go on after an interruption: the command that made it, once more", report["command"]
-
-
-def _figure(key: str, png: bytes, experts: Sequence[Mapping[str, Any]]) -> str:
-    heading, caption = CAPTIONS[key]
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
-    table = _expert_table(experts) if key == "experts" else ""
-    return (
-        f'<h2>{heading}</h2><figure><img src="{source}" alt="{escape(heading)}: {escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>{table}\n"
-    )
-
-
-def _expert_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("layer", "busiest ÷ even load", "idle experts", "bits from time", "bits from class", "bits from position")
-    keys = ("busiest", "idle", "bits_time", "bits_class", "bits_position")
-    body = "".join(
-        f"<tr><th>{escape(row['layer'])}</th>"
-        + "".join(f"<td>{row[key]:.3f}</td>" if key != "idle" else f"<td>{row[key]}</td>" for key in keys)
-        + "</tr>"
-        for row in rows
-    )
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return (
-        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        '<p class="small">Bits: mutual information between the chosen expert and time, class or position; 0 means the'
-        " choice does not depend on it.</p>"
-    )
-
-
-def _card(name: str, value: str, beside: str) -> str:
-    return (
-        f'<div class="card"><span class="name">{escape(name)}</span><b>{escape(value)}</b>'
-        f"<span>{escape(beside)}</span></div>"
-    )
-
-
-def _row(name: str, value: str) -> str:
-    return f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
 
 
 def _score_rows(score: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.sections import Config
+from ..files import write_text
 from ..generate.draw import balanced_labels, draw
 from ..generate.pictures import write_grid
-from ..pipeline import DiTMoEPipeline, best_device
+from ..pipeline import DiTMoEPipeline
 
 
 def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..., dict[str, Any]] | None) -> None:
@@ -17,7 +18,6 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
 
     Always the same images of the run's seed, so that the pictures of two steps can be laid side by side.
     """
-    pipe.to(best_device())
     labels = balanced_labels(pipe, config.sample.num)
     images = draw(
         pipe, labels, config.sample.num, steps=config.sample.steps, cfg=config.sample.cfg if labels else None,
@@ -33,6 +33,4 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
         path = folder / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         rows = [old for old in rows if old["step"] < step] + [row]  # a resumed run comes by again
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(each) + "\n" for each in rows))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(each) + "\n" for each in rows))

@@ -5,7 +5,6 @@ Shapes: N images, C channels, H W size, L layers with experts, B time bins, Y cl
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,23 +18,21 @@ from torch import Tensor
 from ..analysis.routing import count_experts, routing_summary
 from ..config.file import read_config, to_dict
 from ..config.sections import Config
-from ..data.open import open_data, readable
+from ..data.open import open_data, open_held_out
 from ..data.pixels import to_pixels, visible
-from ..data.sets import ArrayImages, ImageSet
+from ..data.sets import ImageSet
+from ..files import write_json, write_text
 from ..generate import pictures
 from ..generate.draw import balanced_labels, draw
-from ..launch.start import is_first
-from ..model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
-from ..objective import Objective
-from ..pipeline import DiTMoEPipeline, best_device, load
+from ..model import DiTMoETransformer2DModel, count_parameters, moe_layer_names, tokens_per_image
+from ..pipeline import DiTMoEPipeline, load
 from ..run_folder.log import read_rows
 from ..run_folder.place import locked
 from . import charts, page
-from .facts import describe, moe_layer_names, summarise
+from .facts import describe, summarise
 from .maps import expert_maps
 
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 TIME_BINS = 10
 SHOWN_CLASSES = 12  # rows of the expert maps, at most
@@ -71,7 +68,7 @@ def write(
         ValueError: the folder holds no such run, or its data set is gone.
     """
     config = read_config(run)
-    pipe = load(run).to(best_device())
+    pipe = load(run, fast=True)
     data, held_out = _open_data(config, pipe.transformer)
     (run / "index.html").unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
     num = num_judged or config.sample.num
@@ -89,9 +86,9 @@ def write(
         **_score(score, images, held_out if score_real else None),
     }
     report["notes"] = _notes(report, images)
-    _write_text(run / "report.json", json.dumps(report, indent=2) + "\n")
-    pictures = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
-    _write_text(run / "index.html", page.render(report, pictures, to_dict(config)))
+    write_json(run / "report.json", report)
+    shown = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
+    write_text(run / "index.html", page.render(report, shown, to_dict(config)))
     print(_summary(report), flush=True)
     return report
 
@@ -104,8 +101,6 @@ def finish(
     news: bool,
 ) -> None:
     """The end of a training run: its page, where the run has `news` or none, and a line that says where."""
-    if not is_first():
-        return
     if news or not (config.out / "index.html").exists():
         with locked(config):
             write(config.out, score=score, judge=judge)
@@ -133,9 +128,7 @@ def _open_data(config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet,
     """The training images and the held-out ones, where the set has any."""
     size, channels = net.config.sample_size, net.config.in_channels
     data = open_data(config.data, size=size, channels=channels)
-    if config.data.name in ("folder", "latents"):
-        return data, None
-    return data, open_data(config.data, size=size, channels=channels, split="test")
+    return data, open_held_out(config.data, size=size, channels=channels)
 
 
 def _data_facts(data: ImageSet, held_out: ImageSet | None, config: Config) -> dict[str, Any]:
@@ -175,7 +168,7 @@ def _draw_pictures(
     """Write the four pictures (those that apply); the expert maps in numbers, a row a layer."""
     for name in page.CAPTIONS:
         (run / f"{name}.png").unlink(missing_ok=True)  # none may be left from another report
-    _draw_grid(images, labels, pipe.id2label, run / "samples.png")
+    pictures.write_grid(images, labels, pipe.id2label, run / "samples.png", columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
     _draw_film(pipe, config, labels, run / "film.png")
     if rows:
         charts.loss_curve(rows, run / "loss.png")
@@ -183,27 +176,13 @@ def _draw_pictures(
     if not layers:
         return []
     chosen, x = _one_batch_a_class(pipe.transformer, data, config.seed)
-    counts = count_experts(pipe.transformer, Objective(config.objective), x, chosen, TIME_BINS, config.seed)
+    counts = count_experts(pipe.transformer, config.objective, x, chosen, TIME_BINS, config.seed)
     side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
     expert_maps(
         counts, run / "experts.png", class_names=[data.id2label.get(c, "all images") for c in chosen],
         timesteps=[(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)], grid=(side, side), layer_names=layers,
     )  # fmt: skip
     return [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
-
-
-def _draw_grid(images: Images, labels: list[int] | None, names: Mapping[int, str], path: Path) -> None:
-    """A row a class, evenly chosen when they are many; ten columns of images without labels."""
-    groups = [i // SHOWN_COLUMNS for i in range(len(images))] if labels is None else labels
-    present = sorted(set(groups))
-    rows = [[i for i, g in enumerate(groups) if g == present[k]] for k in pictures.spread(len(present), SHOWN_ROWS)]
-    if len(rows) > 1 and len(rows[-1]) < len(rows[0]) and labels is None:
-        rows = rows[:-1]
-    columns = min(SHOWN_COLUMNS, *(len(row) for row in rows), len(images))
-    grid = np.stack([visible(images[row[:columns]]) for row in rows])
-    pictures.sample_grid(
-        grid, ["" if labels is None else names.get(labels[r[0]], str(labels[r[0]])) for r in rows], path
-    )
 
 
 def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, path: Path) -> None:
@@ -240,7 +219,7 @@ def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int)
     cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS
     members = [np.flatnonzero(data.labels == c) for c in classes]
     n = int(np.clip(ROUTING_FLOPS / cost, 2, 32))
-    rows = [readable(data, rng.permutation(m)[: 2 * n].tolist()) for m in members]
+    rows = [data.readable(rng.permutation(m)[: 2 * n].tolist()) for m in members]
     kept = [(label, (r * n)[:n]) for label, r in zip(classes, rows, strict=True) if r]
     return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
 
@@ -260,8 +239,8 @@ def _judge(
     if judge is None or data.is_latent or len(data) < FEWEST_REAL:
         return {"classes": None, "copies": None}
     rng = np.random.default_rng(config.seed)
-    most = MOST_REAL[isinstance(data, ArrayImages)]
-    rows = np.array(readable(data, rng.permutation(len(data))[:most].tolist()))
+    most = MOST_REAL[data.in_memory]
+    rows = np.array(data.readable(rng.permutation(len(data))[:most].tolist()))
     train, train_labels = data.images(rows.tolist()), data.labels[rows]
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
     real = None
@@ -302,9 +281,3 @@ def _notes(report: Mapping[str, Any], images: Images) -> list[str]:
     if images.shape[-1] not in (1, 3):
         notes.append(f"The pictures show latents, {visible(images).shape[-1]} of {images.shape[-1]} channels.")
     return notes
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)

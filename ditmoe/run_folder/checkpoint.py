@@ -11,9 +11,7 @@ it needs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import remove
+from ..config.sections import Config
+from ..files import digest, remove
+from .log import read_rows
+from .place import CHECKPOINTS, METRICS, SAVED
 
 FORMAT = 1
-MARK = ".saved"  # beside the folder of checkpoints, once there has been one
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = "step-*.tmp-*"
 
@@ -81,15 +81,6 @@ def newest_first(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
-def newest(root: Path) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; None when there never was one.
-
-    Raises:
-        ValueError: Checkpoints are there but none is whole.
-    """
-    return first_whole(newest_first(root), find_fault)
-
-
 def first_whole(
     candidates: Sequence[Path], fault_of: Callable[[Path], str | None], say: Callable[[str], None] = print
 ) -> Path | None:
@@ -119,7 +110,7 @@ def find_fault(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             file = path / name
             if file.stat().st_size != known["size"]:
                 return f"{name} has {file.stat().st_size} bytes, not {known['size']}"
-            if i % share[1] == share[0] and _digest(file) != known["sha256"]:
+            if i % share[1] == share[0] and digest(file) != known["sha256"]:
                 return f"{name} has other content than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -128,12 +119,6 @@ def find_fault(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json cannot be read"
     return None
-
-
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(parts, state) of one checkpoint that was found whole, on the CPU. Raises as `opened`."""
-    parts, state = opened(path)
-    return {part: {key: saved.whole() for key, saved in found.items()} for part, found in parts.items()}, state
 
 
 def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
@@ -158,13 +143,15 @@ def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
     return parts, state
 
 
-def _remove(path: Path) -> None:
-    """A folder that is going away is none from its first moment on."""
-    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
-    path.rename(doomed)
-    remove(doomed)
+def check_begins(config: Config, exported: int | None) -> None:
+    """Refuse to begin again where a run has had checkpoints: they are gone.
 
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises:
+        ValueError: The run folder holds a model, or says that something was saved.
+    """
+    if exported or (config.out / SAVED).exists():
+        steps = exported or max((row["step"] for row in read_rows(config.out / METRICS)), default="some")
+        raise ValueError(
+            f"{config.out} has been trained for {steps} steps, but {config.out / CHECKPOINTS} holds no checkpoint; "
+            f"restore it, or move {config.out} away to start again"
+        )

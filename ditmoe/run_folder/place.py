@@ -1,23 +1,27 @@
-"""A run folder belongs to one configuration, and at any time to one process group."""
+"""A run folder: what is in it, whose it is; it belongs to one configuration, and at any time to one process group."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shlex
-import shutil
-import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ..config.file import differences, save, to_dict
+from .. import files
+from ..config.file import differences, read_file, save, to_dict
 from ..config.sections import Config
-from . import checkpoint
-from .log import read_rows
 
-LOCK = ".lock"
+CONFIG = "config.json"
+COMMAND = "command.txt"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+SAVED = ".saved"  # there once a checkpoint has been
+MODEL = "model"
+PROGRESS = "progress"
+SAMPLES, FILM, EXPERTS, LOSS = "samples.png", "film.png", "experts.png", "loss.png"
+REPORT = "report.json"
+PAGE = "index.html"
 
 # What may change between the parts of one run: it has no influence on the weights at a given step.
 # (data.path has: the data's fingerprint is checked instead.)
@@ -31,33 +35,10 @@ _FREE |= {
 
 @contextmanager
 def locked(config: Config) -> Iterator[None]:
-    """Hold the run folder, which is made when missing. The lock ends with the process, however it ends.
-
-    Raises:
-        ValueError: Another process holds it, or the folder cannot be written.
-    """
+    """Hold the run folder, which is made when missing. ValueError as `check_place` and `ditmoe.files.locked`."""
     check_place(config)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        file = (config.out / LOCK).open("a+")
-    except OSError as error:
-        raise ValueError(f"out {config.out} cannot be written ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its readers do not inherit it
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ValueError(
-                f"{config.out} is in use by {file.read().strip() or 'another process'}; wait for it, stop it, "
-                f"or give another --out"
-            ) from None
-        except OSError as error:
-            print(f"note: {config.out} is on a disk without locks ({error.strerror}); start only one run on it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+    with files.locked(config.out):
         yield
-        file.truncate(0)
 
 
 def check_place(config: Config) -> None:
@@ -66,49 +47,34 @@ def check_place(config: Config) -> None:
     Raises:
         ValueError: It holds another run, or things that are no run, or cannot be a folder.
     """
-    path = config.out / "config.json"
+    path = config.out / CONFIG
     parent = next(p for p in (config.out, *config.out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            if not isinstance(old, dict):
-                raise ValueError("it holds no JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a configuration that can be read: {error}") from error
         changed = [
             line
-            for line in differences(old, to_dict(config))
+            for line in differences(to_dict(read_file(path)), to_dict(config))
             if line.split(":")[0] not in _FREE and not line.startswith(("sample.", "plan."))
         ]
         if changed:
             raise ValueError(
                 f"{config.out} holds another run ({'; '.join(changed[:5])}); give another --out, or the same values"
             )
-    elif config.out.exists() and any(p.name not in (LOCK, "config.json.tmp") for p in config.out.iterdir()):
+    elif config.out.exists() and any(p.name not in (files.LOCK, f"{CONFIG}.tmp") for p in config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
 
 
-def check_begins(config: Config, exported: int | None) -> None:
-    """Refuse to begin again where a run has had checkpoints: they are gone.
+def open_folder(config: Config, argv: Sequence[str], *, goes_on: bool) -> None:
+    """Note in a run folder that is ours the configuration, the command, and whether it `goes_on` from a checkpoint.
 
-    Raises:
-        ValueError: The run folder holds a model, or says that something was saved.
+    Its page belongs to an earlier state, and goes.
     """
-    if exported or (config.out / checkpoint.MARK).exists():
-        steps = exported or max((row["step"] for row in read_rows(config.out / "metrics.jsonl")), default="some")
-        raise ValueError(
-            f"{config.out} has been trained for {steps} steps, but {config.out / 'checkpoints'} holds no checkpoint; "
-            f"restore it, or move {config.out} away to start again"
-        )
-
-
-def open_folder(config: Config, argv: Sequence[str]) -> None:
-    """Note the configuration and the command in a run folder that is ours; its page belongs to an earlier state."""
-    for leftover in config.out.glob("model.tmp-*"):  # of an export that was killed
-        shutil.rmtree(leftover)
-    save(config, config.out / "config.json")
-    (config.out / "index.html").unlink(missing_ok=True)
-    with (config.out / "command.txt").open("a") as file:
-        file.write(shlex.join(["python", *argv]) + "\n")
+    for leftover in config.out.glob(f"{MODEL}.tmp-*"):  # of an export that was killed
+        files.remove(leftover)
+    save(config, config.out / CONFIG)
+    (config.out / PAGE).unlink(missing_ok=True)
+    if goes_on:
+        (config.out / SAVED).touch()
+    with (config.out / COMMAND).open("a") as file:
+        file.write(shlex.join(argv) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,11 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
-from ..files import sync
-from . import checkpoint
-from .checkpoint import FORMAT, Parts, _digest, _remove, find_fault, newest_first
+from ..files import digest, remove, sync, write_text
+from .checkpoint import FORMAT, Parts, find_fault, newest_first, remove_unfinished
+from .place import SAVED
+
+FAILED = "failed"  # a file in the temporary folder
+OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
 
 
 class Writer:
@@ -28,7 +29,7 @@ class Writer:
 
     Args:
         root: The folder of checkpoints; made when missing. Leftovers of interrupted saves are removed.
-        keep: Newest checkpoints to keep, see `checkpoint.prune`.
+        keep: Newest checkpoints to keep, see `prune`.
         tolerant: Say so and go on where a checkpoint cannot be written, instead of raising OSError.
         token: The same on all processes that write together, another one in every run of the program.
         shard: Which slice of split tensors this process writes; 0 also writes everything else and ends the save.
@@ -45,16 +46,10 @@ class Writer:
         self._whole: list[Path] = []  # those that were read back
         self._given_up = threading.Event()  # no other process is to be waited for any more
         if shard == 0:
-            checkpoint.remove_unfinished(root)
+            remove_unfinished(root)
 
     def save(
-        self,
-        step: int,
-        parts: checkpoint.Parts,
-        state: Mapping[str, Any],
-        split: checkpoint.Parts | None = None,
-        *,
-        wait: bool,
+        self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts | None = None, *, wait: bool
     ) -> None:
         """Copy the tensors, then write them in the background; with `wait`, return when they are on the disk.
 
@@ -62,7 +57,7 @@ class Writer:
 
         Raises:
             OSError: The one before could not be written, unless tolerant; with `wait` neither could this one.
-            FloatingPointError: See `checkpoint.save`.
+            FloatingPointError: See `save`.
         """
         try:
             self.finish()
@@ -70,9 +65,7 @@ class Writer:
             if not self.tolerant:
                 raise
             print(f"warning: a checkpoint could not be written ({error}); trying again now", flush=True)
-        copies = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in parts.items()}
-        slices = {part: {k: _copied(v) for k, v in tensors.items()} for part, tensors in (split or {}).items()}
-        self._pending = self._thread.submit(self._write, step, copies, state, slices)
+        self._pending = self._thread.submit(self._write, step, _copied(parts), state, _copied(split or {}))
         if self.shard == 0:
             self._thread.submit(self._prune, self._pending)  # `finish` does not wait for it, leaving does
         if wait:
@@ -86,7 +79,7 @@ class Writer:
             self._given_up.set()
         self._thread.shutdown(wait=True)
         if self.shard == 0 and self.shards > 1:
-            checkpoint.remove_unfinished(self.root)
+            remove_unfinished(self.root)
 
     def finish(self) -> None:
         """Wait for the last one. Raises what it met."""
@@ -94,17 +87,15 @@ class Writer:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, parts: checkpoint.Parts, state: Mapping[str, Any], split: checkpoint.Parts) -> None:
+    def _write(self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts) -> None:
         named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
-        if self.shard == 0 and self.shards > 1:
-            checkpoint.remove_unfinished(self.root)  # the last one, if it failed
         if self.shard:
-            write_shard(self.root, step, named, self.token, self._given_up)
-            return
+            return write_shard(self.root, step, named, self.token, self._given_up)
+        if self.shards > 1:
+            remove_unfinished(self.root)  # the last one, if it failed
         others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
-        more: dict[str, Any] = {"token": self.token, "others": others, "given_up": self._given_up}
-        save(self.root, step, {**parts, **named}, state, **more)
-        (self.root.parent / checkpoint.MARK).touch()
+        save(self.root, step, {**parts, **named}, state, token=self.token, others=others, given_up=self._given_up)
+        (self.root.parent / SAVED).touch()
 
     def _prune(self, written: Future[None]) -> None:
         if written.exception() is not None:
@@ -117,14 +108,8 @@ class Writer:
             self._whole = whole if self.shards > 1 else []  # what many wrote is too large to be read at every save
 
 
-def _copied(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
-
-
-FAILED = "failed"  # a file in the temporary folder
-
-
-OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
+def _copied(parts: Parts) -> Parts:
+    return {part: {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()} for part, tensors in parts.items()}
 
 
 def save(
@@ -162,22 +147,20 @@ def save(
     temporary.mkdir(parents=True)
     try:
         _write_parts(temporary, parts)
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-        sync(temporary / "state.json")
+        write_text(temporary / "state.json", json.dumps({"step": step, **state}, indent=1) + "\n")
         _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
-        files = {name: _described(temporary / name) for name in _names(temporary)}
+        names = sorted(p.name for p in temporary.iterdir() if p.suffix != ".note")
+        manifest = {"format": FORMAT, "step": step, "files": {name: _described(temporary / name) for name in names}}
         for note in temporary.glob("*.note"):  # that a network disk did not show in time
             note.unlink(missing_ok=True)
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        sync(temporary / "manifest.json")
+        write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         sync(temporary)
         if final.exists():  # damaged: it was not found whole above
             _remove(final)
         temporary.rename(final)
         sync(root)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         if others:
             with suppress(OSError):  # until the next save, for those who have not begun
                 temporary.mkdir()
@@ -218,6 +201,13 @@ def prune(root: Path, keep: int, known: Collection[Path] = ()) -> list[Path]:
     return whole
 
 
+def _remove(path: Path) -> None:
+    """A folder that is going away is none from its first moment on."""
+    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
+    path.rename(doomed)
+    remove(doomed)
+
+
 def _write_parts(folder: Path, parts: Parts) -> None:
     """A file a part, on the disk before it has its name, and beside it what is known of it."""
     for name, tensors in parts.items():
@@ -237,10 +227,6 @@ def _note_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.note")
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix != ".note")
-
-
 def _described(file: Path) -> dict[str, Any]:
     """Size and SHA-256: as noted by its writer, or of its content."""
     note = _note_of(file)
@@ -248,7 +234,7 @@ def _described(file: Path) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(note.read_text())
         note.unlink()
         return known
-    return {"size": file.stat().st_size, "sha256": _digest(file)}
+    return {"size": file.stat().st_size, "sha256": digest(file)}
 
 
 def _wait_for(files: Sequence[Path], failed: Path, given_up: threading.Event | None) -> None:
@@ -260,10 +246,7 @@ def _wait_for(files: Sequence[Path], failed: Path, given_up: threading.Event | N
 
 
 def _check_finite(step: int, parts: Parts) -> None:
-    wrong = [f"{part} {name}" for part, tensors in parts.items() for name, v in tensors.items() if not _finite(v)]
-    if wrong:
-        raise FloatingPointError(f"{wrong[0]} is not finite at step {step}: nothing was saved")
-
-
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    for part, tensors in parts.items():
+        for name, value in tensors.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise FloatingPointError(f"{part} {name} is not finite at step {step}: nothing was saved")

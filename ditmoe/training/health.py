@@ -1,6 +1,4 @@
-"""What all processes look at while they train: signals, images that cannot be used, values that are not finite.
-
-Values that are not finite are seen before the optimiser moves; the step is named, skipped and counted.
+"""Values that are not finite, on any process: seen before the optimiser moves; the step is named, skipped and counted.
 
 Shapes: C channels, H W size, n images of a micro-batch.
 """
@@ -8,7 +6,7 @@ Shapes: C channels, H W size, n images of a micro-batch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from ..data.order import Batch
 from ..launch import agree
 from ..moe import Routing
-from ..objective import Losses
 from .exchange import local
 
 
@@ -26,14 +23,14 @@ class Evidence:
 
     Args:
         batch: Its images.
-        losses: Its losses.
+        losses: Its losses by name.
         routing: The records of its MoE layers.
     """
 
-    def __init__(self, batch: Batch, losses: Losses, routing: Sequence[Routing]) -> None:
+    def __init__(self, batch: Batch, losses: Mapping[str, Tensor], routing: Sequence[Routing]) -> None:
         self.samples = f"samples {batch.indices[0]}..{batch.indices[-1]}"
         values = {f"router logits of MoE layer {i}": record.logits for i, record in enumerate(routing)}
-        values |= {f"loss {name}": value for name, value in losses._asdict().items() if value is not None}
+        values |= {f"loss {name}": value for name, value in losses.items()}
         self.images = batch.x
         self.names = list(values)
         self.finite = torch.stack([value.detach().isfinite().all() for value in values.values()])

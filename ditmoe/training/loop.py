@@ -17,18 +17,18 @@ from accelerate import Accelerator
 from .. import pipeline
 from ..config.file import to_dict
 from ..config.sections import Config, micro_batch_size
-from ..data.open import fingerprint, open_data, pixel_variance
+from ..data.open import open_data, pixel_variance
 from ..data.sets import ImageSet
 from ..launch import agree, start
 from ..launch.signals import Interrupted, Signals
 from ..model import build, count_parameters
-from ..run_folder import checkpoint, place
+from ..run_folder import place
+from ..run_folder.checkpoint import check_begins
 from ..run_folder.log import Log
-from ..run_folder.place import check_begins, open_folder
 from .parallel import Parallel
-from .saving import Saving
-from .state import State, new_state, newest, num_classes, resume, update_ema
-from .step import Run, optimise
+from .saving import Saving, newest, resume
+from .state import State, new_state, num_classes, update_ema
+from .step import Run, log_row, optimise
 
 OnSample = Callable[[int, Any], None]
 
@@ -63,12 +63,12 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = start.launched(config.train)
-    images = fingerprint(data)
+    images = data.fingerprint()
     agree.check_alike(accelerator, {**_common(config), "images": images})
     micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
-    pipeline.assemble(state.ema, config, data.id2label)  # a sampler that does not fit is refused too
+    pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
     with ExitStack() as stack:
         agree.decided_by_first(accelerator, lambda: stack.enter_context(place.locked(config)))
         return _train(config, data, on_sample, argv, parallel, state, images)
@@ -94,33 +94,28 @@ def _train(
 ) -> bool:
     """`train`, in a run folder that is ours; `images` is the data's fingerprint."""
     accelerator = parallel.accelerator
-    facts = {
-        "data": images,
-        "precision": start.resolve_precision(config.train.precision, accelerator.device),
-        "num_processes": accelerator.num_processes,
-    }
+    precision = start.resolve_precision(config.train.precision, accelerator.device)
+    facts = {"data": images, "precision": precision, "num_processes": accelerator.num_processes}
     variance = pixel_variance(data, config.seed)
-    found = newest(config.out / "checkpoints", parallel)
+    found = newest(config.out / place.CHECKPOINTS, parallel)
     saved = {} if found is None else agree.agreed(accelerator, lambda: resume(found, state, facts, parallel))
     first_step = int(saved.get("step", 0))
     last_step = max(first_step, config.max_steps)
-    exported = agree.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / "model"))
+    exported = agree.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / place.MODEL))
     if exported is not None and (exported == first_step == last_step if saved else exported >= last_step):
         return False
     if not saved:
         agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
     if accelerator.is_main_process:
-        open_folder(config, argv)
-        if saved:
-            (config.out / checkpoint.MARK).touch()
-    _announce(config, data, accelerator, facts["precision"], first_step)
+        place.open_folder(config, argv, goes_on=bool(saved))
+    _announce(config, data, accelerator, precision, first_step)
     with (
         Signals() as signals,
-        Log(config, first_step, accelerator) as log,
+        Log(config, first_step, shown=accelerator.is_main_process) as log,
         Saving(config, data, parallel, state, variance, first_step if saved else -1) as saving,
         closing(Run.of(config, data, parallel, state, signals, saved)) as run,
     ):
-        show = None if on_sample is None else partial(_show, on_sample, run, saving, log)
+        show = on_sample and partial(_show, on_sample, run, saving, log)
         _loop(run, state, facts, saving, log, show, first_step)
         saving.export(last_step)
         if agree.total(accelerator, [float(bool(signals.received))])[0]:
@@ -129,13 +124,7 @@ def _train(
 
 
 def _loop(
-    run: Run,
-    state: State,
-    facts: dict[str, Any],
-    saving: Saving,
-    log: Log,
-    show: Callable[[int], None] | None,
-    first_step: int,
+    run: Run, state: State, facts: dict[str, Any], saving: Saving, log: Log, show: partial[None] | None, first_step: int
 ) -> None:
     """Step after step until `max_steps`; saves, and shows samples where asked for. Raises Interrupted when stopped."""
     train, max_steps = run.config.train, run.config.max_steps
@@ -159,7 +148,8 @@ def _loop(
         if not result.faults:
             update_ema(state.ema, state.model, min(train.ema_decay, (1 + step) / (10 + step)))
         done = step + 1
-        log.row(done, result)
+        if log.count(done) or result.faults:
+            log.write(log_row(run, done, result))
         due = due or done % train.checkpoint_every == 0
         if done == max_steps or (due and not run.health.in_a_row):
             keep(done, wait=done == max_steps)  # while steps are skipped, what went before them stays
@@ -171,6 +161,8 @@ def _loop(
 def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) -> None:
     """The samples of a step, made by the first process from the averaged weights."""
     pipe = saving.pipeline(step)
+    if pipe is not None:
+        pipe.to(run.parallel.accelerator.device)
 
     def draw() -> None:
         try:
@@ -186,35 +178,24 @@ def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) ->
         agree.first_works(run.parallel.accelerator, draw, run.watch.signals, f"sample-{step}")
 
 
-# ------------------------------------------------------------------------------------------- one step
-
-
-def _ways(config: Config) -> str:
-    """How the model is split, in words; nothing where it is not."""
-    experts, shard = config.parallel.experts, config.parallel.shard
-    ways = [*([f"experts split over {experts}"] if experts > 1 else []), *(["the rest sharded"] if shard else [])]
-    return "".join(f"{way}, " for way in ways)
-
-
 def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precision: str, first_step: int) -> None:
     with torch.device("meta"):
         total, activated = count_parameters(build(config, num_classes(config, data)))
-    accelerator.print(f"data: {data.source}")
-    accelerator.print(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
-    accelerator.print(
-        f"training on {accelerator.num_processes} process(es), {accelerator.device.type}, {precision}, "
-        f"{_ways(config)}into {config.out}"
-    )
-    E, processes = config.moe.num_experts if config.moe.blocks != "none" else 0, accelerator.num_processes
-    if config.parallel.shard and config.parallel.experts == 1 and 0 < E < processes:
+    size = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
+    accelerator.print(f"data: {data.source}\nmodel: {size}")
+    split, processes = config.parallel, accelerator.num_processes
+    ways = (f"experts split over {split.experts}, " if split.experts > 1 else "") + "the rest sharded, " * split.shard
+    where = f"{processes} process(es), {accelerator.device.type}, {precision}"
+    accelerator.print(f"training on {where}, {ways}into {config.out}")
+    E = config.moe.num_experts if config.moe.blocks != "none" else 0
+    if split.shard and split.experts == 1 and 0 < E < processes:
         accelerator.print(
             f"note: {E} stacked experts in slices over {processes} processes are padded to as many as there are "
             f"processes; --parallel.experts beside --parallel.shard splits them better"
         )
     if first_step:
         accelerator.print(f"resumed at step {first_step} of {config.max_steps}")
-    decay = config.train.decay_steps
-    if decay and config.max_steps < decay:
+    if (decay := config.train.decay_steps) and config.max_steps < decay:
         accelerator.print(
             f"note: this run stops at step {config.max_steps}, but the learning rate decays until {decay}"
         )

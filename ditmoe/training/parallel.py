@@ -39,6 +39,9 @@ class Parallel:
         config: How to split.
         num_experts: Experts E of a layer.
 
+    Attributes:
+        experts: Names of the parameters that are split by experts, once `split` has made the model; none otherwise.
+
     Raises:
         ValueError: The degree does not divide the processes or the experts; sharding over one process.
     """
@@ -59,6 +62,7 @@ class Parallel:
         self.accelerator, self.degree, self.sharded, self.world = accelerator, degree, config.shard, world
         self.rank = accelerator.process_index
         device = accelerator.device.type
+        self.experts: set[str] = set()
         self._exchange: Exchange | None = None
         self._data: Any = None
         if degree > 1:
@@ -100,15 +104,14 @@ class Parallel:
         for net in (model, twin):
             self._shard_rest(net)
             net.to_empty(device=self.accelerator.device)
-        names = expert_names(model) if self.degree > 1 else set()
         other = dict(_tensors(twin))
         for name, value in _tensors(model):
             sent = torch.empty(shapes[name], dtype=value.dtype, device=self.accelerator.device)
             if self.rank == 0:
                 sent.copy_(whole.pop(name))
             dist.broadcast(sent, 0)
-            if name in names or isinstance(value, DTensor):
-                sent = sent[slice(*self._bounds(len(sent), expert=name in names))]
+            if name in self.experts or isinstance(value, DTensor):
+                sent = sent[slice(*self._bounds(name, len(sent)))]
             for target in (value, other[name]):
                 local(target.detach()).copy_(sent)
         return model, twin
@@ -122,15 +125,15 @@ class Parallel:
                 module.exchange = self._exchange
                 module.w_in = nn.Parameter(module.w_in.detach().chunk(self.degree)[0])  # meta: only the shape counts
                 module.w_out = nn.Parameter(module.w_out.detach().chunk(self.degree)[0])
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(expert_names(model)))
+        self.experts = expert_names(model)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(self.experts))
 
     def _shard_rest(self, model: Model) -> None:
         """Keep this process's slice of every parameter that is not a split expert's, along its first dimension."""
         if self._mesh is None:
             return
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # that nothing writes into
-        names = expert_names(model) if self.degree > 1 else set()
-        left_out = {p for name, p in model.named_parameters() if name in names}
+        left_out = {p for name, p in model.named_parameters() if name in self.experts}
         for module in model.modules() if self._policy.param_dtype else ():
             if isinstance(module, Router):  # a group of its own: its weights are never rounded
                 fully_shard(module, mesh=self._mesh)
@@ -155,13 +158,12 @@ class Parallel:
         if not self.splits:
             norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
             return norm
-        names = expert_names(model) if self._exchange else set()
         grads: dict[str, list[Tensor]] = {"experts": [], "slices": [], "whole": []}
         for name, parameter in model.named_parameters():
             if isinstance(parameter.grad, DTensor):
                 grads["slices"].append(parameter.grad.to_local())
             elif parameter.grad is not None:
-                grads["experts" if name in names else "whole"].append(parameter.grad)
+                grads["experts" if name in self.experts else "whole"].append(parameter.grad)
         for grad in grads["experts"]:
             dist.all_reduce(grad, group=self._data)
             grad.div_(self.world)
@@ -174,13 +176,13 @@ class Parallel:
         torch._foreach_mul_([g for found in grads.values() for g in found], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gathered(self, value: Tensor, *, expert: bool) -> Tensor | None:
-        """The whole of a slice, on the CPU of the first process; None elsewhere. All processes must call it."""
+    def gathered(self, name: str, value: Tensor) -> Tensor | None:
+        """The whole of a parameter's slices, on the CPU of the first process; None elsewhere. All must call it."""
         first = self.accelerator.is_main_process
         whole: Tensor
         if isinstance(value, DTensor):
             whole = value.full_tensor().detach()
-        elif expert and self._exchange is not None:
+        elif name in self.experts and self._exchange is not None:
             parts = [torch.empty_like(value) for _ in range(self.degree)]
             dist.all_gather(parts, value.detach().contiguous(), group=self._exchange.group)
             whole = torch.cat(parts)
@@ -190,14 +192,13 @@ class Parallel:
 
     def own(self, parts: Mapping[str, Mapping[str, Saved]], model: nn.Module) -> dict[str, dict[str, Tensor]]:
         """Of a checkpoint's tensors what this process holds, like `model`'s parameters; nothing else is read."""
-        names = expert_names(model) if self.degree > 1 else set()
         sliced = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
 
         def mine(name: str, value: Saved) -> Tensor:
-            if not value.shape or name not in names | sliced:
+            if not value.shape or name not in self.experts | sliced:
                 return value.whole()
-            rows = value.rows(*self._bounds(value.shape[0], expert=name in names))
-            if name in names:
+            rows = value.rows(*self._bounds(name, value.shape[0]))
+            if name in self.experts:
                 return rows
             stride, rows = torch.empty(value.shape, device="meta").stride(), rows.to(self.accelerator.device)
             return DTensor.from_local(rows, self._mesh, [Shard(0)], run_check=False, shape=value.shape, stride=stride)
@@ -205,25 +206,25 @@ class Parallel:
         return {part: {k: mine(_parameter(k, part), v) for k, v in found.items()} for part, found in parts.items()}
 
     def saved(
-        self, parts: Mapping[str, Mapping[str, Tensor]], model: nn.Module
+        self, parts: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
         """What the first process saves of the state, and the slices that this one saves."""
-        names = expert_names(model) if self.degree > 1 else set()
         whole: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
         split: dict[str, dict[str, Tensor]] = {part: {} for part in parts} if self.splits else {}
         for part, tensors in parts.items():
             for key, value in tensors.items():
                 if isinstance(value, DTensor):
                     split[part][key] = value.to_local()
-                elif value.ndim and _parameter(key, part) in names:
+                elif value.ndim and _parameter(key, part) in self.experts:
                     if self.rank < self.degree:  # the first copy of the experts
                         split[part][key] = value
                 else:
                     whole[part][key] = value
         return ({} if self.rank else whole), split
 
-    def _bounds(self, rows: int, *, expert: bool) -> tuple[int, int]:
-        """The rows that are this process's, cut as torch does: the last slices may be short, or empty."""
+    def _bounds(self, name: str, rows: int) -> tuple[int, int]:
+        """A parameter's rows that are this process's, cut as torch does: the last slices may be short, or empty."""
+        expert = name in self.experts
         position, slices = (self.rank % self.degree, self.degree) if expert else (self.rank, self.world)
         size = -(-rows // slices)
         return min(position * size, rows), min((position + 1) * size, rows)
@@ -231,12 +232,8 @@ class Parallel:
 
 def expert_names(model: nn.Module) -> set[str]:
     """Names of the parameters that expert parallelism splits."""
-    return {
-        f"{name}.{weight}"
-        for name, module in model.named_modules()
-        if isinstance(module, Experts)
-        for weight in ("w_in", "w_out")
-    }
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    return {f"{path}.{weight}" for path in layers for weight in ("w_in", "w_out")}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

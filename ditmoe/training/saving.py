@@ -1,10 +1,11 @@
-"""What a run leaves: checkpoints to go on from and pipelines to sample with, also of a state that is split."""
+"""What a run leaves and goes on from: checkpoints out and in, pipelines to sample with, also of a split state."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 from .. import pipeline
 from ..config.file import to_dict
 from ..config.sections import Config
-from ..data.latents import LatentShards, normalization_of
 from ..data.sets import ImageSet
 from ..launch import agree
 from ..model import DiTMoETransformer2DModel, build
 from ..pipeline import DiTMoEPipeline
+from ..run_folder import checkpoint
+from ..run_folder.place import CHECKPOINTS, MODEL
 from ..run_folder.writer import Writer
-from .parallel import Parallel, expert_names
-from .state import State, num_classes, to_parts
+from .parallel import Parallel
+from .state import State, num_classes
 
 
 class Saving:
@@ -31,7 +33,7 @@ class Saving:
         data: Its training images, for the names of the classes.
         parallel: Who holds what.
         state: What learns.
-        variance: `ditmoe.data.pixel_variance`, for the pipeline.
+        variance: `ditmoe.data.open.pixel_variance`, for the pipeline.
         step: The step of the checkpoint that the state came from; -1 for none.
     """
 
@@ -46,14 +48,13 @@ class Saving:
     ) -> None:
         self.config, self.data, self.accelerator = config, data, parallel.accelerator
         self.parallel, self.state, self.variance, self._last = parallel, state, variance, step
-        self._experts = expert_names(state.ema)
         self._writer: Writer | None = None
 
     def __enter__(self) -> Saving:
         token = agree.decided_by_first(self.accelerator, lambda: str(os.getpid()))
         if self.parallel.rank < self.parallel.writers:
             self._writer = Writer(
-                self.config.out / "checkpoints",
+                self.config.out / CHECKPOINTS,
                 self.config.train.keep,
                 tolerant=self.config.train.on_save_error == "continue",
                 token=token,
@@ -69,7 +70,7 @@ class Saving:
     def checkpoint(self, step: int, facts: dict[str, Any], *, wait: bool) -> None:
         """Save the state as of a step; with `wait`, return when it is on the disk. Raises as `Writer.save`."""
         if self._writer and step != self._last:
-            whole, split = self.parallel.saved(to_parts(self.state), self.state.model)
+            whole, split = self.parallel.saved(to_parts(self.state))
             self._writer.save(step, whole, {"config": to_dict(self.config), **facts}, split, wait=False)
         self._last = step
         if wait:
@@ -81,7 +82,7 @@ class Saving:
         """The pipeline of the averaged weights, whole, on the first process; None on the others."""
         model = self.state.ema
         if self.parallel.splits:
-            whole = {name: self._whole(name, value) for name, value in self.state.ema.state_dict().items()}
+            whole = {name: self.parallel.gathered(name, value) for name, value in self.state.ema.state_dict().items()}
             if not self.accelerator.is_main_process:
                 return None
             model = build(self.config, num_classes(self.config, self.data)).eval().requires_grad_(False)
@@ -90,7 +91,7 @@ class Saving:
 
     def export(self, step: int) -> None:
         """Write model/ with the averaged weights. Of split experts one block is whole at a time."""
-        first, folder = self.accelerator.is_main_process, self.config.out / "model"
+        first, folder = self.accelerator.is_main_process, self.config.out / MODEL
         if not self.parallel.splits:
             if first:
                 pipeline.save(self._assemble(self.state.ema.cpu(), step), folder)
@@ -105,8 +106,8 @@ class Saving:
 
     def _assemble(self, model: DiTMoETransformer2DModel, step: int) -> DiTMoEPipeline:
         """With the latents' statistics of the data that were opened: the folder may be another one by now."""
-        latents = normalization_of(self.data.index) if isinstance(self.data, LatentShards) else None
-        return pipeline.assemble(model, self.config, self.data.id2label, self.variance, step, latents)
+        data = self.data
+        return pipeline.assemble(model, self.config, data.id2label, self.variance, step, data.normalization)
 
     def _lots(self) -> Iterator[dict[str, Tensor]]:
         """The averaged weights, a block at a time, whole on the first process."""
@@ -114,7 +115,85 @@ class Saving:
         for name, value in self.state.ema.state_dict().items():
             lots[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""][name] = value
         for lot in lots.values():
-            yield {name: whole for name, value in lot.items() if (whole := self._whole(name, value)) is not None}
+            yield {
+                name: whole for name, value in lot.items() if (whole := self.parallel.gathered(name, value)) is not None
+            }
 
-    def _whole(self, name: str, value: Tensor) -> Tensor | None:
-        return self.parallel.gathered(value, expert=name in self._experts)
+
+def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
+    names = {p: n for n, p in state.model.named_parameters()}
+    moments = {
+        f"{names[p]}.{key}": torch.as_tensor(value)
+        for p, entry in state.optimizer.state.items()
+        for key, value in entry.items()
+    }
+    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
+
+
+def newest(root: Path, parallel: Parallel) -> Path | None:
+    """The newest whole checkpoint of a folder, None of none. Each process reads a share of the files.
+
+    Raises:
+        ValueError: Checkpoints are there but none is whole on every process.
+    """
+    accelerator, rank, world = parallel.accelerator, parallel.rank, parallel.world
+
+    def fault_of(path: Path) -> str | None:
+        fault = checkpoint.find_fault(path, (rank, world))
+        found = agree.everything(accelerator, [fault and f"{fault}, as process {rank} sees it" if rank else fault])
+        return next((fault for fault in found if fault), None)
+
+    candidates = agree.decided_by_first(accelerator, lambda: checkpoint.newest_first(root))
+    return checkpoint.first_whole(candidates, fault_of, accelerator.print)
+
+
+def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """Load a whole checkpoint into the state, which is touched only when all of it fits; its saved values.
+
+    Raises:
+        ValueError: It is of other data, or of another network.
+    """
+    saved, meta = checkpoint.opened(path)
+    lacking = [name for name in ("step", *facts) if name not in meta]
+    if lacking:
+        raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
+    if meta["data"] != facts["data"]:
+        raise ValueError(
+            f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
+            f"restore it, or give another --out"
+        )
+    parts = parallel.own(saved, state.model)
+    wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path} is of another network: {'; '.join(wrong[:5])}{more}; give another --out")
+    for name in ("precision", "num_processes"):
+        if meta[name] != facts[name]:
+            print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
+    state.model.load_state_dict(parts["model"])
+    state.ema.load_state_dict(parts["ema"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in parts.get("optimizer", {}).items():
+        name, kind = key.rsplit(".", 1)
+        moments.setdefault(name, {})[kind] = value
+    for name, parameter in state.model.named_parameters():
+        if name in moments:
+            state.optimizer.state[parameter] = moments[name]
+    return meta
+
+
+def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:
+    """What a checkpoint's tensors are and the state's are not, in words. AdamW that has `moved` has its moments."""
+    want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
+    for name, parameter in state.model.named_parameters() if moved else ():
+        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
+        want[f"optimizer {name}.step"] = torch.zeros(())
+    found = {f"{part} {n}": v for part in ("model", "ema", "optimizer") for n, v in parts.get(part, {}).items()}
+    wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
+    wrong += [f"{name} is not known" for name in found.keys() - want.keys()]
+    for name in want.keys() & found.keys():
+        a, b = found[name], want[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            wrong.append(f"{name} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+    return sorted(wrong)

@@ -1,20 +1,17 @@
-"""What a run is made of: the network, its moving average, the optimiser; and how a checkpoint becomes one again."""
+"""What a run is made of: the network, its moving average, the optimiser."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.sections import Config
 from ..data.sets import ImageSet
-from ..launch import agree
 from ..model import DiTMoETransformer2DModel, build
 from ..moe import Router
-from ..run_folder import checkpoint
 from .exchange import local
 from .parallel import Parallel, expert_names
 
@@ -80,82 +77,3 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_([ours[n] for n in floating], [theirs[n] for n in floating], 1 - decay)
     for name in ours.keys() - set(floating):
         ours[name].copy_(theirs[name])
-
-
-def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
-    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
-    names = {p: n for n, p in state.model.named_parameters()}
-    moments = {
-        f"{names[p]}.{key}": torch.as_tensor(value)
-        for p, entry in state.optimizer.state.items()
-        for key, value in entry.items()
-    }
-    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
-
-
-def newest(root: Path, parallel: Parallel) -> Path | None:
-    """The newest whole checkpoint of a folder, None of none. Each process reads a share of the files.
-
-    Raises:
-        ValueError: Checkpoints are there but none is whole on every process.
-    """
-    accelerator, rank, world = parallel.accelerator, parallel.rank, parallel.world
-
-    def fault_of(path: Path) -> str | None:
-        fault = checkpoint.find_fault(path, (rank, world))
-        found = agree.everything(accelerator, [fault and f"{fault}, as process {rank} sees it" if rank else fault])
-        return next((fault for fault in found if fault), None)
-
-    candidates = agree.decided_by_first(accelerator, lambda: checkpoint.newest_first(root))
-    return checkpoint.first_whole(candidates, fault_of, accelerator.print)
-
-
-def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
-    """Load a whole checkpoint into the state, which is touched only when all of it fits; its saved values.
-
-    Raises:
-        ValueError: It is of other data, or of another network.
-    """
-    saved, meta = checkpoint.opened(path)
-    lacking = [name for name in ("step", *facts) if name not in meta]
-    if lacking:
-        raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
-    if meta["data"] != facts["data"]:
-        raise ValueError(
-            f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
-            f"restore it, or give another --out"
-        )
-    parts = parallel.own(saved, state.model)
-    wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{path} is of another network: {'; '.join(wrong[:5])}{more}; give another --out")
-    for name in ("precision", "num_processes"):
-        if meta[name] != facts[name]:
-            print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
-    state.model.load_state_dict(parts["model"])
-    state.ema.load_state_dict(parts["ema"])
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in parts.get("optimizer", {}).items():
-        name, kind = key.rsplit(".", 1)
-        moments.setdefault(name, {})[kind] = value
-    for name, parameter in state.model.named_parameters():
-        if name in moments:
-            state.optimizer.state[parameter] = moments[name]
-    return meta
-
-
-def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:
-    """What a checkpoint's tensors are and the state's are not, in words. AdamW that has `moved` has its moments."""
-    want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
-    for name, parameter in state.model.named_parameters() if moved else ():
-        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
-        want[f"optimizer {name}.step"] = torch.zeros(())
-    found = {f"{part} {n}": v for part in ("model", "ema", "optimizer") for n, v in parts.get(part, {}).items()}
-    wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
-    wrong += [f"{name} is not known" for name in found.keys() - want.keys()]
-    for name in want.keys() & found.keys():
-        a, b = found[name], want[name]
-        if a.shape != b.shape or a.dtype != b.dtype:
-            wrong.append(f"{name} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
-    return sorted(wrong)

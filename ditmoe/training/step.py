@@ -1,22 +1,22 @@
-"""One optimiser step: micro-batches, losses, gradients, and what moves."""
+"""One optimiser step: micro-batches, losses, gradients, what moves, and what is said of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config.sections import Config
+from ..config.sections import Config, TrainConfig
 from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
 from ..model import DiTMoETransformer2DModel
-from ..moe import MoELayer, Routing, balanced_bias
-from ..objective import Losses, Objective
-from ..run_folder.log import StepResult, learning_rate
+from ..moe import MoELayer, Routing, balance_loss, balanced_bias, z_loss
+from ..objective import Objective
 from .feed import Watch
 from .health import Evidence, Health
 from .parallel import Parallel
@@ -63,16 +63,41 @@ class Run(NamedTuple):
         self.batches.close()
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Set the rate of every parameter group, times its `lr_factor` if it has one."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_factor", 1.0)
+class StepResult(NamedTuple):
+    """One optimiser step.
+
+    Attributes:
+        losses: Means over its micro-batches, "total" among them.
+        grad_norm: Of the whole gradient, before clipping.
+        counts: (L, E) assignments over all processes.
+        faults: What was not finite, in words; the step was then skipped.
+        skipped: Steps of the run that were skipped so far.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    counts: Tensor | None
+    faults: Sequence[str] = ()
+    skipped: int = 0
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Linear warm-up over `warmup_steps`, then constant, or linear down to zero at `decay_steps`."""
+    warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    if train.decay_steps is None:
+        return train.learning_rate * warm
+    left = (train.decay_steps - step) / (train.decay_steps - train.warmup_steps)
+    return train.learning_rate * min(warm, max(0.0, left))
 
 
 def optimise(run: Run, step: int) -> StepResult | None:
-    """One optimiser step; without moving anything where a value is not finite; None when asked to stop before it."""
+    """One optimiser step; without moving anything where a value is not finite; None when asked to stop before it.
+
+    The rate of a parameter group is the step's, times its `lr_factor` if it has one.
+    """
     config, accelerator = run.config, run.parallel.accelerator
-    set_learning_rate(run.optimizer, learning_rate(config.train, step))
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
     assigned: Tensor | None = None
     evidence = []
@@ -82,11 +107,10 @@ def optimise(run: Run, step: int) -> StepResult | None:
             return None
         with accelerator.accumulate(run.model):
             losses, routing, counts = _forward(run, batch)
-            accelerator.backward(losses.total)
+            accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
-        for name, value in losses._asdict().items():
-            if value is not None:
-                sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
             assigned = counts if assigned is None else assigned + counts
     norm = run.parallel.clip(run.raw, config.train.clip or math.inf)
@@ -99,8 +123,12 @@ def optimise(run: Run, step: int) -> StepResult | None:
     return StepResult(sums, norm, assigned, faults, run.health.skipped)
 
 
-def _forward(run: Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | None]:
-    """The losses of one micro-batch, the routers' records, and the (L, E) assignments of all processes."""
+def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], Tensor | None]:
+    """The losses of one micro-batch, the routers' records, and the (L, E) assignments of all processes.
+
+    The total is the weighted sum of the other losses. Each layer's own balance loss has the weight, as in the paper;
+    "balance" and "z" are means over the L layers, so that 1 is even load whatever the depth.
+    """
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device = accelerator.device
     x_0 = batch.x.to(device, non_blocking=True)
@@ -114,8 +142,17 @@ def _forward(run: Run, batch: Batch) -> tuple[Losses, list[Routing], Tensor | No
     with accelerator.autocast():
         sample, routing = run.model(x_t, t, labels, return_dict=False)
     counts = _global_counts(accelerator, routing)
-    losses = objective.losses(sample, routing, target, x_0, x_t, t, config.moe, counts)
-    return losses, routing, counts
+    parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
+    if counts is not None:
+        moe, L = config.moe, len(routing)
+        parts.append(("balance", L * moe.balance_weight, _mean(map(balance_loss, routing, counts))))
+        parts.append(("z", L * moe.z_weight, _mean(map(z_loss, routing))))
+    total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
+    return {"total": total, **{name: value for name, _, value in parts}}, routing, counts
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack([*values]).mean()
 
 
 def _global_counts(accelerator: Accelerator, routing: list[Routing]) -> Tensor | None:
@@ -133,3 +170,34 @@ def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         bias = layer.router.expert_bias
         assert bias is not None
         bias.copy_(balanced_bias(bias, load, rate))
+
+
+def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:
+    """What the log says of a step, losses as means over the processes, which all must call it.
+
+    A skipped step's row has the loss null, and why.
+    """
+    skipped = {"skipped_steps": result.skipped}
+    if result.faults:
+        return {"step": step, "loss": None, **skipped, "faults": result.faults}
+    accelerator, values = run.parallel.accelerator, torch.stack([*result.losses.values()])
+    if accelerator.num_processes > 1:
+        values = accelerator.reduce(values, "mean")
+    losses = dict(zip(result.losses, values.tolist(), strict=True))
+    rate = learning_rate(run.config.train, step - 1)
+    known = {"step": step, "loss": losses.pop("total"), **losses, "grad_norm": float(result.grad_norm), "lr": rate}
+    return {**known, **skipped, **expert_load(result.counts)}
+
+
+def expert_load(counts: Tensor | None) -> dict[str, list[float]]:
+    """Per MoE layer, from (L, E) assignments: max over mean load, experts without a token, entropy in 0..1."""
+    if counts is None:
+        return {}
+    counts = counts.cpu()  # not every device has float64
+    share = counts.double() / counts.sum(dim=1, keepdim=True)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum(dim=1) / math.log(max(2, counts.shape[1]))
+    return {
+        "load_max_over_mean": [round(v, 4) for v in (share.amax(dim=1) * counts.shape[1]).tolist()],
+        "dead_experts": (counts == 0).sum(dim=1).tolist(),
+        "load_entropy": [round(v, 4) for v in entropy.tolist()],
+    }

@@ -3,14 +3,20 @@
 Everything is float64 NumPy. Shapes: N samples, D features.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from eval.processes import Processes
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FloatArray = npt.NDArray[np.float64]
+# What one pass over features adds up, float64 (D + 3, D), the same in NumPy and in torch. Row 0: how many there were,
+# in every place; row 1: a shift; row 2: the sum of (f - shift); below: the sum of (f - shift)(f - shift)^T.
+Moments = TypeVar("Moments", FloatArray, "Tensor")
 
 
 class Gaussian(NamedTuple):
@@ -20,58 +26,93 @@ class Gaussian(NamedTuple):
     covariance: FloatArray  # (D, D), symmetric, positive semi-definite
 
 
+def add(moments: Moments, values: Moments) -> None:
+    """Add features `values` (N, D), N >= 1, float64, in place; `values` are overwritten.
+
+    The shift is the first batch's mean: a one-pass covariance of features that lie far from 0 would
+    otherwise lose its digits to cancellation (Chan, Golub and LeVeque, 1983, "Algorithms for
+    computing the sample variance", shifted data).
+    """
+    if not moments[0, 0]:
+        moments[1] = values.mean(0)
+    values -= moments[1]
+    moments[0] += len(values)
+    moments[2] += values.sum(0)
+    moments[3:] += values.T @ values
+
+
+def about(moments: Moments, shift: Moments) -> Moments:
+    """The same features' moments about another shift (D,)."""
+    count, total, by = moments[0], moments[2], moments[1] - shift
+    cross = total[:, None] * by
+    moved = moments + 0  # a copy
+    moved[1] = shift
+    moved[2] += count * by
+    moved[3:] += cross + cross.T + count * (by[:, None] * by)
+    return moved
+
+
+def join(parts: Moments) -> Moments:
+    """The moments (D + 3, D) of all features of which `parts` (P, D + 3, D) are the moments, exact up to rounding.
+
+    Parts of no features change nothing; the shift is that of the first of the largest parts.
+    """
+    shift = parts[int(parts[:, 0, 0].argmax()), 1]
+    joined: Moments = about(parts[0], shift)
+    for part in parts[1:]:
+        joined += about(part, shift)
+    joined[1] = shift
+    return joined
+
+
+def gaussian(moments: FloatArray) -> Gaussian:
+    """Mean (D,) and unbiased covariance (D, D), divisor n - 1. Raises ValueError when n < 2."""
+    n = int(moments[0, 0])
+    if n < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {n}; give more")
+    mean = moments[2] / n
+    covariance = (moments[3:] - n * np.outer(mean, mean)) / (n - 1)
+    return Gaussian(moments[1] + mean, covariance)
+
+
 class FeatureStatistics:
     """Mean and covariance of features that arrive in batches, in D*D*8 bytes whatever N is.
 
-    Sums are kept relative to the first batch's mean: a one-pass covariance of features that lie
-    far from 0 would otherwise lose its digits to cancellation (Chan, Golub and LeVeque, 1983,
-    "Algorithms for computing the sample variance", shifted data).
+    `num_features` is D; where it is None, the first batch says it.
     """
 
-    def __init__(self, num_features: int) -> None:
-        self.n = 0
-        self.num_features = num_features
-        self._shift = np.zeros(num_features)  # (D,)
-        self._sum = np.zeros(num_features)  # (D,)  sum of (f - shift)
-        # (D, D)  sum of (f - shift)(f - shift)^T
-        self._outer = np.zeros((num_features, num_features))
+    def __init__(self, num_features: int | None = None) -> None:
+        self._moments = np.zeros((num_features + 3, num_features)) if num_features else None
+
+    @property
+    def n(self) -> int:
+        """Features so far."""
+        return 0 if self._moments is None else int(self._moments[0, 0])
 
     def update(self, features: npt.NDArray[Any]) -> None:
         """Add a batch of features (N, D), any float dtype.
 
         Raises ValueError when the batch is not (N, D) for this D, or is not finite.
         """
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise ValueError(f"features have shape {features.shape}; expected (N, {self.num_features})")
-        if not np.isfinite(features).all():
-            raise ValueError("features hold NaN or infinity; check the images and the extractor's weights")
-        if len(features) == 0:
-            return
-        values = features.astype(np.float64)
-        if self.n == 0:
-            self._shift = values.mean(axis=0)
-        values -= self._shift
-        self.n += len(values)
-        self._sum += values.sum(axis=0)
-        self._outer += values.T @ values
+        check_features("features", features, None if self._moments is None else self._moments.shape[1])
+        if self._moments is None:
+            self._moments = np.zeros((features.shape[1] + 3, features.shape[1]))
+        if len(features):
+            add(self._moments, features.astype(np.float64))
 
     def merge(self, processes: Processes) -> None:
         """Add up what several processes saw; afterwards all of them hold the same sums."""
-        shift = processes.gather(self._shift)[0]  # the first process has the first batch
-        moved = self._shift - shift
-        self._outer += np.outer(self._sum, moved) + np.outer(moved, self._sum) + self.n * np.outer(moved, moved)
-        self._sum += self.n * moved
-        self._shift = shift
-        self.n = round(processes.total(np.array([self.n], dtype=np.float64))[0])
-        self._sum, self._outer = processes.total(self._sum), processes.total(self._outer)
+        shift = processes.gather(None if self._moments is None else self._moments[1])[
+            0
+        ]  # the first has the first batch
+        mine = np.zeros((len(shift) + 3, len(shift))) if self._moments is None else about(self._moments, shift)
+        self._moments = processes.total(mine)
+        self._moments[1] = shift
 
     def gaussian(self) -> Gaussian:
         """Mean (D,) and unbiased covariance (D, D), divisor n - 1. Raises ValueError when n < 2."""
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.n}; give more")
-        mean = self._sum / self.n
-        covariance = (self._outer - self.n * np.outer(mean, mean)) / (self.n - 1)
-        return Gaussian(self._shift + mean, covariance)
+        assert self._moments is not None
+        return gaussian(self._moments)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -126,9 +167,18 @@ def _factor(covariance: FloatArray) -> FloatArray:
     return factor
 
 
-def check_features(name: str, features: npt.NDArray[Any]) -> None:
-    """Raises ValueError naming `name` unless `features` is (N, D) and finite."""
-    if features.ndim != 2:
-        raise ValueError(f"{name} have shape {features.shape}; expected (N, D)")
+def check_features(name: str, features: npt.NDArray[Any], num_features: int | None = None) -> None:
+    """Raises ValueError naming `name` unless `features` is (N, D), for this D if one is given, and finite."""
+    if features.ndim != 2 or num_features not in (None, features.shape[1]):
+        raise ValueError(f"{name} have shape {features.shape}; expected (N, {num_features or 'D'})")
     if not np.isfinite(features).all():
         raise ValueError(f"{name} hold NaN or infinity; check the images and the extractor's weights")
+
+
+def check_sides(sides: dict[str, npt.NDArray[Any]]) -> None:
+    """`check_features` of two sets by name; and ValueError when they differ in D."""
+    for name, features in sides.items():
+        check_features(name, features)
+    first, second = (features.shape[1] for features in sides.values())
+    if first != second:
+        raise ValueError(f"the sets have {first} and {second} features; use one extractor for both")

@@ -18,7 +18,7 @@ class Score(NamedTuple):
     std: float  # population standard deviation over splits (divisor S)
 
 
-class InceptionScore:
+class InceptionSums:
     """exp(mean over images of KL(p(y|x) || p(y))) (Salimans et al., 2016, section 4), by splits.
 
     As in ADM's evaluation suite, image i belongs to split i // split_size, p(y) is a split's own

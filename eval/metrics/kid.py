@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eval.metrics.frechet import FloatArray, check_features
+from eval.metrics.frechet import FloatArray, check_sides
+
+SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
 
 
 class KernelDistance(NamedTuple):
@@ -22,9 +24,9 @@ def kernel_distance(
     x: npt.NDArray[Any],
     y: npt.NDArray[Any],
     *,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 2020,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
+    seed: int = SEED,
 ) -> KernelDistance:
     """Mean and standard deviation over subsets of the unbiased squared MMD of x (n, D) and y (m, D).
 
@@ -39,10 +41,7 @@ def kernel_distance(
     Raises ValueError when n or m < 2, D differs, a value is not finite, subsets < 1 or
     subset_size < 2.
     """
-    check_features("the first features", x)
-    check_features("the second features", y)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"the sets have {x.shape[1]} and {y.shape[1]} features; use one extractor for both")
+    check_sides({"the first features": x, "the second features": y})
     if min(len(x), len(y)) < 2:
         raise ValueError(f"a kernel distance needs at least 2 images a side, got {len(x)} and {len(y)}")
     if subsets < 1 or subset_size < 2:

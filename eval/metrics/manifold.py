@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eval.metrics.frechet import check_features
+from eval.metrics.frechet import check_sides
 
 # Rounding of a squared distance, relative to the sum of the two squared norms, reaches 1e-14 at
 # D = 2048. What differs by less than TIE is a tie, so that no result depends on the block size.
@@ -77,10 +77,7 @@ def prdc(
 
 
 def _check(real: npt.NDArray[Any], generated: npt.NDArray[Any], pr_k: int, dc_k: int, block_size: int) -> None:
-    check_features("the real features", real)
-    check_features("the generated features", generated)
-    if real.shape[1] != generated.shape[1]:
-        raise ValueError(f"the sets have {real.shape[1]} and {generated.shape[1]} features; use one extractor for both")
+    check_sides({"the real features": real, "the generated features": generated})
     if min(pr_k, dc_k, block_size) < 1:
         raise ValueError(f"pr_k {pr_k}, dc_k {dc_k} and block_size {block_size} must be at least 1")
     for side, count, k in (("real", len(real), max(pr_k, dc_k)), ("generated", len(generated), pr_k)):

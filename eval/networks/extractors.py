@@ -6,7 +6,8 @@ Shapes: N batch, C channels (1 or 3), H W size, D features.
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,7 +61,6 @@ class Extractor(nn.Module):
         net: nn.Module,
         *,
         name: str,
-        version: str,
         num_features: int,
         sha256: str,
         side: int,
@@ -68,6 +68,7 @@ class Extractor(nn.Module):
         center: float | list[float],
         scale: float | list[float],
         layer: str = "global average pool",
+        version: str = "1",
     ) -> None:
         super().__init__()
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -99,23 +100,37 @@ class Extractor(nn.Module):
 
         Raises ValueError for another dtype or shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 1 or 3, H, W)")
+        check_images(images)
         x = images.float()
         if x.shape[-2:] != (self.side, self.side):
-            x = self._resized(x)
+            tf1, size = self.mode == "tf1-bilinear", (self.side, self.side)
+            x = tf1_bilinear(x, self.side) if tf1 else F.interpolate(x, size=size, mode=self.mode, antialias=True)
         x = ((x - self.center) / self.scale).expand(-1, 3, -1, -1)
-        features = self.net(x.contiguous(memory_format=torch.channels_last))
+        with full_precision(x.device):
+            features = self.net(x.contiguous(memory_format=torch.channels_last))
         return Features(*features) if isinstance(features, tuple) else Features(features, None, None)
-
-    def _resized(self, x: Tensor) -> Tensor:
-        if self.mode == "tf1-bilinear":
-            return tf1_bilinear(x, self.side)
-        return F.interpolate(x, size=(self.side, self.side), mode=self.mode, antialias=True)
 
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in evaluation mode, whatever a module that holds this one asks for."""
         return super().train(False)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, products are float32's: TF32 would round a GPU's to three digits, and so would a caller's autocast."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless these are uint8 (N, C, H, W), C = 1 or 3."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (N, 1 or 3, H, W)")
 
 
 def best_device() -> torch.device:
@@ -162,16 +177,9 @@ def random_conv_v1(weights: Path | None = None) -> Extractor:
     check_sha256(digest.hexdigest(), RANDOM_CONV_SHA256, "the random weights drawn by this NumPy")
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return Extractor(
-        net,
-        name="random-conv-v1",
-        version="1",
-        num_features=RANDOM_CONV_WIDTHS[-1],
-        sha256=RANDOM_CONV_SHA256,
-        side=64,
-        mode="bilinear",
-        center=127.5,
-        scale=127.5,
-    )
+        net, name="random-conv-v1", num_features=RANDOM_CONV_WIDTHS[-1], sha256=RANDOM_CONV_SHA256,
+        side=64, mode="bilinear", center=127.5, scale=127.5,
+    )  # fmt: skip
 
 
 def efficientnet_lite0(weights: Path | None = None) -> Extractor:
@@ -193,16 +201,9 @@ def efficientnet_lite0(weights: Path | None = None) -> Extractor:
         assert target.shape == source.shape, (target.shape, source.shape)
         target.copy_(source)
     return Extractor(
-        net,
-        name="efficientnet-lite0",
-        version="1",
-        num_features=1280,
-        sha256=LITE0_SHA256,
-        side=112,
-        mode="bicubic",
-        center=127.0,
-        scale=128.0,
-    )
+        net, name="efficientnet-lite0", num_features=1280, sha256=LITE0_SHA256,
+        side=112, mode="bicubic", center=127.0, scale=128.0,
+    )  # fmt: skip
 
 
 def inception_2015(weights: Path | None = None) -> Extractor:
@@ -225,17 +226,9 @@ def inception_2015(weights: Path | None = None) -> Extractor:
         net = Inception2015()
     net.load_state_dict(saved, strict=True, assign=True)
     return Extractor(
-        net,
-        name="inception-2015",
-        layer="pool_3",
-        version="1",
-        num_features=net.fc.in_features,
-        sha256=INCEPTION_SHA256,
-        side=299,
-        mode="tf1-bilinear",
-        center=128.0,
-        scale=128.0,
-    )
+        net, name="inception-2015", layer="pool_3", num_features=net.fc.in_features, sha256=INCEPTION_SHA256,
+        side=299, mode="tf1-bilinear", center=128.0, scale=128.0,
+    )  # fmt: skip
 
 
 def dinov2_vitl14(weights: Path | None = None) -> Extractor:
@@ -255,18 +248,11 @@ def dinov2_vitl14(weights: Path | None = None) -> Extractor:
     with torch.device("meta"):  # no random weights are drawn only to be replaced
         net = DinoV2()
     net.load_state_dict(saved, strict=True, assign=True)
+    center, scale = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return Extractor(
-        net,
-        name="dinov2-vitl14",
-        layer="class token",
-        version="1",
-        num_features=net.width,
-        sha256=DINOV2_SHA256,
-        side=224,
-        mode="bicubic",
-        center=[255 * mean for mean in IMAGENET_MEAN],
-        scale=[255 * std for std in IMAGENET_STD],
-    )
+        net, name="dinov2-vitl14", layer="class token", num_features=net.width, sha256=DINOV2_SHA256,
+        side=224, mode="bicubic", center=center, scale=scale,
+    )  # fmt: skip
 
 
 EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {

@@ -20,26 +20,17 @@ from PIL import Image
 
 UInt8Array = npt.NDArray[np.uint8]
 IndexArray = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
 # Every world-th of the batches of the first `limit` images, from the rank-th on: their indices (n,) and pixels
 # (n, H, W, C), n <= batch_size. Called as read(limit, batch_size, rank, world).
 ReadBatches = Callable[[int, int, int, int], Iterator[tuple[IndexArray, UInt8Array]]]
-# What zipfile, gzip, NumPy and Pillow raise on truncated, corrupt or foreign bytes.
+# What zipfile, gzip, NumPy and Pillow raise on truncated, corrupt or foreign bytes
+# (RuntimeError: zipfile's, of an encrypted member; MemoryError: of a header that claims more than there is).
 DAMAGE = (
-    OSError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    lzma.LZMAError,
-    tokenize.TokenError,
-    SyntaxError,
-    NotImplementedError,
-    RuntimeError,  # zipfile: the member is encrypted
-    MemoryError,  # a header that claims more than there is
-    OverflowError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError, tokenize.TokenError, SyntaxError,
+    NotImplementedError, RuntimeError, MemoryError, OverflowError,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 
 
@@ -144,12 +135,11 @@ def _open_maybe_gzip(file: Path) -> BinaryIO:
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"array format {version} is not supported")
+    if version not in readers:
+        raise ValueError(f"array format {version} is not supported")
+    return readers[version](stream)
 
 
 def _stream(

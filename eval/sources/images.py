@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval.metrics.frechet import Gaussian
-from eval.metrics.reservoir import Float32Array
-from eval.sources.arrays import IndexArray, ReadBatches, UInt8Array
+from eval.sources.arrays import Float32Array, IndexArray, ReadBatches, UInt8Array
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,18 @@ import numpy as np
 
 from eval import strict_json
 from eval.metrics.frechet import Gaussian
-from eval.metrics.reservoir import Float32Array
-from eval.sources.arrays import DAMAGE, IndexArray, open_npz_images, read_npz_arrays, read_npz_header
+from eval.sources.arrays import DAMAGE, Float32Array, IndexArray, open_npz_images, read_npz_arrays, read_npz_header
 from eval.sources.images import Images, Statistics
 
 # Some kilobytes of zeros unpack to gigabytes: what a file's headers may ask for.
 MAX_FEATURES = 4096
 MAX_ROWS = 100_000
 MAX_FACTS = 1 << 22  # characters
+MADE = {  # what `eval.statistics.write_statistics` says
+    "extractor": dict.fromkeys(("name", "version", "sha256", "resize"), str),
+    "images": {"path": str, "sha256": str},
+    "count": int,
+}
 
 
 def open_npz(file: Path, path: str) -> Images | Statistics:
@@ -59,8 +63,13 @@ def _statistics(file: Path, path: str, names: set[str]) -> Statistics:
     with file.open("rb") as handle:
         sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
     facts = _facts(file, path, names)
-    if facts and not _is_made_by_us(facts):
-        raise ValueError(f"{path}: facts does not say what made these statistics; write the file again")
+    if facts:
+        try:
+            strict_json.check(facts, MADE if facts.get("rows") is None else MADE | {"rows": {"sha256": str}}, "facts")
+            if facts["count"] < 2:
+                raise ValueError("no covariance is of fewer than 2 images")
+        except ValueError as error:
+            raise ValueError(f"{path}: facts does not say what made these statistics; write the file again") from error
     return Statistics("stats", path, gaussian, spatial, features, sha256, facts)
 
 
@@ -88,20 +97,6 @@ def _features(file: Path, path: str, size: int) -> Float32Array:
         raise ValueError(f"{path}: features has {header.shape[0]} rows; more than {MAX_ROWS} are not read")
     features: Float32Array = read_npz_arrays(file, ("features",))["features"]
     return features
-
-
-def _is_made_by_us(facts: dict[str, Any]) -> bool:
-    """Whether the facts are those that `eval.statistics.write_statistics` writes."""
-    extractor, images, count, rows = (facts.get(name) for name in ("extractor", "images", "count", "rows"))
-    return (
-        isinstance(extractor, dict)
-        and all(isinstance(extractor.get(name), str) for name in ("name", "version", "sha256", "resize"))
-        and isinstance(images, dict)
-        and all(isinstance(images.get(name), str) for name in ("path", "sha256"))
-        and type(count) is int
-        and count >= 2
-        and (rows is None or (isinstance(rows, dict) and isinstance(rows.get("sha256"), str)))
-    )
 
 
 def _facts(file: Path, path: str, names: set[str]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from ditmoe.config.sections import Config
 
 ROOT = Path(__file__).parents[2]
 RANK = {  # a wing or a file of the trunk a line: it may import those of a lower rank
-    "config": 0,
     "files": 0,
     "rng": 0,
+    "config": 1,
     "handed_in": 1,
     "layers": 1,
     "moe": 1,
@@ -29,13 +29,16 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "generate": 8,
     "training": 8,
     "analysis": 9,
+    "convert": 9,
     "report": 10,
     "cli": 11,
-    "convert": 12,
-    "latents": 12,
+    "__main__": 12,
 }
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
-HEAVY = {"accelerate": {"launch", "training", "run_folder", "data"}, "samplers": {"handed_in", "pipeline", "analysis"}}
+HEAVY = {
+    "accelerate": {"launch", "training"},
+    "samplers": {"handed_in", "objective", "pipeline", "analysis"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -71,7 +74,7 @@ def test_imports_of_ditmoe_point_one_way() -> None:
         room = path.relative_to(ROOT / "ditmoe").parts[0].removesuffix(".py")
         for module in imports(path):
             parts = module.split(".")
-            assert parts[0] != "eval", f"{path} imports {module}"
+            assert parts[0] != "eval" or room == "__main__", f"{path} imports {module}"
             if parts[0] == "ditmoe" and len(parts) > 1 and parts[1] != room:
                 assert RANK[parts[1]] < RANK[room], f"{path} imports {module}"
             if parts[0] in HEAVY:

@@ -8,10 +8,11 @@ import pytest
 import tyro
 
 from ditmoe import cli
-from ditmoe.analysis import exposure
+from ditmoe.config.export import ExportArgs
+from ditmoe.config.exposure import ExposureArgs
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
-from ditmoe.convert.export import ExportArgs
+from ditmoe.config.sample import SampleArgs
 from eval import compare, sweep
 from eval.fid import Arguments
 from samplers import SAMPLERS
@@ -43,7 +44,7 @@ def test_train_commands(command: str, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python sample.py")])
 def test_sample_commands(command: str) -> None:
-    cli.parse_sample(shlex.split(command)[2:])
+    cli.parse(SampleArgs, shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m eval.fid")])
@@ -56,10 +57,10 @@ def test_other_commands() -> None:
     tyro.cli(compare.Arguments, args=shlex.split(ranked)[3:])
     (swept,) = (c for c in COMMANDS if c.startswith("python -m eval.sweep"))
     tyro.cli(sweep.Arguments, args=shlex.split(swept)[3:])
-    (meter,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.analysis.exposure"))
-    assert set(exposure.arguments(shlex.split(meter)[3:]).samplers) <= SAMPLERS.keys()
-    (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe.convert.export"))
-    tyro.cli(ExportArgs, args=shlex.split(gift)[3:])
+    (meter,) = (c for c in COMMANDS if c.startswith("python -m ditmoe exposure"))
+    assert set(cli.parse(ExposureArgs, shlex.split(meter)[4:]).samplers) <= SAMPLERS.keys()
+    (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe export"))
+    cli.parse(ExportArgs, shlex.split(gift)[4:])
 
 
 def test_make_targets_and_links_exist() -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ditmoe import cli
-from ditmoe.config import sample
+from ditmoe import __main__, cli
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
+from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import DataConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = ["train", "sample", "score", "encode", "export", "exposure"]
 
 
 def test_presets_and_overrides() -> None:
@@ -88,40 +89,98 @@ def test_errors_become_exit_codes(capfd: pytest.CaptureFixture[str]) -> None:
         fail(KeyError("a bug"))
 
 
+def test_a_saved_file_is_refused_in_the_words_of_flags_or_of_its_reader(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for values, words in (
+        ({"model": {"depht": 3}}, "Unrecognized options: --model.depht, 3"),
+        ({"model": {"hidden_size": 100}}, "Error parsing model: hidden_size 100 must be a multiple of"),
+        ({"modle": {}}, "it has modle, which is unknown; did you mean model?"),
+        ([], "config.json is not a configuration that can be read: it holds no JSON object"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse_train([str(tmp_path)])
+        assert stopped.value.code == 2
+        assert words in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, program: str, *words: str) -> int:
+    """The exit code of the command `ditmoe`, installed as `program`."""
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    try:
+        return __main__.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_the_command_lists_its_commands(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        assert typed(monkeypatch, "/bin/ditmoe", *words) == 0
+        usage, _, *lines, _, _ = capfd.readouterr().out.splitlines()
+        assert usage == "usage: ditmoe COMMAND ..."
+        assert [line.split()[0] for line in lines] == COMMANDS
+    assert typed(monkeypatch, "/bin/ditmoe", "trian", "digits") == 2
+    sentence = "error: there is no command 'trian'; did you mean 'train'? commands are train, sample, score, "
+    assert capfd.readouterr().err == f"{sentence}encode, export, exposure\n"
+
+
+@pytest.mark.parametrize("command", ["train digits", *COMMANDS[1:]])
 @pytest.mark.parametrize(
-    "argv", [["train.py", "--help"], ["train.py", "digit"], ["sample.py", "--help"], ["sample.py"]]
+    ("program", "called"), [("/bin/ditmoe", "ditmoe"), ("/site/ditmoe/__main__.py", "python -m ditmoe")]
+)
+def test_a_command_is_called_what_was_typed(
+    program: str, called: str, command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, program, *command.split(), "--help") == 0
+    assert capfd.readouterr().out.startswith(f"usage: {called} {command} [-h] ")
+    assert typed(monkeypatch, program, *command.split(), "--nonsense", "1") == 2
+    assert f"{called} {command} --help" in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["train.py", "--help"], ["train.py", "digit"], ["sample.py", "--help"], ["sample.py"]),
+        *(["-m", "ditmoe"], ["-m", "ditmoe", "tain"], ["-m", "ditmoe", "exposure", "m", "--num", "0"]),
+        *(["-m", "ditmoe", command, "--help"] for command in COMMANDS),
+    ],
+    ids=" ".join,
 )
 def test_help_and_mistakes_answer_before_torch_is_imported(argv: list[str]) -> None:
+    words = argv[1:] if argv[0] == "-m" else argv
+    way = "run_module({!r}, None, '__main__', True)" if argv[0] == "-m" else "run_path({!r}, None, '__main__')"
     code = (
-        f"import runpy, sys; sys.argv = {argv!r}\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"import runpy, sys; sys.argv = {words!r}\n"
+        f"try: runpy.{way.format(words[0])}\n"
         "except SystemExit as stop: code = stop.code\n"
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
         "sys.exit(code)"
     )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == (0 if "--help" in argv else 2), done.stderr
+    assert done.returncode == (0 if "--help" in argv or argv[1:] == ["ditmoe"] else 2), done.stderr
     assert time.perf_counter() - start < 5  # under a second on a quiet machine
 
 
 def test_sample_arguments() -> None:
-    args = cli.parse_sample(["models/fashion", "--classes", "3", "7", "7", "--cfg", "2", "--out", "a.npz"])
+    args = cli.parse(SampleArgs, ["models/fashion", "--classes", "3", "7", "7", "--cfg", "2", "--out", "a.npz"])
     assert args.classes == (3, 7, 7)
     assert (args.cfg, args.out, args.model) == (2.0, Path("a.npz"), Path("models/fashion"))
     for wrong in (["m", "--num", "0"], ["m", "--num", "2", "--classes", "1"]):
         with pytest.raises(SystemExit) as stopped:
-            cli.parse_sample(wrong)
+            cli.parse(SampleArgs, wrong)
         assert stopped.value.code == 2
 
 
 def test_sampler_options_are_those_that_were_given() -> None:
-    assert cli.parse_sample(["m"]).sampler_options() == {}
+    assert cli.parse(SampleArgs, ["m"]).sampler_options() == {}
     asked = ["m", "--exposure-window", "40", "--exposure-variance", "0.3", "--flow-shift", "3"]
-    assert cli.parse_sample(asked).sampler_options() == {"exposure_window": 40, "exposure_variance": 0.3, "shift": 3.0}
-    assert cli.parse_sample(["m", "--exposure-variance", "calibrated"]).exposure_variance == "calibrated"
+    options = {"exposure_window": 40, "exposure_variance": 0.3, "shift": 3.0}
+    assert cli.parse(SampleArgs, asked).sampler_options() == options
+    assert cli.parse(SampleArgs, ["m", "--exposure-variance", "calibrated"]).exposure_variance == "calibrated"
     with pytest.raises(ValueError, match="exposure_variance 'lots' is neither"):
-        sample.SampleArgs(Path("m"), exposure_variance="lots")
+        SampleArgs(Path("m"), exposure_variance="lots")
 
 
 def test_checks_of_single_values() -> None:

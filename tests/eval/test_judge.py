@@ -1,21 +1,23 @@
 """The judge of samples: does the classifier know real digits, and does the copy rule find planted copies only?"""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from ditmoe.config.sections import DataConfig
-from ditmoe.data.open import open_data
-from ditmoe.data.sets import ArrayImages
 from eval.judge import Copies, accuracy, judge, nearest_copies, train_classifier
+from eval.sources.open import open_source
+
+
+class ArrayImages(NamedTuple):
+    pixels: Any
+    labels: Any
 
 
 def digits(split: str) -> ArrayImages:
-    data = open_data(DataConfig(), size=8, channels=1, split=split)
-    assert isinstance(data, ArrayImages)
-    return data
+    images = open_source(f"digits:{split}")
+    return ArrayImages(np.concatenate(list(images.batches(100))), images.labels)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +131,47 @@ def test_one_process_that_meets_a_bad_image_stops_them_all(tmp_path, digits):
     assert done.stderr.count("error: ") == 1
     assert "100.png" in done.stderr
     assert not out.exists()
+
+
+def stand_still(flag):
+    """A score that stands still; after a signal, on its way out. The first of two processes waits for the other."""
+
+    def work(processes):
+        Path(f"{flag}.{processes.rank}").touch()
+        try:
+            if processes.world > 1 and not processes.rank:
+                processes.gather(None)
+            time.sleep(60)
+        finally:
+            time.sleep(60)
+
+    sys.exit(together(work))
+
+
+@pytest.mark.parametrize("world", [1, 2])  # a process that waits for another one runs no handlers
+def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not(tmp_path, world):
+    group = start(stand_still, tmp_path / "flag", folder=tmp_path, world=world)
+    group.until(lambda: all((tmp_path / f"flag.{rank}").exists() for rank in range(world)))
+    time.sleep(0.5)
+    group.kill(signal.SIGTERM)
+    group.kill(signal.SIGTERM)  # as a launcher hands it on
+    time.sleep(2.5)
+    assert all(member.is_alive() for member in group.members)
+    before = time.monotonic()
+    group.kill(signal.SIGINT)
+    assert group.wait(20) == [143] * world
+    assert time.monotonic() - before < 5
+    for rank in range(world):
+        assert group.err(rank) == "stopped at once by a second signal; nothing more was saved\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_signal_is_told_and_ends_with_143(capfd, number):
+    handler = signal.getsignal(number)
+    assert together(lambda _: signal.raise_signal(number)) == 143
+    assert capfd.readouterr().err == f"stopped by {number.name}\n"
+    assert signal.getsignal(number) == handler
+    threads = [thread for thread in threading.enumerate() if "(watch)" in thread.name]
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()

@@ -94,13 +94,13 @@ def poison(what, at_rank, steps):
             return result
         result = forward(run, batch)
         if bad and what == "gradient":
-            result[0].total.register_hook(lambda g: g * float("inf"))
+            result[0]["total"].register_hook(lambda g: g * float("inf"))
         return result
 
     def spoilt(self, *args, **kwargs):
         found = losses(self, *args, **kwargs)
         if now[0] in steps and what == "loss":
-            return found._replace(total=found.total * float("nan"), mse=found.mse * float("nan"))
+            return {**found, "mse": found["mse"] * float("nan")}
         return found
 
     def next_batch(self):
@@ -206,10 +206,10 @@ def slow_images(seconds):
 
     tensors = ArrayImages.tensors
 
-    def slow(self, indices):
-        if len(indices) in (8, 16):  # a micro-batch
+    def slow(self, rows, mirrored=None):
+        if len(rows) in (8, 16):  # a micro-batch
             time.sleep(seconds)
-        return tensors(self, indices)
+        return tensors(self, rows, mirrored)
 
     ArrayImages.tensors = slow
 
@@ -290,7 +290,7 @@ def counted_parts():
     from ditmoe.run_folder.checkpoint import Saved
     from ditmoe.training import loop, state
 
-    build, rows, whole, resume = state.build, Saved.rows, Saved.whole, state.resume
+    build, rows, whole, resume = state.build, Saved.rows, Saved.whole, loop.resume
     read = [0, 0]
 
     def built(config, num_classes):
@@ -333,11 +333,11 @@ def told_dtypes():
 
 def stop_peer(step):
     """The second process is stopped (not ended) in the middle of a step, so that the first one waits for it."""
-    from ditmoe.training import step
+    from ditmoe.training import step as module
 
     if rank() != 1:
         return
-    forward, calls = step._forward, [0]
+    forward, calls = module._forward, [0]
 
     def counted(run, batch):
         calls[0] += 1
@@ -345,14 +345,14 @@ def stop_peer(step):
             os.kill(os.getpid(), signal.SIGSTOP)
         return forward(run, batch)
 
-    step._forward = counted
+    module._forward = counted
 
 
 def failing_removal():
     """Old checkpoints cannot be removed, as on a network disk where someone has their files open."""
-    from ditmoe.run_folder import writer
+    from ditmoe import files
 
-    remove = writer.shutil.rmtree
+    remove = files.shutil.rmtree
 
     def rmtree(path, ignore_errors=False):
         if "-old" not in str(path):
@@ -360,16 +360,16 @@ def failing_removal():
         elif not ignore_errors:
             raise OSError(39, "Directory not empty", str(path))
 
-    writer.shutil.rmtree = rmtree
+    files.shutil.rmtree = rmtree
 
 
 def blown_up(step, factor):
     """All weights are multiplied once: still finite, but no loss is any more."""
     import torch
 
-    from ditmoe.training import step
+    from ditmoe.training import step as module
 
-    forward, calls = step._forward, [0]
+    forward, calls = module._forward, [0]
 
     def counted(run, batch):
         calls[0] += 1
@@ -379,4 +379,4 @@ def blown_up(step, factor):
                     parameter.mul_(factor)
         return forward(run, batch)
 
-    step._forward = counted
+    module._forward = counted

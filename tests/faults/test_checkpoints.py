@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from ditmoe.run_folder import checkpoint, writer
+from tests import checkpoints
 from tests.faults import runs
 from tests.processes import start
 
 
 def newest_step(run):
-    path = checkpoint.newest(run / "checkpoints")
+    path = checkpoints.newest(run / "checkpoints")
     return -1 if path is None else int(path.name.removeprefix("step-"))
 
 
 def same(a, b):
-    (parts_a, state_a), (parts_b, state_b) = checkpoint.load(a), checkpoint.load(b)
+    (parts_a, state_a), (parts_b, state_b) = checkpoints.load(a), checkpoints.load(b)
     for part in ("model", "ema", "optimizer"):
         assert parts_a[part].keys() == parts_b[part].keys()
         assert all(torch.equal(value, parts_b[part][name]) for name, value in parts_a[part].items())
@@ -37,12 +38,12 @@ def test_a_save_that_is_killed_at_any_point_loses_nothing(tmp_path):
         at += 1
         group = start(runs.save_and_die, root, before + 1, at, folder=tmp_path)
         code = group.wait()[0]
-        newest = checkpoint.newest(root)
+        newest = checkpoints.newest(root)
         assert newest is not None
         assert re.fullmatch(r"step-\d{6}", newest.name)
         step = int(newest.name.removeprefix("step-"))
         assert step in (before, before + 1)
-        assert checkpoint.load(newest)[1]["step"] == step
+        assert checkpoints.load(newest)[1]["step"] == step
         whole = [p for p in root.glob("step-??????") if checkpoint.find_fault(p) is None]
         assert len(whole) >= 2  # never fewer than were asked for
         before = step
@@ -70,7 +71,7 @@ def test_with_one_to_keep_there_is_a_whole_one_at_every_instant(tmp_path, monkey
             (tmp_path / "step-000003" / "model.safetensors").write_bytes(b"rot")  # before it is read back
         writer.prune(tmp_path, 1)
     assert seen == [["step-000001", "step-000002"]]  # at step 3 nothing was removed
-    assert checkpoint.newest(tmp_path).name == "step-000002"
+    assert checkpoints.newest(tmp_path).name == "step-000002"
 
 
 @pytest.mark.parametrize("when", ["continue", "stop"])
@@ -233,7 +234,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path):
 def test_a_file_in_the_way_of_a_checkpoint(tmp_path):
     (tmp_path / "step-000002").write_text("what?")
     (tmp_path / "step-000003.tmp-1").write_text("what?")
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoints.newest(tmp_path) is None
     checkpoint.remove_unfinished(tmp_path)
     assert writer.save(tmp_path, 2, {"model": {"w": torch.zeros(2)}}, {}).is_dir()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
@@ -241,27 +242,28 @@ def test_a_file_in_the_way_of_a_checkpoint(tmp_path):
 
 def test_every_file_is_on_the_disk_before_the_name_that_promises_it(tmp_path, monkeypatch):
     """A killed process cannot show this, a lost power supply would: what is synced when."""
-    done, sync, rename = [], os.fsync, os.rename
+    done, sync, rename, replace = [], os.fsync, os.rename, os.replace
 
     def fsync(descriptor):
         done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
         sync(descriptor)
 
-    def renamed(source, target):
-        done.append(("rename", Path(target)))
-        rename(source, target)
+    def noted(work):
+        return lambda source, target: (done.append(("rename", Path(target))), work(source, target))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "rename", noted(rename))
+    monkeypatch.setattr(os, "replace", noted(replace))
     root = tmp_path / "checkpoints"
     final = writer.save(root, 1, {name: {"w": torch.zeros(2)} for name in ("model", "ema")}, {})
     temporary = next(path.parent for what, path in done if path.name == "manifest.json")
     before = done.index(("rename", final))
-    for name in ("model", "ema"):
-        synced = done.index(("sync", temporary / f"{name}.safetensors.part"))
-        assert synced < done.index(("rename", temporary / f"{name}.safetensors")) < before
-    files = [done.index(("sync", temporary / name)) for name in ("state.json", "manifest.json")]
-    assert max(files) < done.index(("sync", temporary)) < before < done.index(("sync", root))
+    folder = done.index(("sync", temporary))
+    for name, unfinished in (("model.safetensors", "part"), ("ema.safetensors", "part"), ("state.json", "tmp"),
+                             ("manifest.json", "tmp")):  # fmt: skip
+        synced = done.index(("sync", temporary / f"{name}.{unfinished}"))
+        assert synced < done.index(("rename", temporary / name)) < folder < before
+    assert before < done.index(("sync", root))
 
 
 def test_a_longer_run_that_is_killed_before_its_export_makes_it_later(tmp_path):

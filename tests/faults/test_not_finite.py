@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditmoe.run_folder import checkpoint
+from tests import checkpoints
 from tests.faults import runs
 
 
@@ -27,7 +27,7 @@ def test_one_bad_rank_skips_the_step_everywhere(tmp_path, what, named):
     assert runs.training(out, *flags, "--max-steps", 3, world=2, name="more").wait() == [0, 0]
     assert "step 2 was skipped, not finite: " in group.err()
     assert named in group.err()
-    one, two, three = (checkpoint.load(out / f"checkpoints/step-00000{n}")[0] for n in (1, 2, 3))
+    one, two, three = (checkpoints.load(out / f"checkpoints/step-00000{n}")[0] for n in (1, 2, 3))
     for part in one:
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
     assert not torch.equal(two["model"]["blocks.0.attn.qkv.weight"], three["model"]["blocks.0.attn.qkv.weight"])
@@ -55,8 +55,8 @@ def test_too_many_in_a_row_stop_all_ranks(tmp_path):
     for rank in (0, 1):
         assert "error: 3 steps in a row were not finite, the last: step 6 was skipped" in group.err(rank)
         assert "Traceback" not in group.err(rank)
-    path = checkpoint.newest(out / "checkpoints")
-    assert all(v.isfinite().all() for part in checkpoint.load(path)[0].values() for v in part.values())
+    path = checkpoints.newest(out / "checkpoints")
+    assert all(v.isfinite().all() for part in checkpoints.load(path)[0].values() for v in part.values())
 
 
 def test_a_state_that_only_gives_what_is_not_finite_does_not_push_out_the_healthy_ones(tmp_path):
@@ -65,7 +65,7 @@ def test_a_state_that_only_gives_what_is_not_finite_does_not_push_out_the_health
     group = runs.training(out, *flags, hook=runs.blown_up, args=(4, 1e25))
     assert group.wait() == [1]
     assert "no regular checkpoint was made since the first of them" in group.err()
-    assert checkpoint.newest(out / "checkpoints").name == "step-000003"
+    assert checkpoints.newest(out / "checkpoints").name == "step-000003"
     assert runs.training(out, *flags).wait() == [0]  # from before the accident
 
 
@@ -102,7 +102,7 @@ def test_latents_of_a_broken_vae(tmp_path, kind):
     assert group.wait() == [0], group.err()
     assert runs.rows(out)[-1]["skipped_steps"] == (2 if kind == "not finite" else 0)
     assert group.err().count("rank 0: images, ") == (2 if kind == "not finite" else 0)
-    weights = checkpoint.load(out / "checkpoints/step-000004")[0]["model"]
+    weights = checkpoints.load(out / "checkpoints/step-000004")[0]["model"]
     assert all(value.isfinite().all() for value in weights.values())
     variance = json.loads((out / "model/scheduler/scheduler_config.json").read_text())["data_variance"]
     assert variance == pytest.approx(1.0 if kind == "not finite" else 0.0, abs=0.05)

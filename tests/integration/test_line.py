@@ -46,6 +46,7 @@ def test_a_run_folder_holds_what_was_promised(run: Path) -> None:
     promised = {"config.json", "command.txt", "metrics.jsonl", "checkpoints", "model", "samples.png", "film.png",
                 "experts.png", "loss.png", "report.json", "index.html"}  # fmt: skip
     assert promised <= {p.name for p in run.iterdir()}
+    assert (run / "command.txt").read_text().startswith(f"python train.py digits --out {run} --max-steps 6 ")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert "http" not in (run / "index.html").read_text().replace("http://www.w3.org", "")
@@ -65,7 +66,7 @@ def test_the_same_command_says_that_the_run_is_finished(run: Path) -> None:
 
 
 def test_export_writes_a_model_to_share(run: Path, tmp_path: Path) -> None:
-    done = typed("ditmoe.convert.export", run, tmp_path / "gift")
+    done = typed("ditmoe", "export", run, tmp_path / "gift")
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "gift" / "README.md").read_text()
     assert "train.py digits" in card
@@ -75,7 +76,7 @@ def test_export_writes_a_model_to_share(run: Path, tmp_path: Path) -> None:
     done = typed("sample", tmp_path / "gift", "--num", 4, "--steps", 2, "--out", tmp_path / "g.png")
     assert done.returncode == 0, done.stderr
     for wrong in ([run, tmp_path / "gift"], [tmp_path, tmp_path / "new"]):
-        done = typed("ditmoe.convert.export", *wrong)
+        done = typed("ditmoe", "export", *wrong)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "new").exists()
@@ -88,7 +89,7 @@ def test_time_shift_and_its_meter_know_the_variance_of_the_data(run: Path, tmp_p
     done = typed("sample", run, "--num", 4, *shift, "--out", tmp_path / "g.png")
     assert done.returncode == 0, done.stderr
     assert "ts-ddim, 4 steps, 4 network calls" in done.stdout
-    done = typed("ditmoe.analysis.exposure", run, "--steps", 3, "--num", 8, "--out", tmp_path / "bias.png")
+    done = typed("ditmoe", "exposure", run, "--steps", 3, "--num", 8, "--out", tmp_path / "bias.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| 999 |") == 1
     assert (tmp_path / "bias.png").is_file()

@@ -7,8 +7,10 @@ import diffusers
 import pytest
 import torch
 
+from ditmoe import __main__, cli
 from ditmoe.analysis import exposure
 from samplers import make_scheduler, sample
+from tests.faults.halts import save_model
 from tests.reference.gaussian_world import ALPHA_BAR, MEAN, VARIANCE, OptimalNetwork
 
 
@@ -68,32 +70,12 @@ def test_the_table_names_the_worst_step(tmp_path):
 # As a program, on pipeline folders
 
 
-def networks(name):
-    torch.manual_seed(0)
-    if name == "DiTTransformer2DModel":
-        return diffusers.DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1, sample_size=8,
-            num_embeds_ada_norm=3, norm_num_groups=4,
-        )  # fmt: skip
-    if name == "UNet2DModel":
-        return diffusers.UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
-            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
-        )  # fmt: skip
-    return diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=1, norm_num_groups=4, cross_attention_dim=16,
-        caption_channels=8, sample_size=8,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a pipeline folder of a network of diffusers; by default its DiT, which has three classes."""
+    """Makes a pipeline folder; by default of a model with three classes."""
 
-    def make(network="DiTTransformer2DModel", **config):
-        networks(network).save_pretrained(tmp_path / "m/transformer")
-        (tmp_path / "m/model_index.json").write_text(json.dumps({"transformer": ["diffusers", network]}))
-        make_scheduler("ddim", {}).save_pretrained(tmp_path / "m/scheduler")
+    def make(classes=3, **config):
+        save_model(tmp_path / "m", classes)
         saved = tmp_path / "m/scheduler/scheduler_config.json"
         saved.write_text(json.dumps({**json.loads(saved.read_text()), "data_variance": 0.4, **config}))
         return tmp_path / "m"
@@ -101,9 +83,17 @@ def folder(tmp_path):
     return make
 
 
+def typed(*argv):
+    """The exit code of `ditmoe exposure ARGV`."""
+    try:
+        return cli.run(lambda: __main__.exposure([*map(str, argv)], "ditmoe exposure"))
+    except SystemExit as end:
+        return end.code
+
+
 def run(folder, *options):
     out = folder.parent / "bias.png"
-    return exposure.main([str(folder), "--steps", "3", "--num", "4", "--out", str(out), *options])
+    return typed(folder, "--steps", 3, "--num", 4, "--out", out, *options)
 
 
 def refused(capsys, sentence):
@@ -112,7 +102,7 @@ def refused(capsys, sentence):
     assert len(error.splitlines()) == 1, error
 
 
-def test_the_dit_of_diffusers_is_read_with_guidance(folder, capsys, monkeypatch):
+def test_a_model_with_classes_is_read_with_guidance(folder, capsys, monkeypatch):
     labels, null = [], []
 
     def recorded(*args, **options):
@@ -127,16 +117,25 @@ def test_the_dit_of_diffusers_is_read_with_guidance(folder, capsys, monkeypatch)
 
 
 def test_guidance_of_a_model_without_classes_is_refused(folder, capsys):
-    model = folder("UNet2DModel")
+    model = folder(classes=0)
     assert run(model) == 0
     capsys.readouterr()
     assert run(model, "--cfg", "7") == 2
     refused(capsys, "guidance_scale 7.0 needs class labels; an unconditional model can only be sampled with")
 
 
-def test_a_network_that_takes_text_is_refused(folder, capsys):
-    assert run(folder("PixArtTransformer2DModel")) == 2
-    refused(capsys, "PixArtTransformer2DModel takes more than images, timesteps and class labels")
+def test_a_network_of_diffusers_is_refused(folder, capsys):
+    model = folder()
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1, sample_size=8,
+        num_embeds_ada_norm=3, norm_num_groups=4,
+    )  # fmt: skip
+    network.save_pretrained(model / "transformer")
+    index = json.loads((model / "model_index.json").read_text())
+    entry = ["diffusers", "DiTTransformer2DModel"]
+    (model / "model_index.json").write_text(json.dumps({**index, "transformer": entry}))
+    assert run(model) == 2
+    refused(capsys, f"model_index.json has transformer {entry}, which is not ditmoe's")
 
 
 def test_a_folder_that_is_named_like_a_picture_is_refused_first(folder, capsys, monkeypatch):
@@ -144,15 +143,16 @@ def test_a_folder_that_is_named_like_a_picture_is_refused_first(folder, capsys, 
     model = folder()
     (model.parent / "bias.png").mkdir()
     assert run(model) == 2
-    refused(capsys, "must be a .png, .pdf or .svg file in a folder that exists")
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "must be a .png, .pdf or .svg file in a folder that exists" in error
 
 
 @pytest.mark.parametrize(
     ("sampler", "config", "sentence"),
     [
-        ("ddim", {"beta_schedule": "foo"}, "sampler 'ddim' cannot be made of the saved scheduler's config: foo"),
+        ("ddim", {"beta_schedule": "foo"}, "m is not a ditmoe pipeline that can be loaded: foo"),
         ("unipc", {"solver_order": "2"}, "sampler 'unipc' cannot be made of the saved scheduler's config: "),
-        ("dpm++2m", {"beta_end": "x"}, "sampler 'dpm++2m' cannot be made of the saved scheduler's config: "),
+        ("dpm++2m", {"beta_end": "x"}, "m is not a ditmoe pipeline that can be loaded: linspace"),
         ("unipc", {"trained_betas": [0.1]}, "sampler 'unipc' cannot be made of the saved scheduler's config: "),
         ("ddim", {"trained_betas": [0.1]}, "num_inference_steps is 3, but it must be an integer from 1 to 1"),
         ("ddim", {"trained_betas": [[0.1], [0.1, 0.2]]}, "expected sequence of length 1"),
@@ -182,8 +182,9 @@ def test_images_that_are_not_finite_are_an_error_and_no_table(folder, capsys):
 )
 def test_mistakes_are_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert exposure.main(arguments) == 2
+    assert typed(*arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error
-    assert len(error.splitlines()) == 1
+    assert error.startswith("error: ") == (error.count("\n") == 1)
+    assert error.count("error: ") + error.count("Error parsing ExposureArgs: ") == 1
     assert list(tmp_path.iterdir()) == []

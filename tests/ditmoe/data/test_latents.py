@@ -22,16 +22,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ditmoe import cli, pipeline
+from ditmoe.config.encode import LatentArgs
 from ditmoe.config.presets import PRESETS
+from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config, DataConfig
 from ditmoe.convert.export import ExportArgs, export
 from ditmoe.data import encode as encoder
-from ditmoe.data.latents import normalization, read_index, statistics
-from ditmoe.data.open import fingerprint, open_data
+from ditmoe.data.latents import channel_statistics, read_index, read_normalization
+from ditmoe.data.open import open_data
 from ditmoe.data.order import Batches
 from ditmoe.data.tars import TarImages
 from ditmoe.data.vae import open_vae, weights_sha256
 from ditmoe.generate import request as image_sets
+from ditmoe.launch import progress
+from ditmoe.launch.start import joined
 from ditmoe.training.loop import train
 from tests.doors import typed
 from tests.processes import door, start
@@ -90,7 +94,7 @@ def flags(photos: Path, vae: Path, out: Path, *more: object) -> list[str]:
 
 
 def encode(photos: Path, vae: Path, out: Path, *more: object) -> Path:
-    encoder.encode(cli.parse_latents(flags(photos, vae, out, *more)), encoder.join())
+    encoder.encode(cli.parse(LatentArgs, flags(photos, vae, out, *more)), joined())
     return out
 
 
@@ -105,7 +109,8 @@ def copy(latents: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    """Of all files but the lock, in which stands who held it last."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != ".lock"}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -165,7 +170,7 @@ def pipeline_net(config: Config) -> Any:
 
 
 def test_two_processes_write_the_bytes_of_one(latents: Path, photos: Path, vae: Path, tmp_path: Path) -> None:
-    done = typed("ditmoe.latents", *flags(photos, vae, tmp_path / "two"), world=2)
+    done = typed("ditmoe", "encode", *flags(photos, vae, tmp_path / "two"), world=2)
     assert done.returncode == 0, done.stderr
     assert "5 of 5 shards to encode on 2 process(es)" in done.stdout
     assert "22 latents of 2 classes" in done.stdout
@@ -180,7 +185,7 @@ def slow_encoding(argv: list[str]) -> None:
         return real(self, x)
 
     encoder._Job._encode = slow  # type: ignore[method-assign]
-    door("ditmoe.latents", argv)
+    door("ditmoe", ["encode", *argv])
 
 
 @pytest.mark.parametrize(("number", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
@@ -194,7 +199,7 @@ def test_a_stopped_encoding_goes_on(
     assert group.wait() == [-9 if number == signal.SIGKILL else 143] * world, group.err()
     made = {file.name: os.stat(file).st_mtime_ns for file in out.glob("*.safetensors")}
     assert 2 <= len(made) < 5
-    with pytest.raises(ValueError, match=r"holds no latents\.json: run python -m ditmoe\.latents again"):
+    with pytest.raises(ValueError, match=r"holds no latents\.json: run python -m ditmoe encode again"):
         opened(out)
     encode(photos, vae, out)
     assert all(os.stat(out / name).st_mtime_ns == when for name, when in made.items())
@@ -265,12 +270,12 @@ def test_what_the_encoder_refuses(
     if "--vae" in change:
         change = ["--vae", tmp_path / change[1]]
     with pytest.raises(ValueError, match=sentence):
-        encoder.encode(cli.parse_latents([*argv, *map(str, change)]), encoder.join())
+        encoder.encode(cli.parse(LatentArgs, [*argv, *map(str, change)]), joined())
     assert content(latents) == before
 
 
 def test_a_mistake_is_one_sentence_from_every_process(latents: Path, photos: Path, vae: Path) -> None:
-    done = typed("ditmoe.latents", *flags(photos, vae, latents, "--size", 32), world=2)
+    done = typed("ditmoe", "encode", *flags(photos, vae, latents, "--size", 32), world=2)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 2
     assert "Traceback" not in done.stderr
@@ -312,12 +317,12 @@ def test_what_rounding_leaves_of_a_constant_is_no_spread() -> None:
     n, value = 10**9, 0.1
     shard = {"sum": [value * n], "squares": [value * value * n * (1 + 1e-15)], "variance": [1.0 * n]}
     with pytest.raises(ValueError, match="channel 0 of the latents has the same value everywhere"):
-        statistics([shard], n)
+        channel_statistics([shard], n)
 
 
 def small_disk(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3800, 3800))  # no file grows beyond it
-    door("ditmoe.latents", argv)
+    door("ditmoe", ["encode", *argv])
 
 
 @pytest.mark.parametrize(("file", "shard_size"), [("00000.safetensors", 5), ("latents.json", 1)])
@@ -343,7 +348,9 @@ def test_one_launch_at_a_time(latents: Path, photos: Path, vae: Path, tmp_path: 
     out = tmp_path / "set"
     group = start(slow_encoding, flags(photos, vae, out), folder=tmp_path / "log")
     group.until(lambda: (out / "00000.safetensors").exists())
-    with pytest.raises(ValueError, match="is in use; wait for the other launch or give another --out"):
+    with pytest.raises(
+        ValueError, match=rf"set is in use by process {group.pids[0]} on .*; wait for it, .* give another --out"
+    ):
         encode(photos, vae, out)
     assert group.wait() == [0]
     assert content(out) == content(latents)
@@ -357,13 +364,13 @@ def test_shards_are_as_readable_as_other_files(latents: Path) -> None:
 def test_a_log_says_how_far_it_has_come(
     photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(encoder, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     encode(photos, vae, tmp_path / "set")
-    assert "3 of 5 shards are there\n" in capsys.readouterr().out
+    assert "encoding: 15 of 22 images, " in capsys.readouterr().err
 
 
 def prctl_of_joined() -> None:
-    encoder.join()
+    joined()
     number = ctypes.c_int()
     ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
     print(number.value)
@@ -566,7 +573,7 @@ def test_a_run_with_its_vae_and_latents_of_another_one(
         train(wrong, opened(latents))
     assert not wrong.out.exists()
     strange = encode(photos, other, tmp_path / "strange")
-    assert fingerprint(opened(strange)) != fingerprint(opened(latents))
+    assert opened(strange).fingerprint() != opened(latents).fingerprint()
     resumed = tiny(max_steps=2, data={"name": "latents", "path": strange}, model=MODEL, sample={"steps": 2})
     with pytest.raises(ValueError, match="the data set is not the one"):
         train(resumed, opened(strange))
@@ -651,7 +658,7 @@ def test_latents_are_not_written_as_pictures(channels: int, photos: Path, tiny: 
     config = tiny(data={"name": "latents", "path": data}, model={**MODEL, "in_channels": channels})
     pipeline.save(pipeline.assemble(pipeline_net(config), config, {0: "cat", 1: "dog"}), tmp_path / "model")
     for out in ("folder", "set.npz"):
-        asked = cli.parse_sample([str(tmp_path / "model"), "--steps", "1", "--num", "2", "--out", str(tmp_path / out)])
+        asked = SampleArgs(tmp_path / "model", steps=1, num=2, out=tmp_path / out)
         with pytest.raises(ValueError, match=f"makes latents of {channels} channels and holds no VAE"):
             image_sets.run(asked, One())
         assert not (tmp_path / out).exists()
@@ -689,9 +696,9 @@ def test_the_presets_of_imagenet(size: str) -> None:
 def test_a_model_is_saved_with_the_statistics_it_was_trained_with(copy: Path, tiny: Tiny) -> None:
     """Whatever has become of the latents' folder in the meantime."""
     config = tiny(data={"name": "latents", "path": copy}, model=MODEL, max_steps=1)
-    data, known = opened(copy), normalization(copy)
+    data, known = opened(copy), read_normalization(copy)
     index = json.loads((copy / "latents.json").read_text())
     (copy / "latents.json").write_text(json.dumps({**index, "mean": [9.0] * 4}))
-    assert normalization(copy) != known
+    assert read_normalization(copy) != known == data.normalization
     train(config, data)
     assert pipeline.load(config.out).config.latents == known

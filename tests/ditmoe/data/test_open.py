@@ -215,10 +215,10 @@ def test_the_reference_of_a_folder_holds_every_class(tmp_path: Path) -> None:
     for i in range(30):
         png(tmp_path / str(i % 3) / f"{i}.png", value=i % 3)
     config = folder(tmp_path)
-    pixels = reference(config, open_data(config, size=8, channels=1), 0)
+    pixels = reference(open_data(config, size=8, channels=1), 0)
     assert not isinstance(pixels, str)
     assert sorted(np.unique(pixels)) == [0, 1, 2]
-    assert reference(DataConfig(), open_data(DataConfig(), size=8, channels=1), 0) == "digits:train"
+    assert reference(open_data(DataConfig(), size=8, channels=1), 0) == "digits:train"
 
 
 @pytest.mark.parametrize(

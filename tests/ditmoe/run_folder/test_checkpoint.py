@@ -10,6 +10,7 @@ import torch
 from ditmoe.run_folder import checkpoint
 from ditmoe.run_folder import writer as writer_module
 from ditmoe.run_folder.writer import Writer
+from tests import checkpoints
 
 
 def write(root: Path, step: int) -> Path:
@@ -19,10 +20,10 @@ def write(root: Path, step: int) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     assert path.name == "step-000007"
-    parts, state = checkpoint.load(path)
+    parts, state = checkpoints.load(path)
     assert parts["model"]["w"].tolist() == [7, 7, 7]
     assert state == {"step": 7, "note": 7}
-    assert checkpoint.newest(tmp_path) == path
+    assert checkpoints.newest(tmp_path) == path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000007"]
 
 
@@ -38,7 +39,7 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: 
         middle = len(raw) // 2
         rest = b"" if fault == "truncate" else bytes([raw[middle] ^ 8]) + raw[middle + 1 :]
         file.write_bytes(raw[:middle] + rest)
-    assert checkpoint.newest(tmp_path) == older
+    assert checkpoints.newest(tmp_path) == older
 
 
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (4, 0, 1), (1, 1, 1, 2)])
@@ -66,9 +67,9 @@ def test_a_hostile_file_with_a_fitting_manifest_is_a_sentence(tmp_path: Path) ->
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint.newest(tmp_path) == path
+    assert checkpoints.newest(tmp_path) == path
     with pytest.raises(ValueError, match="step-000001 holds a file that cannot be read"):
-        checkpoint.load(path)
+        checkpoints.load(path)
 
 
 def test_prune_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_the_writer_saves_a_state_as_it_was_and_says_what_failed(tmp_path: Path,
     with Writer(tmp_path, 2, tolerant=False) as writer:
         writer.save(1, {"model": {"w": weight}}, {}, wait=False)
         weight += 1  # training goes on
-    parts, _ = checkpoint.load(tmp_path / "step-000001")
+    parts, _ = checkpoints.load(tmp_path / "step-000001")
     assert parts["model"]["w"].tolist() == [0, 0, 0]
 
     def full(*_: object) -> None:
@@ -137,11 +138,11 @@ def test_an_interrupted_save_is_never_chosen(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(checkpoint.json, "dumps", fail)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, 2)
-    assert checkpoint.newest(tmp_path) == older
+    assert checkpoints.newest(tmp_path) == older
 
 
 def test_a_manifest_that_names_nothing_is_no_checkpoint(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     (path / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": {}}))
     with pytest.raises(ValueError, match="is whole"):
-        checkpoint.newest(tmp_path)
+        checkpoints.newest(tmp_path)

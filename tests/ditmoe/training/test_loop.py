@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ditmoe.config.sections import Config, TrainConfig
+from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
 from ditmoe.launch.signals import Interrupted
 from ditmoe.model import build
-from ditmoe.run_folder import checkpoint
-from ditmoe.run_folder.log import expert_load, learning_rate
 from ditmoe.training.loop import train
 from ditmoe.training.state import update_ema
+from tests import checkpoints
 
 Tiny = Callable[..., Config]
 
@@ -33,7 +32,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def same_checkpoint(a: Path, b: Path) -> None:
-    (parts_a, _), (parts_b, _) = checkpoint.load(a), checkpoint.load(b)
+    (parts_a, _), (parts_b, _) = checkpoints.load(a), checkpoints.load(b)
     assert parts_a.keys() == parts_b.keys() == {"model", "ema", "optimizer"}
     for part in parts_a:
         assert parts_a[part].keys() == parts_b[part].keys()
@@ -154,7 +153,7 @@ def test_it_learns_and_logs_every_part(tiny: Tiny) -> None:
 
 def test_the_bias_is_really_updated_saved_and_averaged(tiny: Tiny) -> None:
     go(tiny(max_steps=3))
-    parts, _ = checkpoint.load(tiny().out / "checkpoints" / "step-000003")
+    parts, _ = checkpoints.load(tiny().out / "checkpoints" / "step-000003")
     bias = parts["model"]["blocks.1.moe.router.expert_bias"]
     assert bias.abs().max() > 0
     assert abs(float(bias.mean())) < 1e-8
@@ -177,27 +176,16 @@ def test_ema_follows_its_rule() -> None:
     assert ema.num_batches_tracked.item() == 7
 
 
-def test_learning_rate_schedule() -> None:
-    train_config = TrainConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110)
-    assert [learning_rate(train_config, s) for s in (0, 4, 10, 60, 109)] == pytest.approx([0.1, 0.5, 1.0, 0.5, 0.01])
-    assert learning_rate(TrainConfig(learning_rate=1.0, warmup_steps=0), 10**6) == 1.0
-
-
 def test_a_router_has_a_smaller_learning_rate(tiny: Tiny) -> None:
     config = tiny(max_steps=1, train={"warmup_steps": 0})
     torch.manual_seed(config.seed)
     before = build(config, 10).state_dict()
     go(config)
-    (parts, _) = checkpoint.load(config.out / "checkpoints" / "step-000001")
+    (parts, _) = checkpoints.load(config.out / "checkpoints" / "step-000001")
     moved = {name: (value - before[name]).abs().max().item() for name, value in parts["model"].items()}
     rate = config.train.learning_rate  # Adam's first step is the rate, for every weight with a gradient
     assert moved["blocks.1.moe.router.weight"] == pytest.approx(rate * config.model.hidden_size**-0.5, rel=0.01)
     assert moved["final_layer.linear.weight"] == pytest.approx(rate, rel=0.01)
-
-
-def test_expert_load() -> None:
-    load = expert_load(torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0]]))
-    assert load == {"load_max_over_mean": [1.0, 4.0], "dead_experts": [0, 3], "load_entropy": [1.0, 0.0]}
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny: Tiny) -> None:
@@ -239,7 +227,7 @@ def test_steps_that_are_not_finite_are_skipped_named_and_stop_the_run(
     assert [(row["step"], row["loss"] is None, row["skipped_steps"]) for row in log] == [
         (1, False, 0), (2, True, 1), (3, True, 2),
     ]  # fmt: skip
-    (first, _), (last, state) = (checkpoint.load(tiny().out / f"checkpoints/step-00000{n}") for n in (1, 3))
+    (first, _), (last, state) = (checkpoints.load(tiny().out / f"checkpoints/step-00000{n}") for n in (1, 3))
     assert state["skipped_steps"] == 2
     assert len(list((tiny().out / "checkpoints").iterdir())) == 2
     for part in first:

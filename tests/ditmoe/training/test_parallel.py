@@ -11,6 +11,7 @@ import torch
 from ditmoe.config.sections import Config, MoEConfig, ParallelConfig
 from ditmoe.pipeline import load
 from ditmoe.run_folder import checkpoint
+from tests import checkpoints
 from tests.faults import runs
 
 STEPS = ["--max-steps", 6, "--train.learning-rate", 0.002, "--train.warmup-steps", 1, "--train.clip", 0.3]
@@ -24,7 +25,7 @@ def alone(tmp_path_factory):
 
 
 def parts_of(out):
-    return checkpoint.load(checkpoint.newest(out / "checkpoints"))[0]
+    return checkpoints.load(checkpoints.newest(out / "checkpoints"))[0]
 
 
 WAYS = [(2, 1, False), (2, 2, False), (4, 2, False), (4, 4, False), (2, 1, True), (2, 2, True), (4, 2, True)]
@@ -50,7 +51,7 @@ def test_it_trains_what_one_process_trains(tmp_path, alone, world, degree, shard
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["load_max_over_mean"] == pytest.approx(other["load_max_over_mean"], rel=1e-5)
-    files = sorted(p.name for p in checkpoint.newest(out / "checkpoints").glob("model*"))
+    files = sorted(p.name for p in checkpoints.newest(out / "checkpoints").glob("model*"))
     writers = world if shard else degree if degree > 1 else 0
     assert files == ["model.safetensors", *(f"model.shard-{n}.safetensors" for n in range(writers))]
 
@@ -164,7 +165,7 @@ def test_a_process_that_dies_while_it_saves_its_slices_keeps_nobody(tmp_path):
     codes = group.wait(60)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, 2)
-    assert checkpoint.newest(out / "checkpoints").name == "step-000003"
+    assert checkpoints.newest(out / "checkpoints").name == "step-000003"
     assert runs.training(out, "--max-steps", 8, "--train.checkpoint-every", 3).wait() == [0]
 
 

@@ -5,7 +5,7 @@ import scipy.stats
 import torch
 from numpy.testing import assert_allclose
 
-from eval.metrics.inception_score import InceptionScore
+from eval.metrics.inception_score import InceptionSums
 
 
 def random_logits(n, c, seed=0, scale=2.0):
@@ -13,7 +13,7 @@ def random_logits(n, c, seed=0, scale=2.0):
 
 
 def stream(logits, batch=64, split_size=5000, order=None):
-    score = InceptionScore(*logits.shape, split_size=split_size)
+    score = InceptionSums(*logits.shape, split_size=split_size)
     order = np.arange(len(logits)) if order is None else order
     for start in range(0, len(order), batch):
         indices = order[start : start + batch]
@@ -85,7 +85,7 @@ def test_a_split_of_one_image_scores_1_and_pulls_the_mean_down():
 
 def test_the_default_split_has_5000_images():
     logits = random_logits(5100, 3)
-    score = InceptionScore(5100, 3)
+    score = InceptionSums(5100, 3)
     score.update(np.arange(5100), logits)
     assert_allclose(score.compute(), direct(logits, 5000), rtol=1e-12)
 
@@ -147,7 +147,7 @@ def test_large_logits_do_not_overflow():
 def test_the_callers_array_stays():
     logits = random_logits(10, 4)
     before = logits.copy()
-    InceptionScore(10, 4).update(np.arange(10), logits)
+    InceptionSums(10, 4).update(np.arange(10), logits)
     assert (logits == before).all()
 
 
@@ -175,7 +175,7 @@ def test_every_image_must_come_once(order):
     ],
 )
 def test_bad_batches_are_refused_and_add_nothing(indices, logits, message):
-    score = InceptionScore(30, 4)
+    score = InceptionSums(30, 4)
     with pytest.raises(ValueError, match=message):
         score.update(np.array(indices), logits)
     assert score.count.sum() == score.sum_p.sum() == 0
@@ -184,4 +184,4 @@ def test_bad_batches_are_refused_and_add_nothing(indices, logits, message):
 @pytest.mark.parametrize(("n", "c", "split_size"), [(0, 4, 10), (10, 0, 10), (10, 4, 0)])
 def test_sizes_must_be_at_least_1(n, c, split_size):
     with pytest.raises(ValueError, match=f"n {n}, num_classes {c} and split_size {split_size} must be at least 1"):
-        InceptionScore(n, c, split_size=split_size)
+        InceptionSums(n, c, split_size=split_size)

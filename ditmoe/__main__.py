@@ -1,0 +1,112 @@
+"""The command `ditmoe`, or `python -m ditmoe`: the one place of ditmoe that knows eval.
+
+A command is a function of its words and of what messages call it. Nothing heavy is imported before the words are read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cli
+from .config.encode import LatentArgs
+from .config.export import ExportArgs
+from .config.exposure import ExposureArgs
+from .config.sample import SampleArgs
+
+
+def train(argv: Sequence[str], prog: str) -> None:
+    """Train, or go on; then sample, score and write the run's page."""
+    config = cli.parse_train(argv, prog)
+    from eval import fid, judge
+
+    from .analysis.budget import describe
+    from .data.open import reference
+    from .launch.start import is_first, shutdown
+    from .report import progress, write
+    from .training.loop import open_images
+    from .training.loop import train as begin
+
+    if config.dry_run:
+        return print(describe(config))
+    typed = ["python", *sys.argv] if prog == "train.py" else [*prog.split(), *argv]
+    try:
+        images = open_images(config)
+        score = None if images.is_latent else lambda x: fid.score(x, reference(images, config.seed))
+        news = begin(config, images, lambda n, pipe: progress.progress(config, n, pipe, score), typed)
+        if is_first():
+            write.finish(config, score, judge.judge, news=news)
+    finally:
+        shutdown()
+
+
+def sample(argv: Sequence[str], prog: str) -> None:
+    """Draw images from a trained model: a grid, a folder, an .npz; score them."""
+    args = cli.parse(SampleArgs, argv, prog)
+    from eval import fid, processes
+
+    from .generate import request
+
+    group: Any = processes.join()
+    try:
+        score = fid.scorer(args.score, args.report, group, **args.score_options()) if args.score else None
+        request.run(args, group, score)
+    finally:
+        processes.leave(group)
+
+
+def score(argv: Sequence[str], prog: str) -> int:
+    """Score images against a reference: Fréchet distance, KID, precision and recall, ..."""
+    from eval import fid
+
+    return fid.main(argv, prog)
+
+
+def encode(argv: Sequence[str], prog: str) -> None:
+    """Encode images with a VAE, once, to train on their latents."""
+    args = cli.parse(LatentArgs, argv, prog)
+    from .data import encode
+    from .launch import start
+
+    try:
+        encode.encode(args, start.joined())
+    finally:
+        start.shutdown()
+
+
+def export(argv: Sequence[str], prog: str) -> None:
+    """Write the model of a run as a folder to give away."""
+    args = cli.parse(ExportArgs, argv, prog)
+    from .convert import export
+
+    export.export(args)
+
+
+def exposure(argv: Sequence[str], prog: str) -> None:
+    """Measure how far a sampler strays from what the network was trained on."""
+    args = cli.parse(ExposureArgs, argv, prog)
+    from .analysis import exposure
+
+    exposure.run(args)
+
+
+COMMANDS = {command.__name__: command for command in (train, sample, score, encode, export, exposure)}
+
+
+def main() -> int:
+    """The exit code of the command that was typed."""
+    program = "python -m ditmoe" if Path(sys.argv[0]).name == "__main__.py" else "ditmoe"
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        lines = "\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items())
+        print(f"usage: {program} COMMAND ...\n\n{lines}\n\n{program} COMMAND --help has the options of one.")
+        return 0
+    if name not in COMMANDS:
+        cli.stop(f"there is no command {name!r}; {cli.near(name, COMMANDS)}commands are {', '.join(COMMANDS)}")
+    return cli.run(lambda: COMMANDS[name](words, f"{program} {name}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What `sample.py` writes, notes and refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ditmoe import pipeline
+from ditmoe.config.sample import SampleArgs
+from ditmoe.config.sections import Config, ModelConfig, SampleConfig
+from ditmoe.generate.request import facts, requested, run
+from ditmoe.model import build
+from samplers import catalog, time_shift
+from tests.ditmoe.test_pipeline import make
+
+
+class Alone:
+    """The only process."""
+
+    rank, world = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_sample_py_writes_grids_npz_and_folders(tmp_path: Path) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    run(SampleArgs(tmp_path, out=tmp_path / "a.npz", classes=(3, 1, 1), batch_size=2), Alone())
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (3, 8, 8, 1)
+        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_1"].tolist() == [3, 1, 1]
+        assert json.loads(str(file["facts"]))["sampler"]["name"] == "ddim"
+        images = file["arr_0"]
+    assert not (tmp_path / "a.npz.parts").exists()
+    run(SampleArgs(tmp_path, out=tmp_path / "many", classes=(3, 1, 1)), Alone())
+    files = sorted((tmp_path / "many").glob("*.png"))
+    assert [f.name for f in files] == ["000000-class3.png", "000001-class1.png", "000002-class1.png"]
+    assert np.array_equal(np.asarray(Image.open(files[0])), images[0, :, :, 0])
+    run(SampleArgs(tmp_path / "model", out=tmp_path / "grid.png", num=6), Alone())
+    assert Image.open(tmp_path / "grid.png").size[0] > 100
+    with pytest.raises(ValueError, match=r"part of another set \(other label_sampling, labels_sha256, num\)"):
+        run(SampleArgs(tmp_path, out=tmp_path / "many", num=1), Alone())
+    with pytest.raises(ValueError, match="give a .png or .npz file"):
+        run(SampleArgs(tmp_path, out=tmp_path / "x.jpg", num=1), Alone())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty"):
+        run(SampleArgs(tmp_path, out=tmp_path / "other", num=1), Alone())
+
+
+def test_what_time_shift_used_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.save(make(data_variance=0.4), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / "a.npz", num=2, sampler="ts-ddim", steps=10)
+    run(args, Alone())
+    with np.load(tmp_path / "a.npz") as file:
+        noted = json.loads(str(file["facts"]))["sampler"]
+    used = {"exposure_window": 40, "exposure_cutoff": 100, "exposure_mode": "both",
+            "exposure_variance": "published", "exposure_min_snr": 0.0}  # fmt: skip
+    assert {name: value for name, value in noted.items() if name.startswith("exposure_")} == used
+    same = replace(args, exposure_window=40, exposure_mode="both", exposure_variance="published")
+    assert facts(same, requested(same)) == facts(args, requested(args))
+    other = requested(replace(args, exposure_variance="calibrated", exposure_min_snr=1.0)).sampler
+    assert other == {**noted, "exposure_variance": "calibrated", "exposure_min_snr": 1.0}
+    assert not [name for name in requested(replace(args, sampler="ddim")).sampler if "exposure" in name]
+    run(replace(args, out=tmp_path / "many"), Alone())
+    monkeypatch.setattr(catalog, "TIME_SHIFT_CUTOFF", 0.2)  # another version of the program
+    with pytest.raises(ValueError, match=r"part of another set \(other sampler\)"):
+        run(replace(args, out=tmp_path / "many"), Alone())
+
+
+def test_what_time_shift_says_is_true_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_shift.say_once.cache_clear()
+    said: list[str] = []
+    monkeypatch.setattr(time_shift.logger, "warning", said.append)
+    pipeline.save(make(sampler="ts-ddim", data_variance=1.0), tmp_path / "model")  # as of latents
+    args = SampleArgs(tmp_path, out=tmp_path / "a.npz", num=4, batch_size=1, steps=4)
+    run(replace(args, exposure_variance="calibrated"), Alone())
+    config = pipeline.load(tmp_path).scheduler.config
+    assert catalog.network_calls("ts-ddim", config, 4, {"exposure_variance": "calibrated"}) == 4
+    assert said == []
+    run(args, Alone())
+    assert len(said) == 1
+    assert "the data has variance 1.00" in said[0]
+    run(replace(args, sampler="ts-ddim", steps=60, exposure_variance="calibrated"), Alone())
+    assert len(said) == 2
+    assert "time-shift is for few steps: with 60 network calls" in said[1]
+
+
+@pytest.mark.parametrize("name", ["many", "a.npz", "grid.png"])
+def test_images_that_are_not_finite_are_not_written(tmp_path: Path, name: str) -> None:
+    pipe = make()
+    pipe.transformer.final_layer.linear.bias.data.fill_(torch.nan)
+    pipeline.save(pipe, tmp_path / "model")
+    with pytest.raises(FloatingPointError, match="images are not finite"):
+        run(SampleArgs(tmp_path, out=tmp_path / name, num=2), Alone())
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.npz")]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "field", "sentence"),
+    [
+        ("ts-ddim", {"data_variance": "0.4"}, "data_variance is '0.4', but it must be a number above 0"),
+        ("unipc", {"solver_order": "2"}, "sampler 'unipc' cannot be made of the saved scheduler's config"),
+    ],
+)
+def test_a_damaged_scheduler_is_refused(tmp_path: Path, sampler: str, field: dict[str, Any], sentence: str) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    file = tmp_path / "model/scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **field}))
+    with pytest.raises(ValueError, match=sentence):
+        run(SampleArgs(tmp_path, out=tmp_path / "many", num=1, sampler=sampler), Alone())
+    assert not (tmp_path / "many").exists()
+
+
+def test_rgb_images_are_written(tmp_path: Path) -> None:
+    model = ModelConfig(sample_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2)
+    config = Config(model=model, sample=SampleConfig(steps=2))
+    pipeline.save(pipeline.assemble(build(config, 0), config, {}), tmp_path / "model")
+    run(SampleArgs(tmp_path, num=1, out=tmp_path / "rgb"), Alone())
+    assert Image.open(tmp_path / "rgb" / "000000.png").mode == "RGB"
