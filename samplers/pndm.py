@@ -46,19 +46,11 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        skip_prk_steps: bool = False,
-        set_alpha_to_one: bool = True,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
-        data_variance: float | None = None,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: list[float] | None = None, skip_prk_steps: bool = False,
+        set_alpha_to_one: bool = True, prediction_type: str = "epsilon", timestep_spacing: str = "trailing",
+        steps_offset: int = 0, data_variance: float | None = None,
+    ) -> None:  # fmt: skip
         if skip_prk_steps:
             raise ValueError("skip_prk_steps is for the stock PNDMScheduler; F-PNDM has Runge-Kutta steps")
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again

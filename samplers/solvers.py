@@ -48,21 +48,12 @@ class _Solver:
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, timestep_spacing: str = "trailing", steps_offset: int = 0,
         data_variance: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_chain(type(self).__name__, self.config)
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
 
