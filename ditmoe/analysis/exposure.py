@@ -22,7 +22,7 @@ from samplers.criterion import check_data_variance
 from samplers.loop import sample
 from samplers.noise import image_generators, initial_noise
 
-from ..config.exposure import ExposureArgs
+from ..config.sample import ExposureArgs
 from ..pipeline import load
 
 
