@@ -65,9 +65,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], config: Config) -> dict[str, An
     seconds = sum(n / rate for n, rate in zip(images, rates, strict=True))
     last = [row["loss"] for row in rows[-max(1, len(rows) // 10) :]]
     return {
-        "steps": steps[-1],
-        "batch_size": config.train.batch_size,
-        "seconds": round(seconds, 1),
+        "steps": steps[-1], "batch_size": config.train.batch_size, "seconds": round(seconds, 1),
         "images_per_second": round(sum(images) / seconds, 1) if seconds else None,
         "final_loss": float(np.mean(last)) if last else None,
-    }
+    }  # fmt: skip

@@ -67,11 +67,9 @@ def write(
     """
     config = read_config(run)
     pipe, sample = load(run, fast=True), config.sample
-    net = pipe.transformer
-    data, held_out = (
-        opened(config.data, size=net.config.sample_size, channels=net.config.in_channels)
-        for opened in (open_data, open_held_out)
-    )
+    net, size, channels = pipe.transformer, pipe.transformer.config.sample_size, pipe.transformer.config.in_channels
+    data = open_data(config.data, size=size, channels=channels)
+    held_out = open_held_out(config.data, size=size, channels=channels)
     (run / PAGE).unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
     num = num_judged or sample.num
     labels, started = balanced_labels(pipe, num), time.perf_counter()
