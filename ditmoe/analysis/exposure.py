@@ -2,10 +2,9 @@
 
     python -m ditmoe exposure MODEL [--samplers ddim ts-ddim ...] [--steps 20] [--num 256] [--out exposure.png]
 
-Exposure bias: in training the network sees clean images with noise, in sampling its own results. The meter follows
-the mean over images of their variance over pixels, step by step, and sets it against the training marginal
-``signal^2 v + noise^2``, v being the mean variance of clean training images: above 1 the images are too noisy for
-their timestep, below 1 too smooth.
+Exposure bias: in training the network sees clean images with noise, in sampling its own results. The meter sets the
+images' mean variance over pixels, step by step, against the training marginal ``signal^2 v + noise^2``, v being that of
+clean training images: above 1 the images are too noisy for their timestep, below 1 too smooth.
 """
 
 from __future__ import annotations
@@ -117,25 +116,19 @@ def plot(readings: dict[str, list[Reading]], path: Path) -> None:
 
 
 def run(args: ExposureArgs) -> None:
-    """Measure, print the table, write the plot.
-
-    Raises:
-        ValueError: A model that cannot be loaded, a sampler or a value that does not fit it.
-        FloatingPointError: Images that are not finite.
-    """
+    """Measure, print the table, write the plot. Errors as of `pipeline.load` and `measure`."""
     pipe = load(args.model, fast=True)
     variance = pipe.scheduler.config.get("data_variance") if args.data_variance is None else args.data_variance
     if variance is None:
         raise ValueError("data_variance is not known; give --data-variance, the mean variance of training images")
     check_data_variance(variance)
+    readings = {}
     schedulers = {name: pipe.scheduler_for(name, args.steps) for name in args.samplers}  # every one is checked first
-    readings = {
-        name: measure(
+    for name, scheduler in schedulers.items():
+        readings[name] = measure(
             pipe.transformer, scheduler, variance, num_images=args.num, num_inference_steps=args.steps, seed=args.seed,
             batch_size=args.batch_size, guidance_scale=args.cfg, epsilon_scale=args.epsilon_scale,
-        )
-        for name, scheduler in schedulers.items()
-    }  # fmt: skip
+        )  # fmt: skip
     print(table(readings))
     plot(readings, args.out)
     print(f"wrote {args.out}")

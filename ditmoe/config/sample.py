@@ -84,10 +84,9 @@ class SampleArgs:
         if self.out is not None and self.out.exists() and self.out.is_dir() == (self.out.suffix in (".png", ".npz")):
             kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
             raise ValueError(f"out {self.out} {kind}")
-        if self.exposure_variance not in (None, "published", "calibrated") and not _is_number(self.exposure_variance):
-            raise ValueError(
-                f"exposure_variance {self.exposure_variance!r} is neither published, calibrated nor a number"
-            )
+        variance = self.exposure_variance
+        if variance not in (None, "published", "calibrated") and not _is_number(variance):
+            raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
         at_least(self, 1, "num", "steps", "batch_size")
 
     def score_options(self) -> dict[str, Any]:

@@ -13,14 +13,10 @@ from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, save_png
 
 LINE, SECOND = "#2b6cb0", "#c2571a"
 SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
-    "vlb": "variational bound",
-    "balance": "balance loss (1 = even)",
-    "load_max_over_mean": "busiest expert ÷ mean load",
-    "z": "router z-loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-    "images_per_second": "images per second",
-}
+    "vlb": "variational bound", "balance": "balance loss (1 = even)",
+    "load_max_over_mean": "busiest expert ÷ mean load", "z": "router z-loss", "grad_norm": "gradient norm",
+    "lr": "learning rate", "images_per_second": "images per second",
+}  # fmt: skip
 
 
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -123,9 +119,6 @@ def _short(value: float, _position: Any = None) -> str:
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:.5g}"
-
-
-# ---- shared with the maps
 
 
 def title(ax: Any, text: str, size: int = 11) -> None:

@@ -78,11 +78,10 @@ def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = list(heights) if wide else [max(heights[:2]), max(heights[2:])]
+    rows = heights if wide else [max(heights[:2]), max(heights[2:])]
     engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1, hspace=0.03, wspace=0.03)
     fig = Figure(figsize=(WIDTH / 100, sum(rows) + 0.62 * len(rows) + 0.7), dpi=100, layout=engine)
-    made = fig.subplots(4 if wide else 2, 1 if wide else 2, height_ratios=rows, squeeze=False)
-    return fig, list(made.ravel())
+    return fig, list(fig.subplots(len(rows), 4 // len(rows), height_ratios=rows).flat)
 
 
 def _show(ax: Any, loads: Array, limit: float, aspect: str) -> None:
