@@ -37,11 +37,7 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Map
         pictures: PNG files by the keys of `CAPTIONS`; one that is missing is left out.
         config: the run's config.json, shown folded.
     """
-    figures = [
-        (key, *CAPTIONS[key], "data:image/png;base64," + base64.b64encode(pictures[key]).decode())
-        for key in CAPTIONS
-        if key in pictures
-    ]
+    figures = {name: base64.b64encode(pictures[name]).decode() for name in CAPTIONS if name in pictures}
     room = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         keep_trailing_newline=True,
@@ -50,7 +46,9 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Map
         "share": "{:.1%}".format, "whole": "{:,}".format, "number": _number, "millions": _millions,
         "duration": duration, "text": _text, "quote": shlex.quote, "repr": repr,
     }  # fmt: skip
-    return room.get_template("page.html").render(report=report, figures=figures, config=json.dumps(config, indent=2))
+    return room.get_template("page.html").render(
+        report=report, captions=CAPTIONS, figures=figures, config=json.dumps(config, indent=2)
+    )
 
 
 def _text(value: Any, name: str = "") -> str:
