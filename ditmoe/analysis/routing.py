@@ -76,14 +76,12 @@ def routing_summary(counts: Array) -> list[dict[str, float]]:
     rows = []
     for layer in counts:
         load = relative_load(layer.sum(axis=(0, 1, 2)))
-        rows.append(
-            {
-                "busiest": float(load.max()), "idle": int((load == 0).sum()),
-                "bits_time": mutual_information(layer.sum(axis=(1, 2))),
-                "bits_class": mutual_information(layer.sum(axis=(0, 2))),
-                "bits_position": mutual_information(layer.sum(axis=(0, 1))),
-            }
-        )  # fmt: skip
+        rows.append({
+            "busiest": float(load.max()), "idle": int((load == 0).sum()),
+            "bits_time": mutual_information(layer.sum(axis=(1, 2))),
+            "bits_class": mutual_information(layer.sum(axis=(0, 2))),
+            "bits_position": mutual_information(layer.sum(axis=(0, 1))),
+        })  # fmt: skip
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What `sample.py` and `exposure`, which draw from a model, are asked. Imports no torch."""
+"""What the commands that take a trained model are asked: sample, exposure, export. Imports no torch."""
 
 from __future__ import annotations
 
@@ -135,6 +135,22 @@ class ExposureArgs:
         a_file = self.out.suffix in (".png", ".pdf", ".svg") and not self.out.is_dir()
         if not a_file or not self.out.absolute().parent.is_dir():
             raise ValueError(f"out {self.out} must be a .png, .pdf or .svg file in a folder that exists")
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write the averaged weights of a finished run as a pipeline folder to share."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The new pipeline folder."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the stored weights; bfloat16 has half the size."""
+    vae: Path | None = None
+    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
+    force: bool = False
+    """Replace the folder if it is there."""
 
 
 def _is_number(text: str | None) -> bool:

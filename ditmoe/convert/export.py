@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import pipeline
-from ..config.export import ExportArgs
 from ..config.file import read_config
+from ..config.sample import ExportArgs
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 
 
