@@ -12,9 +12,7 @@ from typing import Any
 
 from . import cli
 from .config.encode import LatentArgs
-from .config.export import ExportArgs
-from .config.exposure import ExposureArgs
-from .config.sample import SampleArgs
+from .config.sample import ExportArgs, ExposureArgs, SampleArgs
 
 
 def train(argv: Sequence[str], prog: str) -> None:
