@@ -22,10 +22,8 @@ def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
         ValueError: It is not the one that made them, or the latents do not say which did.
     """
     if latents is None:
-        raise ValueError(
-            f"vae {folder} cannot be checked: the latents do not say which VAE made them, as those of python -m "
-            f"ditmoe encode do"
-        )
+        why = "the latents do not say which VAE made them, as those of python -m ditmoe encode do"
+        raise ValueError(f"vae {folder} cannot be checked: {why}")
     vae = open_vae(folder)
     check_vae(vae, latents)
     return vae
@@ -55,11 +53,7 @@ def open_vae(folder: Path) -> AutoencoderKL:
 
 
 def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of images of `size` x `size` pixels.
-
-    Raises:
-        ValueError: The VAE takes no such images.
-    """
+    """(C, H, W) of the latents of images of `size` x `size` pixels. ValueError where the VAE takes no such images."""
     channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     if channels not in (1, 3):
         raise ValueError(f"the VAE takes {channels} channels; images have 1 (grey) or 3 (RGB)")
@@ -83,9 +77,8 @@ def check_vae(vae: nn.Module, known: Mapping[str, Any]) -> None:
     """ValueError unless the VAE is the one that made the latents."""
     found = weights_sha256(vae)
     if found != known["vae"]["sha256"]:
-        raise ValueError(
-            f"the VAE with weights {found[:12]} is another one than that of the latents, {vae_words(known)}"
-        )
+        what = f"the VAE with weights {found[:12]} is another one than that of the latents"
+        raise ValueError(f"{what}, {vae_words(known)}")
 
 
 def vae_words(known: Mapping[str, Any]) -> str:

@@ -55,15 +55,9 @@ class RequestedSet:
     def batch(self, indices: Sequence[int]) -> Pixels:
         """The images of these indices, uint8 (n, H, W, C)."""
         self.pipe.set_progress_bar_config(disable=True)
-        x = self.pipe(
-            None if self.labels is None else [self.labels[i] for i in indices],
-            num_images=len(indices) if self.labels is None else None,
-            indices=indices,
-            output_type="pt",
-            **self.options,
-        ).images
-        pixels: Pixels = to_pixels(x)
-        return pixels
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        x = self.pipe(labels, num_images=len(indices), indices=indices, output_type="pt", **self.options).images
+        return to_pixels(x)
 
     def whole(self, batch_size: int) -> Pixels:
         """All N images in memory, uint8 (N, H, W, C)."""

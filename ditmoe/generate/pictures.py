@@ -1,7 +1,6 @@
-"""Grids and strips of images, as PNG files.
+"""Grids and strips of images: PNG files of about 1,000 pixels' width.
 
-Every function writes one PNG of about 1,000 pixels' width. Images are uint8 (..., H, W, C) with C 1 or 3; small ones
-are enlarged without smoothing so that every pixel can be seen.
+Images are uint8 (..., H, W, C) with C 1 or 3; small ones are enlarged without smoothing, so that all pixels show.
 
 Shapes: R rows, H W size of an image, C its channels.
 """
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.pixels import visible
+from ..data.pixels import to_pil, visible
 from ..files import whole
 
 Array = NDArray[Any]
@@ -83,10 +82,9 @@ def film_strip(
     """
     names = [""] * len(x_t) if names is None else names
     if x_t.shape != x0.shape or (len(x_t), len(timesteps)) != (len(names), x_t.shape[1]):
-        raise ValueError(
-            f"x_t {x_t.shape}, x0 {x0.shape}, {len(timesteps)} timesteps and {len(names)} names do not match;"
-            " give (n, steps, H, W, C) twice, one t a step and one name a sample"
-        )
+        given = f"x_t {x_t.shape}, x0 {x0.shape}, {len(timesteps)} timesteps and {len(names)} names"
+        fix = "give (n, steps, H, W, C) twice, one t a step and one name a sample"
+        raise ValueError(f"{given} do not match; {fix}")
     chosen = spread(len(timesteps), most)
     rows = np.stack([x_t[:, chosen], x0[:, chosen]], axis=1).reshape(-1, len(chosen), *x_t.shape[2:])
     heads = [("t = " if k == 0 else "") + f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
@@ -105,8 +103,8 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
         raise ValueError(f"images {images.shape} of {images.dtype} are not uint8 (R, columns, H, W, C) with C 1 or 3")
     num_rows, num_columns, height, width, _ = images.shape
     font, gap, pad = _font(17), 5, 14
-    left = pad + max(int(font.getlength(name)) for name in names)
-    left += pad if left > pad else 0
+    widest = max(int(font.getlength(name)) for name in names)
+    left = pad + (widest + pad if widest else 0)
     top = pad + (28 if heads else 0)
     room = max(24, min(96, (WIDTH - left - pad) // num_columns - gap))
     scale = max(1, room // max(height, width))
@@ -116,8 +114,7 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
     extra = 12 if group > 1 else 0
     canvas_w = left + num_columns * (cell_w + gap) - gap + pad
     canvas_h = top + num_rows * (cell_h + gap) - gap + (num_rows // group - 1) * extra + pad
-    canvas = Image.new("RGB", (canvas_w, canvas_h), "white")
-    draw = ImageDraw.Draw(canvas)
+    draw = ImageDraw.Draw(canvas := Image.new("RGB", (canvas_w, canvas_h), "white"))
     for k, head in enumerate(heads or ()):
         x = left + k * (cell_w + gap) + cell_w // 2
         draw.text((x, top - 9), head, fill=MUTED, font=_font(15), anchor="ms")
@@ -126,8 +123,7 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
         draw.text((left - pad, y + cell_h // 2), names[r], fill=INK, font=font, anchor="rm")
         for k in range(num_columns):
             how = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
-            shown = to_pil(images[r, k]).resize((cell_w, cell_h), how)
-            canvas.paste(shown, (left + k * (cell_w + gap), y))
+            canvas.paste(to_pil(images[r, k]).resize((cell_w, cell_h), how), (left + k * (cell_w + gap), y))
     save_png(canvas, path)
 
 
@@ -142,11 +138,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def to_pil(image: Array) -> Image.Image:
-    """uint8 (H, W, C) as a picture, grey for C = 1."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
