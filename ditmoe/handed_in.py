@@ -123,8 +123,9 @@ def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None
     elif more := sorted(shapes.keys() - wanted.keys()):
         raise ValueError(f"its weights hold {', '.join(more[:5]):.300}, which its config.json does not ask for")
     elif other := sorted(name for name, shape in wanted.items() if shape != shapes[name]):
-        what = f"{other[0]} has the shape {shapes[other[0]]}"
-        raise ValueError(f"{what}, but its config.json asks for {wanted[other[0]]}")
+        raise ValueError(
+            f"{other[0]} has the shape {shapes[other[0]]}, but its config.json asks for {wanted[other[0]]}"
+        )
     if sum(value.nbytes for value in blank.buffers()) > _TABLES:
         raise ValueError(f"{file} asks for tables of more than {_TABLES} bytes; its sizes are too large")
 
@@ -138,12 +139,8 @@ def _blank(network: Any, values: dict[str, Any], limit: int) -> nn.Module:
         if limit < 0:
             raise ValueError("it has far more tensors than its weights hold")
 
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            blank: nn.Module = network.from_config(values)
-    finally:
-        handle.remove()
+    with register_module_parameter_registration_hook(count), torch.device("meta"):
+        blank: nn.Module = network.from_config(values)
     return blank
 
 

@@ -199,15 +199,13 @@ class _Job:
     @cached_property
     def _listed(self) -> dict[str, str]:
         """SHA-256 by file name from latents.json, where there is one. ValueError when it is of other latents."""
-        index = read_index(self.args.out) if (self.args.out / INDEX).is_file() else None
-        if index is None:
+        if not (self.args.out / INDEX).is_file() or not (index := read_index(self.args.out)):
             return {}
         self._check_facts({**index, "vae": index["vae"]["sha256"]})
         return {shard["file"]: shard["sha256"] for shard in index["shards"]}
 
     def _check_facts(self, found: Mapping[str, Any]) -> None:
-        differing = [_WORDS.get(name, name) for name in self.facts if found.get(name) != self.facts[name]]
-        if differing:
+        if differing := [_WORDS.get(name, name) for name, fact in self.facts.items() if found.get(name) != fact]:
             what = f"out {self.args.out} holds latents with another {', '.join(differing)}"
             raise ValueError(f"{what}; give another --out")
 

@@ -63,11 +63,7 @@ class Latents(ImageSet):
 
 
 class LatentShards(Latents):
-    """Latents read from their shards, mapped into memory, when they are asked for.
-
-    Args:
-        root: The folder.
-        index: Its latents.json.
+    """Latents read from the shards of a folder, mapped into memory, when they are asked for; `index`: its latents.json.
 
     Raises:
         ValueError: A shard is missing or is not the one that latents.json lists; it names the file and the fix. Hashes
@@ -99,12 +95,11 @@ class LatentShards(Latents):
         z = torch.stack([self._read(row, kind) for row, kind in zip(rows, kinds, strict=True)])
         return (z.float() - self._mean) / self._std
 
-    def _read(self, row: int, kind: str) -> Tensor:
+    def _read(self, row: int, kind: str) -> Any:
         shard = int(np.searchsorted(self._ends, row, side="right"))
         if shard not in self._open:
             self._open[shard] = safe_open(self.root / self.index["shards"][shard]["file"], framework="pt")
-        value: Tensor = self._open[shard].get_slice(kind)[row - self._ends[shard]]  # from the end: a negative number
-        return value
+        return self._open[shard].get_slice(kind)[row - self._ends[shard]]  # from the end: a negative number
 
     def _labels(self, shard: Mapping[str, Any], hashed: bool) -> NDArray[np.int64]:
         """The labels of a shard, once it has been found to be the one that latents.json lists."""
@@ -125,8 +120,7 @@ class LatentShards(Latents):
             raise ValueError(f"{file} is damaged, truncated or no shard of latents ({error}); {fix}") from error
         if found != want or labels.shape != (shard["count"],) or labels.dtype != torch.int64:
             raise ValueError(f"{file} holds {found}, not {want} and as many labels as {INDEX} says; {fix}")
-        array: NDArray[np.int64] = labels.numpy()
-        return array
+        return labels.numpy()  # type: ignore[no-any-return]
 
 
 def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
@@ -138,10 +132,8 @@ def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
     """
     index = read_index(root)
     if flip and not (index and index["flip"]):
-        raise ValueError(
-            f"data.flip needs the latents of mirrored images, which {root} does not hold; encode them with python -m "
-            f"ditmoe encode --flip, or train with --data.no-flip"
-        )
+        fix = "encode them with python -m ditmoe encode --flip, or train with --data.no-flip"
+        raise ValueError(f"data.flip needs the latents of mirrored images, which {root} does not hold; {fix}")
     return _open_simple(root) if index is None else LatentShards(root, index)
 
 
@@ -174,9 +166,6 @@ def _open_simple(root: Path) -> Latents:
     return Latents(latents, classes, id2label, f"{len(latents)} latents of {len(id2label)} classes in {root}")
 
 
-# ---- latents.json and a shard's metadata
-
-
 def latent_names(flip: bool) -> tuple[str, ...]:
     """The tensors of latents in a shard."""
     return ("latents", "latents_flipped") if flip else ("latents",)
@@ -185,8 +174,7 @@ def latent_names(flip: bool) -> tuple[str, ...]:
 def read_index(root: Path) -> Index | None:
     """What latents.json says; None for a folder of the simple form.
 
-    Raises:
-        ValueError: It is not whole, or it is missing because the set has not been encoded to its end.
+    Raises ValueError where it is not whole, or missing because the set has not been encoded to its end.
     """
     file = root / INDEX
     if not file.is_file():
@@ -233,8 +221,7 @@ def noted_in(file: Path) -> dict[str, Any] | None:
 def channel_statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict[str, list[float]]:
     """`mean`, `std` and `posterior_std` of each channel, which has so many values in all, from the sums of each shard.
 
-    Raises:
-        ValueError: A channel is the same everywhere.
+    Raises ValueError where a channel is the same everywhere.
     """
     mean, squares, variance = (
         [math.fsum(sums) / values for sums in zip(*(shard[name] for shard in shards), strict=True)]
@@ -247,14 +234,8 @@ def channel_statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict
     return {"mean": mean, "std": std, "posterior_std": [math.sqrt(v) for v in variance]}
 
 
-# ---- the way back
-
-
 def read_normalization(root: Path | None) -> dict[str, Any] | None:
-    """`ImageSet.normalization` of the latents in a folder, with which a pipeline turns x into latents of the VAE.
-
-    None for latents of the simple form, and where there is no folder.
-    """
+    """`ImageSet.normalization` of the latents in a folder; None for the simple form, and where there is no folder."""
     index = None if root is None else read_index(root)
     return None if index is None else _normalization(index)
 

@@ -1,8 +1,4 @@
-"""Where images come from: the set that a configuration asks for, and what is drawn of it once.
-
-Shapes: n images asked for, C channels, H W size. Pixels are uint8 (n, H, W, C); the model's x is float32 (n, C, H, W),
-see `pixels`.
-"""
+"""Where images come from: the set that a configuration asks for, and what is drawn of it once."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ _WITHOUT_TEST = ("folder", "latents")
 
 
 def open_data(config: DataConfig, *, size: int, channels: int, split: str = "train") -> ImageSet:
-    """The data set of a configuration.
+    """The data set of a configuration, for a model of images (channels, size, size).
 
     Args:
         config: Which set, and where.

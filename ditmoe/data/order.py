@@ -66,10 +66,7 @@ class Batches:
     """The micro-batches of one process, from `first_step` to the end of the run.
 
     Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
-    cut it into equal consecutive parts, so that the samples of a step do not depend on how it is cut.
-
-    Raises:
-        ValueError: batch_size does not divide into accumulation * num_processes equal parts.
+    cut it into equal consecutive parts (ValueError where they cannot), so that its samples do not depend on the cut.
     """
 
     def __init__(self, config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> None:
@@ -80,15 +77,10 @@ class Batches:
         self._stream = _Stream(data, config.seed, config.data.flip, size)
         self._ahead = max(1, 2 * workers)  # micro-batches that the readers may be at
         self._given = 0
-        loader = DataLoader(
-            self._stream,
-            sampler=self._starts,
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+        self._batches: Any = iter(DataLoader(
+            self._stream, sampler=self._starts, batch_size=None, num_workers=workers, persistent_workers=workers > 0,
             worker_init_fn=ignored_here,
-        )
-        self._batches: Any = iter(loader)
+        ))  # fmt: skip
 
     def __iter__(self) -> Batches:
         return self

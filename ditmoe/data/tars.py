@@ -97,7 +97,10 @@ def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
                 raise ValueError(f"{tar} has two {'labels' if is_label else 'images'} of the key {key}")
             if is_label:
                 file.seek(entry.offset_data)
-                labels[key] = _label(tar, key, file.read(entry.size) if entry.size <= 32 else b"")
+                text = file.read(entry.size if entry.size <= 32 else 0).decode("ascii", errors="replace").strip()
+                if not text.isdecimal() or int(text) >= MOST_LABELS:
+                    raise ValueError(f"{tar} has {key}.cls with {text!r:.40}; a label is a number from 0 on")
+                labels[key] = int(text)
             else:
                 images[key] = _Member(tar, key, entry.offset_data, entry.size)
     alone = next((key for key in labels if key not in images), None)
@@ -126,10 +129,3 @@ def _entries(tar: Path) -> list[tarfile.TarInfo]:
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{tar} is truncated, damaged, compressed or no tar file ({error})") from error
     return entries
-
-
-def _label(tar: Path, key: str, content: bytes) -> int:
-    text = content.decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= MOST_LABELS:
-        raise ValueError(f"{tar} has {key}.cls with {text!r:.40}; a label is a number from 0 on")
-    return int(text)

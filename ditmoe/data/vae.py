@@ -18,8 +18,7 @@ from ..handed_in import check_component
 def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
     """The VAE of a pipeline whose network makes these latents, see `DiTMoEPipeline`.
 
-    Raises:
-        ValueError: It is not the one that made them, or the latents do not say which did.
+    Raises ValueError where it is not the one that made them, or the latents do not say which did.
     """
     if latents is None:
         why = "the latents do not say which VAE made them, as those of python -m ditmoe encode do"
@@ -32,8 +31,7 @@ def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
 def open_vae(folder: Path) -> AutoencoderKL:
     """A VAE of diffusers from a local folder, float32, for inference. Nothing in the folder is executed.
 
-    Raises:
-        ValueError: The folder holds none that is whole.
+    Raises ValueError where the folder holds none that is whole.
     """
     try:
         kind = read_object(folder / "config.json").get("_class_name")
@@ -47,8 +45,7 @@ def open_vae(folder: Path) -> AutoencoderKL:
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:5])}")
     except (OSError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError) as error:
-        sentence = " ".join(str(error).split())
-        raise ValueError(f"vae {folder} is not a VAE that can be loaded: {sentence}") from error
+        raise ValueError(f"vae {folder} is not a VAE that can be loaded: {' '.join(str(error).split())}") from error
     return vae.float().eval().requires_grad_(False)
 
 

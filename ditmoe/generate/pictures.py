@@ -107,23 +107,20 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
     left = pad + (widest + pad if widest else 0)
     top = pad + (28 if heads else 0)
     room = max(24, min(96, (WIDTH - left - pad) // num_columns - gap))
-    scale = max(1, room // max(height, width))
-    cell_w, cell_h = width * scale, height * scale
+    cell_w, cell_h = (side * max(1, room // max(height, width)) for side in (width, height))
     if cell_w > room:  # larger than its cell: shrink, keeping the shape
         cell_w, cell_h = room, max(1, round(height * room / width))
-    extra = 12 if group > 1 else 0
-    canvas_w = left + num_columns * (cell_w + gap) - gap + pad
-    canvas_h = top + num_rows * (cell_h + gap) - gap + (num_rows // group - 1) * extra + pad
-    draw = ImageDraw.Draw(canvas := Image.new("RGB", (canvas_w, canvas_h), "white"))
-    for k, head in enumerate(heads or ()):
-        x = left + k * (cell_w + gap) + cell_w // 2
-        draw.text((x, top - 9), head, fill=MUTED, font=_font(15), anchor="ms")
-    for r in range(num_rows):
-        y = top + r * (cell_h + gap) + (r // group) * extra
-        draw.text((left - pad, y + cell_h // 2), names[r], fill=INK, font=font, anchor="rm")
-        for k in range(num_columns):
-            how = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
-            canvas.paste(to_pil(images[r, k]).resize((cell_w, cell_h), how), (left + k * (cell_w + gap), y))
+    how = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
+    xs = [left + k * (cell_w + gap) for k in range(num_columns)]
+    ys = [top + r * (cell_h + gap) + (r // group if group > 1 else 0) * 12 for r in range(num_rows)]
+    canvas = Image.new("RGB", (xs[-1] + cell_w + pad, ys[-1] + cell_h + pad), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, head in zip(xs, heads or (), strict=False):
+        draw.text((x + cell_w // 2, top - 9), head, fill=MUTED, font=_font(15), anchor="ms")
+    for row, name, y in zip(images, names, ys, strict=True):
+        draw.text((left - pad, y + cell_h // 2), name, fill=INK, font=font, anchor="rm")
+        for image, x in zip(row, xs, strict=True):
+            canvas.paste(to_pil(image).resize((cell_w, cell_h), how), (x, y))
     save_png(canvas, path)
 
 

@@ -25,15 +25,10 @@ PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_r
 
 
 def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] | Path], None] | None = None) -> None:
-    """What `sample.py` does: load, draw, write, score, say where.
+    """What `sample.py` does: load, draw, write, score, say where. `processes` share the work.
 
-    Args:
-        args: The command line.
-        processes: Those that share the work.
-        score: Scores a set as it is drawn, or the file or folder it was written to.
-
-    Raises:
-        ValueError: A model that cannot be loaded, a value that does not fit it, or an output that exists.
+    `score` scores a set as it is drawn, or the file or folder it was written to. Raises ValueError for a model that
+    cannot be loaded, a value that does not fit it, or an output that exists.
     """
     out = args.out or (None if score else Path("samples.png"))
     if out is not None and out.suffix == ".jpg":
@@ -99,8 +94,7 @@ def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:
         "dtype": "float32",
         "device": pipe.device.type,
     }
-    as_json: dict[str, Any] = json.loads(json.dumps(found))
-    return as_json
+    return dict(json.loads(json.dumps(found)))
 
 
 def _time_shift(scheduler: Any) -> dict[str, Any]:

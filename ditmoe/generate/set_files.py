@@ -37,10 +37,8 @@ class Processes(Protocol):
 def write_folder(images: RequestedSet, facts: Facts, folder: Path, batch_size: int, processes: Processes) -> None:
     """One PNG an image, 000000.png, or 000000-class7.png, and what made them in sampling.json.
 
-    A folder that holds a part of the same set is completed; each file is whole or absent.
-
-    Raises:
-        ValueError: The folder holds something else.
+    A folder that holds a part of the same set is completed; each file is whole or absent. ValueError where it holds
+    something else.
     """
 
     def files(indices: range) -> list[Path]:
@@ -60,10 +58,7 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, p
     """ADM's layout: arr_0 uint8 (N, H, W, C) and, for a model with classes, arr_1 labels (N,) int64; and `facts`.
 
     Batches are kept in `path`.parts until all are there, so an interrupted set is continued; memory does not grow
-    with N. The file is whole or absent.
-
-    Raises:
-        ValueError: The parts are those of another set.
+    with N. The file is whole or absent. ValueError where the parts are those of another set.
     """
     parts = path.with_name(path.name + ".parts")
 
