@@ -27,12 +27,9 @@ _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as ma
 
 
 def check_pipeline(
-    folder: Path,
-    pipeline: type,
-    network: type,
-    check_network: Callable[[dict[str, Any]], None],
+    folder: Path, pipeline: type, network: type, check_network: Callable[[dict[str, Any]], None],
     settings: Mapping[str, Callable[[Any], bool]],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
 
     It has to be of the class `pipeline`, its transformer of the class `network` with a config.json that `check_network`

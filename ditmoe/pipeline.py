@@ -52,17 +52,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds it to a list
 
     def __init__(
-        self,
-        transformer: DiTMoETransformer2DModel,
-        scheduler: Any,
-        vae: Any = None,
-        id2label: dict[str, str] | None = None,
-        sampler: str = "ddim",
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
-        trained_steps: int | None = None,
-        latents: dict[str, Any] | None = None,
-    ) -> None:
+        self, transformer: DiTMoETransformer2DModel, scheduler: Any, vae: Any = None,
+        id2label: dict[str, str] | None = None, sampler: str = "ddim", num_inference_steps: int = 50,
+        guidance_scale: float = 1.5, trained_steps: int | None = None, latents: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
@@ -168,8 +161,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             return None, 1 if num_images is None else num_images
         if class_labels is None:
             raise ValueError(f"this model needs class_labels, each in 0..{classes - 1}")
-        wrong = [label for label in class_labels if not 0 <= label < classes]
-        if wrong:
+        if wrong := [label for label in class_labels if not 0 <= label < classes]:
             raise ValueError(f"label {wrong[0]} is out of range: this model has classes 0..{classes - 1}")
         return [int(label) for label in class_labels], len(class_labels)
 
@@ -207,13 +199,9 @@ def _check(folder: Path) -> dict[str, Any]:
 
 
 def assemble(
-    model: DiTMoETransformer2DModel,
-    config: Config,
-    id2label: dict[int, str],
-    data_variance: float | None = None,
-    trained_steps: int | None = None,
-    latents: dict[str, Any] | None = None,
-) -> DiTMoEPipeline:
+    model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str], data_variance: float | None = None,
+    trained_steps: int | None = None, latents: dict[str, Any] | None = None,
+) -> DiTMoEPipeline:  # fmt: skip
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
     `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
@@ -251,11 +239,8 @@ def trained_steps(folder: Path) -> int | None:
 def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
     """Write a pipeline folder; an older one at the same place is replaced once the new one is on the disk.
 
-    Args:
-        pipeline: What is saved.
-        folder: Where.
-        weights: The transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
-            meta device, whose weights are nowhere in one piece. None takes its own.
+    `weights` are the transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
+    meta device, whose weights are nowhere in one piece. None takes its own.
     """
     with replacing(folder) as temporary:
         if weights is None:

@@ -51,38 +51,31 @@ def encode(args: LatentArgs, state: Any) -> None:
         ValueError: Images or a VAE that cannot be used; the folder holds other latents, is in use or full.
     """
     check_launch(state)
+    rank, world = state.process_index, state.num_processes
     job = agree.agreed(state, lambda: _Job(args, state.device))
     with ExitStack() as stack:
         agree.decided_by_first(state, lambda: stack.enter_context(locked(args.out)))
         agree.decided_by_first(state, job.check_shards)
-        entries, rate = _all_shards(job, state)
+        entries = _together(state, job.existing, job.shards[rank::world])
+        check_bad(_bad(entries), args.max_bad, "max_bad")
+        missing = [k for k in job.shards if k not in entries]
+        if not rank:
+            todo = f"{len(missing)} of {len(job.shards)} shards to encode on {world} process(es)"
+            print(f"{job.source.source}: {todo}", flush=True)
+        mine, began = sum(len(job.rows(k)) for k in missing[rank::world]), time.monotonic()
+        threads = ThreadPoolExecutor(args.num_workers, "reader")
+        stack.callback(threads.shutdown, cancel_futures=True)  # what has only been asked for is not read any more
+        with progress(mine, "encoding", shown=not rank) as tell:
+            for start in range(0, len(missing), world):
+                turn = missing[start : start + world][rank : rank + 1]
+                entries |= _together(state, partial(job.make, threads, tell, _bad(entries)), turn)
+                check_bad(_bad(entries), args.max_bad, "max_bad")
+        new, seconds = sum(entries[k]["count"] for k in missing), time.monotonic() - began
         index = agree.decided_by_first(state, lambda: job.finish(entries))
-    if state.is_main_process:
+    if not rank:
+        rate = f", {new} of them encoded now at {new / seconds:.1f} images/s" if new else ""
         print("".join(f"left out: {sentence}\n" for sentence in index["bad"]), end="")
         print(f"{args.out} is finished: {index['count']} latents of {len(index['classes'])} classes{rate}", flush=True)
-
-
-def _all_shards(job: _Job, state: Any) -> tuple[dict[int, Entry], str]:
-    """What is known of every shard by its number, once all are there, and how fast they were made, in words."""
-    args, rank, world = job.args, state.process_index, state.num_processes
-    entries = _together(state, job.existing, job.shards[rank::world])
-    check_bad(_bad(entries), args.max_bad, "max_bad")
-    missing = [k for k in job.shards if k not in entries]
-    if not rank:
-        todo = f"{len(missing)} of {len(job.shards)} shards to encode on {world} process(es)"
-        print(f"{job.source.source}: {todo}", flush=True)
-    mine, began = sum(len(job.rows(k)) for k in missing[rank::world]), time.monotonic()
-    threads = ThreadPoolExecutor(args.num_workers, "reader")
-    with ExitStack() as stack:
-        stack.callback(threads.shutdown, cancel_futures=True)  # what has only been asked for is not read any more
-        tell = stack.enter_context(progress(mine, "encoding", shown=not rank))
-        for start in range(0, len(missing), world):
-            turn = missing[start : start + world][rank : rank + 1]
-            entries |= _together(state, partial(job.make, threads, tell, _bad(entries)), turn)
-            check_bad(_bad(entries), args.max_bad, "max_bad")
-    new = sum(entries[k]["count"] for k in missing)
-    rate = new / (time.monotonic() - began)
-    return entries, f", {new} of them encoded now at {rate:.1f} images/s" if new else ""
 
 
 class _Job:

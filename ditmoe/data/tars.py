@@ -27,10 +27,8 @@ class _Member(NamedTuple):
 class TarImages(FolderImages):
     """Images read from uncompressed tar files each time they are asked for; without .cls members, without labels.
 
-    Args:
-        root: A tar file, or a folder of them (*.tar), taken in the order of their names.
-        size: Height and width; images are resized and centre-cropped.
-        channels: 1 (grey) or 3 (RGB).
+    `root` is a tar file, or a folder of them (*.tar), taken in the order of their names; images are made of the `size`
+    and number of `channels` as those of `FolderImages` with fit "crop".
 
     Raises:
         ValueError: A file is truncated, damaged or compressed, holds no images, links instead of images, a key twice

@@ -28,14 +28,9 @@ INK, MUTED, FAINT = "#1f2430", "#6b7280", "#d9dde3"
 
 
 def write_grid(
-    images: Array,
-    labels: Sequence[int] | None,
-    id2label: Mapping[int, str],
-    path: Path,
-    *,
-    columns: int = 8,
-    most_rows: int | None = None,
-) -> None:
+    images: Array, labels: Sequence[int] | None, id2label: Mapping[int, str], path: Path, *,
+    columns: int = 8, most_rows: int | None = None,
+) -> None:  # fmt: skip
     """Write a grid, a row a class with the class names at the left.
 
     Args:
