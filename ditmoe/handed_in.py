@@ -33,10 +33,8 @@ def check_pipeline(
     """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
 
     It has to be of the class `pipeline`, its transformer of the class `network` with a config.json that `check_network`
-    does not refuse. `settings`: what further entries have to fulfil where they are there.
-
-    Raises:
-        ValueError: It names anything but our classes and diffusers', holds code, or its parts do not fit.
+    does not refuse. `settings`: what further entries have to fulfil where they are there. ValueError where it names
+    anything but our classes and diffusers', holds code, or its parts do not fit.
     """
     index = read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(pipeline).parameters}
@@ -120,9 +118,8 @@ def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None
     elif more := sorted(shapes.keys() - wanted.keys()):
         raise ValueError(f"its weights hold {', '.join(more[:5]):.300}, which its config.json does not ask for")
     elif other := sorted(name for name, shape in wanted.items() if shape != shapes[name]):
-        raise ValueError(
-            f"{other[0]} has the shape {shapes[other[0]]}, but its config.json asks for {wanted[other[0]]}"
-        )
+        what = f"{other[0]} has the shape {shapes[other[0]]}"
+        raise ValueError(f"{what}, but its config.json asks for {wanted[other[0]]}")
     if sum(value.nbytes for value in blank.buffers()) > _TABLES:
         raise ValueError(f"{file} asks for tables of more than {_TABLES} bytes; its sizes are too large")
 

@@ -69,24 +69,13 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return {int(label): name for label, name in self.config.id2label.items()}
 
     def __call__(
-        self,
-        class_labels: Sequence[int] | None = None,
-        *,
-        num_images: int | None = None,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_channels: int | None = None,
-        guidance_rule: str = "cfg",
-        epsilon_scale: float = 1.0,
-        eta: float = 0.0,
-        sampler_options: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-        output_type: str = "pil",
-        callback: Callable[..., None] | None = None,
-    ) -> ImagePipelineOutput:
+        self, class_labels: Sequence[int] | None = None, *, num_images: int | None = None, sampler: str | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
+        guidance_rule: str = "cfg", epsilon_scale: float = 1.0, eta: float = 0.0,
+        sampler_options: Mapping[str, Any] | None = None, seed: int = 0, indices: Sequence[int] | None = None,
+        output_type: str = "pil", callback: Callable[..., None] | None = None,
+    ) -> ImagePipelineOutput:  # fmt: skip
         """Images: `.images` is a list of PIL images, or with output_type "pt" a tensor (N, C, H, W) about [-1, 1].
 
         What has no line here is as of `samplers.sample`; the steps and the guidance scale are those saved with the
@@ -125,11 +114,9 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=[to_pil(p) for p in to_pixels(x)] if output_type == "pil" else x)
 
     def scheduler_for(
-        self,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
+        self, sampler: str | None = None, num_inference_steps: int | None = None,
         sampler_options: Mapping[str, Any] | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """What a call with these arguments samples with; its `timesteps` are set, one a network call."""
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         learned = {"variance_type": "learned_range"} if self.transformer.config.learn_sigma else {}
@@ -169,10 +156,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
     """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
 
-    On the CPU, or with `fast` where this machine computes fast.
-
-    Raises:
-        ValueError: There is no pipeline; it says what was looked for. Or what is there is not one of ours.
+    On the CPU, or with `fast` where this machine computes fast. Raises ValueError where there is no pipeline, saying
+    what was looked for, or where what is there is not one of ours.
     """
     place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
     if place is None:
@@ -206,10 +191,8 @@ def assemble(
 
     `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
     latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
-    data does; the VAE is in it where `data.vae` gives one.
-
-    Raises:
-        ValueError: The sampler does not fit the network, or the VAE is not that of the latents.
+    data does; the VAE is in it where `data.vae` gives one. Raises ValueError where the sampler does not fit the
+    network, or the VAE is not that of the latents.
     """
     known = {} if data_variance is None else {"data_variance": data_variance}
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})

@@ -74,10 +74,8 @@ class FolderImages(ImageSet):
     @property
     def inventory(self) -> list[tuple[str, int]]:
         """Every file's place below the root and its size in bytes, -1 of one that cannot be reached."""
-        return [
-            (file.relative_to(self.root).as_posix(), os.path.getsize(file) if os.path.exists(file) else -1)
-            for file in self.files
-        ]
+        sizes = (os.path.getsize(file) if os.path.exists(file) else -1 for file in self.files)
+        return [(file.relative_to(self.root).as_posix(), size) for file, size in zip(self.files, sizes, strict=True)]
 
     def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
         """(n, H, W, C) uint8. Raises BadImage at the first one that cannot be used."""

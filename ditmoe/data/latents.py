@@ -126,9 +126,8 @@ class LatentShards(Latents):
 def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
     """The latents in a folder, with or without latents.json.
 
-    Raises:
-        ValueError: Shards that are missing, damaged or do not belong together; mirrored images are asked for with
-            `flip`, but not there.
+    Raises ValueError for shards that are missing, damaged or do not belong together, and where mirrored images are
+    asked for with `flip`, but not there.
     """
     index = read_index(root)
     if flip and not (index and index["flip"]):

@@ -24,8 +24,7 @@ def open_digits(split: str) -> ArrayImages:
     """The 8 x 8 digits that come with the package; `split` is "train" or "test"."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         pixels, labels = file[f"{split}_images"], file[f"{split}_labels"]
-    names = {i: str(i) for i in range(10)}
-    source = f"{len(labels)} real 8x8 digits ({split}), bundled"
+    source, names = f"{len(labels)} real 8x8 digits ({split}), bundled", dict(enumerate("0123456789"))
     return ArrayImages(pixels[..., None], labels.astype(np.int64), names, source, f"digits:{split}")
 
 

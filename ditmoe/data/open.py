@@ -46,10 +46,9 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
     else:
         data = arrays = open_digits(split) if config.name == "digits" else open_fashion(config, split)
         found = (arrays.pixels.shape[3], *arrays.pixels.shape[1:3])
-    if found != (channels, size, size):
+    if found != (wanted := (channels, size, size)):
         fix = f"set --model.in-channels {found[0]} --model.sample-size {found[1]}"
-        what = f"{config.name} has images of (C, H, W) = {found}"
-        raise ValueError(f"{what}, the model takes {(channels, size, size)}; {fix}")
+        raise ValueError(f"{config.name} has images of (C, H, W) = {found}, the model takes {wanted}; {fix}")
     classes = max(len(data.id2label), 1)
     wrong = data.labels[(data.labels < 0) | (data.labels >= classes)]
     if len(wrong):
@@ -59,8 +58,7 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
 
 def open_held_out(config: DataConfig, *, size: int, channels: int) -> ImageSet | None:
     """The test split of a configuration's set; None of one that has none. Raises ValueError as `open_data`."""
-    without = config.name in _WITHOUT_TEST
-    return None if without else open_data(config, size=size, channels=channels, split="test")
+    return None if config.name in _WITHOUT_TEST else open_data(config, size=size, channels=channels, split="test")
 
 
 def reference(data: ImageSet, seed: int) -> str | NDArray[np.uint8]:

@@ -92,8 +92,7 @@ class Batches:
 
     def close(self) -> None:
         """End the readers. They ignore the signal with which a program that exits would end them."""
-        shutdown = getattr(self._batches, "_shutdown_workers", None)  # what torch itself calls when it is collected
-        if shutdown is not None:
+        if shutdown := getattr(self._batches, "_shutdown_workers", None):  # what torch itself calls when collected
             shutdown()
             for worker in self._batches._workers:
                 worker.kill()

@@ -26,9 +26,8 @@ def from_pixels(pixels: NDArray[np.uint8], mirrored: Sequence[bool] | None = Non
 def to_pixels(x: Tensor) -> NDArray[np.uint8]:
     """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), by QUANTIZE. FloatingPointError unless all are finite."""
     if not bool(x.isfinite().all()):
-        raise FloatingPointError(
-            "images are not finite: the weights are damaged, or guidance_scale or epsilon_scale are too much for them"
-        )
+        why = "the weights are damaged, or guidance_scale or epsilon_scale are too much for them"
+        raise FloatingPointError(f"images are not finite: {why}")
     pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

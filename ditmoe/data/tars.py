@@ -38,8 +38,7 @@ class TarImages(FolderImages):
     def __init__(self, root: Path, size: int, channels: int) -> None:
         self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", "crop"
         tars = tar_files(root)
-        stray = next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
-        if stray is not None:
+        if stray := next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None):
             raise ValueError(f"{root} holds tar files, and images beside them ({stray}); move the one or the other")
         found = [entry for tar in tars for entry in _scan(tar)]
         if not found:
@@ -101,8 +100,7 @@ def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
                 labels[key] = int(text)
             else:
                 images[key] = _Member(tar, key, entry.offset_data, entry.size)
-    alone = next((key for key in labels if key not in images), None)
-    if alone is not None:
+    if alone := next((key for key in labels if key not in images), None):
         raise ValueError(f"{tar} has {alone}.cls without an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [(member, labels.get(key)) for key, member in images.items()]
 

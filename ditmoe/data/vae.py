@@ -61,9 +61,8 @@ def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
 
 def identity(vae: AutoencoderKL, folder: Path) -> dict[str, Any]:
     """What a set of latents notes of its VAE; the weights decide which one it is, see `check_vae`."""
-    saved = read_object(folder / "config.json").get("_name_or_path")
     return {
-        "name": str(saved or folder.resolve().name),
+        "name": str(read_object(folder / "config.json").get("_name_or_path") or folder.resolve().name),
         "sha256": weights_sha256(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,
@@ -72,8 +71,7 @@ def identity(vae: AutoencoderKL, folder: Path) -> dict[str, Any]:
 
 def check_vae(vae: nn.Module, known: Mapping[str, Any]) -> None:
     """ValueError unless the VAE is the one that made the latents."""
-    found = weights_sha256(vae)
-    if found != known["vae"]["sha256"]:
+    if (found := weights_sha256(vae)) != known["vae"]["sha256"]:
         what = f"the VAE with weights {found[:12]} is another one than that of the latents"
         raise ValueError(f"{what}, {vae_words(known)}")
 

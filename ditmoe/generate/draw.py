@@ -84,10 +84,8 @@ def draw(
 
 def batches(num: int, batch_size: int, rank: int = 0, world: int = 1, *, shown: bool = True) -> Iterator[range]:
     """The indices of a process's batches; the first process shows how far it is, a batch being done at the next."""
-    starts = range(rank * batch_size, num, world * batch_size)
-    total = sum(min(batch_size, num - start) for start in starts)
-    with progress(total, "sampling", shown=shown and not rank) as done:
-        for start in starts:
-            batch = range(start, min(start + batch_size, num))
+    mine = [range(num)[start : start + batch_size] for start in range(rank * batch_size, num, world * batch_size)]
+    with progress(sum(map(len, mine)), "sampling", shown=shown and not rank) as done:
+        for batch in mine:
             yield batch
             done(len(batch))

@@ -72,8 +72,7 @@ def film_strip(
         names: of the n samples, to go before "noisy".
         most: at most this many steps are drawn, evenly chosen with the first and the last.
 
-    Raises:
-        ValueError: the arrays, timesteps and names do not agree.
+    Raises ValueError where the arrays, timesteps and names do not agree.
     """
     names = [""] * len(x_t) if names is None else names
     if x_t.shape != x0.shape or (len(x_t), len(timesteps)) != (len(names), x_t.shape[1]):

@@ -51,7 +51,6 @@ def write_folder(images: RequestedSet, facts: Facts, folder: Path, batch_size: i
             if not path.exists():
                 with whole(path, durable=False) as file:
                     to_pil(picture).save(file, format="PNG")
-    processes.gather(None)
 
 
 def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, processes: Processes) -> None:
@@ -69,7 +68,6 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, p
     for indices, pixels in _missing(images, facts, parts, files, batch_size, processes):
         with whole(files(indices)[0], durable=False) as file:
             np.save(file, pixels)
-    processes.gather(None)
     if processes.rank == 0:
         written = (files(indices)[0] for indices in batches(images.num, batch_size, shown=False))
         _join(written, images, facts, path)
@@ -108,6 +106,7 @@ def _missing(
                     folder.rmdir()
             raise
         yield indices, pixels
+    processes.gather(None)  # all is there
 
 
 def _join(parts: Iterator[Path], images: RequestedSet, facts: Facts, path: Path) -> None:
