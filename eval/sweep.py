@@ -1,6 +1,6 @@
 """Score against network calls and guidance: `python -m eval.sweep MODEL --ref REF --sampler ... --steps ... --cfg ...`.
 
-Every point is one `python sample.py MODEL ... --score REF`, whose report is kept; a sweep that was stopped goes on.
+Every point is one `ditmoe sample MODEL ... --score REF`, whose report is kept; a sweep that was stopped goes on.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from eval.progress import progress
 from eval.report import Report, check_out, whole_or_absent
 from eval.sources.open import open_source
 
-DOOR = Path(__file__).resolve().parent.parent / "sample.py"
 INDEX = "model_index.json"
 
 
@@ -38,7 +37,7 @@ class Arguments:
     out: Path
     """Folder for the table, the plot and the reports."""
     sampler: tuple[str, ...] = ("ddim",)
-    """Samplers, as in sample.py."""
+    """Samplers, as in ditmoe sample."""
     steps: tuple[int, ...] = (10, 20, 50)
     """Numbers of steps."""
     cfg: tuple[float, ...] = (1.0,)
@@ -105,7 +104,7 @@ def _prepare(arguments: Arguments) -> None:
 
 
 def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> None:
-    """Refuse points of another sweep. The model is hashed as `sample.py` does it, which has taken it before."""
+    """Refuse points of another sweep. The model is hashed as `ditmoe sample` does it, which has taken it before."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.suffix in (".json", ".safetensors"):
@@ -134,7 +133,8 @@ def _point(arguments: Arguments, sampler: str, steps: int, cfg: float) -> Report
         if found != [sampler, steps, cfg]:
             raise ValueError(f"{path} is of sampler, steps and cfg {found}; remove it")
         return report
-    command = [sys.executable, str(DOOR), str(arguments.model), "--score", arguments.ref, "--report", str(path)]
+    command = [sys.executable, "-m", "ditmoe", "sample", str(arguments.model)]
+    command += ["--score", arguments.ref, "--report", str(path)]
     given = {name: getattr(arguments, name) for name in ("num", "seed", "batch_size", "extractor", "weights")}
     for name, value in {"sampler": sampler, "steps": steps, "cfg": cfg, **given}.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
