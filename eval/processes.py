@@ -78,13 +78,16 @@ class Processes(NamedTuple):
         return found  # type: ignore[return-value]
 
 
+ALONE = Processes()
+
+
 def join() -> Processes:
     """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo.
 
     A process that was started by itself is alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes()
+        return ALONE
     import torch.distributed
 
     if not torch.distributed.is_initialized():
@@ -105,7 +108,7 @@ def together(work: Callable[[Processes], None]) -> int:
     A mistake that all have agreed on is told by the first process, any other by the process that met it.
     143: stopped by SIGTERM, SIGINT or SIGUSR1. A bug, a library's ValueError too, keeps its traceback.
     """
-    processes = Processes()
+    processes = ALONE
     try:
         with stoppable():
             try:

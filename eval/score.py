@@ -15,7 +15,7 @@ from eval.measure import Classify, Measured, Wanted, measure, misfit, of_statist
 from eval.metrics import kid
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import SPLIT_SIZE
-from eval.processes import Processes
+from eval.processes import ALONE, Processes
 from eval.report import Report, check_report
 from eval.sources.arrays import UInt8Array
 from eval.sources.images import Images, Statistics
@@ -43,7 +43,7 @@ def score(
     skip_bad: int = 0,
     cache: Path | None = None,
     progress: bool = False,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """The Fréchet distance of `images` to `ref` with every fact of the protocol, ready for JSON.
 
@@ -73,7 +73,6 @@ def score(
     Raises ValueError for every fault of the arguments and files.
     """
     started = time.perf_counter()
-    processes = processes or Processes()
 
     def prepare() -> tuple[tuple[Images | Statistics, Images | Statistics], "Extractor"]:
         check_options(batch_size, keep, seed, skip_bad, metrics)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.measure import Measured, Wanted, of_statistics
-from eval.processes import Processes
+from eval.processes import ALONE, Processes
 from eval.report import whole_or_absent
 from eval.sources.images import Images
 from eval.sources.npz import open_npz
@@ -52,7 +52,7 @@ def cached(
     wanted: Wanted,
     folder: Path | None,
     compute: Callable[[], Measured],
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Measured, str | None]:
     """`compute()`, or what it gave for the same images, extractor and wishes before; and a warning or None.
 
@@ -61,7 +61,6 @@ def cached(
     damaged file is computed again, and so is a folder of which images were left out. Where `folder` is None or the
     source has no fingerprint, nothing is kept. The first process reads; the others take its word.
     """
-    processes = processes or Processes()
     if folder is None or not source.fingerprint:
         return compute(), None
     made = [source.kind, source.shape, net.name, net.version, net.sha256, net.resize]
