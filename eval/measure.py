@@ -26,21 +26,13 @@ Classify = Callable[[UInt8Array], npt.NDArray[np.integer[Any]]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to collect besides the moments of the pooled features.
+    """What to collect besides the moments of the pooled features."""
 
-    Attributes:
-        spatial: Moments of sFID's features.
-        logits: The Inception Score.
-        keep: Feature rows to keep for KID, precision and recall; 0 for none.
-        seed: Chooses those rows.
-        classify: uint8 images (b, H, W, C) -> classes (b,), to count how many have their label.
-    """
-
-    spatial: bool = False
-    logits: bool = False
-    keep: int = 0
-    seed: int = 0
-    classify: Classify | None = None
+    spatial: bool = False  # moments of sFID's features
+    logits: bool = False  # the Inception Score
+    keep: int = 0  # feature rows to keep for KID, precision and recall; 0 for none
+    seed: int = 0  # chooses those rows
+    classify: Classify | None = None  # uint8 images (b, H, W, C) -> classes (b,), to count how many have their label
 
 
 @dataclass(frozen=True)
@@ -61,15 +53,9 @@ class Measured:
 
 
 def measure(
-    source: Images,
-    net: "Extractor",
-    wanted: Wanted,
-    num: int | None = None,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-    processes: Processes = ALONE,
-) -> Measured:
+    source: Images, net: "Extractor", wanted: Wanted, num: int | None = None, *,
+    batch_size: int = 64, progress: bool = False, processes: Processes = ALONE,
+) -> Measured:  # fmt: skip
     """Read, look, add up: the first `num` images of a source, or all.
 
     The batches are the same for any number of processes; each takes its share and the sums are added at the end.
@@ -159,8 +145,8 @@ class _Pass:
     def _merged_inception(self, processes: Processes) -> Score | None:
         if not self.wanted.logits:
             return None
-        classes = processes.gather(self.inception and self.inception.sum_p.shape[1])[0]  # it has the first batch
-        sums = self.inception or InceptionSums(self.count, classes)
+        classes = processes.gather(self.inception and self.inception.sum_p.shape[1])  # the first has the first batch
+        sums = self.inception or InceptionSums(self.count, classes[0])
         sums.count, sums.sum_p = processes.total(sums.count), processes.total(sums.sum_p)
         sums.sum_p_log_p = processes.total(sums.sum_p_log_p)
         return sums.compute()

@@ -22,15 +22,10 @@ GRACE = 2.0  # launchers hand on the signals that they get: one request may arri
 
 
 class Processes(NamedTuple):
-    """This process among those that work together; the methods do nothing where it is alone.
+    """This process among those that work together; the methods do nothing where it is alone."""
 
-    Attributes:
-        rank: Its number.
-        world: How many there are.
-    """
-
-    rank: int = 0
-    world: int = 1
+    rank: int = 0  # its number
+    world: int = 1  # how many there are
 
     def total(self, values: FloatArray) -> FloatArray:
         """The sum over processes, float64 in and out, the same bits in every process."""
@@ -61,31 +56,27 @@ class Processes(NamedTuple):
         """
         if self.world == 1:
             return work()
-        found, error = None, None
+        error, mine = None, None
         try:
             found = work()
         except Exception as caught:
-            error = caught
-        mine = None if error is None else (isinstance(error, ValueError) and is_ours(error), str(error) or repr(error))
+            error, mine = caught, (isinstance(caught, ValueError) and is_ours(caught), str(caught) or repr(caught))
         failed = [(rank, *each) for rank, each in enumerate(self.gather(mine)) if each is not None]
-        if error is not None and not (mine and mine[0]):
+        if error is not None and mine and not mine[0]:
             raise error
         for _, mistake, sentence in failed:
             if mistake:
                 raise SharedError(sentence) from error
         if failed:
             raise RuntimeError(f"process {failed[0][0]} failed: {failed[0][2]}")
-        return found  # type: ignore[return-value]
+        return found
 
 
 ALONE = Processes()
 
 
 def join() -> Processes:
-    """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo.
-
-    A process that was started by itself is alone.
-    """
+    """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     import torch.distributed

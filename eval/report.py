@@ -65,8 +65,8 @@ def assemble(
     }  # fmt: skip
 
 
-def check_report(report: Report) -> None:
-    """Raises ValueError naming the first field that is missing, not finite, or of another type than the schema says."""
+def check_report(report: Report) -> Report:
+    """The report. ValueError naming the first field that is missing, not finite, or of a type not in SCHEMA."""
     strict_json.check(report, SCHEMA, "the report")
     metric, value = report["metric"], report["value"]
     for where, found in ((metric, report.get(metric)), (f"scores.{metric}", report["scores"].get(metric))):
@@ -74,6 +74,7 @@ def check_report(report: Report) -> None:
             raise ValueError(f"the report's {where} is {found!r} and its value {value!r}")
     for name, score in report["scores"].items():
         strict_json.check(score, NUMBER, "the report", f"scores.{name}")
+    return report
 
 
 def write_report(path: Path, report: Report) -> None:

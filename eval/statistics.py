@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.measure import Measured, Wanted, of_statistics
-from eval.processes import ALONE, Processes
+from eval.processes import Processes
 from eval.report import whole_or_absent
 from eval.sources.images import Images
 from eval.sources.npz import open_npz
@@ -47,13 +47,9 @@ def write_statistics(path: Path, measured: Measured, net: "Extractor") -> None:
 
 
 def cached(
-    source: Images,
-    net: "Extractor",
-    wanted: Wanted,
-    folder: Path | None,
-    compute: Callable[[], Measured],
-    processes: Processes = ALONE,
-) -> tuple[Measured, str | None]:
+    source: Images, net: "Extractor", wanted: Wanted, folder: Path | None,
+    compute: Callable[[], Measured], processes: Processes,
+) -> tuple[Measured, str | None]:  # fmt: skip
     """`compute()`, or what it gave for the same images, extractor and wishes before; and a warning or None.
 
     The key is a hash of the source's fingerprint (checksums inside archives; of other files place, name, inode, size
@@ -86,8 +82,7 @@ def _read(path: Path, source: Images, net: "Extractor") -> tuple[Measured | None
             return None, None
         statistics = open_npz(path, str(path))
         assert not isinstance(statistics, Images)
-        facts = statistics.facts
-        images = {**facts["images"], "path": source.path}
+        images = {**statistics.facts["images"], "path": source.path}
         return replace(of_statistics(statistics, net), shape=source.shape, facts=images), None
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         return None, f"the cached statistics {path} are damaged ({error}) and were computed again"

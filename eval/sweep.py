@@ -73,8 +73,7 @@ def run(arguments: Arguments) -> None:
             tell(1)
     for warning in dict.fromkeys(warning for report in reports for warning in report["warnings"]):
         print(f"warning: {warning}", file=sys.stderr)
-    found = differences(reports)
-    if found:
+    if found := differences(reports):
         raise ValueError(f"{arguments.out} holds other protocols ({', '.join(found)}); give another folder")
     text = table(reports)
     with whole_or_absent(arguments.out / "table.md") as file:
@@ -112,12 +111,10 @@ def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> Non
                 content = hashlib.file_digest(handle, "sha256").digest()
             digest.update(file.relative_to(folder).as_posix().encode() + content)
     common = {  # what all points of a sweep have in common, and where a report says it
-        "ref": ("ref.path", arguments.ref),
-        "num": ("n_gen", arguments.num),
-        "seed": ("generation.seed", arguments.seed),
-        "extractor": ("extractor.name", arguments.extractor),
+        "ref": ("ref.path", arguments.ref), "num": ("n_gen", arguments.num),
+        "seed": ("generation.seed", arguments.seed), "extractor": ("extractor.name", arguments.extractor),
         "model": ("generation.checkpoint.sha256", digest.hexdigest()),
-    }
+    }  # fmt: skip
     for report in map(read_report, made):
         other = [name for name, (place, value) in common.items() if field(report, place) != value]
         if other:
@@ -153,14 +150,10 @@ def _row(report: Report) -> dict[str, Any]:
 
 def table(reports: Sequence[Report]) -> str:
     """Markdown: a row a point, by sampler, guidance and network calls."""
-    rows = sorted((_row(report) for report in reports), key=lambda row: (row["name"], row["cfg"] or 1, row["nfe"]))
+    rows = sorted(map(_row, reports), key=lambda row: (row["name"], row["cfg"] or 1, row["nfe"]))
     first = reports[0]
-    lines = [
-        f"{first['n_gen']} images a point against {cell(first['ref']['path'])}, lower is better.",
-        "",
-        f"| sampler | steps | network calls | cfg | {first['metric']} |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [f"{first['n_gen']} images a point against {cell(first['ref']['path'])}, lower is better.", ""]
+    lines += [f"| sampler | steps | network calls | cfg | {first['metric']} |", "|---|---|---|---|---|"]
     lines += [f"| {r['name']} | {r['steps']} | {r['nfe']} | {r['cfg']} | {r['value']:.5g} |" for r in rows]
     return "\n".join(lines) + "\n"
 
