@@ -36,12 +36,11 @@ def judge(
     """Both answers for generated images as JSON values: {"classes": ... or None without labels, "copies": ...}.
 
     Args:
-        images: uint8 (N, H, W, C), generated; labels (N,) are what was asked for, None of a model without classes.
-        train: uint8 (n, H, W, C), what the model was trained on, with train_labels (n,).
+        images: generated; labels (N,) are what was asked for, None of a model without classes.
+        train: what the model was trained on, with train_labels (n,), and, where `mirrored`, on the mirror images too.
         held_out: real images that it never saw, with labels. None: a tenth of the training images is kept from the
             classifier to try it on, and the copy rule compares training images with each other.
         names: of the classes; seed: of the classifier.
-        mirrored: the model was also trained on the mirror images.
     """
     classes = None
     if labels is not None and names:
@@ -200,10 +199,8 @@ def nearest_copies(
     if len(shapes) != 1:
         raise ValueError(f"images of different sizes {sorted(shapes)} cannot be compared; use one")
     if len(train) <= NEIGHBOURS or not len(real) or not len(generated):
-        raise ValueError(
-            f"{len(generated)} generated, {len(train)} training and {len(real)} held-out images are "
-            f"too few to look for copies; use at least 1, {NEIGHBOURS + 1} and 1"
-        )
+        found = f"{len(generated)} generated, {len(train)} training and {len(real)} held-out images"
+        raise ValueError(f"{found} are too few to look for copies; use at least 1, {NEIGHBOURS + 1} and 1")
     pixels = _pixels(train).flatten(1)
     rows = np.linspace(0, len(real) - 1, min(most, len(real))).astype(np.int64)
     r_real, d_real, _ = _ratios(real[rows], pixels, own=rows if held_out is None else None)
@@ -244,9 +241,9 @@ def _pixels(images: UInt8Array) -> Tensor:
     parts = []
     for start in range(0, len(images), 1000):
         x = torch.from_numpy(images[start : start + 1000].astype(np.float32)).permute(0, 3, 1, 2)
-        if max(x.shape[2:]) > LARGEST_SIDE:
-            scale = LARGEST_SIDE / max(x.shape[2:])
-            height, width = (max(4, round(side * scale)) for side in x.shape[2:])
+        largest = max(x.shape[2:])
+        if largest > LARGEST_SIDE:
+            height, width = (max(4, round(side * (LARGEST_SIDE / largest))) for side in x.shape[2:])
             x = F.adaptive_avg_pool2d(x, (height, width))
         parts.append(x / 127.5 - 1)
     return torch.cat(parts).contiguous()

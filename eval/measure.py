@@ -63,8 +63,8 @@ def measure(
     """
     count = source.count if num is None else num
     pass_ = _Pass(source, net, wanted, count)
-    total = -(-count // batch_size) - processes.rank
-    total = min(batch_size * -(-total // processes.world), count)
+    batches = -(-count // batch_size) - processes.rank
+    total = min(batch_size * -(-batches // processes.world), count)
 
     def look() -> None:
         with shown_progress(total, source.path, shown=progress and not processes.rank) as tell:
@@ -77,8 +77,6 @@ def measure(
 
 
 class _Pass:
-    """The accumulators of one pass."""
-
     def __init__(self, source: Images, net: "Extractor", wanted: Wanted, count: int) -> None:
         self.source, self.net, self.wanted, self.count = source, net, wanted, count
         self.moments = FeatureStatistics(net.num_features)
@@ -93,8 +91,7 @@ class _Pass:
         found = features_of(self.net, batch)
         pool = found.pool.numpy()
         self.moments.update(pool)
-        for k in np.flatnonzero(np.isin(indices, self.chosen)):
-            self.rows[int(indices[k])] = pool[k].copy()
+        self.rows |= {int(indices[k]): pool[k].copy() for k in np.flatnonzero(np.isin(indices, self.chosen))}
         if self.spatial is not None:
             assert found.spatial is not None
             self.spatial.update(found.spatial.numpy())
@@ -171,9 +168,8 @@ def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
     """An extractor's features of uint8 images (b, H, W, C)."""
     import torch
 
-    pixels = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device)
     with torch.inference_mode():
-        found = net.features(pixels)
+        found = net.features(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device))
     spatial, logits = (None if part is None else part.cpu() for part in (found.spatial, found.logits))
     return found._replace(pool=found.pool.cpu(), spatial=spatial, logits=logits)
 

@@ -77,7 +77,8 @@ ALONE = Processes()
 
 def join() -> Processes:
     """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if int(world) == 1:
         return ALONE
     import torch.distributed
 
@@ -86,7 +87,6 @@ def join() -> Processes:
         try:
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
         except ValueError as error:
-            world = os.environ["WORLD_SIZE"]
             raise ValueError(f"WORLD_SIZE is {world}, but {error}; use torchrun or accelerate launch") from error
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -155,13 +155,12 @@ def stoppable() -> Iterator[None]:
             raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     def watch() -> None:
-        first = 0.0
+        came: list[float] = []
         while number := os.read(come, 1):
-            if number[0] in SIGNALS:
-                first = first or time.monotonic()
-                if time.monotonic() - first > GRACE:
-                    os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
-                    os._exit(STOPPED)
+            came += [time.monotonic()] if number[0] in SIGNALS else []
+            if came and came[-1] - came[0] > GRACE:
+                os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
+                os._exit(STOPPED)
         os.close(come)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -142,9 +142,9 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
         warnings.append("images and ref are the same data")
     if ref.count == ADM_BATCH:
         warnings.append("ref is 10,000 images; published FIDs use the statistics of a whole training set")
-    made = gen.facts.get("generation") or {}
-    if made.get("num") not in (None, gen.count):
-        warnings.append(f"images were made as a set of {made['num']}, and {gen.count} were scored")
+    made = (gen.facts.get("generation") or {}).get("num")
+    if made not in (None, gen.count):
+        warnings.append(f"images were made as a set of {made}, and {gen.count} were scored")
     if gen.inception is not None and gen.count is not None and gen.count % SPLIT_SIZE:
         warnings.append(f"the Inception Score has a last split of {gen.count % SPLIT_SIZE} images, not {SPLIT_SIZE}")
     origin = source["path"]
@@ -164,12 +164,13 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The git commit of this code, with a + where files have changed; None outside a checkout."""
-    here = str(Path(__file__).parent)
-    describe = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    ours = ["git", "-C", here, "ls-files", "--error-unmatch", "report.py"]  # not a checkout that merely surrounds us
+    git = ["git", "-C", str(Path(__file__).parent)]
+    ours = [*git, "ls-files", "--error-unmatch", "report.py"]  # not a checkout that merely surrounds us
+    describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        tracked = subprocess.run(ours, capture_output=True, timeout=10).returncode == 0
-        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
+        tracked, done = (
+            subprocess.run(words, capture_output=True, text=True, timeout=10) for words in (ours, describe)
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (done.stdout.strip() or None) if tracked else None
+    return (done.stdout.strip() or None) if tracked.returncode == 0 else None

@@ -1,7 +1,4 @@
-"""One score: two sources, an extractor, the Fréchet distance and its companions, and the report.
-
-torch is imported only once the arguments and both sources have been found good.
-"""
+"""One score: two sources, an extractor, the Fréchet distance and its companions, and the report."""
 
 import time
 from collections.abc import Sequence
@@ -160,9 +157,7 @@ def _reference(
         return of_statistics(source, net), []
     problem = None if source.statistics is None else misfit(source.statistics, net)
     if source.statistics is None or problem:
-        found, warning = statistics.cached(
-            source, net, wanted, cache, lambda: measure(source, net, wanted, **options), options["processes"]
-        )
+        found, warning = statistics.cached(source, net, wanted, cache, options)
         passed_over = [f"the statistics in {source.path} were not used ({problem}), but its images"] if problem else []
         return found, passed_over + ([warning] if warning else [])
     whole = of_statistics(source.statistics, net)

@@ -1,6 +1,6 @@
-"""Streaming mean and covariance of features, and the Fréchet distance of two Gaussians.
+"""Streaming mean and covariance of features, and the Fréchet distance of two Gaussians, in float64.
 
-Everything is float64 NumPy. Shapes: N samples, D features.
+Shapes: N samples, D features.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -75,10 +75,7 @@ def gaussian(moments: FloatArray) -> Gaussian:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, in D*D*8 bytes whatever N is.
-
-    `num_features` is D; where it is None, the first batch says it.
-    """
+    """Mean and covariance of features that arrive in batches; D is `num_features`, or what the first batch says."""
 
     def __init__(self, num_features: int | None = None) -> None:
         self._moments = np.zeros((num_features + 3, num_features)) if num_features else None
@@ -89,10 +86,7 @@ class FeatureStatistics:
         return 0 if self._moments is None else int(self._moments[0, 0])
 
     def update(self, features: npt.NDArray[Any]) -> None:
-        """Add a batch of features (N, D), any float dtype.
-
-        Raises ValueError when the batch is not (N, D) for this D, or is not finite.
-        """
+        """Add features (N, D), any float dtype. ValueError when they are not (N, D) for this D, or not finite."""
         check_features("features", features, None if self._moments is None else self._moments.shape[1])
         if self._moments is None:
             self._moments = np.zeros((features.shape[1] + 3, features.shape[1]))
@@ -108,7 +102,7 @@ class FeatureStatistics:
         self._moments[1] = shift
 
     def gaussian(self) -> Gaussian:
-        """Mean (D,) and unbiased covariance (D, D), divisor n - 1. Raises ValueError when n < 2."""
+        """Of all so far, as `gaussian` has it."""
         assert self._moments is not None
         return gaussian(self._moments)
 

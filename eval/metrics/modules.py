@@ -5,11 +5,10 @@
     distance.compute()
 
 Images are uint8 (N, C, H, W), C = 1 (copied to 3) or 3, and are moved to the metric's device. An extractor is an
-`eval.networks.extractors.Extractor` or any module that maps such images to features (N, D); it runs in evaluation
-mode. No value depends, beyond rounding, on batch sizes, on the order of the images or on how many processes saw them:
-torchmetrics' own sync joins what they hold. Sums are float64, so on MPS, which has none, a metric stays on the CPU.
-ValueError for images of another dtype or shape, for features that do not fit or are not finite, and, in `compute`, for
-a side that had too few images.
+`eval.networks.extractors.Extractor` or any module that maps such images to features (N, D); it runs in evaluation mode.
+No value depends, beyond rounding, on batch sizes, the order of the images or how many processes saw them. Sums are
+float64, so on MPS, which has none, a metric stays on the CPU. ValueError for other images, for features that do not fit
+or are not finite, and, in `compute`, for a side that had too few images.
 """
 
 import hashlib

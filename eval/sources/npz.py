@@ -24,10 +24,7 @@ MADE = {  # what `eval.statistics.write_statistics` says
 
 
 def open_zip(file: Path, path: str, kind: str) -> tuple[zipfile.ZipFile, str]:
-    """An archive, and the names, checksums and sizes of what it holds.
-
-    Raises ValueError for damage and for a name that leads out of it.
-    """
+    """An archive and what it holds: names, checksums, sizes. ValueError for damage, a name that leads out of it."""
     try:
         archive = zipfile.ZipFile(file)
     except PermissionError:

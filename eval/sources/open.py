@@ -1,7 +1,6 @@
 """Sets of images to score: folder, zip, .npz, named data set, array; and saved statistics.
 
-Every source of images yields uint8 batches (n, H, W, C), C = 1 or 3, one size throughout.
-Imports no torch. Every fault of a file is a ValueError of one sentence that names the file.
+Images are uint8 batches (n, H, W, C), C = 1 or 3, one size throughout. Imports no torch.
 """
 
 import os
@@ -80,9 +79,6 @@ def _in_memory(
     return Images(kind, path, len(array), (height, width, channels), read, fingerprint, labels)
 
 
-# ----------------------------------------------------------------- folders and zips
-
-
 def _folder(folder: Path, path: str, skip_bad: int) -> Images:
     names = _image_names(_files_below(folder, path))
     note = folder / "sampling.json"  # what `sample.py` says of the images beside it
@@ -100,10 +96,7 @@ def _folder(folder: Path, path: str, skip_bad: int) -> Images:
 
 
 def _files_below(folder: Path, path: str) -> Iterator[str]:
-    """Names of all files below a folder, links followed; a link that leads nowhere is a file too.
-
-    Raises ValueError for a folder that cannot be listed and for one that is met twice: its images would count twice.
-    """
+    """Names of all files below a folder, links followed; a link that leads nowhere is a file too."""
 
     def stop(error: OSError) -> None:
         raise ValueError(f"{path}: {error.filename} cannot be listed ({error.strerror}); may you read it?") from error
@@ -121,10 +114,9 @@ def _files_below(folder: Path, path: str) -> Iterator[str]:
 
 def _zip(file: Path, path: str, skip_bad: int) -> Images:
     archive, fingerprint = open_zip(file, path, "zip")
-    infos = archive.infolist()
-    if any(info.flag_bits & 1 for info in infos):
+    if any(info.flag_bits & 1 for info in archive.infolist()):
         raise ValueError(f"{path}: the zip is encrypted; write it again without a password")
-    names = _image_names(info.filename for info in infos if not info.is_dir())
+    names = _image_names(info.filename for info in archive.infolist() if not info.is_dir())
     return _image_files("zip", path, names, archive.open, skip_bad, fingerprint, {})
 
 
@@ -167,10 +159,8 @@ def _image_files(
     width, height = sizes[left[0]]
     for name, size in sizes.items():
         if size != (width, height):
-            raise ValueError(
-                f"{path}: {name} is {size[0]}x{size[1]} but {left[0]} is {width}x{height}; "
-                "resize or crop all images to one size"
-            )
+            differ = f"{name} is {size[0]}x{size[1]} but {left[0]} is {width}x{height}"
+            raise ValueError(f"{path}: {differ}; resize or crop all images to one size")
 
     def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
         for start in range(rank * batch_size, limit, world * batch_size):
@@ -212,10 +202,8 @@ def _decode(path: str, name: str, open_file: OpenFile) -> UInt8Array:
         raise ValueError(f"{path}: {name} is not 8-bit (mode {picture.mode}); save it as 8-bit")
     if frames > 1:
         raise ValueError(f"{path}: {name} has {frames} frames; save the one that counts")
-    if picture.has_transparency_data:
-        alpha = picture.convert("RGBA").getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
+    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
     return np.asarray(picture.convert("RGB"))
 
 
@@ -227,17 +215,12 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     return image.format in ("PNG", "TIFF") and any(";16" in str(args) for args in stored)
 
 
-# ---------------------------------------------------------------------- named sets
-
-
 def _dataset(path: str) -> Images:
     """NAME:SPLIT, for the data sets that need no download."""
     name, _, split = path.partition(":")
     if name not in ("digits", "fashion"):
-        raise ValueError(
-            f"{path!r} does not exist; give a folder, a .zip, an .npz, or "
-            "digits:train, digits:test, fashion:train, fashion:test"
-        )
+        known = "digits:train, digits:test, fashion:train, fashion:test"
+        raise ValueError(f"{path!r} does not exist; give a folder, a .zip, an .npz, or {known}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split in {path!r}; write {name}:train or {name}:test")
     return _digits(path, split) if name == "digits" else _fashion(path, split)
@@ -250,14 +233,10 @@ def _digits(path: str, split: str) -> Images:
 
 
 def _fashion(path: str, split: str) -> Images:
-    for folder in FASHION_FOLDERS:
-        for suffix in ("", ".gz"):
-            file = folder / (FASHION_FILES[split] + suffix)
-            if file.is_file():
-                count, shape, read = open_idx(file)
-                return Images("dataset", path, count, shape, read, path + repr((str(file), *_stamp(file))))
-    folders = " or ".join(str(folder) for folder in FASHION_FOLDERS)
-    raise ValueError(
-        f"{path}: {FASHION_FILES[split]}[.gz] is not in {folders}; install Debian's "
-        "dataset-fashion-mnist or put torchvision's download there"
-    )
+    name = FASHION_FILES[split]
+    for file in (folder / (name + suffix) for folder in FASHION_FOLDERS for suffix in ("", ".gz")):
+        if file.is_file():
+            count, shape, read = open_idx(file)
+            return Images("dataset", path, count, shape, read, path + repr((str(file), *_stamp(file))))
+    hint = "install Debian's dataset-fashion-mnist or put torchvision's download there"
+    raise ValueError(f"{path}: {name}[.gz] is not in {' or '.join(map(str, FASHION_FOLDERS))}; {hint}")
