@@ -72,8 +72,7 @@ def first_whole(
 ) -> Path | None:
     """The first one without a fault, after a line on those before it. None of none; ValueError where all have one."""
     for path in candidates:
-        fault = fault_of(path)
-        if fault is None:
+        if (fault := fault_of(path)) is None:
             return path
         say(f"checkpoint {path} is damaged ({fault}); trying the one before it")
     if candidates:

@@ -120,9 +120,7 @@ def save(
     Where it is there already, whole, it stays as it is: a step of a run has one state.
 
     Args:
-        root: The folder of checkpoints; made when missing.
-        step: Optimiser steps done.
-        parts: File name (without suffix) -> tensors by name.
+        parts: File name (without suffix) -> tensors by name, `step` steps after the start.
         state: JSON values.
         token: See `Writer`.
         shards: Processes that write; the others do so with `write_shard`, and are waited for.
@@ -167,10 +165,7 @@ def save(
 def write_shard(
     root: Path, step: int, shard: int, parts: Parts, token: str, given_up: threading.Event | None = None
 ) -> None:
-    """This process's slices, into the folder that another one's `save` makes, which learns when it fails.
-
-    Raises as it does.
-    """
+    """This process's slices, into the folder that another one's `save` makes, which learns when it fails as it may."""
     temporary = root / f"step-{step:06d}.tmp-{token}"
     try:
         _wait_for([temporary], temporary / FAILED, given_up)

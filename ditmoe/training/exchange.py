@@ -13,23 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Compute = Callable[[Tensor, Tensor], Tensor]
-
 
 class Exchange:
-    """Sends rows around a `group`: the processes among which a layer's experts are split, in the order of their slices.
-
-    Attributes:
-        bytes_sent: To other processes, forward and backward, since the start.
-    """
+    """Sends rows around a `group`: the processes among which a layer's experts are split, in order of their slices."""
 
     def __init__(self, group: Any) -> None:
-        self.group, self.degree, self.bytes_sent = group, dist.get_world_size(group), 0
+        self.group, self.degree = group, dist.get_world_size(group)
+        self.bytes_sent = 0  # to other processes, forward and backward, since the start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self
 
-    def __call__(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
+    def __call__(self, rows: Tensor, counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The experts' outputs (P, D) for rows (P, D); counts (E,) int64 are those of all experts.
 
         `compute` takes the rows of this process's experts, sorted by expert, and their counts (E / degree,).

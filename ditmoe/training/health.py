@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +32,11 @@ class Evidence:
 
 
 class Health:
-    """Counts the steps that were `skipped`, and those of them that came last, `in_a_row`, of `max_skipped` at most."""
+    """Counts the steps that were `skipped`, and those of them that came last, `in_a_row`; `saved` has earlier ones."""
 
-    def __init__(self, accelerator: Accelerator, max_skipped: int, skipped: int, in_a_row: int) -> None:
-        self.accelerator, self.max_skipped, self.skipped, self.in_a_row = accelerator, max_skipped, skipped, in_a_row
+    def __init__(self, accelerator: Accelerator, max_skipped: int, saved: Mapping[str, Any]) -> None:
+        self.accelerator, self.max_skipped = accelerator, max_skipped
+        self.skipped, self.in_a_row = (int(saved.get(name, 0)) for name in ("skipped_steps", "skipped_in_a_row"))
 
     @property
     def facts(self) -> dict[str, int]:

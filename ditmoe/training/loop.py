@@ -87,7 +87,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         signals = stack.enter_context(Signals())
         log = stack.enter_context(Log(config, first, shown=accelerator.is_main_process))
         saving = Saving(config, data, parallel, state, variance, first if saved else -1)
-        stack.enter_context(saving)
+        stack.push(saving.__exit__)
         run = Run.of(config, data, parallel, state, signals, saved)
         stack.enter_context(closing(run.batches))
         _loop(run, facts, saving, log, on_sample, first)

@@ -34,11 +34,6 @@ Parts = dict[str, dict[str, Tensor]]
 class Parallel:
     """Which part of a model with `num_experts` a layer this process holds, and what follows. By itself all of it.
 
-    Attributes:
-        splits: Whether a process holds a part of the model only.
-        writers: The first so many processes write checkpoints.
-        experts: Names of the parameters that are split by experts, once `split` has made the model; none otherwise.
-
     Raises:
         ValueError: The degree does not divide the processes or the experts; sharding over one process.
     """
@@ -56,9 +51,10 @@ class Parallel:
             raise ValueError("parallel.gather bfloat16 needs --train.precision bf16, which this run does not have")
         self.accelerator, self.degree, self.sharded, self.world = accelerator, degree, config.shard, world
         self.rank, device = accelerator.process_index, accelerator.device.type
-        self.splits, self.writers = config.shard or degree > 1, world if config.shard else degree
-        self.experts: set[str] = set()
-        self._sliced: set[str] = set()  # those too whose slices all processes hold
+        self.splits = config.shard or degree > 1  # a process holds a part of the model only
+        self.writers = world if config.shard else degree  # the first so many processes write checkpoints
+        self.experts: set[str] = set()  # names of the parameters that `split` has split by experts
+        self._sliced: set[str] = set()  # those, and the ones that have a slice on every process
         self._exchange: Exchange | None = None
         self._data: Any = None
         if degree > 1:
@@ -126,13 +122,6 @@ class Parallel:
         for part in (*model.blocks, model):
             fully_shard(part, mesh=self._mesh, mp_policy=self._policy, ignored_params=left_out)
 
-    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-        """The model and optimiser that train: DDP's on several processes, unless the model is sharded."""
-        if self.sharded:
-            return model, self.accelerator.prepare(optimizer)
-        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
-        return prepared
-
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Finish the gradients of one step, clip them by their global norm, and return that norm.
 
@@ -158,14 +147,18 @@ class Parallel:
         torch._foreach_mul_([*grads.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gathered(self, name: str, value: Tensor) -> Tensor | None:
-        """The whole of a parameter's slices, on the CPU of the first process; None elsewhere. All must call it."""
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if name in self.experts and self._exchange:
-            parts = [torch.empty_like(value) for _ in range(self.degree)]
-            dist.all_gather(parts, value.contiguous(), group=self._exchange.group)
-            whole = torch.cat(parts)
-        return whole.cpu() if self.rank == 0 else None
+    def gathered(self, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of some parameters, on the CPU of the first process; none elsewhere. All must call it."""
+        found = {}
+        for name, value in slices.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if name in self.experts and self._exchange:
+                parts = [torch.empty_like(value) for _ in range(self.degree)]
+                dist.all_gather(parts, value.contiguous(), group=self._exchange.group)
+                whole = torch.cat(parts)
+            if self.rank == 0:
+                found[name] = whole.cpu()
+        return found
 
     def own(self, parts: Mapping[str, Mapping[str, Saved]]) -> Parts:
         """Of a checkpoint's tensors what this process holds, as the parameters are held; nothing else is read."""

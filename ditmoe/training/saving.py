@@ -26,7 +26,7 @@ from .state import State, num_classes
 
 
 class Saving:
-    """Writes checkpoints in the background and assembles pipelines. All processes call every method.
+    """Writes checkpoints in the background and assembles pipelines. All processes call every method, and leave it.
 
     `variance` (`ditmoe.data.open.pixel_variance`) is for the pipeline; `step` is that of the checkpoint that the state
     came from, -1 for none.
@@ -37,12 +37,9 @@ class Saving:
     ) -> None:
         self.config, self.data, self.accelerator = config, data, parallel.accelerator
         self.parallel, self.state, self.variance, self._last = parallel, state, variance, step
-        token = agree.decided_by_first(self.accelerator, lambda: str(os.getpid()))
+        token = agree.decided_by_first(parallel.accelerator, lambda: str(os.getpid()))
         root, keep, tolerant = config.out / CHECKPOINTS, config.train.keep, config.train.on_save_error == "continue"
         self._writer = Writer(root, keep, tolerant=tolerant, token=token, shard=parallel.rank, shards=parallel.writers)
-
-    def __enter__(self) -> Saving:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._writer.__exit__(*exception)
@@ -61,7 +58,7 @@ class Saving:
         """The pipeline of the averaged weights, whole, on the first process; None on the others."""
         model = self.state.ema
         if self.parallel.splits:
-            whole = {name: self.parallel.gathered(name, value) for name, value in model.state_dict().items()}
+            whole = self.parallel.gathered(model.state_dict())
             if self.parallel.rank:
                 return None
             model = build(self.config, num_classes(self.config, self.data)).eval().requires_grad_(False)
@@ -89,9 +86,7 @@ class Saving:
         lots: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, value in self.state.ema.state_dict().items():
             lots[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""][name] = value
-        for lot in lots.values():
-            whole = {name: self.parallel.gathered(name, value) for name, value in lot.items()}
-            yield {name: value for name, value in whole.items() if value is not None}
+        return map(self.parallel.gathered, lots.values())
 
 
 def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
@@ -129,10 +124,8 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
     if lacking:
         raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
     if meta["data"] != facts["data"]:
-        raise ValueError(
-            f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
-            f"restore it, or give another --out"
-        )
+        other = f"the one that {path} was trained on (other images, order, classes or VAE)"
+        raise ValueError(f"the data set is not {other}; restore it, or give another --out")
     parts = parallel.own(saved)
     wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
     if wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,30 +43,23 @@ class Run(NamedTuple):
         """A run that goes on from what a checkpoint has `saved`; {} begins it. The state goes to its device."""
         accelerator, step = parallel.accelerator, int(saved.get("step", 0))
         rank, world = accelerator.process_index, accelerator.num_processes
-        model, optimizer = parallel.prepare(state.model, state.optimizer)
+        model = state.model if parallel.sharded else accelerator.prepare(state.model)  # DDP's on several processes
+        optimizer = accelerator.prepare(state.optimizer)
         state.ema.to(accelerator.device)
-        skipped, in_a_row = (int(saved.get(name, 0)) for name in ("skipped_steps", "skipped_in_a_row"))
         batches = Batches(config, data, first_step=step, rank=rank, num_processes=world)
         watch = Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", [])))
-        health = Health(accelerator, config.train.max_skipped, skipped, in_a_row)
+        health = Health(accelerator, config.train.max_skipped, saved)
         objective = Objective(config.objective)
         return cls(config, parallel, state.model, model, state.ema, optimizer, objective, batches, watch, health)
 
 
 class StepResult(NamedTuple):
-    """One optimiser step.
+    """One optimiser step."""
 
-    Attributes:
-        losses: Means over its micro-batches, "total" among them.
-        grad_norm: Of the whole gradient, before clipping.
-        counts: (L, E) assignments over all processes.
-        faults: What was not finite, in words; the step was then skipped.
-    """
-
-    losses: dict[str, Tensor]
-    grad_norm: Tensor
-    counts: Tensor | None
-    faults: Sequence[str]
+    losses: dict[str, Tensor]  # means over its micro-batches, "total" among them
+    grad_norm: Tensor  # of the whole gradient, before clipping
+    counts: Tensor | None  # (L, E) assignments over all processes
+    faults: Sequence[str]  # what was not finite, in words; the step was then skipped
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -130,14 +123,11 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
     if counts is not None:
         moe, L = config.moe, len(routing)
-        parts.append(("balance", L * moe.balance_weight, _mean(map(balance_loss, routing, counts))))
-        parts.append(("z", L * moe.z_weight, _mean(map(z_loss, routing))))
+        balance = torch.stack([*map(balance_loss, routing, counts)]).mean()
+        z = torch.stack([*map(z_loss, routing)]).mean()
+        parts += [("balance", L * moe.balance_weight, balance), ("z", L * moe.z_weight, z)]
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
     return {"total": total, **{name: value for name, _, value in parts}}, routing, counts
-
-
-def _mean(values: Iterable[Tensor]) -> Tensor:
-    return torch.stack([*values]).mean()
 
 
 @torch.no_grad()
