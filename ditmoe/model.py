@@ -203,12 +203,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.config.num_classes or None
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor | float,
-        class_labels: Tensor | None = None,
+        self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:
+    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
         Args:

@@ -24,15 +24,9 @@ REAL_SHARE = 0.01  # share of real images that the copy rule flags, by construct
 
 
 def judge(
-    images: UInt8Array,
-    labels: IndexArray | None,
-    train: UInt8Array,
-    train_labels: IndexArray,
-    held_out: tuple[UInt8Array, IndexArray] | None,
-    names: Sequence[str],
-    seed: int = 0,
-    mirrored: bool = False,
-) -> dict[str, Any]:
+    images: UInt8Array, labels: IndexArray | None, train: UInt8Array, train_labels: IndexArray,
+    held_out: tuple[UInt8Array, IndexArray] | None, names: Sequence[str], seed: int = 0, mirrored: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Both answers for generated images as JSON values: {"classes": ... or None without labels, "copies": ...}.
 
     Args:
@@ -59,9 +53,6 @@ def judge(
     copies = nearest_copies(images, known, held_out[0] if held_out else None)
     numbers = {k: v for k, v in vars(copies).items() if not isinstance(v, np.ndarray)}
     return {"classes": classes, "copies": {**numbers, "definition": copies.definition}}
-
-
-# ---- does it show its class
 
 
 class Classifier(nn.Module):
@@ -135,9 +126,6 @@ def _fit(classifier: Classifier, x: Tensor, y: Tensor, generator: torch.Generato
 def accuracy(classifier: Classifier, images: UInt8Array, labels: IndexArray) -> float:
     """Share in [0, 1] of images (n, H, W, C) that the classifier gives their label (n,)."""
     return float((classifier.predict(images) == labels).mean())
-
-
-# ---- is it a copy
 
 
 @dataclass(frozen=True)

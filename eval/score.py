@@ -26,22 +26,12 @@ PR_K, DC_K = 3, 5  # of Kynkäänniemi et al. and of Naeem et al.
 
 
 def score(
-    images: str | Path | UInt8Array | Images,
-    ref: str | Path | UInt8Array | Images,
-    *,
-    extractor: str = "random-conv-v1",
-    weights: str | Path | None = None,
-    metrics: Sequence[str] = (),
-    num: int | None = None,
-    keep: int = 10_000,
-    seed: int = 0,
-    classify: Classify | None = None,
-    batch_size: int = 64,
-    skip_bad: int = 0,
-    cache: Path | None = None,
-    progress: bool = False,
+    images: str | Path | UInt8Array | Images, ref: str | Path | UInt8Array | Images, *,
+    extractor: str = "random-conv-v1", weights: str | Path | None = None, metrics: Sequence[str] = (),
+    num: int | None = None, keep: int = 10_000, seed: int = 0, classify: Classify | None = None,
+    batch_size: int = 64, skip_bad: int = 0, cache: Path | None = None, progress: bool = False,
     processes: Processes = ALONE,
-) -> Report:
+) -> Report:  # fmt: skip
     """The Fréchet distance of `images` to `ref` with every fact of the protocol, ready for JSON.
 
     Args:
@@ -116,12 +106,9 @@ def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics:
 
 
 def check_sources(
-    sources: tuple[Images | Statistics | None, Images | Statistics],
-    metrics: Sequence[str],
-    extractor: str,
-    num: int | None = None,
-    classify: Classify | None = None,
-) -> None:
+    sources: tuple[Images | Statistics | None, Images | Statistics], metrics: Sequence[str], extractor: str,
+    num: int | None = None, classify: Classify | None = None,
+) -> None:  # fmt: skip
     """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs.
 
     The first one, what is scored, is None while it is still to come: images then, of which nothing is asked.

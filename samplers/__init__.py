@@ -11,23 +11,8 @@ from samplers.solvers import DPMSolverScheduler, UniPCScheduler
 from samplers.time_shift import TimeShiftScheduler
 
 __all__ = [
-    "SAMPLERS",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverScheduler",
-    "FlowEulerScheduler",
-    "FlowHeunScheduler",
-    "FlowSDEScheduler",
-    "Guidance",
-    "PNDMScheduler",
-    "Sampler",
-    "TimeShiftScheduler",
-    "UniPCScheduler",
-    "draw_noise",
-    "image_generators",
-    "initial_noise",
-    "make_scheduler",
-    "network_calls",
-    "prediction_type_of",
+    "SAMPLERS", "DDIMScheduler", "DDPMScheduler", "DPMSolverScheduler", "FlowEulerScheduler", "FlowHeunScheduler",
+    "FlowSDEScheduler", "Guidance", "PNDMScheduler", "Sampler", "TimeShiftScheduler", "UniPCScheduler",
+    "draw_noise", "image_generators", "initial_noise", "make_scheduler", "network_calls", "prediction_type_of",
     "sample",
-]
+]  # fmt: skip

@@ -113,13 +113,9 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
         return Levels(net, net, self._at(call.end), torch.tensor(call.end < 0))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True,
         generator: Generators = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Take in one network call: ``prev_sample`` (the image to ask about next) and ``pred_original_sample``.
 
         ``generator`` is taken as diffusers' pipelines give one, and not used. With ``return_dict=False``: a tuple of

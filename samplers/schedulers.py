@@ -56,13 +56,9 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
         self._build_chain()
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """One step down the grid: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``model_output`` is (N, C, H, W), or (N, 2C, H, W) with learned_range. ``generator`` may be

@@ -91,13 +91,9 @@ class _Solver:
         return gaussian.noisy_image(original_samples, noise, alpha_bar).to(original_samples.dtype)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor | int,
-        sample: Tensor,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True,
         generator: Generators = None,
-    ) -> SolverOutput | tuple[Tensor, Tensor]:
+    ) -> SolverOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The stock step in float32, and what it took the clean image for, as the other samplers tell it.
 
         ``generator`` is taken as diffusers' pipelines give one, and not used.

@@ -221,8 +221,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         shift = torch.zeros(len(sample), dtype=torch.int64, device=sample.device) if shift is None else shift
         return TimeShiftOutput(x_prev, x0, shift) if return_dict else (x_prev, x0, shift)
 
-    # ------------------------------------------------------------------------------------------ the choice
-
     def _shifted(self, levels: Levels, sample: Tensor, timestep: int, stochastic: bool) -> tuple[Levels, Tensor | None]:
         """The step's levels after the choices that it uses, and the shift of its end."""
         mode = self.config.exposure_mode
@@ -260,8 +258,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             lowest = (-1 if after is None else after) + 1
         self._chosen = self._criterion.choose(x, t, lowest=lowest)
         return None if self._chosen is None else self._chosen - t
-
-    # ----------------------------------------------------------------------------------------- bookkeeping
 
     def _restart(self) -> None:
         self._calls = 0  # network calls so far

@@ -69,13 +69,9 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        width: int,
-        activation: Activation = "swiglu",
+        self, hidden_size: int, num_experts: int, width: int, activation: Activation = "swiglu",
         backend: Literal["auto", "grouped", "loop"] = "auto",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.activation = activation
         self.backend = backend

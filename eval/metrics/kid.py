@@ -21,13 +21,9 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    x: npt.NDArray[Any],
-    y: npt.NDArray[Any],
-    *,
-    subsets: int = SUBSETS,
-    subset_size: int = SUBSET_SIZE,
+    x: npt.NDArray[Any], y: npt.NDArray[Any], *, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE,
     seed: int = SEED,
-) -> KernelDistance:
+) -> KernelDistance:  # fmt: skip
     """Mean and standard deviation over subsets of the unbiased squared MMD of x (n, D) and y (m, D).
 
     Kernel (x.y / D + 1)^3 (Bińkowski et al., 2018, "Demystifying MMD GANs", section 4). Arithmetic is float64. Subset
