@@ -17,7 +17,11 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from .config import PRESETS, Config
+from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
+from .config.sample import ExportArgs as ExportArgs
+from .config.sample import ExposureArgs as ExposureArgs
+from .config.sample import SampleArgs as SampleArgs
 from .launch.signals import EXIT_CODE, Interrupted, Signals
 
 Args = TypeVar("Args")
