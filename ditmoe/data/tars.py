@@ -6,6 +6,7 @@ The files are read in place with `tarfile`; nothing is unpacked.
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -68,7 +69,8 @@ class TarImages(FolderImages):
                 content = io.BytesIO(file.read(member.size))
             return read_cropped(Path(self.name(row)), self.size, self.mode, content)
         except (OSError, ValueError) as error:
-            raise BadImage(row, str(error)) from error
+            sentence = re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", str(error))  # another one each time
+            raise BadImage(row, sentence) from error
 
 
 def tar_files(root: Path) -> list[Path]:
