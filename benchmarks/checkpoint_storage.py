@@ -29,9 +29,8 @@ def by_torch(root: Path, parts: dict[str, torch.Tensor]) -> None:
 def by_us(root: Path, parts: dict[str, torch.Tensor]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank:
-        return writer.write_shard(root, 1, {f"model.shard-{rank}": parts}, "token")
-    others = [f"model.shard-{n}" for n in range(1, world)]
-    writer.save(root, 1, {"model.shard-0": parts}, {}, token="token", others=others)
+        return writer.write_shard(root, 1, rank, {f"model.shard-{rank}": parts}, "token")
+    writer.save(root, 1, {"model.shard-0": parts}, {}, "token", world)
 
 
 def main() -> None:

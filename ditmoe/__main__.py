@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from . import cli
-from .config.encode import LatentArgs
-from .config.export import ExportArgs
-from .config.exposure import ExposureArgs
-from .config.sample import SampleArgs
 
 
 def train(argv: Sequence[str], prog: str) -> None:
@@ -44,7 +40,7 @@ def train(argv: Sequence[str], prog: str) -> None:
 
 def sample(argv: Sequence[str], prog: str) -> None:
     """Draw images from a trained model: a grid, a folder, an .npz; score them."""
-    args = cli.parse(SampleArgs, argv, prog)
+    args = cli.parse(cli.SampleArgs, argv, prog)
     from eval import fid, processes
 
     from .generate import request
@@ -66,7 +62,7 @@ def score(argv: Sequence[str], prog: str) -> int:
 
 def encode(argv: Sequence[str], prog: str) -> None:
     """Encode images with a VAE, once, to train on their latents."""
-    args = cli.parse(LatentArgs, argv, prog)
+    args = cli.parse(cli.LatentArgs, argv, prog)
     from .data import encode
     from .launch import start
 
@@ -78,7 +74,7 @@ def encode(argv: Sequence[str], prog: str) -> None:
 
 def export(argv: Sequence[str], prog: str) -> None:
     """Write the model of a run as a folder to give away."""
-    args = cli.parse(ExportArgs, argv, prog)
+    args = cli.parse(cli.ExportArgs, argv, prog)
     from .convert import export
 
     export.export(args)
@@ -86,7 +82,7 @@ def export(argv: Sequence[str], prog: str) -> None:
 
 def exposure(argv: Sequence[str], prog: str) -> None:
     """Measure how far a sampler strays from what the network was trained on."""
-    args = cli.parse(ExposureArgs, argv, prog)
+    args = cli.parse(cli.ExposureArgs, argv, prog)
     from .analysis import exposure
 
     exposure.run(args)

@@ -11,17 +11,21 @@ from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import walk_tb
 from typing import NoReturn, TypeVar
 
 import tyro
 
 from .config import PRESETS, Config
+from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
+from .config.sample import ExportArgs as ExportArgs
+from .config.sample import ExposureArgs as ExposureArgs
+from .config.sample import SampleArgs as SampleArgs
 from .launch.signals import EXIT_CODE, Interrupted, Signals
 
 Args = TypeVar("Args")
 
-DEFAULT_PRESET = "digits"
 OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
 
 
@@ -36,17 +40,13 @@ def parse(kind: type[Args], argv: Sequence[str], prog: str = "ditmoe") -> Args:
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
     """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config; ends as `parse` does."""
     named = bool(argv) and not argv[0].startswith("-")
-    start, rest = (argv[0], argv[1:]) if named else (DEFAULT_PRESET, argv)
+    start, rest = (argv[0], argv[1:]) if named else ("digits", argv)
     base = PRESETS[start] if start in PRESETS else _load(start)
-    presets = ", ".join(PRESETS)
-    return tyro.cli(
-        Config,
-        prog=f"{prog} {start}",
-        description=f"Train a diffusion transformer with experts: {prog} [PRESET | RUN/config.json] [options]. "
-        f"Presets: {presets}. Defaults below are those of {start}.",
-        default=base,
-        args=list(rest),
+    description = (
+        f"Train a diffusion transformer with experts: {prog} [PRESET | RUN/config.json] [options]. "
+        f"Presets: {', '.join(PRESETS)}. Defaults below are those of {start}."
     )
+    return tyro.cli(Config, prog=f"{prog} {start}", description=description, default=base, args=list(rest))
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -72,14 +72,9 @@ def run(main: Callable[[], int | None]) -> int:
 
 def _is_ours(error: ValueError) -> bool:
     """Whether our own code raised it, and so meant it for the user; a library's ValueError is a bug of ours."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return True
-    root, file = Path(__file__).parents[1], Path(trace.tb_frame.f_code.co_filename)
-    ours = root in file.parents and file.relative_to(root).parts[0] in OURS
-    return ours or (root in file.parents and "site-packages" not in file.parts)
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    root, file = Path(__file__).parents[1], Path(frame.f_code.co_filename)
+    return root in file.parents and (file.relative_to(root).parts[0] in OURS or "site-packages" not in file.parts)
 
 
 def _load(start: str) -> Config:

@@ -27,76 +27,56 @@ _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as ma
 
 
 def check_pipeline(
-    folder: Path,
-    pipeline: type,
-    network: type,
-    check_network: Callable[[dict[str, Any]], None],
+    folder: Path, pipeline: type, network: type, check_network: Callable[[dict[str, Any]], None],
     settings: Mapping[str, Callable[[Any], bool]],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
 
     It has to be of the class `pipeline`, its transformer of the class `network` with a config.json that `check_network`
-    does not refuse. `settings`: what further entries have to fulfil where they are there.
-
-    Raises:
-        ValueError: It names anything but our classes and diffusers', holds code, or its parts do not fit.
+    does not refuse. `settings`: what further entries have to fulfil where they are there. ValueError where it names
+    anything but our classes and diffusers', holds code, or its parts do not fit.
     """
     index = read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(pipeline).parameters}
+    ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
+    scheduler, vae = (_of_diffusers(index.get(part)) for part in ("scheduler", "vae"))
+    autoencoders = "diffusers.models.autoencoders"
+    names, numbers = index.get("id2label", {}), {k: index.get(k, 1) for k in ("num_inference_steps", "guidance_scale")}
     fits = {
         "_class_name": index.get("_class_name") == pipeline.__name__,
         "transformer": index.get("transformer") == [network.__module__, network.__name__],
-        "scheduler": _is_scheduler(index.get("scheduler")),
-        "vae": _is_vae(index.get("vae", [None, None])),
-        "id2label": _are_names(index.get("id2label", {})),
+        "scheduler": index.get("scheduler") in ours or issubclass(scheduler or object, SchedulerMixin),
+        "vae": index.get("vae", [None, None]) == [None, None] or (vae or object).__module__.startswith(autoencoders),
+        "id2label": isinstance(names, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in names.items()),
         "sampler": isinstance(index.get("sampler", ""), str),
         **{name: index.get(name) is None or usable(index[name]) for name, usable in settings.items()},
-        **{name: _is_number(index.get(name, 1)) for name in ("num_inference_steps", "guidance_scale")},
+        **{name: isinstance(value, int | float) and abs(value) < 1e9 for name, value in numbers.items()},
         **dict.fromkeys(index.keys() - known, False),
     }
     for entry, fitting in fits.items():
         if not fitting:
             raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
     _check_no_code(folder)
-    _check_scheduler(folder / "scheduler")
+    check_component(place := folder / "scheduler")
+    steps = read_object(place / "scheduler_config.json").get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or not 0 < steps <= _STEPS:
+        raise ValueError(f"{place} has num_train_timesteps {steps!r:.100}; it must be a number in 1..{_STEPS}")
     check_network(read_object(folder / "transformer" / "config.json"))
     _check_weights(network, folder / "transformer")
-    if vae := _of_diffusers(index.get("vae")):
+    if vae:
         _check_weights(vae, folder / "vae", renamed=True)
     return index
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e9
-
-
-def _are_names(id2label: Any) -> bool:
-    return isinstance(id2label, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in id2label.items())
-
-
-def _is_scheduler(entry: Any) -> bool:
-    """Whether [module, class] of model_index.json is one of `SAMPLERS` or of diffusers' schedulers."""
-    ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
-    found = _of_diffusers(entry)
-    return entry in ours or (found is not None and issubclass(found, SchedulerMixin))
-
-
-def _is_vae(entry: Any) -> bool:
-    """Whether [module, class] of model_index.json is no VAE or one of diffusers' autoencoders."""
-    found = _of_diffusers(entry)
-    return entry == [None, None] or (found is not None and found.__module__.startswith("diffusers.models.autoencoders"))
-
-
 def _of_diffusers(entry: Any) -> type | None:
-    """The class of diffusers that [module, class] names; None where it names none."""
-    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
-        return None
-    found = getattr(diffusers, entry[1], None)
-    return found if isinstance(found, type) else None
+    """The class of diffusers that [module, class] of model_index.json names; None where it names none."""
+    match entry:
+        case ["diffusers", str(name)] if isinstance(found := getattr(diffusers, name, None), type):
+            return found
+    return None
 
 
 def _check_no_code(folder: Path) -> None:
-    """Refuse a folder with Python files; diffusers imports some names on its own."""
     for script in sorted(folder.glob("*.py")):
         raise ValueError(f"{script} is code, and a model folder holds settings and weights alone; remove it")
 
@@ -108,28 +88,18 @@ def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
         values = read_object(file)
         for entry in values.keys() & CODE:
             raise ValueError(f"{file} has the entry {entry}, which names code; remove it")
-        if file.name.endswith(".index.json"):
-            _check_shards(file, values.get("weight_map"))
+        shards = values.get("weight_map") if file.name.endswith(".index.json") else {}
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"{file} names {shard!r}; weights are .safetensors files in the same folder")
     return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
-
-
-def _check_scheduler(folder: Path) -> None:
-    """`check_component` for a scheduler, whose tables must be of a size that can be used."""
-    check_component(folder)
-    steps = read_object(folder / "scheduler_config.json").get("num_train_timesteps", 1000)
-    if not isinstance(steps, int) or not 0 < steps <= _STEPS:
-        raise ValueError(f"{folder} has num_train_timesteps {steps!r:.100}; it must be a number in 1..{_STEPS}")
 
 
 def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None:
     """`check_component` for a network, whose weights must be those that its config.json asks for.
 
-    Compared are the files' headers and a network that takes no memory.
-
-    Args:
-        network: The diffusers class that is to be loaded.
-        folder: Where its config.json and weights are.
-        renamed: The class still knows older names of its tensors: their sizes are compared in sum alone.
+    Compared are the files' headers and a network that takes no memory; where the class still knows older names of its
+    tensors (`renamed`), the sum of their sizes alone.
     """
     shapes, file = check_component(folder), folder / "config.json"
     if not shapes:
@@ -148,36 +118,24 @@ def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None
     elif more := sorted(shapes.keys() - wanted.keys()):
         raise ValueError(f"its weights hold {', '.join(more[:5]):.300}, which its config.json does not ask for")
     elif other := sorted(name for name, shape in wanted.items() if shape != shapes[name]):
-        name = other[0]
-        raise ValueError(f"{name} has the shape {shapes[name]}, but its config.json asks for {wanted[name]}")
+        what = f"{other[0]} has the shape {shapes[other[0]]}"
+        raise ValueError(f"{what}, but its config.json asks for {wanted[other[0]]}")
     if sum(value.nbytes for value in blank.buffers()) > _TABLES:
         raise ValueError(f"{file} asks for tables of more than {_TABLES} bytes; its sizes are too large")
 
 
 def _blank(network: Any, values: dict[str, Any], limit: int) -> nn.Module:
     """The network without memory for its weights; ValueError once it has more than `limit` of them."""
-    left = limit
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal limit
+        limit -= 1
+        if limit < 0:
             raise ValueError("it has far more tensors than its weights hold")
 
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            blank: nn.Module = network.from_config(values)
-    finally:
-        handle.remove()
+    with register_module_parameter_registration_hook(count), torch.device("meta"):
+        blank: nn.Module = network.from_config(values)
     return blank
-
-
-def _check_shards(file: Path, shards: Any) -> None:
-    """An index of weights may name `.safetensors` files beside it and nothing else."""
-    for shard in shards.values() if isinstance(shards, dict) else [shards]:
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{file} names {shard!r}; weights are .safetensors files in the same folder")
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

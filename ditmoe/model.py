@@ -119,33 +119,16 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        sample_size: int = 32,
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        patch_size: int = 2,
-        hidden_size: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        ffn_width: int = 1024,
-        activation: Literal["swiglu", "gelu"] = "swiglu",
-        positions: Literal["rope", "sincos"] = "rope",
+        self, sample_size: int = 32, in_channels: int = 4, num_classes: int = 1000, patch_size: int = 2,
+        hidden_size: int = 384, depth: int = 12, num_heads: int = 6, ffn_width: int = 1024,
+        activation: Literal["swiglu", "gelu"] = "swiglu", positions: Literal["rope", "sincos"] = "rope",
         qk_norm: Literal["rms", "layer", "none"] = "rms",
-        moe_blocks: Literal["all", "every-second", "none"] = "every-second",
-        num_experts: int = 16,
-        top_k: int = 3,
-        expert_width: int = 256,
-        shared_width: int = 256,
-        router_input: RouterInput = "token",
-        router_score: Literal["softmax", "sigmoid"] = "sigmoid",
-        router_renormalize: bool = True,
-        router_scale: float = 1.0,
-        router_bias: bool = False,
-        backend: Literal["auto", "grouped", "loop"] = "auto",
-        learn_sigma: bool = False,
-        prediction_type: str = "v_prediction",
-        time_scale: float = 1000.0,
-    ) -> None:
+        moe_blocks: Literal["all", "every-second", "none"] = "every-second", num_experts: int = 16, top_k: int = 3,
+        expert_width: int = 256, shared_width: int = 256, router_input: RouterInput = "token",
+        router_score: Literal["softmax", "sigmoid"] = "sigmoid", router_renormalize: bool = True,
+        router_scale: float = 1.0, router_bias: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
+        learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.gradient_checkpointing = False
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -220,12 +203,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.config.num_classes or None
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor | float,
-        class_labels: Tensor | None = None,
+        self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
         return_dict: bool = True,
-    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:
+    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
         Args:

@@ -38,17 +38,12 @@ class Draws(NamedTuple):
 
 def scheduler_config(config: ObjectiveConfig) -> dict[str, Any]:
     """The noise schedule in diffusers' words: what a sampler needs to know, saved with the model."""
+    common = {"num_train_timesteps": NUM_TIMESTEPS, "prediction_type": config.prediction_type}
     if config.prediction_type == "flow_prediction":
-        return {"num_train_timesteps": NUM_TIMESTEPS, "prediction_type": config.prediction_type}
-    return {
-        "num_train_timesteps": NUM_TIMESTEPS,
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "beta_schedule": config.beta_schedule,
-        "prediction_type": config.prediction_type,
-        "variance_type": "learned_range" if config.learn_sigma else "fixed_small",
-        "clip_sample": False,
-    }
+        return common
+    variance = "learned_range" if config.learn_sigma else "fixed_small"
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": config.beta_schedule}
+    return {**common, **betas, "variance_type": variance, "clip_sample": False}
 
 
 class Objective:
@@ -58,8 +53,7 @@ class Objective:
         self.config = config
         self.is_flow = config.prediction_type == "flow_prediction"
         if not self.is_flow:
-            betas = DDPMScheduler(**scheduler_config(config)).betas.double()
-            self.alphas_cumprod = (1 - betas).cumprod(0)
+            self.alphas_cumprod = (1 - DDPMScheduler(**scheduler_config(config)).betas.double()).cumprod(0)
 
     def draw(self, seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Draws:
         """The randomness of the samples with these running numbers: a function of (seed, index) alone.
@@ -68,20 +62,18 @@ class Objective:
         covers the time axis evenly (the idea of VDM's sampler, arXiv 2107.00630, App. I.1, without its batch size).
         """
         noise = np.empty((len(indices), *shape), dtype=np.float32)
-        u = np.empty((3, len(indices)))
-        start = sample_rng(seed, 2, 0).random()
+        dropped = np.empty(len(indices))
         for row, index in enumerate(indices):
             rng = sample_rng(seed, 1, index)
-            u[1:, row] = rng.random(2)
+            dropped[row] = rng.random(2)[0]
             rng.standard_normal(out=noise[row], dtype=np.float32)
-        u[0] = (start + np.asarray(indices, dtype=np.float64) * _GOLDEN) % 1.0
+        start = sample_rng(seed, 2, 0).random()
+        u = torch.from_numpy((start + np.asarray(indices, dtype=np.float64) * _GOLDEN) % 1.0)
         if self.config.time_sampling == "logit_normal":
-            t = NUM_TIMESTEPS * torch.special.ndtri(torch.from_numpy(u[0])).sigmoid()
-        elif self.is_flow:
-            t = NUM_TIMESTEPS * torch.from_numpy(1.0 - u[0])
+            t = NUM_TIMESTEPS * torch.special.ndtri(u).sigmoid()
         else:
-            t = torch.from_numpy(np.floor(u[0] * NUM_TIMESTEPS))
-        drop = torch.from_numpy(u[1] < self.config.class_dropout_prob)
+            t = NUM_TIMESTEPS * (1.0 - u) if self.is_flow else (NUM_TIMESTEPS * u).floor()
+        drop = torch.from_numpy(dropped < self.config.class_dropout_prob)
         return Draws(t.float(), torch.from_numpy(noise), drop)
 
     def corrupt(self, x_0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,10 +88,7 @@ class Objective:
     def losses(self, sample: Tensor, target: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         """The losses of one (micro-)batch, float32 scalars: "mse", and with learn_sigma "vlb".
 
-        Args:
-            sample: The network's output (N, C or 2C, H, W).
-            target: As `corrupt` gave it.
-            x_0: Clean images, x_t: noisy ones, t: their times (the variance's loss needs them).
+        `sample` (N, C or 2C, H, W) is the network's output, (x_t, target) as `corrupt` made them of x_0 and t.
         """
         C = target.shape[1]
         losses = {"mse": (sample[:, :C].float() - target).square().mean()}
@@ -139,8 +128,6 @@ class Objective:
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """log P of 8-bit x in [-1, 1] under a Gaussian, bin by bin (DDPM, arXiv 2006.11239, eq. 13)."""
     inverse = (-log_scale).exp()
-    upper = torch.special.ndtr((x - mean + 1 / 255) * inverse)
-    lower = torch.special.ndtr((x - mean - 1 / 255) * inverse)
-    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    upper = torch.where(x > 0.999, 1.0, torch.special.ndtr((x - mean + 1 / 255) * inverse))
+    lower = torch.where(x < -0.999, 0.0, torch.special.ndtr((x - mean - 1 / 255) * inverse))
     return (upper - lower).clamp_min(1e-12).log()

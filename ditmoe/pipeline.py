@@ -22,7 +22,7 @@ from samplers.catalog import LIBRARY_ERRORS, scheduler_for
 from . import handed_in
 from .config.sections import Config
 from .data.latents import denormalize, is_normalization, read_normalization
-from .data.pixels import to_pil
+from .data.pixels import to_pil, to_pixels
 from .data.vae import check_vae, load_vae
 from .files import replacing
 from .launch.start import best_device
@@ -52,27 +52,16 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds it to a list
 
     def __init__(
-        self,
-        transformer: DiTMoETransformer2DModel,
-        scheduler: Any,
-        vae: Any = None,
-        id2label: dict[str, str] | None = None,
-        sampler: str = "ddim",
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
-        trained_steps: int | None = None,
-        latents: dict[str, Any] | None = None,
-    ) -> None:
+        self, transformer: DiTMoETransformer2DModel, scheduler: Any, vae: Any = None,
+        id2label: dict[str, str] | None = None, sampler: str = "ddim", num_inference_steps: int = 50,
+        guidance_scale: float = 1.5, trained_steps: int | None = None, latents: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
-            id2label=id2label or {},
-            sampler=sampler,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            trained_steps=trained_steps,
-            latents=latents,
-        )
+            id2label=id2label or {}, sampler=sampler, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, trained_steps=trained_steps, latents=latents,
+        )  # fmt: skip
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -80,43 +69,26 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return {int(label): name for label, name in self.config.id2label.items()}
 
     def __call__(
-        self,
-        class_labels: Sequence[int] | None = None,
-        *,
-        num_images: int | None = None,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_channels: int | None = None,
-        guidance_rule: str = "cfg",
-        epsilon_scale: float = 1.0,
-        eta: float = 0.0,
-        sampler_options: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-        output_type: str = "pil",
-        callback: Callable[..., None] | None = None,
-    ) -> ImagePipelineOutput:
+        self, class_labels: Sequence[int] | None = None, *, num_images: int | None = None, sampler: str | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
+        guidance_rule: str = "cfg", epsilon_scale: float = 1.0, eta: float = 0.0,
+        sampler_options: Mapping[str, Any] | None = None, seed: int = 0, indices: Sequence[int] | None = None,
+        output_type: str = "pil", callback: Callable[..., None] | None = None,
+    ) -> ImagePipelineOutput:  # fmt: skip
         """Images: `.images` is a list of PIL images, or with output_type "pt" a tensor (N, C, H, W) about [-1, 1].
+
+        What has no line here is as of `samplers.sample`; the steps and the guidance scale are those saved with the
+        model by default.
 
         Args:
             class_labels: One label an image; None only for a model without labels.
             num_images: How many images of a model without labels.
             sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
-            num_inference_steps: Sampling steps.
-            guidance_scale: 1 is no guidance.
-            guidance_interval: (lowest, highest) timestep, 0..1000, at which to guide, some of the run's within; None:
-                all.
-            guidance_channels: Guide only so many first channels; None: all.
-            guidance_rule: "cfg" or "cfg++", which needs a guidance_scale in 0..1.
-            epsilon_scale: lambda of epsilon scaling; 1 is off.
-            eta: Noise of DDIM, 0..1.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.
             indices: Running numbers of the images; default 0, 1, 2, ...
             output_type: "pil" or "pt".
-            callback: Called after every step with (step index, t, x_t, predicted x_0).
 
         Raises:
             ValueError: A label out of range, a sampler that does not fit, or another value that cannot be used.
@@ -130,44 +102,27 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
-        generators = image_generators(seed, indices)
-        net = self.transformer
-        size = net.config.sample_size
-        x = sample(
-            net,
-            scheduler,
-            initial_noise(generators, (net.config.in_channels, size, size), net.device),
-            num_inference_steps=scheduler.num_inference_steps,
-            class_labels=None if labels is None else labels.to(net.device),
-            null_label=net.null_label,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_channels=guidance_channels,
-            guidance_rule=guidance_rule,
-            epsilon_scale=epsilon_scale,
-            eta=eta,
-            generators=generators,
-            callback=callback,
+        net, generators = self.transformer, image_generators(seed, indices)
+        shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
+        x = self.decode(sample(
+            net, scheduler, initial_noise(generators, shape, net.device), class_labels=labels,
+            num_inference_steps=scheduler.num_inference_steps, null_label=net.null_label, guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval, guidance_channels=guidance_channels, guidance_rule=guidance_rule,
+            epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,
             progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
-        )
-        x = self.decode(x)
-        return ImagePipelineOutput(images=to_pil(x) if output_type == "pil" else x)
-
-    def _scheduler_config(self) -> dict[str, Any]:
-        """The saved config, with what the network decides, whichever sampler it was saved with."""
-        net = self.transformer.config
-        learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
-        return {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
+        ))  # fmt: skip
+        return ImagePipelineOutput(images=[to_pil(p) for p in to_pixels(x)] if output_type == "pil" else x)
 
     def scheduler_for(
-        self,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
+        self, sampler: str | None = None, num_inference_steps: int | None = None,
         sampler_options: Mapping[str, Any] | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """What a call with these arguments samples with; its `timesteps` are set, one a network call."""
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        return scheduler_for(sampler or self.config.sampler, self._scheduler_config(), steps, sampler_options)
+        net = self.transformer.config  # it decides, whichever sampler it was saved with
+        learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
+        config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
+        return scheduler_for(sampler or self.config.sampler, config, steps, sampler_options)
 
     def network_calls(self, sampler: str | None = None, num_inference_steps: int | None = None) -> int:
         """NFE: network calls an image; each is two passes where guidance applies."""
@@ -186,7 +141,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             parts = latents.to(self.vae.dtype).split(_DECODED_AT_ONCE)
             return torch.cat([self.vae.decode(part).sample.float() for part in parts])
 
-    def _labels(self, class_labels: Sequence[int] | None, num_images: int | None) -> tuple[Tensor | None, int]:
+    def _labels(self, class_labels: Sequence[int] | None, num_images: int | None) -> tuple[list[int] | None, int]:
         classes = self.transformer.config.num_classes
         if not classes:
             if class_labels is not None:
@@ -194,38 +149,33 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             return None, 1 if num_images is None else num_images
         if class_labels is None:
             raise ValueError(f"this model needs class_labels, each in 0..{classes - 1}")
-        wrong = [label for label in class_labels if not 0 <= label < classes]
-        if wrong:
+        if wrong := [label for label in class_labels if not 0 <= label < classes]:
             raise ValueError(f"label {wrong[0]} is out of range: this model has classes 0..{classes - 1}")
-        return torch.tensor(list(class_labels), dtype=torch.int64), len(class_labels)
+        return [int(label) for label in class_labels], len(class_labels)
 
 
 def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
     """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
 
-    On the CPU, or with `fast` where this machine computes fast.
-
-    Raises:
-        ValueError: There is no pipeline; it says what was looked for. Or what is there is not one of ours.
+    On the CPU, or with `fast` where this machine computes fast. Raises ValueError where there is no pipeline, saying
+    what was looked for, or where what is there is not one of ours.
     """
-    for place in (folder, folder / "model"):
-        if (place / "model_index.json").is_file():
-            try:
-                _check(place)
-                logging.disable_progress_bar()
-                pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(
-                    place, local_files_only=True, use_safetensors=True
-                )
-                if any(v.is_meta for part in (pipe.transformer, pipe.vae) if part for v in part.parameters()):
-                    raise ValueError("its weights are not in the files that diffusers reads")
-                pipe.transformer.float()
-                if pipe.vae is not None and pipe.config.latents is not None:
-                    check_vae(pipe.vae, pipe.config.latents)
-                return pipe.to(best_device()) if fast else pipe
-            except (OSError, *LIBRARY_ERRORS) as error:
-                sentence = " ".join(str(error).split())
-                raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
-    raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+    place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
+    if place is None:
+        raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+    try:
+        _check(place)
+        logging.disable_progress_bar()
+        pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True)
+        if any(v.is_meta for part in (pipe.transformer, pipe.vae) if part for v in part.parameters()):
+            raise ValueError("its weights are not in the files that diffusers reads")
+        pipe.transformer.float()
+        if pipe.vae is not None and pipe.config.latents is not None:
+            check_vae(pipe.vae, pipe.config.latents)
+        return pipe.to(best_device()) if fast else pipe
+    except (OSError, *LIBRARY_ERRORS) as error:
+        sentence = " ".join(str(error).split())
+        raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
 
 
 def _check(folder: Path) -> dict[str, Any]:
@@ -235,21 +185,15 @@ def _check(folder: Path) -> dict[str, Any]:
 
 
 def assemble(
-    model: DiTMoETransformer2DModel,
-    config: Config,
-    id2label: dict[int, str],
-    data_variance: float | None = None,
-    trained_steps: int | None = None,
-    latents: dict[str, Any] | None = None,
-) -> DiTMoEPipeline:
+    model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str], data_variance: float | None = None,
+    trained_steps: int | None = None, latents: dict[str, Any] | None = None,
+) -> DiTMoEPipeline:  # fmt: skip
     """The pipeline of a trained network, with the sampling defaults of its configuration.
 
     `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
     latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
-    data does; the VAE is in it where `data.vae` gives one.
-
-    Raises:
-        ValueError: The sampler does not fit the network, or the VAE is not that of the latents.
+    data does; the VAE is in it where `data.vae` gives one. Raises ValueError where the sampler does not fit the
+    network, or the VAE is not that of the latents.
     """
     known = {} if data_variance is None else {"data_variance": data_variance}
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
@@ -279,33 +223,24 @@ def trained_steps(folder: Path) -> int | None:
 def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
     """Write a pipeline folder; an older one at the same place is replaced once the new one is on the disk.
 
-    Args:
-        pipeline: What is saved.
-        folder: Where.
-        weights: The transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
-            meta device, whose weights are nowhere in one piece. None takes its own.
+    `weights` are the transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
+    meta device, whose weights are nowhere in one piece. None takes its own.
     """
     with replacing(folder) as temporary:
         if weights is None:
             pipeline.save_pretrained(temporary)
-        else:
-            _save_in_lots(pipeline, temporary, weights)
-
-
-def _save_in_lots(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]]) -> None:
-    """diffusers' layout of a sharded model: one safetensors file a lot, and an index."""
-    pipeline.save_config(folder)
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
-    if pipeline.vae is not None:
-        pipeline.vae.save_pretrained(folder / "vae")
-    pipeline.transformer.save_config(folder / "transformer")
-    where: dict[str, str] = {}
-    size = 0
-    for number, lot in enumerate(weights, start=1):
-        name = f"diffusion_pytorch_model-{number:05d}.safetensors"
-        save_file({key: value.contiguous() for key, value in lot.items()}, folder / "transformer" / name)
-        where |= dict.fromkeys(lot, name)
-        size += sum(value.nbytes for value in lot.values())
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    text = json.dumps(index, indent=1) + "\n"
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+            return
+        pipeline.save_config(temporary)
+        for name, part in pipeline.components.items():
+            if name != "transformer" and part is not None:
+                part.save_pretrained(temporary / name)
+        pipeline.transformer.save_config(transformer := temporary / "transformer")
+        where: dict[str, str] = {}
+        size = 0
+        for number, lot in enumerate(weights, start=1):  # diffusers' layout of a sharded model
+            name = f"diffusion_pytorch_model-{number:05d}.safetensors"
+            save_file({key: value.contiguous() for key, value in lot.items()}, transformer / name)
+            where |= dict.fromkeys(lot, name)
+            size += sum(value.nbytes for value in lot.values())
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n"
+        (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(text)

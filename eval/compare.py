@@ -41,9 +41,9 @@ def differences(reports: Sequence[Report]) -> dict[str, list[Any]]:
 
     What is unknown of some of them (how images were made that another program wrote) does not count as different.
     """
-    values = {name: [field(report, name) for report in reports] for name in PROTOCOL}
     differing = {}
-    for name, found in values.items():
+    for name in PROTOCOL:
+        found = [field(report, name) for report in reports]
         known = [value for value in found if value is not None] if name.startswith(MAY_BE_UNKNOWN) else found
         if any(value != known[0] for value in known):
             differing[name] = found
@@ -52,8 +52,8 @@ def differences(reports: Sequence[Report]) -> dict[str, list[Any]]:
 
 def unknowns(reports: Sequence[Report]) -> list[str]:
     """Protocol fields of the images that some reports have and others do not."""
-    names = [name for name in PROTOCOL if name.startswith("generation.")]
-    return [name for name in names if len({field(report, name) is None for report in reports}) == 2]
+    mixed = (name for name in PROTOCOL if len({field(report, name) is None for report in reports}) == 2)
+    return [name for name in mixed if name.startswith("generation.")]
 
 
 def read_report(path: Path) -> Report:
@@ -62,24 +62,22 @@ def read_report(path: Path) -> Report:
     if not isinstance(report, dict):
         raise ValueError(f"{path}: holds no report")
     try:
-        check_report(report)
+        return check_report(report)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; write it again with python -m eval.fid") from error
-    return report
 
 
 def table(paths: Sequence[Path], reports: Sequence[Report]) -> str:
     """Markdown: a row a report, a column a score that all have, best first where the protocols agree."""
-    order = list(range(len(reports)))
+    rows = list(zip(paths, reports, strict=True))
     names = [name for name in reports[0]["scores"] if all(name in report["scores"] for report in reports)]
     if not differences(reports) and reports[0]["metric"].startswith(LOWER_IS_BETTER):
-        order.sort(key=lambda i: reports[i]["value"])
+        rows.sort(key=lambda row: row[1]["value"])
     heads = names or ["metric", "value"]
     lines = ["| report | images | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
-    for i in order:
-        report = reports[i]
+    for path, report in rows:
         values = [f"{report['scores'][name]:.6g}" for name in names] or [report["metric"], f"{report['value']:.6g}"]
-        lines.append(f"| {cell(paths[i])} | {cell(report['images']['path'])} | {' | '.join(values)} |")
+        lines.append(f"| {cell(path)} | {cell(report['images']['path'])} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 

@@ -60,11 +60,8 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m eval.fid") -> int:
     """Exit code: 0 done, 2 the user's mistake (a sentence on stderr). A bug keeps its traceback."""
-    arguments = tyro.cli(Arguments, args=argv, prog=prog)
-    options = {k: v for k, v in vars(arguments).items() if k not in ("images", "ref", "out")}
-    return together(
-        lambda processes: score_and_show(arguments.images, arguments.ref, arguments.out, processes, **options)
-    )
+    options = vars(tyro.cli(Arguments, args=argv, prog=prog))
+    return together(lambda processes: score_and_show(processes=processes, **options))
 
 
 def score_and_show(
@@ -74,7 +71,7 @@ def score_and_show(
 
     Raises ValueError as `score` does, and for a file that cannot be written.
     """
-    processes.agree(lambda: _check_out(out, processes))
+    processes.agree(lambda: check_out(out, ".json", processes))
     folder = statistics.default_folder() if cache else None
     report = score(images, ref, **options, cache=folder, progress=True, processes=processes)
     if processes.rank:
@@ -97,7 +94,7 @@ def scorer(
     """
 
     def prepare() -> None:
-        _check_out(out, processes)
+        check_out(out, ".json", processes)
         check_sources((None, open_source(ref)), options["metrics"], options["extractor"])
 
         from eval.networks.extractors import load_extractor
@@ -108,12 +105,6 @@ def scorer(
     return lambda drawn: score_and_show(
         Images(**drawn) if isinstance(drawn, dict) else drawn, ref, out, processes, **options
     )
-
-
-def _check_out(out: Path | None, processes: Processes) -> None:
-    """`check_out` where the report will be written: by the first process, whose disk alone may have the folder."""
-    if out is not None and not processes.rank:
-        check_out(out, ".json")
 
 
 if __name__ == "__main__":

@@ -24,24 +24,17 @@ REAL_SHARE = 0.01  # share of real images that the copy rule flags, by construct
 
 
 def judge(
-    images: UInt8Array,
-    labels: IndexArray | None,
-    train: UInt8Array,
-    train_labels: IndexArray,
-    held_out: tuple[UInt8Array, IndexArray] | None,
-    names: Sequence[str],
-    seed: int = 0,
-    mirrored: bool = False,
-) -> dict[str, Any]:
+    images: UInt8Array, labels: IndexArray | None, train: UInt8Array, train_labels: IndexArray,
+    held_out: tuple[UInt8Array, IndexArray] | None, names: Sequence[str], seed: int = 0, mirrored: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Both answers for generated images as JSON values: {"classes": ... or None without labels, "copies": ...}.
 
     Args:
-        images: uint8 (N, H, W, C), generated; labels (N,) are what was asked for, None of a model without classes.
-        train: uint8 (n, H, W, C), what the model was trained on, with train_labels (n,).
+        images: generated; labels (N,) are what was asked for, None of a model without classes.
+        train: what the model was trained on, with train_labels (n,), and, where `mirrored`, on the mirror images too.
         held_out: real images that it never saw, with labels. None: a tenth of the training images is kept from the
             classifier to try it on, and the copy rule compares training images with each other.
         names: of the classes; seed: of the classifier.
-        mirrored: the model was also trained on the mirror images.
     """
     classes = None
     if labels is not None and names:
@@ -52,25 +45,18 @@ def judge(
         by_class = {names[c]: float(right[labels == c].mean()) for c in np.unique(labels)}
         weakest = min(by_class, key=lambda name: by_class[name])
         classes = {
-            "accuracy": float(right.mean()),
-            "real_accuracy": accuracy(classifier, real, real_labels),
-            "worst": [weakest, by_class[weakest]],
-            "by_class": by_class,
-            "num_train": min(len(train) - cut, PASSES),
-            "num_real": len(real),
-        }
-    copies = nearest_copies(
-        images, np.concatenate([train, train[:, :, ::-1]]) if mirrored else train, held_out[0] if held_out else None
-    )
+            "accuracy": float(right.mean()), "real_accuracy": accuracy(classifier, real, real_labels),
+            "worst": [weakest, by_class[weakest]], "by_class": by_class,
+            "num_train": min(len(train) - cut, PASSES), "num_real": len(real),
+        }  # fmt: skip
+    known = np.concatenate([train, train[:, :, ::-1]]) if mirrored else train
+    copies = nearest_copies(images, known, held_out[0] if held_out else None)
     numbers = {k: v for k, v in vars(copies).items() if not isinstance(v, np.ndarray)}
     return {"classes": classes, "copies": {**numbers, "definition": copies.definition}}
 
 
-# ---- does it show its class
-
-
 class Classifier(nn.Module):
-    """A small convolutional network: pixels (n, C, H, W) in [-1, 1] to logits (n, num_classes)."""
+    """A small convolutional network."""
 
     def __init__(self, channels: int, size: tuple[int, int], num_classes: int) -> None:
         super().__init__()
@@ -90,26 +76,18 @@ class Classifier(nn.Module):
     def predict(self, images: UInt8Array) -> IndexArray:
         """The most likely class (n,) of uint8 images (n, H, W, C)."""
         self.eval()
-        parts = [self(part).argmax(1) for part in _pixels(images).split(500)]
-        found: IndexArray = torch.cat(parts).numpy()
+        found: IndexArray = torch.cat([self(part).argmax(1) for part in _pixels(images).split(500)]).numpy()
         return found
 
 
 def train_classifier(
     images: UInt8Array, labels: IndexArray, seed: int = 0, *, num_classes: int | None = None
 ) -> Classifier:
-    """A classifier trained on real images, within a fixed budget of `PASSES` image passes.
+    """A classifier of real images (n, H, W, C), H and W at least 4, trained within a budget of `PASSES` image passes.
 
-    Weights and order are a function of (images, labels, seed) on one machine; torch's global random
-    state is left alone. No augmentation: on the digits, shifts by a pixel cost accuracy.
-
-    Args:
-        images: uint8 (n, H, W, C), real training images, H and W at least 4.
-        labels: (n,) integers in [0, num_classes).
-        num_classes: one more than the largest label when None.
-
-    Raises:
-        ValueError: images and labels do not match, or there are none.
+    Weights and order are a function of (images, labels, seed) on one machine; torch's global random state is left
+    alone. No augmentation: on the digits, shifts by a pixel cost accuracy. `labels` (n,) are in [0, num_classes), which
+    is one more than the largest label when None. Raises ValueError where images and labels do not match or are none.
     """
     if images.ndim != 4 or len(images) != len(labels) or not len(images):
         raise ValueError(f"images {images.shape} and labels {labels.shape} do not match; give (n, H, W, C), (n,)")
@@ -150,9 +128,6 @@ def accuracy(classifier: Classifier, images: UInt8Array, labels: IndexArray) -> 
     return float((classifier.predict(images) == labels).mean())
 
 
-# ---- is it a copy
-
-
 @dataclass(frozen=True)
 class Copies:
     """How many generated images are copies of training images, by `nearest_copies`.
@@ -165,34 +140,25 @@ class Copies:
     images is itself uncertain: the true share of real images below it is 1 % give or take about 1 / sqrt(100 n).
     """
 
-    share: float
-    """Of the generated images that count as copies, in [0, 1]."""
-    real_share: float
-    """The same of the real images that set the threshold: 0.01, up to steps of 1 / num_real."""
-    threshold: float
-    """A ratio up to this is a copy."""
-    distance: float
-    """Median over generated images to the nearest training image: RMS over pixels, in grey levels of 255."""
-    real_distance: float
-    """The same for the real images."""
-    ratios: Float32Array
-    """(n,), of the generated images."""
-    nearest: IndexArray
-    """(n,), index of the nearest training image of each."""
+    share: float  # of the generated images that count as copies, in [0, 1]
+    real_share: float  # the same of the real images that set the threshold: 0.01, up to steps of 1 / num_real
+    threshold: float  # a ratio up to this is a copy
+    distance: float  # median over generated images to the nearest training image: RMS over pixels, levels of 255
+    real_distance: float  # the same for the real images
+    ratios: Float32Array  # (n,), of the generated images
+    nearest: IndexArray  # (n,), index of the nearest training image of each
     num_train: int
     num_real: int
-    held_out: bool
-    """The real images were held out; else training images, each compared with all others."""
+    held_out: bool  # the real images were held out; else training images, each compared with all others
 
     @property
     def definition(self) -> str:
         """The rule in one sentence, for the reader of a report."""
         real = "held-out real images" if self.held_out else "training images, each against the rest"
         return (
-            f"A sample counts as a copy when its pixel distance (L2) to the nearest of "
-            f"{self.num_train:,} training images is at most {self.threshold:.2f} times its mean "
-            f"distance to the next {NEIGHBOURS - 1}; by the choice of that factor "
-            f"{self.real_share:.1%} of {self.num_real:,} {real} do."
+            f"A sample counts as a copy when its pixel distance (L2) to the nearest of {self.num_train:,} training "
+            f"images is at most {self.threshold:.2f} times its mean distance to the next {NEIGHBOURS - 1}; by the "
+            f"choice of that factor {self.real_share:.1%} of {self.num_real:,} {real} do."
         )
 
 
@@ -210,49 +176,32 @@ def nearest_copies(
     "no copying seen", not "1 % copies".
 
     Args:
-        generated: uint8 (n, H, W, C).
-        train: uint8 (m, H, W, C), what the model was trained on; m > 5.
-        held_out: uint8 (o, H, W, C), real images it never saw. None, for a set without any: training images stand in,
-            each compared with all others; the rule knows nothing of the model.
+        generated, train, held_out: uint8 (n, H, W, C), (m, H, W, C), what the model was trained on, m > 5, and
+            (o, H, W, C), real images it never saw. None, for a set without any: training images stand in.
         most: at most this many real images set the threshold (evenly chosen).
 
-    Raises:
-        ValueError: sizes differ, or there are too few images.
+    Raises ValueError where sizes differ or there are too few images.
     """
     real = train if held_out is None else held_out
     shapes = {images.shape[1:] for images in (generated, train, real)}
     if len(shapes) != 1:
         raise ValueError(f"images of different sizes {sorted(shapes)} cannot be compared; use one")
     if len(train) <= NEIGHBOURS or not len(real) or not len(generated):
-        raise ValueError(
-            f"{len(generated)} generated, {len(train)} training and {len(real)} held-out images are "
-            f"too few to look for copies; use at least 1, {NEIGHBOURS + 1} and 1"
-        )
+        found = f"{len(generated)} generated, {len(train)} training and {len(real)} held-out images"
+        raise ValueError(f"{found} are too few to look for copies; use at least 1, {NEIGHBOURS + 1} and 1")
     pixels = _pixels(train).flatten(1)
     rows = np.linspace(0, len(real) - 1, min(most, len(real))).astype(np.int64)
     r_real, d_real, _ = _ratios(real[rows], pixels, own=rows if held_out is None else None)
     ratios, distances, nearest = _ratios(generated, pixels)
-    threshold = _quantile(r_real)
+    # the largest ratio that 1 % of them reach from below; of fewer than 100, below all; at least 0: exact copies
+    rank, ordered = int(REAL_SHARE * len(rows)), np.sort(r_real)
+    threshold = max(0.0, float(ordered[rank - 1] if rank else np.nextafter(ordered[0], np.float32(-1))))
     to_levels = 127.5 / pixels.shape[1] ** 0.5
     return Copies(
-        share=float((ratios <= threshold).mean()),
-        real_share=float((r_real <= threshold).mean()),
-        threshold=threshold,
-        distance=float(np.median(distances)) * to_levels,
-        real_distance=float(np.median(d_real)) * to_levels,
-        ratios=ratios,
-        nearest=nearest,
-        num_train=len(train),
-        num_real=len(rows),
-        held_out=held_out is not None,
-    )
-
-
-def _quantile(ratios: Float32Array) -> float:
-    """The largest ratio that 1 % of them reach from below; of fewer than 100, below all. At least 0: exact copies."""
-    rank = int(REAL_SHARE * len(ratios))
-    ordered = np.sort(ratios)
-    return max(0.0, float(ordered[rank - 1] if rank else np.nextafter(ordered[0], np.float32(-1))))
+        share=float((ratios <= threshold).mean()), real_share=float((r_real <= threshold).mean()), threshold=threshold,
+        distance=float(np.median(distances)) * to_levels, real_distance=float(np.median(d_real)) * to_levels,
+        ratios=ratios, nearest=nearest, num_train=len(train), num_real=len(rows), held_out=held_out is not None,
+    )  # fmt: skip
 
 
 def _ratios(
@@ -261,8 +210,7 @@ def _ratios(
     """r, d_1 and the index of the nearest, each (n,), of images among pixels (m, P) but for `own`."""
     squares = pixels.square().sum(1)
     distances, indices = [], []
-    parts = _pixels(images).flatten(1).split(256)
-    for k, part in enumerate(parts):
+    for k, part in enumerate(_pixels(images).flatten(1).split(256)):
         rough = torch.addmm(squares, part, pixels.T, alpha=-2)  # (256, m), less |part|^2
         if own is not None:
             rough[torch.arange(len(part)), torch.from_numpy(own[256 * k :][:256])] = torch.inf
@@ -281,9 +229,9 @@ def _pixels(images: UInt8Array) -> Tensor:
     parts = []
     for start in range(0, len(images), 1000):
         x = torch.from_numpy(images[start : start + 1000].astype(np.float32)).permute(0, 3, 1, 2)
-        if max(x.shape[2:]) > LARGEST_SIDE:
-            scale = LARGEST_SIDE / max(x.shape[2:])
-            height, width = (max(4, round(side * scale)) for side in x.shape[2:])
+        largest = max(x.shape[2:])
+        if largest > LARGEST_SIDE:
+            height, width = (max(4, round(side * (LARGEST_SIDE / largest))) for side in x.shape[2:])
             x = F.adaptive_avg_pool2d(x, (height, width))
         parts.append(x / 127.5 - 1)
     return torch.cat(parts).contiguous()

@@ -4,7 +4,7 @@ Shapes: n images, b in a batch, D features, C classes.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from eval.metrics.frechet import FeatureStatistics, Gaussian
 from eval.metrics.inception_score import InceptionSums, Score
-from eval.processes import Processes, SharedError
+from eval.processes import ALONE, Processes, SharedError
 from eval.progress import progress as shown_progress
 from eval.sources.arrays import Float32Array, IndexArray, UInt8Array
 from eval.sources.images import Images, Statistics
@@ -26,21 +26,13 @@ Classify = Callable[[UInt8Array], npt.NDArray[np.integer[Any]]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to collect besides the moments of the pooled features.
+    """What to collect besides the moments of the pooled features."""
 
-    Attributes:
-        spatial: Moments of sFID's features.
-        logits: The Inception Score.
-        keep: Feature rows to keep for KID, precision and recall; 0 for none.
-        seed: Chooses those rows.
-        classify: uint8 images (b, H, W, C) -> classes (b,), to count how many have their label.
-    """
-
-    spatial: bool = False
-    logits: bool = False
-    keep: int = 0
-    seed: int = 0
-    classify: Classify | None = None
+    spatial: bool = False  # moments of sFID's features
+    logits: bool = False  # the Inception Score
+    keep: int = 0  # feature rows to keep for KID, precision and recall; 0 for none
+    seed: int = 0  # chooses those rows
+    classify: Classify | None = None  # uint8 images (b, H, W, C) -> classes (b,), to count how many have their label
 
 
 @dataclass(frozen=True)
@@ -61,27 +53,18 @@ class Measured:
 
 
 def measure(
-    source: Images,
-    net: "Extractor",
-    wanted: Wanted,
-    num: int | None = None,
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-    processes: Processes | None = None,
-) -> Measured:
+    source: Images, net: "Extractor", wanted: Wanted, num: int | None = None, *,
+    batch_size: int = 64, progress: bool = False, processes: Processes = ALONE,
+) -> Measured:  # fmt: skip
     """Read, look, add up: the first `num` images of a source, or all.
 
     The batches are the same for any number of processes; each takes its share and the sums are added at the end.
     Raises ValueError, in every process, where an image or a feature is bad in one of them.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} must be at least 1")
-    processes = processes or Processes()
     count = source.count if num is None else num
     pass_ = _Pass(source, net, wanted, count)
-    total = -(-count // batch_size) - processes.rank
-    total = min(batch_size * -(-total // processes.world), count)
+    batches = -(-count // batch_size) - processes.rank
+    total = min(batch_size * -(-batches // processes.world), count)
 
     def look() -> None:
         with shown_progress(total, source.path, shown=progress and not processes.rank) as tell:
@@ -94,13 +77,11 @@ def measure(
 
 
 class _Pass:
-    """The accumulators of one pass."""
-
     def __init__(self, source: Images, net: "Extractor", wanted: Wanted, count: int) -> None:
         self.source, self.net, self.wanted, self.count = source, net, wanted, count
         self.moments = FeatureStatistics(net.num_features)
         self.spatial = FeatureStatistics() if wanted.spatial else None
-        self.inception: InceptionSums | None = None
+        self.inception: InceptionSums | None = None  # the first logits say how many classes there are
         self.chosen = chosen_indices(count, wanted.keep, wanted.seed) if wanted.keep else np.arange(0)
         self.rows: dict[int, Float32Array] = {}  # of the chosen images, each (D,)
         self.right = 0
@@ -110,8 +91,7 @@ class _Pass:
         found = features_of(self.net, batch)
         pool = found.pool.numpy()
         self.moments.update(pool)
-        for k in np.flatnonzero(np.isin(indices, self.chosen)):
-            self.rows[int(indices[k])] = pool[k].copy()
+        self.rows |= {int(indices[k]): pool[k].copy() for k in np.flatnonzero(np.isin(indices, self.chosen))}
         if self.spatial is not None:
             assert found.spatial is not None
             self.spatial.update(found.spatial.numpy())
@@ -132,7 +112,6 @@ class _Pass:
         self.moments.merge(processes)
         if self.spatial is not None:
             self.spatial.merge(processes)
-        inception = self._merged_inception(processes)
         parts = processes.gather((self.digests, self.source.bad, self.right, self.rows))
         digests = {i: digest for part in parts for i, digest in part[0].items()}
         bad = sorted({name for part in parts for name in part[1]})
@@ -143,41 +122,38 @@ class _Pass:
         assert bad or len(rows) == len(self.chosen), (len(rows), len(self.chosen))
         assert self.moments.n == len(digests), (self.moments.n, len(digests))
 
-        def sha256(indices: list[int]) -> str:
-            joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in indices)
+        def sha256(indices: Iterable[int]) -> str:
+            joined = repr(self.source.shape[:2]).encode() + b"".join(digests[i] for i in sorted(indices))
             return hashlib.sha256(joined).hexdigest()
 
-        facts = {"path": self.source.path, "kind": self.source.kind, "sha256": sha256(sorted(digests))}
+        facts = {
+            "path": self.source.path, "kind": self.source.kind, "sha256": sha256(digests),
+            "shape": list(self.source.shape), "generation": self.source.facts or None,
+        }  # fmt: skip
+        spatial = self.spatial.gaussian() if self.spatial else None
+        keep = self.wanted.keep > 0
+        accuracy = sum(part[2] for part in parts) / self.moments.n if self.wanted.classify else None
         return Measured(
-            self.moments.gaussian(),
-            self.moments.n,
-            self.source.shape,
-            {**facts, "shape": list(self.source.shape), "generation": self.source.facts or None},
-            spatial=self.spatial.gaussian() if self.spatial else None,
-            features=features if self.wanted.keep else None,
-            rows_seed=self.wanted.seed if self.wanted.keep else None,
-            rows_sha256=sha256(sorted(rows)) if self.wanted.keep else None,
-            inception=inception,
-            accuracy=sum(part[2] for part in parts) / self.moments.n if self.wanted.classify else None,
-            bad=bad,
-        )
+            self.moments.gaussian(), self.moments.n, self.source.shape, facts, spatial, features if keep else None,
+            self.wanted.seed if keep else None, sha256(rows) if keep else None,
+            self._merged_inception(processes), accuracy, bad,
+        )  # fmt: skip
 
     def _merged_inception(self, processes: Processes) -> Score | None:
         if not self.wanted.logits:
             return None
-        classes = processes.gather(self.inception and self.inception.sum_p.shape[1])[0]  # it has the first batch
-        sums = self.inception or InceptionSums(self.count, classes)
+        classes = processes.gather(self.inception and self.inception.sum_p.shape[1])  # the first has the first batch
+        sums = self.inception or InceptionSums(self.count, classes[0])
         sums.count, sums.sum_p = processes.total(sums.count), processes.total(sums.sum_p)
         sums.sum_p_log_p = processes.total(sums.sum_p_log_p)
         return sums.compute()
 
 
 def chosen_indices(n: int, size: int, seed: int) -> IndexArray:
-    """min(n, size) different indices of range(n), ascending; all of range(n) when size >= n.
+    """min(n, size) different indices of range(n), ascending, each such subset as likely as another.
 
-    Every subset of that size is equally likely. The draw is numpy.random.RandomState(seed).choice
-    without replacement: NumPy has frozen RandomState's streams (NEP 19) but not those of its newer
-    Generator, and a score made today should keep its images after an upgrade.
+    The draw is numpy.random.RandomState(seed).choice: NumPy has frozen RandomState's streams (NEP 19) but not those of
+    its newer Generator, and a score made today should keep its images after an upgrade.
 
     Raises ValueError when n < 0 or size < 1.
     """
@@ -192,9 +168,8 @@ def features_of(net: "Extractor", batch: UInt8Array) -> "Features":
     """An extractor's features of uint8 images (b, H, W, C)."""
     import torch
 
-    pixels = torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device)
     with torch.inference_mode():
-        found = net.features(pixels)
+        found = net.features(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).to(net.center.device))
     spatial, logits = (None if part is None else part.cpu() for part in (found.spatial, found.logits))
     return found._replace(pool=found.pool.cpu(), spatial=spatial, logits=logits)
 
@@ -207,10 +182,8 @@ def of_statistics(source: Statistics, net: "Extractor") -> Measured:
     rows: dict[str, Any] = {}
     if source.features is not None:
         rows = source.facts.get("rows") or {"sha256": hashlib.sha256(source.features.tobytes()).hexdigest()}
-    return Measured(
-        source.gaussian, source.facts.get("count"), None, facts, source.spatial, source.features,
-        rows_seed=rows.get("seed"), rows_sha256=rows.get("sha256"),
-    )  # fmt: skip
+    kept = source.features, rows.get("seed"), rows.get("sha256")
+    return Measured(source.gaussian, source.facts.get("count"), None, facts, source.spatial, *kept)
 
 
 def misfit(source: Statistics, net: "Extractor") -> str | None:

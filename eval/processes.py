@@ -22,15 +22,10 @@ GRACE = 2.0  # launchers hand on the signals that they get: one request may arri
 
 
 class Processes(NamedTuple):
-    """This process among those that work together; the methods do nothing where it is alone.
+    """This process among those that work together; the methods do nothing where it is alone."""
 
-    Attributes:
-        rank: Its number.
-        world: How many there are.
-    """
-
-    rank: int = 0
-    world: int = 1
+    rank: int = 0  # its number
+    world: int = 1  # how many there are
 
     def total(self, values: FloatArray) -> FloatArray:
         """The sum over processes, float64 in and out, the same bits in every process."""
@@ -61,30 +56,30 @@ class Processes(NamedTuple):
         """
         if self.world == 1:
             return work()
-        found, error = None, None
+        error, mine = None, None
         try:
             found = work()
         except Exception as caught:
-            error = caught
-        mine = None if error is None else (isinstance(error, ValueError) and is_ours(error), str(error) or repr(error))
+            error, mine = caught, (isinstance(caught, ValueError) and is_ours(caught), str(caught) or repr(caught))
         failed = [(rank, *each) for rank, each in enumerate(self.gather(mine)) if each is not None]
-        if error is not None and not (mine and mine[0]):
+        if error is not None and mine and not mine[0]:
             raise error
         for _, mistake, sentence in failed:
             if mistake:
                 raise SharedError(sentence) from error
         if failed:
             raise RuntimeError(f"process {failed[0][0]} failed: {failed[0][2]}")
-        return found  # type: ignore[return-value]
+        return found
+
+
+ALONE = Processes()
 
 
 def join() -> Processes:
-    """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo.
-
-    A process that was started by itself is alone.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes()
+    """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if int(world) == 1:
+        return ALONE
     import torch.distributed
 
     if not torch.distributed.is_initialized():
@@ -92,7 +87,6 @@ def join() -> Processes:
         try:
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
         except ValueError as error:
-            world = os.environ["WORLD_SIZE"]
             raise ValueError(f"WORLD_SIZE is {world}, but {error}; use torchrun or accelerate launch") from error
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -105,7 +99,7 @@ def together(work: Callable[[Processes], None]) -> int:
     A mistake that all have agreed on is told by the first process, any other by the process that met it.
     143: stopped by SIGTERM, SIGINT or SIGUSR1. A bug, a library's ValueError too, keeps its traceback.
     """
-    processes = Processes()
+    processes = ALONE
     try:
         with stoppable():
             try:
@@ -161,13 +155,12 @@ def stoppable() -> Iterator[None]:
             raise Stopped(f"stopped by {signal.Signals(number).name}")
 
     def watch() -> None:
-        first = 0.0
+        came: list[float] = []
         while number := os.read(come, 1):
-            if number[0] in SIGNALS:
-                first = first or time.monotonic()
-                if time.monotonic() - first > GRACE:
-                    os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
-                    os._exit(STOPPED)
+            came += [time.monotonic()] if number[0] in SIGNALS else []
+            if came and came[-1] - came[0] > GRACE:
+                os.write(2, b"stopped at once by a second signal; nothing more was saved\n")
+                os._exit(STOPPED)
         os.close(come)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -16,6 +16,7 @@ from eval.score import check_options
 from eval.sources.images import Images, Statistics
 from eval.sources.npz import MAX_ROWS
 from eval.sources.open import open_source
+from eval.statistics import write_statistics
 
 if TYPE_CHECKING:
     from eval.networks.extractors import Extractor
@@ -50,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(arguments: Arguments, processes: Processes) -> None:
     """Measure and write the file. Raises ValueError for the user's mistakes."""
     source, net = processes.agree(lambda: _prepared(arguments, processes))
-    from eval.statistics import write_statistics
-
     wanted = Wanted(spatial=net.fid_named, keep=arguments.keep, seed=arguments.seed)
     found = measure(source, net, wanted, batch_size=arguments.batch_size, progress=True, processes=processes)
     if not processes.rank:
@@ -61,8 +60,7 @@ def write(arguments: Arguments, processes: Processes) -> None:
 
 def _prepared(arguments: Arguments, processes: Processes) -> tuple[Images, "Extractor"]:
     """The images and the network, once everything is found good that can be told before the work."""
-    if not processes.rank:
-        check_out(arguments.out, ".npz")
+    check_out(arguments.out, ".npz", processes)
     check_options(arguments.batch_size, arguments.keep or 2, arguments.seed, 0, ())
     if arguments.keep > MAX_ROWS:
         raise ValueError(f"keep {arguments.keep} must be at most {MAX_ROWS}")
@@ -70,10 +68,8 @@ def _prepared(arguments: Arguments, processes: Processes) -> tuple[Images, "Extr
     if isinstance(source, Statistics):
         raise ValueError(f"{arguments.images}: these are statistics already; give images")
     if source.statistics is not None:
-        raise ValueError(
-            f"{arguments.images}: holds statistics already, which its images may be a small part of; "
-            "give it to --ref as it is"
-        )
+        found = "holds statistics already, which its images may be a small part of; give it to --ref as it is"
+        raise ValueError(f"{arguments.images}: {found}")
     from eval.networks.extractors import best_device, load_extractor
 
     return source, load_extractor(arguments.extractor, arguments.weights).to(best_device())

@@ -17,6 +17,7 @@ import PIL
 from eval import strict_json
 from eval.measure import Measured
 from eval.metrics.inception_score import SPLIT_SIZE
+from eval.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from eval.networks.extractors import Extractor
@@ -28,70 +29,44 @@ NUMBER, NONE = (int, float), type(None)
 
 # What every report holds, beside the metric's own key, which repeats `value`.
 SCHEMA: dict[str, Any] = {
-    "metric": str,
-    "value": NUMBER,
-    "scores": dict,
-    "n_gen": (int, NONE),
-    "n_ref": (int, NONE),
+    "metric": str, "value": NUMBER, "scores": dict,
+    "n_gen": (int, NONE), "n_ref": (int, NONE),
     "extractor": {"name": str, "version": str, "sha256": str, "dim": int, "layer": str},
-    "resize": str,
-    "crop": str,
+    "resize": str, "crop": str,
     "images": {"path": str, "kind": str, "sha256": str},
     "ref": {"path": str, "kind": str, "sha256": str},
     "generation": (dict, NONE),
-    "world_size": int,
-    "batch_size": int,
-    "dtype": {"features": str, "statistics": str},
-    "device": str,
-    "tf32": bool,
-    "repeats": int,
-    "aggregate": str,
+    "world_size": int, "batch_size": int,
+    "dtype": {"features": str, "statistics": str}, "device": str, "tf32": bool,
+    "repeats": int, "aggregate": str,
     "versions": {"python": str, "numpy": str, "pillow": str, "torch": str, "ditmoe": (str, NONE)},
-    "git": (str, NONE),
-    "seconds": NUMBER,
-    "bad_images": list,
-    "parameters": dict,
-    "warnings": list,
-}
+    "git": (str, NONE), "seconds": NUMBER,
+    "bad_images": list, "parameters": dict, "warnings": list,
+}  # fmt: skip
 
 
 def assemble(
     gen: Measured, ref: Measured, net: "Extractor", metric: str, scores: dict[str, Any], parameters: dict[str, Any]
 ) -> Report:
     """The facts that two measured sides, the extractor and the scores come to; the caller adds how it ran."""
+    made = {"name": net.name, "version": net.version, "sha256": net.sha256, "dim": net.num_features, "layer": net.layer}
     return {
-        "metric": metric,
-        "value": scores[metric],
-        metric: scores[metric],
-        "scores": scores,
-        "n_gen": gen.count,
-        "n_ref": ref.count,
-        "extractor": {
-            "name": net.name,
-            "version": net.version,
-            "sha256": net.sha256,
-            "dim": net.num_features,
-            "layer": net.layer,
-        },
-        "resize": net.resize,
-        "crop": "none",
-        "images": gen.facts,
-        "ref": ref.facts,
-        "generation": gen.facts.get("generation"),
+        "metric": metric, "value": scores[metric], metric: scores[metric], "scores": scores,
+        "n_gen": gen.count, "n_ref": ref.count,
+        "extractor": made, "resize": net.resize, "crop": "none",
+        "images": gen.facts, "ref": ref.facts, "generation": gen.facts.get("generation"),
         "dtype": {"features": "float32", "statistics": "float64"},
         "device": net.center.device.type,
         "tf32": False,  # `Extractor.features` sees to it
-        "repeats": 1,
-        "aggregate": "single",
-        "versions": versions(),
-        "git": commit(),
+        "repeats": 1, "aggregate": "single",
+        "versions": versions(), "git": commit(),
         "bad_images": gen.bad + ref.bad,
         "parameters": parameters,
-    }
+    }  # fmt: skip
 
 
-def check_report(report: Report) -> None:
-    """Raises ValueError naming the first field that is missing, not finite, or of another type than the schema says."""
+def check_report(report: Report) -> Report:
+    """The report. ValueError naming the first field that is missing, not finite, or of a type not in SCHEMA."""
     strict_json.check(report, SCHEMA, "the report")
     metric, value = report["metric"], report["value"]
     for where, found in ((metric, report.get(metric)), (f"scores.{metric}", report["scores"].get(metric))):
@@ -99,17 +74,22 @@ def check_report(report: Report) -> None:
             raise ValueError(f"the report's {where} is {found!r} and its value {value!r}")
     for name, score in report["scores"].items():
         strict_json.check(score, NUMBER, "the report", f"scores.{name}")
+    return report
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write the report as JSON under its name only once it is complete and on disk."""
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     with whole_or_absent(path) as file:
-        file.write(text.encode())
+        file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
 
 
-def check_out(path: Path, suffix: str) -> None:
-    """Refuse now what would fail after the work is done: ValueError for a file that cannot be written."""
+def check_out(path: Path | None, suffix: str, processes: Processes = ALONE) -> None:
+    """Refuse now what would fail after the work is done: ValueError for a file that cannot be written.
+
+    The first process looks and will write: its disk alone may have the folder.
+    """
+    if path is None or processes.rank:
+        return
     if path.suffix != suffix:
         raise ValueError(f"--out {path} must end in {suffix}")
     try:
@@ -142,20 +122,17 @@ def whole_or_absent(path: Path) -> Iterator[IO[bytes]]:
 
 
 def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
-    """What a reader of the number should know: few images, rank deficiency, another split, the same data, ..."""
+    """What a reader of the number should know."""
     warnings: list[str] = []
     for name, side in (("n_gen", gen), ("n_ref", ref)):
         if side.count is None:
             warnings.append(f"{name} unknown: a statistics file names no count and no extractor")
         elif side.count < SMALL_SAMPLE:
-            warnings.append(
-                f"{name} = {side.count} is below {SMALL_SAMPLE}: the distance is biased upwards, "
-                "compare it only with others at the same counts"
-            )
+            biased = "the distance is biased upwards, compare it only with others at the same counts"
+            warnings.append(f"{name} = {side.count} is below {SMALL_SAMPLE}: {biased}")
         if side.count is not None and side.count <= net.num_features:
-            warnings.append(
-                f"{name} = {side.count} is not above {net.num_features} features: the covariance is rank-deficient"
-            )
+            rank = f"{net.num_features} features: the covariance is rank-deficient"
+            warnings.append(f"{name} = {side.count} is not above {rank}")
         if side.bad:
             warnings.append(f"{len(side.bad)} images of {side.facts['path']} could not be read and were left out")
     if gen.shape and ref.shape and gen.shape[:2] != ref.shape[:2]:
@@ -165,9 +142,9 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
         warnings.append("images and ref are the same data")
     if ref.count == ADM_BATCH:
         warnings.append("ref is 10,000 images; published FIDs use the statistics of a whole training set")
-    made = gen.facts.get("generation") or {}
-    if made.get("num") not in (None, gen.count):
-        warnings.append(f"images were made as a set of {made['num']}, and {gen.count} were scored")
+    made = (gen.facts.get("generation") or {}).get("num")
+    if made not in (None, gen.count):
+        warnings.append(f"images were made as a set of {made}, and {gen.count} were scored")
     if gen.inception is not None and gen.count is not None and gen.count % SPLIT_SIZE:
         warnings.append(f"the Inception Score has a last split of {gen.count % SPLIT_SIZE} images, not {SPLIT_SIZE}")
     origin = source["path"]
@@ -187,12 +164,13 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The git commit of this code, with a + where files have changed; None outside a checkout."""
-    here = str(Path(__file__).parent)
-    describe = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    ours = ["git", "-C", here, "ls-files", "--error-unmatch", "report.py"]  # not a checkout that merely surrounds us
+    git = ["git", "-C", str(Path(__file__).parent)]
+    ours = [*git, "ls-files", "--error-unmatch", "report.py"]  # not a checkout that merely surrounds us
+    describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        tracked = subprocess.run(ours, capture_output=True, timeout=10).returncode == 0
-        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
+        tracked, done = (
+            subprocess.run(words, capture_output=True, text=True, timeout=10) for words in (ours, describe)
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (done.stdout.strip() or None) if tracked else None
+    return (done.stdout.strip() or None) if tracked.returncode == 0 else None

@@ -1,7 +1,4 @@
-"""One score: two sources, an extractor, the Fréchet distance and its companions, and the report.
-
-torch is imported only once the arguments and both sources have been found good.
-"""
+"""One score: two sources, an extractor, the Fréchet distance and its companions, and the report."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +12,7 @@ from eval.measure import Classify, Measured, Wanted, measure, misfit, of_statist
 from eval.metrics import kid
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import SPLIT_SIZE
-from eval.processes import Processes
+from eval.processes import ALONE, Processes
 from eval.report import Report, check_report
 from eval.sources.arrays import UInt8Array
 from eval.sources.images import Images, Statistics
@@ -29,51 +26,33 @@ PR_K, DC_K = 3, 5  # of Kynkäänniemi et al. and of Naeem et al.
 
 
 def score(
-    images: str | Path | UInt8Array | Images,
-    ref: str | Path | UInt8Array | Images,
-    *,
-    extractor: str = "random-conv-v1",
-    weights: str | Path | None = None,
-    metrics: Sequence[str] = (),
-    num: int | None = None,
-    keep: int = 10_000,
-    seed: int = 0,
-    classify: Classify | None = None,
-    batch_size: int = 64,
-    skip_bad: int = 0,
-    cache: Path | None = None,
-    progress: bool = False,
-    processes: Processes | None = None,
-) -> Report:
+    images: str | Path | UInt8Array | Images, ref: str | Path | UInt8Array | Images, *,
+    extractor: str = "random-conv-v1", weights: str | Path | None = None, metrics: Sequence[str] = (),
+    num: int | None = None, keep: int = 10_000, seed: int = 0, classify: Classify | None = None,
+    batch_size: int = 64, skip_bad: int = 0, cache: Path | None = None, progress: bool = False,
+    processes: Processes = ALONE,
+) -> Report:  # fmt: skip
     """The Fréchet distance of `images` to `ref` with every fact of the protocol, ready for JSON.
 
     Args:
-        images, ref: uint8 array (N, H, W, C), C = 1 or 3, or what `eval.sources.open_source`
-            opens: folder, zip, ADM .npz (arr_0), statistics .npz (mu, sigma), NAME:SPLIT.
-            A reference .npz with both statistics and images, as ADM's are, gives the statistics
-            to FID and sFID and the images to KID, precision and recall.
-        extractor: random-conv-v1, efficientnet-lite0, inception-2015 or dinov2-vitl14.
-        weights: file of the extractor's weights, where it reads one.
-        metrics: besides the Fréchet distance: "sfid" and "is" (Inception Score), of inception-2015
-            alone; "kid"; "prdc" (precision, recall, density, coverage).
-        num: score only the first `num` of `images`, in the source's order (default: all).
-        keep: images a side, chosen by `seed`, that KID and prdc look at.
-        classify: uint8 (b, H, W, C) -> classes (b,): adds `accuracy`, the share of images that
-            are taken for their label (arr_1 of an .npz).
-        batch_size: images per forward pass; changes speed and memory, not the value.
-        skip_bad: images of a folder or zip that may be unreadable; they are left out and named.
+        images, ref: uint8 array (N, H, W, C), C = 1 or 3, or what `eval.sources.open.open_source` opens: folder, zip,
+            ADM .npz (arr_0), statistics .npz (mu, sigma), NAME:SPLIT. A reference .npz with both statistics and images,
+            as ADM's are, gives the statistics to FID and sFID and the images to KID, precision and recall.
+        extractor, weights, num, keep, seed, batch_size, skip_bad: As in `eval.fid.Arguments`.
+        metrics: besides the Fréchet distance: "sfid" and "is" (Inception Score), of inception-2015 alone; "kid"; "prdc"
+            (precision, recall, density, coverage).
+        classify: uint8 (b, H, W, C) -> classes (b,): adds `accuracy`, the share of images that are taken for their
+            label (arr_1 of an .npz).
         cache: folder for the statistics of the reference; None keeps none.
-        progress: show a bar on stderr when that is a terminal.
+        progress: tell on stderr how far it is.
         processes: those that share the work; only the first one's report is written.
 
-    Returns: the value under its own name (`fd_random_conv_v1`, ..., `fid` for inception-2015 alone)
-    and under `value`, that name under `metric`, all metrics under `scores`; counts, extractor,
-    resize, both sources with a hash of their pixels, versions, seconds, warnings (`report.SCHEMA`).
+    Returns: the value under its own name (`fd_random_conv_v1`, ..., `fid` for inception-2015 alone) and under `value`,
+    that name under `metric`, all metrics under `scores`; what else there is says `report.SCHEMA`.
 
     Raises ValueError for every fault of the arguments and files.
     """
     started = time.perf_counter()
-    processes = processes or Processes()
 
     def prepare() -> tuple[tuple[Images | Statistics, Images | Statistics], "Extractor"]:
         check_options(batch_size, keep, seed, skip_bad, metrics)
@@ -90,30 +69,24 @@ def score(
                 of_statistics(side, net)  # a misfit is found before the work
         return sources, net
 
-    sources, net = processes.agree(prepare)
+    (side, reference), net = processes.agree(prepare)
     wanted = Wanted("sfid" in metrics, "is" in metrics, keep if {"kid", "prdc"} & set(metrics) else 0, seed, classify)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
-    side = sources[0]
     gen = of_statistics(side, net) if isinstance(side, Statistics) else measure(side, net, wanted, num, **options)
-    target, problems = _reference(sources[1], net, replace(wanted, logits=False, classify=None), cache, options)
+    target, problems = _reference(reference, net, replace(wanted, logits=False, classify=None), cache, options)
     scores = processes.agree(lambda: _scores(gen, target, net, metrics))
     metric = metric_name(net.name, fid_named=net.fid_named)
-    report = {
+    return check_report({
         **reporting.assemble(gen, target, net, metric, scores, _parameters(gen, target, wanted, metrics)),
-        "world_size": processes.world,
-        "batch_size": batch_size,
-        "seconds": round(time.perf_counter() - started, 3),
+        "world_size": processes.world, "batch_size": batch_size, "seconds": round(time.perf_counter() - started, 3),
         "warnings": reporting.warnings_of(gen, target, net) + problems,
-    }
-    check_report(report)
-    return report
+    })  # fmt: skip
 
 
 def metric_name(extractor: str, metric: str = "fid", *, fid_named: bool = False) -> str:
     """The key of a metric: fd_<extractor>, kid_<extractor>, ..., but fid, kid, ... where `Extractor.fid_named`.
 
-    `fid` means the pinned Inception-2015 network behind TensorFlow 1's resize and nothing else, so
-    no name can produce that key.
+    No name can produce the key `fid`: it means the pinned Inception-2015 behind TensorFlow 1's resize and nothing else.
     """
     if fid_named:
         return metric
@@ -133,12 +106,9 @@ def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics:
 
 
 def check_sources(
-    sources: tuple[Images | Statistics | None, Images | Statistics],
-    metrics: Sequence[str],
-    extractor: str,
-    num: int | None = None,
-    classify: Classify | None = None,
-) -> None:
+    sources: tuple[Images | Statistics | None, Images | Statistics], metrics: Sequence[str], extractor: str,
+    num: int | None = None, classify: Classify | None = None,
+) -> None:  # fmt: skip
     """Refuse what these sources cannot give: ValueError naming the metric, the file and what it needs.
 
     The first one, what is scored, is None while it is still to come: images then, of which nothing is asked.
@@ -174,9 +144,7 @@ def _reference(
         return of_statistics(source, net), []
     problem = None if source.statistics is None else misfit(source.statistics, net)
     if source.statistics is None or problem:
-        found, warning = statistics.cached(
-            source, net, wanted, cache, lambda: measure(source, net, wanted, **options), options["processes"]
-        )
+        found, warning = statistics.cached(source, net, wanted, cache, options)
         passed_over = [f"the statistics in {source.path} were not used ({problem}), but its images"] if problem else []
         return found, passed_over + ([warning] if warning else [])
     whole = of_statistics(source.statistics, net)
@@ -221,8 +189,8 @@ def _scores(gen: Measured, ref: Measured, net: "Extractor", metrics: Sequence[st
         if "prdc" in metrics:
             from eval.metrics.manifold import prdc
 
-            found = prdc(ref.features, gen.features, pr_k=PR_K, dc_k=DC_K)
-            scores |= {name(key): value for key, value in found._asdict().items()}
+            found = prdc(ref.features, gen.features, pr_k=PR_K, dc_k=DC_K)._asdict()
+            scores |= {name(key): value for key, value in found.items()}
     if gen.accuracy is not None:
         scores["accuracy"] = gen.accuracy
     return scores

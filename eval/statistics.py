@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.measure import Measured, Wanted, of_statistics
+from eval.measure import Measured, Wanted, measure, of_statistics
 from eval.processes import Processes
 from eval.report import whole_or_absent
 from eval.sources.images import Images
@@ -47,23 +46,18 @@ def write_statistics(path: Path, measured: Measured, net: "Extractor") -> None:
 
 
 def cached(
-    source: Images,
-    net: "Extractor",
-    wanted: Wanted,
-    folder: Path | None,
-    compute: Callable[[], Measured],
-    processes: Processes | None = None,
+    source: Images, net: "Extractor", wanted: Wanted, folder: Path | None, options: dict[str, Any]
 ) -> tuple[Measured, str | None]:
-    """`compute()`, or what it gave for the same images, extractor and wishes before; and a warning or None.
+    """What `measure` gives, or gave for the same images, extractor and wishes before; and a warning or None.
 
     The key is a hash of the source's fingerprint (checksums inside archives; of other files place, name, inode, size
     and the times of writing and of any change), the extractor's weights, version and resize, and what is wanted. A
     damaged file is computed again, and so is a folder of which images were left out. Where `folder` is None or the
     source has no fingerprint, nothing is kept. The first process reads; the others take its word.
     """
-    processes = processes or Processes()
     if folder is None or not source.fingerprint:
-        return compute(), None
+        return measure(source, net, wanted, **options), None
+    processes: Processes = options["processes"]
     made = [source.kind, source.shape, net.name, net.version, net.sha256, net.resize]
     made += [str(part) for part in (wanted.spatial, wanted.keep, wanted.seed)]
     key = hashlib.sha256(json.dumps([FORMAT, source.fingerprint, *made]).encode()).hexdigest()
@@ -72,7 +66,7 @@ def cached(
     found, problem = processes.gather((found, problem))[0]
     if found is not None:
         return found, None
-    measured = compute()
+    measured = measure(source, net, wanted, **options)
     if processes.rank == 0 and not measured.bad:  # what was left out is to be said every time
         try:
             write_statistics(path, measured, net)
@@ -87,8 +81,7 @@ def _read(path: Path, source: Images, net: "Extractor") -> tuple[Measured | None
             return None, None
         statistics = open_npz(path, str(path))
         assert not isinstance(statistics, Images)
-        facts = statistics.facts
-        images = {**facts["images"], "path": source.path}
+        images = {**statistics.facts["images"], "path": source.path}
         return replace(of_statistics(statistics, net), shape=source.shape, facts=images), None
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         return None, f"the cached statistics {path} are damaged ({error}) and were computed again"

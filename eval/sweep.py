@@ -1,6 +1,6 @@
 """Score against network calls and guidance: `python -m eval.sweep MODEL --ref REF --sampler ... --steps ... --cfg ...`.
 
-Every point is one `python sample.py MODEL ... --score REF`, whose report is kept; a sweep that was stopped goes on.
+Every point is one `ditmoe sample MODEL ... --score REF`, whose report is kept; a sweep that was stopped goes on.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from eval.progress import progress
 from eval.report import Report, check_out, whole_or_absent
 from eval.sources.open import open_source
 
-DOOR = Path(__file__).resolve().parent.parent / "sample.py"
 INDEX = "model_index.json"
 
 
@@ -38,7 +37,7 @@ class Arguments:
     out: Path
     """Folder for the table, the plot and the reports."""
     sampler: tuple[str, ...] = ("ddim",)
-    """Samplers, as in sample.py."""
+    """Samplers, as in ditmoe sample."""
     steps: tuple[int, ...] = (10, 20, 50)
     """Numbers of steps."""
     cfg: tuple[float, ...] = (1.0,)
@@ -74,8 +73,7 @@ def run(arguments: Arguments) -> None:
             tell(1)
     for warning in dict.fromkeys(warning for report in reports for warning in report["warnings"]):
         print(f"warning: {warning}", file=sys.stderr)
-    found = differences(reports)
-    if found:
+    if found := differences(reports):
         raise ValueError(f"{arguments.out} holds other protocols ({', '.join(found)}); give another folder")
     text = table(reports)
     with whole_or_absent(arguments.out / "table.md") as file:
@@ -105,7 +103,7 @@ def _prepare(arguments: Arguments) -> None:
 
 
 def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> None:
-    """Refuse points of another sweep. The model is hashed as `sample.py` does it, which has taken it before."""
+    """Refuse points of another sweep. The model is hashed as `ditmoe sample` does it, which has taken it before."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.suffix in (".json", ".safetensors"):
@@ -113,12 +111,10 @@ def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> Non
                 content = hashlib.file_digest(handle, "sha256").digest()
             digest.update(file.relative_to(folder).as_posix().encode() + content)
     common = {  # what all points of a sweep have in common, and where a report says it
-        "ref": ("ref.path", arguments.ref),
-        "num": ("n_gen", arguments.num),
-        "seed": ("generation.seed", arguments.seed),
-        "extractor": ("extractor.name", arguments.extractor),
+        "ref": ("ref.path", arguments.ref), "num": ("n_gen", arguments.num),
+        "seed": ("generation.seed", arguments.seed), "extractor": ("extractor.name", arguments.extractor),
         "model": ("generation.checkpoint.sha256", digest.hexdigest()),
-    }
+    }  # fmt: skip
     for report in map(read_report, made):
         other = [name for name, (place, value) in common.items() if field(report, place) != value]
         if other:
@@ -134,7 +130,8 @@ def _point(arguments: Arguments, sampler: str, steps: int, cfg: float) -> Report
         if found != [sampler, steps, cfg]:
             raise ValueError(f"{path} is of sampler, steps and cfg {found}; remove it")
         return report
-    command = [sys.executable, str(DOOR), str(arguments.model), "--score", arguments.ref, "--report", str(path)]
+    command = [sys.executable, "-m", "ditmoe", "sample", str(arguments.model)]
+    command += ["--score", arguments.ref, "--report", str(path)]
     given = {name: getattr(arguments, name) for name in ("num", "seed", "batch_size", "extractor", "weights")}
     for name, value in {"sampler": sampler, "steps": steps, "cfg": cfg, **given}.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
@@ -153,14 +150,10 @@ def _row(report: Report) -> dict[str, Any]:
 
 def table(reports: Sequence[Report]) -> str:
     """Markdown: a row a point, by sampler, guidance and network calls."""
-    rows = sorted((_row(report) for report in reports), key=lambda row: (row["name"], row["cfg"] or 1, row["nfe"]))
+    rows = sorted(map(_row, reports), key=lambda row: (row["name"], row["cfg"] or 1, row["nfe"]))
     first = reports[0]
-    lines = [
-        f"{first['n_gen']} images a point against {cell(first['ref']['path'])}, lower is better.",
-        "",
-        f"| sampler | steps | network calls | cfg | {first['metric']} |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [f"{first['n_gen']} images a point against {cell(first['ref']['path'])}, lower is better.", ""]
+    lines += [f"| sampler | steps | network calls | cfg | {first['metric']} |", "|---|---|---|---|---|"]
     lines += [f"| {r['name']} | {r['steps']} | {r['nfe']} | {r['cfg']} | {r['value']:.5g} |" for r in rows]
     return "\n".join(lines) + "\n"
 

@@ -12,24 +12,8 @@ from samplers.time_shift import TimeShiftScheduler
 from samplers.translate import Translated
 
 __all__ = [
-    "SAMPLERS",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverScheduler",
-    "FlowEulerScheduler",
-    "FlowHeunScheduler",
-    "FlowSDEScheduler",
-    "Guidance",
-    "PNDMScheduler",
-    "Sampler",
-    "TimeShiftScheduler",
-    "Translated",
-    "UniPCScheduler",
-    "draw_noise",
-    "image_generators",
-    "initial_noise",
-    "make_scheduler",
-    "network_calls",
-    "prediction_type_of",
+    "SAMPLERS", "DDIMScheduler", "DDPMScheduler", "DPMSolverScheduler", "FlowEulerScheduler", "FlowHeunScheduler",
+    "FlowSDEScheduler", "Guidance", "PNDMScheduler", "Sampler", "TimeShiftScheduler", "Translated", "UniPCScheduler",
+    "draw_noise", "image_generators", "initial_noise", "make_scheduler", "network_calls", "prediction_type_of",
     "sample",
-]
+]  # fmt: skip

@@ -61,14 +61,9 @@ _OF_THE_CHAIN = frozenset(signature(DDPMScheduler.__init__).parameters)
 
 # Options of diffusers' flow-matching schedulers that change the path and that ours do not have.
 _FOREIGN_FLOW_OPTIONS = (
-    "use_dynamic_shifting",
-    "shift_terminal",
-    "invert_sigmas",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
+    "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
+    "use_beta_sigmas", "stochastic_sampling",
+)  # fmt: skip
 
 
 def prediction_type_of(config: Mapping[str, Any]) -> str:

@@ -40,12 +40,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        prediction_type: str = "flow_prediction",
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, prediction_type: str = "flow_prediction",
         data_variance: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._start()
 
     def _start(self) -> None:
@@ -125,14 +122,9 @@ class FlowEulerScheduler(FlowScheduler):
     """
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        model_output_uncond: Tensor | None = None,
-        generator: Generators = None,
-    ) -> Any:
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
+        model_output_uncond: Tensor | None = None, generator: Generators = None,
+    ) -> Any:  # fmt: skip
         """One Euler step: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``x0 = x_s - s v`` and ``x_prev = x_s + (s_next - s) v``, in float32, then in the dtype of ``sample``.
@@ -165,13 +157,9 @@ class FlowHeunScheduler(FlowScheduler):
         return sigmas.repeat_interleave(2)[1:-1]
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
         generator: Generators = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Half a step: ``prev_sample`` is where the network is to be asked next, ``pred_original_sample`` as ever.
 
         ``generator`` is taken as diffusers' pipelines give one, and not used. Raises ValueError for a timestep out of
@@ -216,13 +204,9 @@ class FlowSDEScheduler(FlowScheduler):
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        prediction_type: str = "flow_prediction",
-        last_step: float = 0.04,
-        data_variance: float | None = None,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, shift: float = 1.0, prediction_type: str = "flow_prediction",
+        last_step: float = 0.04, data_variance: float | None = None,
+    ) -> None:  # fmt: skip
         if not 0 < last_step < 1:
             raise ValueError(f"last_step is {last_step}, but it must lie between 0 and 1")
         self._start()
@@ -234,13 +218,9 @@ class FlowSDEScheduler(FlowScheduler):
         return torch.cat([before, before.new_zeros(1)])
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """One step: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``generator`` may be one per image; the last step draws nothing. With ``return_dict=False``: a tuple of the

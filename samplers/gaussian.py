@@ -97,13 +97,8 @@ def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor, 
 
 
 def ddpm_posterior(
-    x_t: Tensor,
-    x0: Tensor,
-    alpha_bar: Tensor,
-    alpha_bar_prev: Tensor,
-    variance_type: str,
-    v: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x_t: Tensor, x0: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, variance_type: str, v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(mean, standard deviation) of q(x_prev | x_t, x0) between any two levels of the chain.
 
     With ``beta = 1 - alpha_bar / alpha_bar_prev`` and ``beta_tilde = beta (1 - alpha_bar_prev) /

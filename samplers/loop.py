@@ -20,25 +20,13 @@ Callback = Callable[[int, Tensor, Tensor, Tensor | None], None]
 
 
 def sample(
-    model: nn.Module,
-    scheduler: Any,
-    noise: Tensor,
-    *,
-    num_inference_steps: int,
-    class_labels: Tensor | Sequence[int] | None = None,
-    null_label: int | None = None,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
-    guidance_channels: int | None = None,
-    guidance_rule: str = "cfg",
-    guide: nn.Module | None = None,
-    guide_scale: float = 1.0,
-    epsilon_scale: float | tuple[float, float] = 1.0,
-    generators: Sequence[torch.Generator] | None = None,
-    eta: float = 0.0,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> Tensor:
+    model: nn.Module, scheduler: Any, noise: Tensor, *, num_inference_steps: int,
+    class_labels: Tensor | Sequence[int] | None = None, null_label: int | None = None, guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
+    guidance_rule: str = "cfg", guide: nn.Module | None = None, guide_scale: float = 1.0,
+    epsilon_scale: float | tuple[float, float] = 1.0, generators: Sequence[torch.Generator] | None = None,
+    eta: float = 0.0, callback: Callback | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Images (N, C, H, W), float32, not clamped, on the device of ``noise``.
 
     Args:

@@ -46,19 +46,11 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        skip_prk_steps: bool = False,
-        set_alpha_to_one: bool = True,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
-        data_variance: float | None = None,
-    ) -> None:
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: list[float] | None = None, skip_prk_steps: bool = False,
+        set_alpha_to_one: bool = True, prediction_type: str = "epsilon", timestep_spacing: str = "trailing",
+        steps_offset: int = 0, data_variance: float | None = None,
+    ) -> None:  # fmt: skip
         if skip_prk_steps:
             raise ValueError("skip_prk_steps is for the stock PNDMScheduler; F-PNDM has Runge-Kutta steps")
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
@@ -121,13 +113,9 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
         return Levels(net, net, self._at(call.end), torch.tensor(call.end < 0))
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True,
         generator: Generators = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Take in one network call: ``prev_sample`` (the image to ask about next) and ``pred_original_sample``.
 
         ``generator`` is taken as diffusers' pipelines give one, and not used. With ``return_dict=False``: a tuple of

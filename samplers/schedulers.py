@@ -41,24 +41,13 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        variance_type: str = "fixed_small",
-        clip_sample: bool = False,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: list[float] | None = None, variance_type: str = "fixed_small",
+        clip_sample: bool = False, prediction_type: str = "epsilon", thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
         data_variance: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         kind = _VARIANCE_ALIASES.get(variance_type, variance_type)
         if kind not in gaussian.VARIANCE_TYPES:
             raise ValueError(f"variance_type {variance_type!r} is not one of {', '.join(gaussian.VARIANCE_TYPES)}")
@@ -67,13 +56,9 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
         self._build_chain()
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """One step down the grid: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``model_output`` is (N, C, H, W), or (N, 2C, H, W) with learned_range. ``generator`` may be
@@ -109,39 +94,21 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        clip_sample: bool = False,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "trailing",
-        rescale_betas_zero_snr: bool = False,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: list[float] | None = None, clip_sample: bool = False,
+        set_alpha_to_one: bool = True, steps_offset: int = 0, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "trailing", rescale_betas_zero_snr: bool = False,
         data_variance: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
         self._build_chain(ends_clean=set_alpha_to_one)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-        model_output_uncond: Tensor | None = None,
-    ) -> Any:
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
+        return_dict: bool = True, model_output_uncond: Tensor | None = None,
+    ) -> Any:  # fmt: skip
         """One step down the grid: ``prev_sample`` and ``pred_original_sample`` (N, C, H, W).
 
         ``eta`` 0..1 scales the noise (ValueError outside), drawn from ``generator`` (may be one per
@@ -164,17 +131,10 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
         return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
 
     def update(
-        self,
-        model_output: Tensor,
-        sample: Tensor,
-        levels: Levels,
-        eta: float = 0.0,
-        generator: Generators = None,
-        *,
-        variance_noise: Tensor | None = None,
-        clip_again: bool = False,
+        self, model_output: Tensor, sample: Tensor, levels: Levels, eta: float = 0.0, generator: Generators = None,
+        *, variance_noise: Tensor | None = None, clip_again: bool = False,
         model_output_uncond: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(prev_sample, pred_original_sample) of a step between any levels; `step` looks them up on the grid."""
         kind = self.config.prediction_type
         model_output, _ = _split(model_output, sample, False)

@@ -48,21 +48,12 @@ class _Solver:
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        solver_order: int = 2,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
+        self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: str = "linear", trained_betas: list[float] | None = None, solver_order: int = 2,
+        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, timestep_spacing: str = "trailing", steps_offset: int = 0,
         data_variance: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_chain(type(self).__name__, self.config)
         super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
 
@@ -100,13 +91,9 @@ class _Solver:
         return gaussian.noisy_image(original_samples, noise, alpha_bar).to(original_samples.dtype)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor | int,
-        sample: Tensor,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True,
         generator: Generators = None,
-    ) -> SolverOutput | tuple[Tensor, Tensor]:
+    ) -> SolverOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The stock step in float32, and what it took the clean image for, as the other samplers tell it.
 
         ``generator`` is taken as diffusers' pipelines give one, and not used.

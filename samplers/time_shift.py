@@ -106,31 +106,15 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self,
-        base: str = "ddim",
-        exposure_window: int | None = 0,
-        exposure_cutoff: int = 300,
-        exposure_mode: str = "target",
-        exposure_variance: float | list[float] | str | None = None,
-        exposure_min_snr: float = 0.0,
-        data_variance: float | None = None,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        variance_type: str = "fixed_small",
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        prediction_type: str = "epsilon",
-        set_alpha_to_one: bool = True,
-        timestep_spacing: str = "trailing",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
+        self, base: str = "ddim", exposure_window: int | None = 0, exposure_cutoff: int = 300,
+        exposure_mode: str = "target", exposure_variance: float | list[float] | str | None = None,
+        exposure_min_snr: float = 0.0, data_variance: float | None = None, num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001, beta_end: float = 0.02, beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None, variance_type: str = "fixed_small", clip_sample: bool = False,
+        clip_sample_range: float = 1.0, thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0, prediction_type: str = "epsilon", set_alpha_to_one: bool = True,
+        timestep_spacing: str = "trailing", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
         self._check()
         known = signature(BASES[base].__init__).parameters
         self._base = BASES[base](**{key: value for key, value in self.config.items() if key in known})
@@ -198,15 +182,9 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return torch.as_tensor(timestep) if self._chosen is None else self._chosen
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> Any:
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, return_dict: bool = True,
+    ) -> Any:  # fmt: skip
         """One step from the scheduled ``timestep`` (): a `TimeShiftOutput`, or with ``return_dict=False`` a tuple.
 
         ``eta`` and ``use_clipped_model_output`` are DDIM's, and refused for another base; ``generator`` may be one per
@@ -242,8 +220,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._asked = False
         shift = torch.zeros(len(sample), dtype=torch.int64, device=sample.device) if shift is None else shift
         return TimeShiftOutput(x_prev, x0, shift) if return_dict else (x_prev, x0, shift)
-
-    # ------------------------------------------------------------------------------------------ the choice
 
     def _shifted(self, levels: Levels, sample: Tensor, timestep: int, stochastic: bool) -> tuple[Levels, Tensor | None]:
         """The step's levels after the choices that it uses, and the shift of its end."""
@@ -282,8 +258,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             lowest = (-1 if after is None else after) + 1
         self._chosen = self._criterion.choose(x, t, lowest=lowest)
         return None if self._chosen is None else self._chosen - t
-
-    # ----------------------------------------------------------------------------------------- bookkeeping
 
     def _restart(self) -> None:
         self._calls = 0  # network calls so far

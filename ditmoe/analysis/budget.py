@@ -45,23 +45,15 @@ class Flops(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What one device needs, in bytes.
+    """What one device needs, in bytes; the last three are what it sends in one optimiser step."""
 
-    Attributes:
-        weights, gradients, optimizer, average: 4, 4, 8 (AdamW) and 4 for each parameter that the device holds.
-        buffers: Copies of weights and gradients, for communication and for products in bf16.
-        activations: Of one micro-batch, at their most.
-        peak: Largest sum at any time: gradients grow while activations shrink.
-        all_reduce, gather_scatter, all_to_all: What it sends in one optimiser step.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    average: float
-    buffers: float
-    activations: float
-    peak: float
+    weights: float  # 4 for each parameter that the device holds
+    gradients: float  # 4
+    optimizer: float  # 8 (AdamW)
+    average: float  # 4
+    buffers: float  # copies of weights and gradients, for communication and for products in bf16
+    activations: float  # of one micro-batch, at their most
+    peak: float  # largest sum at any time: gradients grow while activations shrink
     all_reduce: float
     gather_scatter: float
     all_to_all: float
@@ -243,17 +235,16 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
 
     rests: tuple[Way, ...] = ("DDP", "FSDP2") if plan.devices > 1 else ("DDP",)
     columns = [column(way, some, again) for some in ([1], degrees) if some for way in rests for again in (False, True)]
-    rows = zip(_ROWS, *columns, strict=True)
-    lines = [
+    head = (
         f"plan (a calculation, not a run): {plan.devices} devices of {plan.memory:g} GB ({USABLE:.0%} usable), "
-        f"{plan.tflops:g} TFLOP/s at {plan.efficiency:.0%}, {plan.bandwidth:g} GB/s",
+        f"{plan.tflops:g} TFLOP/s at {plan.efficiency:.0%}, {plan.bandwidth:g} GB/s\n"
         f"micro-batches of {images}, accumulation {times}, {'bf16 autocast' if _sizes(config)[1] == 2 else 'fp32'}, "
-        f"FSDP2 gathers {config.parallel.gather}",
+        f"FSDP2 gathers {config.parallel.gather}\n"
         f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
-        f"{count.training(True) / 1e9:.2f} with gradient checkpointing",
-        *(f"{name.format(unit):28}" + "".join(f"{cell:>11}" for cell in row) for name, *row in rows),
-    ]
-    return "\n".join(lines)
+        f"{count.training(True) / 1e9:.2f} with gradient checkpointing"
+    )
+    rows = zip(_ROWS, *columns, strict=True)
+    return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])
 
 
 def _degrees(config: Config) -> list[int]:

@@ -2,15 +2,15 @@
 
     python -m ditmoe exposure MODEL [--samplers ddim ts-ddim ...] [--steps 20] [--num 256] [--out exposure.png]
 
-Exposure bias: in training the network sees clean images with noise, in sampling its own results. The meter follows
-the mean over images of their variance over pixels, step by step, and sets it against the training marginal
-``signal^2 v + noise^2``, v being the mean variance of clean training images: above 1 the images are too noisy for
-their timestep, below 1 too smooth.
+Exposure bias: in training the network sees clean images with noise, in sampling its own results. The meter sets the
+images' mean variance over pixels, step by step, against the training marginal ``signal^2 v + noise^2``, v being that of
+clean training images: above 1 the images are too noisy for their timestep, below 1 too smooth.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +22,16 @@ from samplers.criterion import check_data_variance
 from samplers.loop import sample
 from samplers.noise import image_generators, initial_noise
 
-from ..config.exposure import ExposureArgs
+from ..config.sample import ExposureArgs
 from ..pipeline import load
 
 
 class Reading(NamedTuple):
-    """What the meter reads before one network call.
+    """What the meter reads before one network call."""
 
-    Attributes:
-        timestep: the scheduled timestep.
-        variance: mean over the images of their unbiased variance over the pixels.
-        expected: the same of training images at that timestep.
-    """
-
-    timestep: float
-    variance: float
-    expected: float
+    timestep: float  # as scheduled
+    variance: float  # mean over the images of their unbiased variance over the pixels
+    expected: float  # the same of training images at that timestep
 
     @property
     def ratio(self) -> float:
@@ -46,17 +40,9 @@ class Reading(NamedTuple):
 
 
 def measure(
-    model: Any,
-    scheduler: Any,
-    data_variance: float,
-    *,
-    num_images: int,
-    num_inference_steps: int,
-    seed: int = 0,
-    batch_size: int = 64,
-    guidance_scale: float = 1.0,
-    epsilon_scale: float = 1.0,
-) -> list[Reading]:
+    model: Any, scheduler: Any, data_variance: float, *, num_images: int, num_inference_steps: int, seed: int = 0,
+    batch_size: int = 64, guidance_scale: float = 1.0, epsilon_scale: float = 1.0,
+) -> list[Reading]:  # fmt: skip
     """One `Reading` before every network call.
 
     ``model`` is a network with the config of ours (sample_size, in_channels, num_classes, which is the null label too),
@@ -64,8 +50,7 @@ def measure(
     image i depends on (seed, i). Raises ValueError for what `samplers.sample` refuses, and FloatingPointError for
     images that are not finite.
     """
-    sums: dict[int, float] = {}
-    times: dict[int, float] = {}
+    times, sums = dict[int, float](), defaultdict[int, float](float)
 
     def note(k: int, t: Tensor, x_t: Tensor, _x0: Tensor | None) -> None:
         variance = float(x_t.flatten(1).float().var(dim=1, unbiased=True).double().sum())
@@ -74,7 +59,7 @@ def measure(
                 f"the images at timestep {float(t):.0f} are not finite: the weights are damaged, or guidance_scale "
                 f"{guidance_scale} and epsilon_scale {epsilon_scale} are too much for them; use values near 1"
             )
-        sums[k] = sums.get(k, 0.0) + variance
+        sums[k] += variance
         times[k] = float(t)
 
     c = model.config
@@ -82,20 +67,14 @@ def measure(
         indices = range(start, min(start + batch_size, num_images))
         generators = image_generators(seed, indices)
         sample(
-            model,
-            scheduler,
-            initial_noise(generators, (c.in_channels, c.sample_size, c.sample_size), model.device),
-            num_inference_steps=num_inference_steps,
+            model, scheduler, initial_noise(generators, (c.in_channels, c.sample_size, c.sample_size), model.device),
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, epsilon_scale=epsilon_scale,
             class_labels=torch.tensor([i % c.num_classes for i in indices]) if c.num_classes else None,
-            null_label=c.num_classes or None,
-            guidance_scale=guidance_scale,
-            epsilon_scale=epsilon_scale,
-            generators=generators,
-            callback=note,
-        )
+            null_label=c.num_classes or None, generators=generators, callback=note,
+        )  # fmt: skip
     return [
-        Reading(times[k], sums[k] / num_images, training_variance(scheduler, times[k], data_variance))
-        for k in sorted(sums)
+        Reading(t, sums[k] / num_images, training_variance(scheduler, t, data_variance))
+        for k, t in sorted(times.items())
     ]
 
 
@@ -113,10 +92,11 @@ def table(readings: dict[str, list[Reading]]) -> str:
     lines = []
     for name, rows in readings.items():
         worst = max(rows, key=lambda row: abs(math.log(row.ratio)))
-        lines += [f"{name}: variance over that of training, worst {worst.ratio:.3f} at t = {worst.timestep:.0f}", ""]
-        lines += ["| t | variance | expected | ratio |", "|---|---|---|---|"]
-        lines += [f"| {r.timestep:.0f} | {r.variance:.4f} | {r.expected:.4f} | {r.ratio:.3f} |" for r in rows]
-        lines.append("")
+        lines += [
+            f"{name}: variance over that of training, worst {worst.ratio:.3f} at t = {worst.timestep:.0f}", "",
+            "| t | variance | expected | ratio |", "|---|---|---|---|",
+            *(f"| {r.timestep:.0f} | {r.variance:.4f} | {r.expected:.4f} | {r.ratio:.3f} |" for r in rows), "",
+        ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -136,26 +116,19 @@ def plot(readings: dict[str, list[Reading]], path: Path) -> None:
 
 
 def run(args: ExposureArgs) -> None:
-    """Measure, print the table, write the plot.
-
-    Raises:
-        ValueError: A model that cannot be loaded, a sampler or a value that does not fit it.
-        FloatingPointError: Images that are not finite.
-    """
+    """Measure, print the table, write the plot. Errors as of `pipeline.load` and `measure`."""
     pipe = load(args.model, fast=True)
-    saved = pipe.scheduler.config.get("data_variance")
-    variance = saved if args.data_variance is None else args.data_variance
+    variance = pipe.scheduler.config.get("data_variance") if args.data_variance is None else args.data_variance
     if variance is None:
         raise ValueError("data_variance is not known; give --data-variance, the mean variance of training images")
     check_data_variance(variance)
+    readings = {}
     schedulers = {name: pipe.scheduler_for(name, args.steps) for name in args.samplers}  # every one is checked first
-    readings = {
-        name: measure(
+    for name, scheduler in schedulers.items():
+        readings[name] = measure(
             pipe.transformer, scheduler, variance, num_images=args.num, num_inference_steps=args.steps, seed=args.seed,
             batch_size=args.batch_size, guidance_scale=args.cfg, epsilon_scale=args.epsilon_scale,
-        )
-        for name, scheduler in schedulers.items()
-    }  # fmt: skip
+        )  # fmt: skip
     print(table(readings))
     plot(readings, args.out)
     print(f"wrote {args.out}")

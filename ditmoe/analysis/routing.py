@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import ObjectiveConfig
+from ..config.sections import ObjectiveConfig
 from ..model import DiTMoETransformer2DModel, tokens_per_image
 from ..objective import Objective
 
@@ -76,15 +76,12 @@ def routing_summary(counts: Array) -> list[dict[str, float]]:
     rows = []
     for layer in counts:
         load = relative_load(layer.sum(axis=(0, 1, 2)))
-        rows.append(
-            {
-                "busiest": float(load.max()),
-                "idle": int((load == 0).sum()),
-                "bits_time": mutual_information(layer.sum(axis=(1, 2))),
-                "bits_class": mutual_information(layer.sum(axis=(0, 2))),
-                "bits_position": mutual_information(layer.sum(axis=(0, 1))),
-            }
-        )
+        rows.append({
+            "busiest": float(load.max()), "idle": int((load == 0).sum()),
+            "bits_time": mutual_information(layer.sum(axis=(1, 2))),
+            "bits_class": mutual_information(layer.sum(axis=(0, 2))),
+            "bits_position": mutual_information(layer.sum(axis=(0, 1))),
+        })  # fmt: skip
     return rows
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .sections import at_least
+
 
 @dataclass(frozen=True)
 class LatentArgs:
@@ -36,8 +38,5 @@ class LatentArgs:
     """Images that cannot be used and are left out, each named, before the program stops."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "shard_size", "batch_size", "num_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.max_bad < 0:
-            raise ValueError(f"max_bad is {self.max_bad}; it must be 0 or more")
+        at_least(self, 1, "size", "shard_size", "batch_size", "num_workers")
+        at_least(self, 0, "max_bad")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,13 +18,7 @@ Section = TypeVar("Section")
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as JSON values (paths become text)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return str(value) if isinstance(value, Path) else value
-
-    tree: dict[str, Any] = plain(dataclasses.asdict(config))
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return tree
 
 
@@ -44,7 +39,10 @@ def read_file(path: Path, what: str = "a configuration that can be read", needed
         ValueError: The file cannot be read, or a name, a type or a value in it is none of ours.
     """
     try:
-        values = _object(path)
+        values = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {what}: {error.__cause__ or 'it holds no JSON object'}") from error
+    try:
         if missing := [name for name in needed if name not in values]:
             raise ValueError(f"it has no {missing[0]}")
         return _built(Config, values)
@@ -59,13 +57,6 @@ def read_config(run: Path, name: str = "config.json") -> Config:
         ValueError: The file is missing or is none of ours.
     """
     return read_file(run / name, "the configuration of a run", needed=("out", "data"))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise ValueError(str(error.__cause__ or "it holds no JSON object")) from error
 
 
 def _built(section: type[Section], values: Mapping[str, Any]) -> Section:
@@ -120,13 +111,12 @@ def as_flags(path: Path) -> list[str]:
 
     def flags(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for key, value in values.items():
-            flag = f"{prefix}{key}".replace("_", "-")
+            name = key.replace("_", "-")
             if isinstance(value, dict):
-                yield from flags(value, f"{prefix}{key}.")
+                yield from flags(value, f"{prefix}{name}.")
             elif isinstance(value, bool):
-                section, _, name = flag.rpartition(".")
-                yield "--" + (f"{section}." if section else "") + ("" if value else "no-") + name
+                yield f"{prefix}{'' if value else 'no-'}{name}"
             else:
-                yield from (f"--{flag}", str(value))
+                yield from (f"{prefix}{name}", str(value))
 
-    return list(flags(read_object(path), ""))
+    return list(flags(read_object(path), "--"))

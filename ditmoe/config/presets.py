@@ -53,33 +53,29 @@ def _ours(depth: int, width: int, heads: int, experts: int, top_k: int, expert_w
     )  # fmt: skip
 
 
-_DIGITS = Config(
-    max_steps=900,
-    model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256),
-    moe=MoEConfig(num_experts=8, top_k=2, expert_width=80, shared_width=96),
-    train=TrainConfig(decay_steps=900, checkpoint_every=300, precision="fp32"),
-    sample=SampleConfig(steps=25, cfg=1.5),
-)
-_FASHION = Config(
-    max_steps=10_000,
-    model=ModelConfig(sample_size=28, patch_size=4, hidden_size=64, depth=6, ffn_width=192, positions="sincos"),
-    moe=MoEConfig(blocks="all", num_experts=16, expert_width=64, shared_width=64, router_input="position"),
-    data=DataConfig(name="fashion"),
-    train=TrainConfig(decay_steps=10_000, checkpoint_every=500),
-    sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
-)
-_FOLDER = Config(
-    max_steps=20_000,
-    model=ModelConfig(sample_size=32, in_channels=3, patch_size=2, hidden_size=256, depth=8, ffn_width=768),
-    moe=MoEConfig(num_experts=16, expert_width=256, shared_width=256),
-    data=DataConfig(name="folder", flip=True, num_workers=2),
-    train=TrainConfig(learning_rate=5e-4, decay_steps=20_000),
-)
-
 PRESETS: dict[str, Config] = {
-    "digits": _DIGITS,
-    "fashion": _FASHION,
-    "folder": _FOLDER,
+    "digits": Config(
+        max_steps=900,
+        model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256),
+        moe=MoEConfig(num_experts=8, top_k=2, expert_width=80, shared_width=96),
+        train=TrainConfig(decay_steps=900, checkpoint_every=300, precision="fp32"),
+        sample=SampleConfig(steps=25, cfg=1.5),
+    ),
+    "fashion": Config(
+        max_steps=10_000,
+        model=ModelConfig(sample_size=28, patch_size=4, hidden_size=64, depth=6, ffn_width=192, positions="sincos"),
+        moe=MoEConfig(blocks="all", num_experts=16, expert_width=64, shared_width=64, router_input="position"),
+        data=DataConfig(name="fashion"),
+        train=TrainConfig(decay_steps=10_000, checkpoint_every=500),
+        sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
+    ),
+    "folder": Config(
+        max_steps=20_000,
+        model=ModelConfig(sample_size=32, in_channels=3, patch_size=2, hidden_size=256, depth=8, ffn_width=768),
+        moe=MoEConfig(num_experts=16, expert_width=256, shared_width=256),
+        data=DataConfig(name="folder", flip=True, num_workers=2),
+        train=TrainConfig(learning_rate=5e-4, decay_steps=20_000),
+    ),
     "s": _ours(12, 384, 6, 16, 3, 256, 1024),
     "b": _ours(12, 768, 12, 48, 7, 256, 2048),
     "l": _ours(24, 1024, 16, 48, 7, 344, 2752),

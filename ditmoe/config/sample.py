@@ -1,14 +1,15 @@
-"""What `sample.py` is asked. Imports no torch."""
+"""What the commands that take a trained model are asked: sample, exposure, export. Imports no torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from .sections import at_least
 
 
 @dataclass(frozen=True)
@@ -83,28 +84,73 @@ class SampleArgs:
         if self.out is not None and self.out.exists() and self.out.is_dir() == (self.out.suffix in (".png", ".npz")):
             kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
             raise ValueError(f"out {self.out} {kind}")
-        if self.exposure_variance not in (None, "published", "calibrated") and not _is_number(self.exposure_variance):
-            raise ValueError(
-                f"exposure_variance {self.exposure_variance!r} is neither published, calibrated nor a number"
-            )
-        for name in ("num", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        variance = self.exposure_variance
+        if variance not in (None, "published", "calibrated") and not _is_number(variance):
+            raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
+        at_least(self, 1, "num", "steps", "batch_size")
 
     def score_options(self) -> dict[str, Any]:
         """What `eval.fid.score` is told."""
-        options = {name: getattr(self, name) for name in ("weights", "metrics", "batch_size")}
-        return {**options, "extractor": self.extractor or "random-conv-v1"}
+        extractor = self.extractor or "random-conv-v1"
+        return {"weights": self.weights, "metrics": self.metrics, "batch_size": self.batch_size, "extractor": extractor}
 
     def sampler_options(self) -> dict[str, Any]:
         """Fields of the scheduler that were asked for, by the names that the schedulers have for them."""
-        names = {field.name: field.name for field in dataclasses.fields(self) if field.name.startswith("exposure_")}
-        names["flow_shift"] = "shift"
-        options = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours) is not None}
-        if _is_number(options.get("exposure_variance")):
+        options = {name: value for name, value in vars(self).items() if name.startswith("exposure_")}
+        if _is_number(self.exposure_variance):
             options["exposure_variance"] = float(options["exposure_variance"])
-        return options
+        return {name: x for name, x in {**options, "shift": self.flow_shift}.items() if x is not None}
+
+
+@dataclass(frozen=True)
+class ExposureArgs:
+    """How far do the images that a sampler passes through stray from those that the network was trained on?
+
+    Prints, for every sampler and step, the variance of the images over that of training images, and plots it.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, or a pipeline folder such as models/fashion."""
+    samplers: tuple[str, ...] = ("ddim",)
+    """Names of samplers.SAMPLERS."""
+    steps: int = 20
+    """Sampling steps."""
+    num: int = 256
+    """Number of images, classes in turn."""
+    cfg: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    epsilon_scale: float = 1.0
+    """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
+    seed: int = 0
+    """Image i depends on (seed, i, its label) alone."""
+    batch_size: int = 64
+    """Images drawn at once; does not change them."""
+    data_variance: float | None = None
+    """Mean variance over the pixels of clean training images; default: saved with the model."""
+    out: Path = Path("exposure.png")
+    """The plot, a .png, .pdf or .svg file."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num", "batch_size")
+        a_file = self.out.suffix in (".png", ".pdf", ".svg") and not self.out.is_dir()
+        if not a_file or not self.out.absolute().parent.is_dir():
+            raise ValueError(f"out {self.out} must be a .png, .pdf or .svg file in a folder that exists")
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write the averaged weights of a finished run as a pipeline folder to share."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The new pipeline folder."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the stored weights; bfloat16 has half the size."""
+    vae: Path | None = None
+    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
+    force: bool = False
+    """Replace the folder if it is there."""
 
 
 def _is_number(text: str | None) -> bool:

@@ -45,21 +45,16 @@ class ModelConfig:
     """Recompute block activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        _positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth")
-        _positive(self, "num_heads", "ffn_width")
-        _require(
-            self.num_classes is None or self.num_classes >= 0,
-            f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more",
-        )
-        _require(
-            self.sample_size % self.patch_size == 0,
-            f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}",
-        )
-        _require(
-            self.hidden_size % (4 * self.num_heads) == 0,
-            f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = "
-            f"{4 * self.num_heads}, so that a head splits into two rotary halves for two axes",
-        )
+        _positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "ffn_width")
+        size, patch, width, quarters = self.sample_size, self.patch_size, self.hidden_size, 4 * self.num_heads
+        if self.num_classes is not None and self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")
+        _require(size % patch == 0, f"sample_size {size} is not a multiple of patch_size {patch}")
+        if width % quarters:
+            raise ValueError(
+                f"hidden_size {width} must be a multiple of 4 * num_heads = {quarters}, so that a head splits into two "
+                f"rotary halves for two axes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +93,13 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "top_k", "expert_width")
-        _not_negative(self, "shared_width", "balance_weight", "z_weight", "bias_rate")
-        _require(
-            self.top_k <= self.num_experts,
-            f"top_k {self.top_k} is more than num_experts {self.num_experts}",
-        )
+        at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate")
+        _require(self.top_k <= self.num_experts, f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         _require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
-        _require(
-            self.top_k > 1 or not self.renormalize or self.blocks == "none",
-            "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize",
-        )
+        if self.top_k == 1 and self.renormalize and self.blocks != "none":
+            raise ValueError(
+                "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,22 +118,15 @@ class ObjectiveConfig:
     """Share of training samples whose label is replaced by the null label, for guidance."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.class_dropout_prob <= 1,
-            f"class_dropout_prob is {self.class_dropout_prob}; it must lie in [0, 1]",
-        )
-        _require(
-            not self.learn_sigma or self.prediction_type == "epsilon",
-            f"learn_sigma works with prediction_type epsilon, not {self.prediction_type}",
-        )
-        _require(
-            self.time_sampling == "uniform" or self.prediction_type == "flow_prediction",
-            f"time_sampling logit_normal works with flow_prediction, not {self.prediction_type}",
-        )
-        _require(
-            self.beta_schedule == "linear" or self.prediction_type != "flow_prediction",
-            f"beta_schedule {self.beta_schedule} does not apply to flow_prediction, which has no betas",
-        )
+        kind, share = self.prediction_type, self.class_dropout_prob
+        flow = kind == "flow_prediction"
+        _require(0 <= share <= 1, f"class_dropout_prob is {share}; it must lie in [0, 1]")
+        if self.learn_sigma and kind != "epsilon":
+            raise ValueError(f"learn_sigma works with prediction_type epsilon, not {kind}")
+        if self.time_sampling != "uniform" and not flow:
+            raise ValueError(f"time_sampling logit_normal works with flow_prediction, not {kind}")
+        if self.beta_schedule != "linear" and flow:
+            raise ValueError(f"beta_schedule {self.beta_schedule} does not apply to {kind}, which has no betas")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +152,13 @@ class DataConfig:
     """folder: files that cannot be used and are skipped, each named, before the run stops."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "num_workers", "max_bad")
-        _require(not self.max_bad or self.name == "folder", f"max_bad works with folder, not {self.name}")
-        _require(
-            not self.download or self.name == "fashion",
-            f"download works with the data set fashion, not {self.name}",
-        )
-        _require(self.path is None or self.name != "digits", "path does not apply to digits, which are bundled")
-        _require(self.fit == "exact" or self.name == "folder", f"fit crop works with folder, not {self.name}")
-        _require(self.vae is None or self.name == "latents", f"vae works with latents, not {self.name}")
+        at_least(self, 0, "num_workers", "max_bad")
+        name = self.name
+        _require(not self.max_bad or name == "folder", f"max_bad works with folder, not {name}")
+        _require(not self.download or name == "fashion", f"download works with the data set fashion, not {name}")
+        _require(self.path is None or name != "digits", "path does not apply to digits, which are bundled")
+        _require(self.fit == "exact" or name == "folder", f"fit crop works with folder, not {name}")
+        _require(self.vae is None or name == "latents", f"vae works with latents, not {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,21 +203,15 @@ class TrainConfig:
     """Also write the metrics for TensorBoard (extra: track)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "accumulation", "learning_rate", "log_every")
-        _positive(self, "checkpoint_every")
-        _not_negative(self, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
+        _positive(self, "batch_size", "accumulation", "learning_rate", "log_every", "checkpoint_every")
+        at_least(self, 0, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
         for name in ("ema_decay", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")
-        _require(
-            self.batch_size % self.accumulation == 0,
-            f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}",
-        )
-        if self.decay_steps is not None:
-            _require(
-                self.decay_steps > self.warmup_steps,
-                f"decay_steps {self.decay_steps} must come after warmup_steps {self.warmup_steps}",
-            )
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"decay_steps {self.decay_steps} must come after warmup_steps {self.warmup_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +249,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "experts")
-        _require(
-            self.gather == "float32" or self.shard, "gather bfloat16 needs --parallel.shard: else nothing is gathered"
-        )
+        if self.gather != "float32" and not self.shard:
+            raise ValueError("gather bfloat16 needs --parallel.shard: else nothing is gathered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +269,7 @@ class PlanConfig:
     """What a device sends, in GB (10^9 bytes) a second (InfiniBand NDR: 50)."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "devices")
+        at_least(self, 0, "devices")
         _positive(self, "memory", "tflops", "bandwidth")
         _require(0 < self.efficiency <= 1, f"efficiency is {self.efficiency}; it must lie in (0, 1]")
 
@@ -322,16 +298,14 @@ class Config:
     def __post_init__(self) -> None:
         _positive(self, "max_steps")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2^63)")
-        _require(
-            self.parallel.experts == 1 or self.moe.blocks != "none",
-            f"parallel.experts {self.parallel.experts} does not apply to a model without experts (moe.blocks none)",
-        )
-        decay = self.train.decay_steps
-        _require(
-            decay is None or self.max_steps <= decay,
-            f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
-            f"a longer run is another run: give --train.decay-steps too, and another --out",
-        )
+        split, decay = self.parallel.experts, self.train.decay_steps
+        if split > 1 and self.moe.blocks == "none":
+            raise ValueError(f"parallel.experts {split} does not apply to a model without experts (moe.blocks none)")
+        if decay is not None and self.max_steps > decay:
+            raise ValueError(
+                f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
+                f"a longer run is another run: give --train.decay-steps too, and another --out"
+            )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -345,10 +319,11 @@ def _positive(section: object, *names: str) -> None:
         _require(0 < value < float("inf"), f"{name} is {value}; it must be above 0, and finite")
 
 
-def _not_negative(section: object, *names: str) -> None:
+def at_least(section: object, least: int, *names: str) -> None:
+    """ValueError where one of these values of a section is below the least; None is no value."""
     for name in names:
         value = getattr(section, name)
-        _require(value >= 0, f"{name} is {value}; it must be 0 or more")
+        _require(value is None or value >= least, f"{name} is {value}; it must be {least} or more")
 
 
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:

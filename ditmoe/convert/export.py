@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .. import pipeline
-from ..config.export import ExportArgs
 from ..config.file import read_config
+from ..config.sample import ExportArgs
+from ..run_folder.place import COMMAND, CONFIG, REPORT
 
 
 def export(args: ExportArgs) -> None:
@@ -27,26 +28,22 @@ def export(args: ExportArgs) -> None:
     torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)
-    (args.folder / "training.json").write_text((args.run / "config.json").read_text())
+    (args.folder / "training.json").write_text((args.run / CONFIG).read_text())
     (args.folder / "README.md").write_text(card(args))
     print(f"wrote {args.folder}; python sample.py {args.folder} --out grid.png draws from it")
 
 
 def card(args: ExportArgs) -> str:
     """The model's page: the commands that made it, what it was trained on, and its score if the run has one."""
-    command = args.run / "command.txt"
-    report = args.run / "report.json"
-    lines = [f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", ""]
+    command, report = args.run / COMMAND, args.run / REPORT
     commands = list(dict.fromkeys(command.read_text().splitlines())) if command.exists() else []
-    lines += [
-        "```",
-        *commands,
-        f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}",
-        "```",
-        "",
-    ]
-    lines += _facts(json.loads(report.read_text())) if report.exists() else []
-    return "\n".join([*lines, f"`python sample.py {args.folder} --out grid.png` draws a grid of samples.", ""])
+    lines = [
+        f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
+        "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}", "```", "",
+        *(_facts(json.loads(report.read_text())) if report.exists() else []),
+        f"`python sample.py {args.folder} --out grid.png` draws a grid of samples.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

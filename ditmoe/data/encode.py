@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from .tars import TarImages, tar_files
 from .vae import identity, latent_shape, open_vae
 
 Entry = dict[str, Any]
-Source = FolderImages | TarImages
 Tell = Callable[[int], object]
 Read = tuple[int, NDArray[np.uint8] | str]  # a row's image, or what is wrong with it
 _WORDS = {"vae": "VAE", "data": "data set"}  # of facts that are hashes, for messages
@@ -53,72 +51,52 @@ def encode(args: LatentArgs, state: Any) -> None:
         ValueError: Images or a VAE that cannot be used; the folder holds other latents, is in use or full.
     """
     check_launch(state)
-    job = agree.agreed(state, lambda: _prepare(args, state.device))
+    rank, world = state.process_index, state.num_processes
+    job = agree.agreed(state, lambda: _Job(args, state.device))
     with ExitStack() as stack:
         agree.decided_by_first(state, lambda: stack.enter_context(locked(args.out)))
         agree.decided_by_first(state, job.check_shards)
-        entries, rate = _all_shards(job, state)
-        index = agree.decided_by_first(state, lambda: job.finish([entries[k] for k in job.shards]))
-    if state.is_main_process:
+        entries = _together(state, job.existing, job.shards[rank::world])
+        check_bad(_bad(entries), args.max_bad, "max_bad")
+        missing = [k for k in job.shards if k not in entries]
+        if not rank:
+            todo = f"{len(missing)} of {len(job.shards)} shards to encode on {world} process(es)"
+            print(f"{job.source.source}: {todo}", flush=True)
+        mine, began = sum(len(job.rows(k)) for k in missing[rank::world]), time.monotonic()
+        threads = ThreadPoolExecutor(args.num_workers, "reader")
+        stack.callback(threads.shutdown, cancel_futures=True)  # what has only been asked for is not read any more
+        with progress(mine, "encoding", shown=not rank) as tell:
+            for start in range(0, len(missing), world):
+                turn = missing[start : start + world][rank : rank + 1]
+                entries |= _together(state, partial(job.make, threads, tell, _bad(entries)), turn)
+                check_bad(_bad(entries), args.max_bad, "max_bad")
+        new, seconds = sum(entries[k]["count"] for k in missing), time.monotonic() - began
+        index = agree.decided_by_first(state, lambda: job.finish(entries))
+    if not rank:
+        rate = f", {new} of them encoded now at {new / seconds:.1f} images/s" if new else ""
         print("".join(f"left out: {sentence}\n" for sentence in index["bad"]), end="")
         print(f"{args.out} is finished: {index['count']} latents of {len(index['classes'])} classes{rate}", flush=True)
 
 
-def _all_shards(job: _Job, state: Any) -> tuple[dict[int, Entry], str]:
-    """What is known of every shard by its number, once all are there, and how fast they were made, in words."""
-    args, rank, world = job.args, state.process_index, state.num_processes
-    entries = _together(state, job.existing, job.shards[rank::world])
-    check_bad(_bad(entries), args.max_bad, "max_bad")
-    missing = [k for k in job.shards if k not in entries]
-    if not rank:
-        todo = f"{len(missing)} of {len(job.shards)} shards to encode on {world} process(es)"
-        print(f"{job.source.source}: {todo}", flush=True)
-    mine, began = sum(len(job.rows(k)) for k in missing[rank::world]), time.monotonic()
-    with ExitStack() as stack:
-        threads = ThreadPoolExecutor(args.num_workers, "reader")
-        stack.callback(threads.shutdown, cancel_futures=True)  # what has only been asked for is not read any more
-        tell = stack.enter_context(progress(mine, "encoding", shown=not rank))
-        for start in range(0, len(missing), world):
-            turn = missing[start : start + world][rank : rank + 1]
-            entries |= _together(state, partial(job.make, threads, tell, _bad(entries)), turn)
-            check_bad(_bad(entries), args.max_bad, "max_bad")
-    new = sum(entries[k]["count"] for k in missing)
-    rate = new / (time.monotonic() - began)
-    return entries, f", {new} of them encoded now at {rate:.1f} images/s" if new else ""
-
-
-def _prepare(args: LatentArgs, device: torch.device) -> _Job:
-    vae = open_vae(args.vae)
-    shape, channels, known = latent_shape(vae, args.size), vae.config.in_channels, identity(vae, args.vae)
-    data, size, tars = args.data, args.size, tar_files(args.data)
-    if not tars and not data.is_dir():
-        raise ValueError(f"data {data} is neither a folder nor a tar file")
-    source: Source = TarImages(data, size, channels) if tars else FolderImages(data, size, channels, "crop")
-    images = hashlib.sha256(json.dumps([source.id2label, source.inventory]).encode() + source.labels.tobytes())
-    facts = {
-        "format": FORMAT,
-        "vae": known["sha256"],
-        "data": images.hexdigest(),
-        **{name: getattr(args, name) for name in ("size", "dtype", "flip", "shard_size")},
-    }
-    return _Job(args, source, vae.to(device), known, facts, shape)
-
-
-@dataclass(frozen=True)
 class _Job:
     """What every process knows: `known` of the VAE; `facts` decide what the shards hold; `shape` is (C, H, W)."""
 
-    args: LatentArgs
-    source: Source
-    vae: Any
-    known: dict[str, Any]
-    facts: dict[str, Any]
-    shape: tuple[int, int, int]
-
-    @property
-    def shards(self) -> range:
-        """The numbers of all shards."""
-        return range(math.ceil(len(self.source) / self.args.shard_size))
+    def __init__(self, args: LatentArgs, device: torch.device) -> None:
+        vae = open_vae(args.vae)
+        self.args, self.shape, self.known = args, latent_shape(vae, args.size), identity(vae, args.vae)
+        data, size, channels, tars = args.data, args.size, vae.config.in_channels, tar_files(args.data)
+        if not tars and not data.is_dir():
+            raise ValueError(f"data {data} is neither a folder nor a tar file")
+        self.source = source = TarImages(data, size, channels) if tars else FolderImages(data, size, channels, "crop")
+        images = hashlib.sha256(json.dumps([source.id2label, source.inventory]).encode() + source.labels.tobytes())
+        self.facts = {
+            "format": FORMAT,
+            "vae": self.known["sha256"],
+            "data": images.hexdigest(),
+            **{name: getattr(args, name) for name in ("size", "dtype", "flip", "shard_size")},
+        }
+        self.shards = range(math.ceil(len(source) / args.shard_size))
+        self.vae = vae.to(device)
 
     def rows(self, shard: int) -> range:
         """The images of a shard, those that cannot be used among them."""
@@ -126,7 +104,6 @@ class _Job:
         return range(start, min(start + self.args.shard_size, len(self.source)))
 
     def file(self, shard: int) -> Path:
-        """Where a shard is."""
         return self.args.out / f"{shard:05d}.safetensors"
 
     def check_shards(self) -> None:
@@ -152,20 +129,20 @@ class _Job:
 
     def make(self, threads: ThreadPoolExecutor, tell: Tell, bad_before: Sequence[str], shard: int) -> Entry:
         """Encode a shard and write it; `tell` of every image, and count those that are bad with the ones before."""
-        kinds = latent_names(self.args.flip)
-        parts: dict[str, list[Tensor]] = {kind: [torch.zeros(0, *self.shape)] for kind in kinds}
-        rows, bad = [], []
+        parts: dict[str, list[Tensor]] = {kind: [torch.zeros(0, *self.shape)] for kind in latent_names(self.args.flip)}
+        rows: list[int] = []
+        bad: list[str] = []
         variance = torch.zeros(self.shape[0], dtype=torch.float64)
         for batch in _batches(self.source, self.rows(shard), self.args.batch_size, threads):
-            good = [(row, image) for row, image in batch if not isinstance(image, str)]
+            good = {row: image for row, image in batch if not isinstance(image, str)}
             bad += [sentence for _, sentence in batch if isinstance(sentence, str)]
             check_bad([*bad_before, *bad], self.args.max_bad, "max_bad")
             if good:
-                rows += [row for row, _ in good]
-                x = from_pixels(np.stack([image for _, image in good]))
-                for kind in kinds:
+                rows += good
+                x = from_pixels(np.stack(list(good.values())))
+                for kind, part in parts.items():
                     mean, spread = self._encode(x.flip(3) if kind == "latents_flipped" else x)
-                    parts[kind].append(mean)
+                    part.append(mean)
                     variance += spread
             tell(len(batch))
         tensors = {kind: torch.cat(some).to(getattr(torch, self.args.dtype)) for kind, some in parts.items()}
@@ -186,23 +163,24 @@ class _Job:
         _write(self.file(shard), content)
         return self._entry(shard, noted, hashlib.sha256(content).hexdigest())
 
-    def finish(self, entries: Sequence[Entry]) -> dict[str, Any]:
+    def finish(self, entries: Mapping[int, Entry]) -> dict[str, Any]:
         """Write latents.json, when all shards are there; what it holds."""
-        args, count = self.args, sum(entry["count"] for entry in entries)
+        shards = [entries[k] for k in self.shards]
+        count = sum(entry["count"] for entry in shards)
         if not count:
             raise ValueError(f"none of the images can be used: {self.source.source}")
-        values = count * len(latent_names(args.flip)) * self.shape[1] * self.shape[2]  # of a channel
+        values = count * len(latent_names(self.args.flip)) * math.prod(self.shape[1:])  # of a channel
         index = {
             **self.facts,
             "vae": self.known,
             "shape": self.shape,
-            **channel_statistics(entries, values),
+            **channel_statistics(shards, values),
             "classes": [self.source.id2label[i] for i in range(len(self.source.id2label))],
             "count": count,
-            "bad": _bad(dict(enumerate(entries))),
-            "shards": [{name: entry[name] for name in ("file", "count", "bytes", "sha256")} for entry in entries],
+            "bad": _bad(entries),
+            "shards": [{name: entry[name] for name in ("file", "count", "bytes", "sha256")} for entry in shards],
         }
-        _write(args.out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        _write(self.args.out / INDEX, (json.dumps(index, indent=1) + "\n").encode())
         return index
 
     @torch.inference_mode()
@@ -214,15 +192,13 @@ class _Job:
     @cached_property
     def _listed(self) -> dict[str, str]:
         """SHA-256 by file name from latents.json, where there is one. ValueError when it is of other latents."""
-        index = read_index(self.args.out) if (self.args.out / INDEX).is_file() else None
-        if index is None:
+        if not (self.args.out / INDEX).is_file() or not (index := read_index(self.args.out)):
             return {}
         self._check_facts({**index, "vae": index["vae"]["sha256"]})
         return {shard["file"]: shard["sha256"] for shard in index["shards"]}
 
     def _check_facts(self, found: Mapping[str, Any]) -> None:
-        differing = [_WORDS.get(name, name) for name in self.facts if found.get(name) != self.facts[name]]
-        if differing:
+        if differing := [_WORDS.get(name, name) for name, fact in self.facts.items() if found.get(name) != fact]:
             what = f"out {self.args.out} holds latents with another {', '.join(differing)}"
             raise ValueError(f"{what}; give another --out")
 
@@ -231,7 +207,7 @@ class _Job:
         return {**noted, "shard": shard, "file": file.name, "bytes": file.stat().st_size, "sha256": sha256}
 
 
-def _batches(source: Source, rows: range, size: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
+def _batches(source: FolderImages, rows: range, size: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:
     """What is read of the rows, `size` at once; a batch is read while the last one is worked on."""
     ahead: list[Future[Read]] = []
     for start in range(0, len(rows) + size, size):
@@ -240,7 +216,7 @@ def _batches(source: Source, rows: range, size: int, threads: ThreadPoolExecutor
             yield [future.result() for future in batch]
 
 
-def _read(source: Source, row: int) -> Read:
+def _read(source: FolderImages, row: int) -> Read:
     try:
         return row, source.images([row])[0]
     except BadImage as error:
@@ -253,8 +229,8 @@ def _write(file: Path, content: bytes) -> None:
         with whole(file) as handle:
             handle.write(content)
     except OSError as error:
-        how = "once it can be, the same command goes on"
-        raise ValueError(f"{file} could not be written ({error.strerror}); {how}") from error
+        why = f"({error.strerror}); once it can be, the same command goes on"
+        raise ValueError(f"{file} could not be written {why}") from error
 
 
 def _together(state: Any, work: Callable[[int], Entry | None], shards: Sequence[int]) -> dict[int, Entry]:

@@ -26,20 +26,9 @@ MOST_PIXELS = 2**30 // 12  # beyond it Pillow warns of a decompression bomb
 _LONGEST = 16  # times the short side: of a longer image only the centre square is enlarged
 # What Pillow raises on truncated, corrupt or foreign bytes.
 _DAMAGE = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    NotImplementedError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, NotImplementedError, OverflowError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 
 
 class FolderImages(ImageSet):
@@ -63,7 +52,10 @@ class FolderImages(ImageSet):
             raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
         self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
         _, folders, names = next(_walk(root))
-        _check_links(root, names)
+        for name in names:  # without its class the others' labels would move
+            is_link = os.path.islink(root / name) and not name.startswith(".") and not _is_image(name)
+            if is_link and not os.path.exists(root / name):
+                raise ValueError(f"data.path {root} holds {name}, a link that leads nowhere; mend or remove it")
         classes = {
             name: files for name in sorted(folders) if not name.startswith(".") and (files := _image_files(root / name))
         }
@@ -76,22 +68,21 @@ class FolderImages(ImageSet):
             labels += [label] * len(files)
         if not self.files:
             raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.id2label = dict(enumerate(classes))
-        self.root = root
+        self.root, self.labels, self.id2label = root, np.asarray(labels, dtype=np.int64), dict(enumerate(classes))
         self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
         """Every file's place below the root and its size in bytes, -1 of one that cannot be reached."""
-        return [(file.relative_to(self.root).as_posix(), _size(file)) for file in self.files]
+        sizes = (os.path.getsize(file) if os.path.exists(file) else -1 for file in self.files)
+        return [(file.relative_to(self.root).as_posix(), size) for file, size in zip(self.files, sizes, strict=True)]
 
     def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, C) uint8. Raises BadImage at the first file that cannot be used."""
+        """(n, H, W, C) uint8. Raises BadImage at the first one that cannot be used."""
         return np.stack([self._image(row) for row in rows])
 
     def contents(self) -> bytes:
-        """Names and sizes of the files."""
+        """Names and sizes of the images."""
         return json.dumps(self.inventory).encode()
 
     def name(self, row: int) -> str:
@@ -110,12 +101,10 @@ class FolderImages(ImageSet):
         return wrong
 
     def _check(self, file: Path, image: Image.Image) -> None:
-        want = (self.size, self.size)
-        if image.size != want or image.mode != self.mode:
-            raise ValueError(
-                f"{file} is {image.size[0]}x{image.size[1]} {image.mode}, the model takes {want[0]}x{want[1]} "
-                f"{self.mode}; add --data.fit crop to resize, centre-crop and convert every image"
-            )
+        size, want = f"{image.width}x{image.height} {image.mode}", f"{self.size}x{self.size} {self.mode}"
+        if size != want:
+            fix = "add --data.fit crop to resize, centre-crop and convert every image"
+            raise ValueError(f"{file} is {size}, the model takes {want}; {fix}")
 
     def _image(self, row: int) -> NDArray[np.uint8]:
         try:
@@ -134,21 +123,17 @@ class FolderImages(ImageSet):
 
 
 def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = None) -> NDArray[np.uint8]:
-    """The image of a file, upright, resized, centre-cropped and converted: (size, size, C) uint8.
+    """The image of a file, upright, resized, centre-cropped and made "L" or "RGB": (size, size, C) uint8.
 
-    Args:
-        file: The file, or with `content` what messages call it.
-        size: Height and width.
-        mode: "L" or "RGB".
-        content: What is read instead of the file.
-
-    Raises:
-        ValueError: It cannot be used; the file is named.
+    `content` is read instead of the file where it is given. Raises ValueError, which names the file.
     """
     with _opened(file, content) as image:
         upright = _upright(file, image)
         with _naming(file, f"cannot be made {mode} of {size}x{size}"):
-            fitted = _centre_crop(_converted(upright, mode), size)
+            if upright.has_transparency_data:  # it becomes white
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            fitted = _centre_crop(upright.convert(mode), size)
             return np.asarray(fitted, dtype=np.uint8).reshape(size, size, -1)
 
 
@@ -168,21 +153,6 @@ def _is_image(name: str) -> bool:
 def _image_files(root: Path) -> list[Path]:
     """All below a folder that have an image's name; what is no file is among them, to be named when it is read."""
     return sorted(Path(place, name) for place, _, names in _walk(root) for name in names if _is_image(name))
-
-
-def _check_links(root: Path, names: Sequence[str]) -> None:
-    """ValueError for a link to a folder that is not there: without its class the others' labels would move."""
-    for name in names:
-        usual = name.startswith(".") or _is_image(name) or not (root / name).is_symlink()
-        if not usual and not os.path.exists(root / name):
-            raise ValueError(f"data.path {root} holds {name}, a link that leads nowhere; mend or remove it")
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return -1
 
 
 @contextmanager
@@ -225,14 +195,6 @@ def _upright(file: Path, image: Image.Image) -> Image.Image:
         upright = ImageOps.exif_transpose(image)
         upright.load()
     return upright
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """The image in the model's mode; transparency becomes white."""
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert(mode)
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:

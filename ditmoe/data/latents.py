@@ -36,10 +36,13 @@ _HASHED_BYTES = 2 * 2**30  # a set up to this size is hashed whenever it is open
 Index = dict[str, Any]
 
 
-class _Latents(ImageSet):
-    """No set of latents has pixels, and all of them can be used."""
+class Latents(ImageSet):
+    """Latents (len, C, H, W) in memory with labels (len,), as the model takes them; not those of mirrored images."""
 
-    is_latent = True
+    is_latent = in_memory = True
+
+    def __init__(self, values: Tensor, labels: NDArray[np.int64], id2label: dict[int, str], source: str) -> None:
+        self.values, self.labels, self.id2label, self.source = values, labels, id2label, source
 
     def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
         """Latents have no pixels."""
@@ -49,16 +52,7 @@ class _Latents(ImageSet):
         """All of the rows."""
         return list(rows)
 
-
-class Latents(_Latents):
-    """Latents (len, C, H, W) in memory with labels (len,), as the model takes them; not those of mirrored images."""
-
-    in_memory = True
-
-    def __init__(self, values: Tensor, labels: NDArray[np.int64], id2label: dict[int, str], source: str) -> None:
-        self.values, self.labels, self.id2label, self.source = values, labels, id2label, source
-
-    def contents(self) -> memoryview:
+    def contents(self) -> bytes | memoryview:
         """The values."""
         return self.values.contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -68,30 +62,24 @@ class Latents(_Latents):
         return self.values[torch.as_tensor(rows)].float()
 
 
-class LatentShards(_Latents):
-    """Latents read from their shards, mapped into memory, when they are asked for.
-
-    Args:
-        root: The folder.
-        index: Its latents.json.
+class LatentShards(Latents):
+    """Latents read from the shards of a folder, mapped into memory, when they are asked for; `index`: its latents.json.
 
     Raises:
         ValueError: A shard is missing or is not the one that latents.json lists; it names the file and the fix. Hashes
             are compared where the set has at most 2 GiB.
     """
 
+    in_memory = False
+
     def __init__(self, root: Path, index: Index) -> None:
         self.root, self.index = root, index
-        self.flipped: bool = index["flip"]
-        self.id2label = dict(enumerate(index["classes"]))
-        self._files = [root / shard["file"] for shard in index["shards"]]
+        self.id2label, self.normalization = dict(enumerate(index["classes"])), _normalization(index)
+        self._mean, self._std = _columns(index)
         self._ends = list(accumulate(shard["count"] for shard in index["shards"]))
         self._open: dict[int, Any] = {}
-        self._mean, self._std = _columns(index)
-        self.normalization = _normalization(index)
         hashed = sum(shard["bytes"] for shard in index["shards"]) <= _HASHED_BYTES
-        labels = [self._labels(file, shard, hashed) for file, shard in zip(self._files, index["shards"], strict=True)]
-        self.labels = np.concatenate(labels)
+        self.labels = np.concatenate([self._labels(shard, hashed) for shard in index["shards"]])
         self.source = f"{len(self.labels)} latents of {len(self.id2label)} classes in {root}, VAE {vae_words(index)}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,15 +95,15 @@ class LatentShards(_Latents):
         z = torch.stack([self._read(row, kind) for row, kind in zip(rows, kinds, strict=True)])
         return (z.float() - self._mean) / self._std
 
-    def _read(self, row: int, kind: str) -> Tensor:
+    def _read(self, row: int, kind: str) -> Any:
         shard = int(np.searchsorted(self._ends, row, side="right"))
         if shard not in self._open:
-            self._open[shard] = safe_open(self._files[shard], framework="pt")
-        value: Tensor = self._open[shard].get_slice(kind)[row - self._ends[shard]]  # from the end: a negative number
-        return value
+            self._open[shard] = safe_open(self.root / self.index["shards"][shard]["file"], framework="pt")
+        return self._open[shard].get_slice(kind)[row - self._ends[shard]]  # from the end: a negative number
 
-    def _labels(self, file: Path, shard: Mapping[str, Any], hashed: bool) -> NDArray[np.int64]:
+    def _labels(self, shard: Mapping[str, Any], hashed: bool) -> NDArray[np.int64]:
         """The labels of a shard, once it has been found to be the one that latents.json lists."""
+        file = self.root / shard["file"]
         fix = f"restore it, or run python -m ditmoe encode with --out {self.root} again, which makes it anew"
         if not file.is_file():
             raise ValueError(f"{file} is missing, which {INDEX} lists; {fix}")
@@ -123,7 +111,7 @@ class LatentShards(_Latents):
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not {shard['bytes']} as {INDEX} says; {fix}")
         if hashed and digest(file) != shard["sha256"]:
             raise ValueError(f"{file} has other content than {INDEX} says (SHA-256); {fix}")
-        want = {name: [shard["count"], *self.index["shape"]] for name in latent_names(self.flipped)}
+        want = {name: [shard["count"], *self.index["shape"]] for name in latent_names(self.index["flip"])}
         try:
             with safe_open(file, framework="pt") as tensors:
                 labels = tensors.get_tensor("labels")
@@ -132,23 +120,19 @@ class LatentShards(_Latents):
             raise ValueError(f"{file} is damaged, truncated or no shard of latents ({error}); {fix}") from error
         if found != want or labels.shape != (shard["count"],) or labels.dtype != torch.int64:
             raise ValueError(f"{file} holds {found}, not {want} and as many labels as {INDEX} says; {fix}")
-        array: NDArray[np.int64] = labels.numpy()
-        return array
+        return labels.numpy()  # type: ignore[no-any-return]
 
 
 def open_latents(root: Path, *, flip: bool) -> Latents | LatentShards:
     """The latents in a folder, with or without latents.json.
 
-    Raises:
-        ValueError: Shards that are missing, damaged or do not belong together; mirrored images are asked for with
-            `flip`, but not there.
+    Raises ValueError for shards that are missing, damaged or do not belong together, and where mirrored images are
+    asked for with `flip`, but not there.
     """
     index = read_index(root)
     if flip and not (index and index["flip"]):
-        raise ValueError(
-            f"data.flip needs the latents of mirrored images, which {root} does not hold; encode them with python -m "
-            f"ditmoe encode --flip, or train with --data.no-flip"
-        )
+        fix = "encode them with python -m ditmoe encode --flip, or train with --data.no-flip"
+        raise ValueError(f"data.flip needs the latents of mirrored images, which {root} does not hold; {fix}")
     return _open_simple(root) if index is None else LatentShards(root, index)
 
 
@@ -168,22 +152,17 @@ def _open_simple(root: Path) -> Latents:
         values.append(shard["latents"])
         labels.append(shard.get("labels", torch.zeros(0, dtype=torch.int64)))
     if len({v.shape[1:] for v in values}) > 1 or values[0].ndim != 4:
-        raise ValueError(
-            f"the shards in {root} hold latents of different shapes: {[tuple(v.shape) for v in values][:4]}"
-        )
+        shapes = [tuple(v.shape) for v in values][:4]
+        raise ValueError(f"the shards in {root} hold latents of different shapes: {shapes}")
     latents, classes = torch.cat(values), torch.cat(labels).long().flatten().numpy()
     if len(latents) == 0 or len(classes) not in (0, len(latents)):
         raise ValueError(f"the shards in {root} hold {len(latents)} latents but {len(classes)} labels")
     if len(classes) and not 0 <= classes.min() <= classes.max() < MOST_LABELS:
-        raise ValueError(
-            f"the shards in {root} have labels {classes.min()}..{classes.max()}; they must lie in 0..{MOST_LABELS - 1}"
-        )
+        found = f"{classes.min()}..{classes.max()}"
+        raise ValueError(f"the shards in {root} have labels {found}; they must lie in 0..{MOST_LABELS - 1}")
     id2label = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
     classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
     return Latents(latents, classes, id2label, f"{len(latents)} latents of {len(id2label)} classes in {root}")
-
-
-# ---- latents.json and a shard's metadata
 
 
 def latent_names(flip: bool) -> tuple[str, ...]:
@@ -194,8 +173,7 @@ def latent_names(flip: bool) -> tuple[str, ...]:
 def read_index(root: Path) -> Index | None:
     """What latents.json says; None for a folder of the simple form.
 
-    Raises:
-        ValueError: It is not whole, or it is missing because the set has not been encoded to its end.
+    Raises ValueError where it is not whole, or missing because the set has not been encoded to its end.
     """
     file = root / INDEX
     if not file.is_file():
@@ -204,29 +182,27 @@ def read_index(root: Path) -> Index | None:
             raise ValueError(f"{root} holds no {INDEX}: run python -m ditmoe encode again until all is encoded")
         return None
     try:
-        index = json.loads(file.read_text())
+        index: Index = json.loads(file.read_text())
         fault = "it has another format" if index["format"] != FORMAT else _index_fault(index)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         raise ValueError(f"{file} is not what python -m ditmoe encode writes ({fault})")
-    found: Index = index
-    return found
+    return index
 
 
 def _index_fault(index: Any) -> str | None:
-    shards, shape, classes = index["shards"], index["shape"], index["classes"]
-    plain = all(
-        Path(shard["file"]).name == shard["file"] and shard["file"].endswith(".safetensors") for shard in shards
-    )
+    shards, shape = index["shards"], index["shape"]
+    files = [shard["file"] for shard in shards]
     numbers = [*shape, index["count"], *(shard[name] for shard in shards for name in ("count", "bytes"))]
+    plain = all(Path(file).name == file and file.endswith(".safetensors") for file in files)
     if not plain or not all(isinstance(shard["sha256"], str) for shard in shards):
         return "its shards are not files of the folder"
     if len(shape) != 3 or not all(type(n) is int and 0 <= n < 2**50 for n in numbers):
         return "its counts are not numbers of images"
     if not 0 < index["count"] == sum(shard["count"] for shard in shards):
         return "its shards do not add up to its count"
-    if not isinstance(index["flip"], bool) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(index["flip"], bool) or not all(isinstance(name, str) for name in index["classes"]):
         return "its classes are not names"
     return None if is_normalization(index) and len(index["mean"]) == shape[0] else "mean and std are not usable"
 
@@ -244,8 +220,7 @@ def noted_in(file: Path) -> dict[str, Any] | None:
 def channel_statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict[str, list[float]]:
     """`mean`, `std` and `posterior_std` of each channel, which has so many values in all, from the sums of each shard.
 
-    Raises:
-        ValueError: A channel is the same everywhere.
+    Raises ValueError where a channel is the same everywhere.
     """
     mean, squares, variance = (
         [math.fsum(sums) / values for sums in zip(*(shard[name] for shard in shards), strict=True)]
@@ -258,14 +233,8 @@ def channel_statistics(shards: Sequence[Mapping[str, Any]], values: int) -> dict
     return {"mean": mean, "std": std, "posterior_std": [math.sqrt(v) for v in variance]}
 
 
-# ---- the way back
-
-
 def read_normalization(root: Path | None) -> dict[str, Any] | None:
-    """`ImageSet.normalization` of the latents in a folder, with which a pipeline turns x into latents of the VAE.
-
-    None for latents of the simple form, and where there is no folder.
-    """
+    """`ImageSet.normalization` of the latents in a folder; None for the simple form, and where there is no folder."""
     index = None if root is None else read_index(root)
     return None if index is None else _normalization(index)
 
@@ -276,13 +245,11 @@ def _normalization(index: Index) -> dict[str, Any]:
 
 def is_normalization(found: Any) -> bool:
     """Whether a value read from a file has the form of `ImageSet.normalization`."""
-    if not isinstance(found, Mapping) or not isinstance(found.get("vae"), Mapping):
-        return False
-    mean, std = found.get("mean"), found.get("std")
-    if not isinstance(mean, list) or not isinstance(std, list) or not 0 < len(mean) == len(std):
-        return False
-    usable = all(isinstance(v, float | int) and abs(v) < 1e30 for v in [*mean, *std]) and min(std) > 1e-30  # float32
-    return usable and all(isinstance(found["vae"].get(entry), str) for entry in ("name", "sha256"))
+    match found:
+        case {"mean": list(mean), "std": list(std), "vae": {"name": str(), "sha256": str()}}:
+            numbers = all(isinstance(v, float | int) and abs(v) < 1e30 for v in [*mean, *std])
+            return numbers and 0 < len(mean) == len(std) and min(std) > 1e-30  # as float32
+    return False
 
 
 def denormalize(x: Tensor, known: Mapping[str, Any]) -> Tensor:

@@ -24,20 +24,17 @@ def open_digits(split: str) -> ArrayImages:
     """The 8 x 8 digits that come with the package; `split` is "train" or "test"."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         pixels, labels = file[f"{split}_images"], file[f"{split}_labels"]
-    names = {i: str(i) for i in range(10)}
-    source = f"{len(labels)} real 8x8 digits ({split}), bundled"
+    source, names = f"{len(labels)} real 8x8 digits ({split}), bundled", dict(enumerate("0123456789"))
     return ArrayImages(pixels[..., None], labels.astype(np.int64), names, source, f"digits:{split}")
 
 
 def open_fashion(config: DataConfig, split: str) -> ArrayImages:
     """Fashion-MNIST, 28 x 28, from `config.path`, the Debian package or ./data, into which it may be downloaded.
 
-    Raises:
-        ValueError: Its files are nowhere, or damaged.
+    Raises ValueError where its files are nowhere, or damaged.
     """
     stem = "train" if split == "train" else "t10k"
-    names = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
-    cache = Path("data")
+    names, cache = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"), Path("data")
     places = [config.path] if config.path else [DEBIAN_FASHION, cache / "FashionMNIST" / "raw"]
 
     def files_in(place: Path) -> list[Path]:
@@ -45,37 +42,27 @@ def open_fashion(config: DataConfig, split: str) -> ArrayImages:
         return [f for f in found if f]
 
     if config.download and not any(len(files_in(place)) == 2 for place in places):
-        _download_fashion(cache)
-    for place in places:
-        files = files_in(place)
-        if len(files) == 2:
-            pixels, labels = read_idx(files[0]), read_idx(files[1])
-            if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
-                raise ValueError(f"{files[0]} and {files[1]} do not belong together")
-            source = f"{len(labels)} Fashion-MNIST images ({split}) in {place}"
-            classes, name = dict(enumerate(FASHION_CLASSES)), None if config.path else f"fashion:{split}"
-            return ArrayImages(pixels[..., None], labels.astype(np.int64), classes, source, name)
-    raise ValueError(
-        f"Fashion-MNIST ({names[0]}[.gz]) is not in {' or '.join(map(str, places))}; install the Debian package "
-        f"dataset-fashion-mnist, or give --data.path FOLDER, or --data.download"
-    )
+        from torchvision.datasets import FashionMNIST
 
-
-def _download_fashion(cache: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
-    try:
-        FashionMNIST(str(cache), download=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"Fashion-MNIST could not be downloaded ({error}); give --data.path FOLDER") from error
+        try:
+            FashionMNIST(str(cache), download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"Fashion-MNIST could not be downloaded ({error}); give --data.path FOLDER") from error
+    place = next((place for place in places if len(files_in(place)) == 2), None)
+    if place is None:
+        fix = "install the Debian package dataset-fashion-mnist, or give --data.path FOLDER, or --data.download"
+        raise ValueError(f"Fashion-MNIST ({names[0]}[.gz]) is not in {' or '.join(map(str, places))}; {fix}")
+    files = files_in(place)
+    pixels, labels = map(read_idx, files)
+    if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
+        raise ValueError(f"{files[0]} and {files[1]} do not belong together")
+    source = f"{len(labels)} Fashion-MNIST images ({split}) in {place}"
+    classes, name = dict(enumerate(FASHION_CLASSES)), None if config.path else f"fashion:{split}"
+    return ArrayImages(pixels[..., None], labels.astype(np.int64), classes, source, name)
 
 
 def read_idx(file: Path) -> NDArray[np.uint8]:
-    """The uint8 array of an IDX file (MNIST's format), gzipped or not.
-
-    Raises:
-        ValueError: The file is truncated or is no IDX file of unsigned bytes.
-    """
+    """The uint8 array of an IDX file (MNIST's format), gzipped or not. ValueError where it is truncated or none."""
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (EOFError, OSError, zlib.error) as error:

@@ -1,8 +1,4 @@
-"""Where images come from: the set that a configuration asks for, and what is drawn of it once.
-
-Shapes: n images asked for, C channels, H W size. Pixels are uint8 (n, H, W, C); the model's x is float32 (n, C, H, W),
-see `pixels`.
-"""
+"""Where images come from: the set that a configuration asks for, and what is drawn of it once."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ _WITHOUT_TEST = ("folder", "latents")
 
 
 def open_data(config: DataConfig, *, size: int, channels: int, split: str = "train") -> ImageSet:
-    """The data set of a configuration.
+    """The data set of a configuration, for a model of images (channels, size, size).
 
     Args:
         config: Which set, and where.
@@ -39,12 +35,20 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
         raise ValueError(f"the data set {config.name} needs --data.path FOLDER")
     if config.name in _WITHOUT_TEST and split == "test":
         raise ValueError(f"the data set {config.name} has no test split")
-    data, found = _open(config, size, channels, split)
-    if found != (channels, size, size):
-        raise ValueError(
-            f"{config.name} has images of (C, H, W) = {found}, the model takes {(channels, size, size)}; "
-            f"set --model.in-channels {found[0]} --model.sample-size {found[1]}"
-        )
+    data: ImageSet
+    found: tuple[int, ...] = (channels, size, size)
+    if config.name == "folder":
+        data = _open_folder(config, size, channels)
+    elif config.name == "latents":
+        assert config.path is not None
+        data = open_latents(config.path, flip=config.flip)
+        found = tuple(data.tensors([0]).shape[1:])
+    else:
+        data = arrays = open_digits(split) if config.name == "digits" else open_fashion(config, split)
+        found = (arrays.pixels.shape[3], *arrays.pixels.shape[1:3])
+    if found != (wanted := (channels, size, size)):
+        fix = f"set --model.in-channels {found[0]} --model.sample-size {found[1]}"
+        raise ValueError(f"{config.name} has images of (C, H, W) = {found}, the model takes {wanted}; {fix}")
     classes = max(len(data.id2label), 1)
     wrong = data.labels[(data.labels < 0) | (data.labels >= classes)]
     if len(wrong):
@@ -54,8 +58,7 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
 
 def open_held_out(config: DataConfig, *, size: int, channels: int) -> ImageSet | None:
     """The test split of a configuration's set; None of one that has none. Raises ValueError as `open_data`."""
-    without = config.name in _WITHOUT_TEST
-    return None if without else open_data(config, size=size, channels=channels, split="test")
+    return None if config.name in _WITHOUT_TEST else open_data(config, size=size, channels=channels, split="test")
 
 
 def reference(data: ImageSet, seed: int) -> str | NDArray[np.uint8]:
@@ -75,21 +78,6 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
     parts = [data.tensors(rows[i : i + 100]) for i in range(0, len(rows), 100)]
     variances = torch.cat([x.flatten(1).double().var(dim=1) for x in parts])
     return float(variances[variances.isfinite()].mean().nan_to_num())
-
-
-# --------------------------------------------------------------------------------------------- kinds of sets
-
-
-def _open(config: DataConfig, size: int, channels: int, split: str) -> tuple[ImageSet, tuple[int, ...]]:
-    """The set, and (C, H, W) of its images."""
-    if config.name == "folder":
-        return _open_folder(config, size, channels), (channels, size, size)
-    if config.name == "latents":
-        assert config.path is not None
-        latents = open_latents(config.path, flip=config.flip)
-        return latents, tuple(latents.tensors([0]).shape[1:])
-    arrays = open_digits(split) if config.name == "digits" else open_fashion(config, split)
-    return arrays, (arrays.pixels.shape[3], *arrays.pixels.shape[1:3])
 
 
 def _open_folder(config: DataConfig, size: int, channels: int) -> ArrayImages | FolderImages:

@@ -5,8 +5,6 @@ Shapes: n images of a micro-batch, C channels, H W size.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,18 +28,18 @@ class Batch(NamedTuple):
 
 
 class _Stream(Dataset[Batch]):
-    """Sample number i of a run: image `permutation(epoch)[position]`, perhaps mirrored; a function of (seed, i).
+    """The `size` samples of a run from a number on; i is image `permutation(epoch)[position]`, perhaps mirrored.
 
     In the place of an image that cannot be used comes the next one of the permutation that can.
     """
 
-    def __init__(self, data: ImageSet, seed: int, flip: bool) -> None:
-        self.data, self.seed, self.flip = data, seed, flip
+    def __init__(self, data: ImageSet, seed: int, flip: bool, size: int) -> None:
+        self.data, self.seed, self.flip, self.size = data, seed, flip, size
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._bad: set[int] = set()
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        x, rows, bad = None, [], []
+    def __getitem__(self, start: int) -> Batch:
+        x, rows, bad, indices = None, [], [], list(range(start, start + self.size))
         mirrored = [bool(sample_rng(self.seed, 3, i).integers(2)) for i in indices] if self.flip else None
         while x is None:
             rows = [self.image_of(i) for i in indices]
@@ -64,48 +62,25 @@ class _Stream(Dataset[Batch]):
         return int(self._order[position])
 
 
-class _MicroBatches:
-    """The running numbers of this process's samples, one list a micro-batch."""
-
-    def __init__(self, numbers: range, rank: int, num_processes: int, size: int) -> None:
-        self.numbers, self.rank, self.num_processes, self.size = numbers, rank, num_processes, size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for number in self.numbers:
-            start = (number * self.num_processes + self.rank) * self.size
-            yield list(range(start, start + self.size))
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-
 class Batches:
     """The micro-batches of one process, from `first_step` to the end of the run.
 
     Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
-    cut it into equal consecutive parts, so that the samples of a step do not depend on how it is cut.
-
-    Raises:
-        ValueError: batch_size does not divide into accumulation * num_processes equal parts.
+    cut it into equal consecutive parts (ValueError where they cannot), so that its samples do not depend on the cut.
     """
 
     def __init__(self, config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> None:
         train, workers = config.train, config.data.num_workers
         size = micro_batch_size(train, num_processes)
-        numbers = range(first_step * train.accumulation, config.max_steps * train.accumulation)
-        self._plan = _MicroBatches(numbers, rank, num_processes, size)
-        self._stream = _Stream(data, config.seed, config.data.flip)
+        first, end = (step * train.batch_size + rank * size for step in (first_step, config.max_steps))
+        self._starts = range(first, end, num_processes * size)  # of this process's micro-batches
+        self._stream = _Stream(data, config.seed, config.data.flip, size)
         self._ahead = max(1, 2 * workers)  # micro-batches that the readers may be at
         self._given = 0
-        loader = DataLoader(
-            self._stream,
-            sampler=self._plan,
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+        self._batches: Any = iter(DataLoader(
+            self._stream, sampler=self._starts, batch_size=None, num_workers=workers, persistent_workers=workers > 0,
             worker_init_fn=ignored_here,
-        )
-        self._batches: Any = iter(loader)
+        ))  # fmt: skip
 
     def __iter__(self) -> Batches:
         return self
@@ -117,14 +92,13 @@ class Batches:
 
     def close(self) -> None:
         """End the readers. They ignore the signal with which a program that exits would end them."""
-        shutdown = getattr(self._batches, "_shutdown_workers", None)  # what torch itself calls when it is collected
-        if shutdown is not None:
+        if shutdown := getattr(self._batches, "_shutdown_workers", None):  # what torch itself calls when collected
             shutdown()
             for worker in self._batches._workers:
                 worker.kill()
 
     def awaited(self) -> str:
         """The images that are being read, for a message."""
-        stream, lists = self._stream, itertools.islice(self._plan, self._given, self._given + self._ahead)
-        names = [stream.data.name(stream.image_of(i)) for indices in lists for i in indices]
+        stream, starts = self._stream, self._starts[self._given : self._given + self._ahead]
+        names = [stream.data.name(stream.image_of(i)) for start in starts for i in range(start, start + stream.size)]
         return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -23,19 +23,18 @@ def from_pixels(pixels: NDArray[np.uint8], mirrored: Sequence[bool] | None = Non
     return x if mirrored is None else torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
 
 
-def to_pixels(x: Tensor) -> Any:
+def to_pixels(x: Tensor) -> NDArray[np.uint8]:
     """x (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C), by QUANTIZE. FloatingPointError unless all are finite."""
     if not bool(x.isfinite().all()):
-        raise FloatingPointError(
-            "images are not finite: the weights are damaged, or guidance_scale or epsilon_scale are too much for them"
-        )
+        why = "the weights are damaged, or guidance_scale or epsilon_scale are too much for them"
+        raise FloatingPointError(f"images are not finite: {why}")
     pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_pil(x: Tensor) -> list[Image.Image]:
-    """x (N, C, H, W) in [-1, 1] -> N pictures, grey for C = 1."""
-    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in to_pixels(x)]
+def to_pil(image: NDArray[Any]) -> Image.Image:
+    """uint8 (H, W, C) as a picture, grey for C = 1."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -116,11 +116,7 @@ def check_bad(sentences: Sequence[str], max_bad: int, option: str = "data.max_ba
 
 
 class BadImage(ValueError):  # noqa: N818 - what is raised is the image
-    """An image file that cannot be used.
-
-    Attributes:
-        row: Its number in the set.
-    """
+    """An image file that cannot be used; `row` is its number in the set."""
 
     def __init__(self, row: int, sentence: str) -> None:
         super().__init__(sentence)

@@ -6,17 +6,16 @@ The files are read in place with `tarfile`; nothing is unpacked.
 from __future__ import annotations
 
 import io
-import json
+import re
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .folders import IMAGE_SUFFIXES, read_cropped
-from .sets import MOST_LABELS, BadImage, ImageSet
+from .folders import IMAGE_SUFFIXES, FolderImages, read_cropped
+from .sets import MOST_LABELS, BadImage
 
 
 class _Member(NamedTuple):
@@ -26,13 +25,11 @@ class _Member(NamedTuple):
     size: int
 
 
-class TarImages(ImageSet):
+class TarImages(FolderImages):
     """Images read from uncompressed tar files each time they are asked for; without .cls members, without labels.
 
-    Args:
-        root: A tar file, or a folder of them (*.tar), taken in the order of their names.
-        size: Height and width; images are resized and centre-cropped.
-        channels: 1 (grey) or 3 (RGB).
+    `root` is a tar file, or a folder of them (*.tar), taken in the order of their names; images are made of the `size`
+    and number of `channels` as those of `FolderImages` with fit "crop".
 
     Raises:
         ValueError: A file is truncated, damaged or compressed, holds no images, links instead of images, a key twice
@@ -40,20 +37,15 @@ class TarImages(ImageSet):
     """
 
     def __init__(self, root: Path, size: int, channels: int) -> None:
-        self.size, self.mode = size, "L" if channels == 1 else "RGB"
-        self._members: list[_Member] = []
-        labels: list[int | None] = []
+        self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", "crop"
         tars = tar_files(root)
-        stray = next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
-        if stray is not None:
+        if stray := next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None):
             raise ValueError(f"{root} holds tar files, and images beside them ({stray}); move the one or the other")
-        for tar in tars:
-            for member, label in _scan(tar):
-                self._members.append(member)
-                labels.append(label)
-        if not self._members:
+        found = [entry for tar in tars for entry in _scan(tar)]
+        if not found:
             raise ValueError(f"the tar files in {root} hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        bare = [member for member, label in zip(self._members, labels, strict=True) if label is None]
+        self._members, labels = [member for member, _ in found], [label for _, label in found]
+        bare = [member for member, label in found if label is None]
         if bare and len(bare) < len(labels):
             raise ValueError(f"{bare[0].tar} has {bare[0].key} without {bare[0].key}.cls, but others have labels")
         self.labels = np.asarray([label or 0 for label in labels], dtype=np.int64)
@@ -64,14 +56,6 @@ class TarImages(ImageSet):
     def inventory(self) -> list[tuple[str, int]]:
         """Every image's file and key, and its size in bytes."""
         return [(f"{m.tar.name}/{m.key}", m.size) for m in self._members]
-
-    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
-        """(n, H, W, C) uint8. Raises BadImage at the first one that cannot be used."""
-        return np.stack([self._image(row) for row in rows])
-
-    def contents(self) -> bytes:
-        """Names and sizes of the images."""
-        return json.dumps(self.inventory).encode()
 
     def name(self, row: int) -> str:
         """The tar file and the key in it."""
@@ -85,7 +69,8 @@ class TarImages(ImageSet):
                 content = io.BytesIO(file.read(member.size))
             return read_cropped(Path(self.name(row)), self.size, self.mode, content)
         except (OSError, ValueError) as error:
-            raise BadImage(row, str(error)) from error
+            sentence = re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", str(error))  # another one each time
+            raise BadImage(row, sentence) from error
 
 
 def tar_files(root: Path) -> list[Path]:
@@ -111,11 +96,13 @@ def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
                 raise ValueError(f"{tar} has two {'labels' if is_label else 'images'} of the key {key}")
             if is_label:
                 file.seek(entry.offset_data)
-                labels[key] = _label(tar, key, file.read(entry.size) if entry.size <= 32 else b"")
+                text = file.read(entry.size if entry.size <= 32 else 0).decode("ascii", errors="replace").strip()
+                if not text.isdecimal() or int(text) >= MOST_LABELS:
+                    raise ValueError(f"{tar} has {key}.cls with {text!r:.40}; a label is a number from 0 on")
+                labels[key] = int(text)
             else:
                 images[key] = _Member(tar, key, entry.offset_data, entry.size)
-    alone = next((key for key in labels if key not in images), None)
-    if alone is not None:
+    if alone := next((key for key in labels if key not in images), None):
         raise ValueError(f"{tar} has {alone}.cls without an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [(member, labels.get(key)) for key, member in images.items()]
 
@@ -140,10 +127,3 @@ def _entries(tar: Path) -> list[tarfile.TarInfo]:
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{tar} is truncated, damaged, compressed or no tar file ({error})") from error
     return entries
-
-
-def _label(tar: Path, key: str, content: bytes) -> int:
-    text = content.decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= MOST_LABELS:
-        raise ValueError(f"{tar} has {key}.cls with {text!r:.40}; a label is a number from 0 on")
-    return int(text)

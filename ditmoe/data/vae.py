@@ -18,14 +18,11 @@ from ..handed_in import check_component
 def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
     """The VAE of a pipeline whose network makes these latents, see `DiTMoEPipeline`.
 
-    Raises:
-        ValueError: It is not the one that made them, or the latents do not say which did.
+    Raises ValueError where it is not the one that made them, or the latents do not say which did.
     """
     if latents is None:
-        raise ValueError(
-            f"vae {folder} cannot be checked: the latents do not say which VAE made them, as those of python -m "
-            f"ditmoe encode do"
-        )
+        why = "the latents do not say which VAE made them, as those of python -m ditmoe encode do"
+        raise ValueError(f"vae {folder} cannot be checked: {why}")
     vae = open_vae(folder)
     check_vae(vae, latents)
     return vae
@@ -34,8 +31,7 @@ def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:
 def open_vae(folder: Path) -> AutoencoderKL:
     """A VAE of diffusers from a local folder, float32, for inference. Nothing in the folder is executed.
 
-    Raises:
-        ValueError: The folder holds none that is whole.
+    Raises ValueError where the folder holds none that is whole.
     """
     try:
         kind = read_object(folder / "config.json").get("_class_name")
@@ -49,17 +45,12 @@ def open_vae(folder: Path) -> AutoencoderKL:
         if found["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:5])}")
     except (OSError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, TypeError) as error:
-        sentence = " ".join(str(error).split())
-        raise ValueError(f"vae {folder} is not a VAE that can be loaded: {sentence}") from error
+        raise ValueError(f"vae {folder} is not a VAE that can be loaded: {' '.join(str(error).split())}") from error
     return vae.float().eval().requires_grad_(False)
 
 
 def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of images of `size` x `size` pixels.
-
-    Raises:
-        ValueError: The VAE takes no such images.
-    """
+    """(C, H, W) of the latents of images of `size` x `size` pixels. ValueError where the VAE takes no such images."""
     channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     if channels not in (1, 3):
         raise ValueError(f"the VAE takes {channels} channels; images have 1 (grey) or 3 (RGB)")
@@ -70,9 +61,8 @@ def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
 
 def identity(vae: AutoencoderKL, folder: Path) -> dict[str, Any]:
     """What a set of latents notes of its VAE; the weights decide which one it is, see `check_vae`."""
-    saved = read_object(folder / "config.json").get("_name_or_path")
     return {
-        "name": str(saved or folder.resolve().name),
+        "name": str(read_object(folder / "config.json").get("_name_or_path") or folder.resolve().name),
         "sha256": weights_sha256(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,
@@ -81,11 +71,9 @@ def identity(vae: AutoencoderKL, folder: Path) -> dict[str, Any]:
 
 def check_vae(vae: nn.Module, known: Mapping[str, Any]) -> None:
     """ValueError unless the VAE is the one that made the latents."""
-    found = weights_sha256(vae)
-    if found != known["vae"]["sha256"]:
-        raise ValueError(
-            f"the VAE with weights {found[:12]} is another one than that of the latents, {vae_words(known)}"
-        )
+    if (found := weights_sha256(vae)) != known["vae"]["sha256"]:
+        what = f"the VAE with weights {found[:12]} is another one than that of the latents"
+        raise ValueError(f"{what}, {vae_words(known)}")
 
 
 def vae_words(known: Mapping[str, Any]) -> str:

@@ -22,14 +22,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class RequestedSet:
-    """Images that a pipeline is asked for.
+    """`num` images that a pipeline is asked for, with `labels`, one an image, or None of a model without labels.
 
-    Attributes:
-        pipe: The pipeline.
-        labels: One an image, None of a model without labels.
-        num: N.
-        options: Arguments of the pipeline's call.
-        sampler: Name, steps, network calls and options of the sampler, as a report has them.
+    `options` are arguments of the pipeline's call; `sampler` is its name, steps, network calls and options, as a report
+    has them.
     """
 
     pipe: DiTMoEPipeline
@@ -41,11 +37,9 @@ class RequestedSet:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the pictures."""
-        config = self.pipe.transformer.config
-        if self.pipe.vae is None:
-            return config.sample_size, config.sample_size, config.in_channels
-        side = config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        return side, side, self.pipe.vae.config.out_channels
+        config, vae = self.pipe.transformer.config, self.pipe.vae
+        side = config.sample_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+        return side, side, config.in_channels if vae is None else vae.config.out_channels
 
     @property
     def are_latents(self) -> bool:
@@ -55,15 +49,9 @@ class RequestedSet:
     def batch(self, indices: Sequence[int]) -> Pixels:
         """The images of these indices, uint8 (n, H, W, C)."""
         self.pipe.set_progress_bar_config(disable=True)
-        x = self.pipe(
-            None if self.labels is None else [self.labels[i] for i in indices],
-            num_images=len(indices) if self.labels is None else None,
-            indices=indices,
-            output_type="pt",
-            **self.options,
-        ).images
-        pixels: Pixels = to_pixels(x)
-        return pixels
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        x = self.pipe(labels, num_images=len(indices), indices=indices, output_type="pt", **self.options).images
+        return to_pixels(x)
 
     def whole(self, batch_size: int) -> Pixels:
         """All N images in memory, uint8 (N, H, W, C)."""
@@ -77,24 +65,15 @@ class RequestedSet:
 
 def balanced_labels(pipe: DiTMoEPipeline, num: int) -> list[int] | None:
     """`num` labels, the trained classes in turn; None for a model without labels."""
-    if not pipe.transformer.config.num_classes:
-        return None
-    classes = sorted(pipe.id2label) or list(range(pipe.transformer.config.num_classes))
-    return [classes[i % len(classes)] for i in range(num)]
+    classes = sorted(pipe.id2label) or range(pipe.transformer.config.num_classes)
+    return [classes[i % len(classes)] for i in range(num)] if pipe.transformer.config.num_classes else None
 
 
 def draw(
-    pipe: DiTMoEPipeline,
-    labels: Sequence[int] | None,
-    num: int,
-    *,
-    sampler: str | None = None,
-    steps: int | None = None,
-    cfg: float | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
+    pipe: DiTMoEPipeline, labels: Sequence[int] | None, num: int, *, sampler: str | None = None,
+    steps: int | None = None, cfg: float | None = None, seed: int = 0, batch_size: int = 64,
     more: Mapping[str, Any] | None = None,
-) -> Pixels:
+) -> Pixels:  # fmt: skip
     """Images 0..num-1 of a seed, uint8 (num, H, W, C); the batch size changes nothing but speed and memory.
 
     `more`: further arguments of the pipeline's call, such as {"eta": 1.0}.
@@ -105,10 +84,8 @@ def draw(
 
 def batches(num: int, batch_size: int, rank: int = 0, world: int = 1, *, shown: bool = True) -> Iterator[range]:
     """The indices of a process's batches; the first process shows how far it is, a batch being done at the next."""
-    starts = range(rank * batch_size, num, world * batch_size)
-    total = sum(min(batch_size, num - start) for start in starts)
-    with progress(total, "sampling", shown=shown and not rank) as done:
-        for start in starts:
-            batch = range(start, min(start + batch_size, num))
+    mine = [range(num)[start : start + batch_size] for start in range(rank * batch_size, num, world * batch_size)]
+    with progress(sum(map(len, mine)), "sampling", shown=shown and not rank) as done:
+        for batch in mine:
             yield batch
             done(len(batch))

@@ -1,7 +1,6 @@
-"""Grids and strips of images, as PNG files.
+"""Grids and strips of images: PNG files of about 1,000 pixels' width.
 
-Every function writes one PNG of about 1,000 pixels' width. Images are uint8 (..., H, W, C) with C 1 or 3; small ones
-are enlarged without smoothing so that every pixel can be seen.
+Images are uint8 (..., H, W, C) with C 1 or 3; small ones are enlarged without smoothing, so that all pixels show.
 
 Shapes: R rows, H W size of an image, C its channels.
 """
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.pixels import visible
+from ..data.pixels import to_pil, visible
 from ..files import whole
 
 Array = NDArray[Any]
@@ -29,14 +28,9 @@ INK, MUTED, FAINT = "#1f2430", "#6b7280", "#d9dde3"
 
 
 def write_grid(
-    images: Array,
-    labels: Sequence[int] | None,
-    id2label: Mapping[int, str],
-    path: Path,
-    *,
-    columns: int = 8,
-    most_rows: int | None = None,
-) -> None:
+    images: Array, labels: Sequence[int] | None, id2label: Mapping[int, str], path: Path, *,
+    columns: int = 8, most_rows: int | None = None,
+) -> None:  # fmt: skip
     """Write a grid, a row a class with the class names at the left.
 
     Args:
@@ -78,15 +72,13 @@ def film_strip(
         names: of the n samples, to go before "noisy".
         most: at most this many steps are drawn, evenly chosen with the first and the last.
 
-    Raises:
-        ValueError: the arrays, timesteps and names do not agree.
+    Raises ValueError where the arrays, timesteps and names do not agree.
     """
     names = [""] * len(x_t) if names is None else names
     if x_t.shape != x0.shape or (len(x_t), len(timesteps)) != (len(names), x_t.shape[1]):
-        raise ValueError(
-            f"x_t {x_t.shape}, x0 {x0.shape}, {len(timesteps)} timesteps and {len(names)} names do not match;"
-            " give (n, steps, H, W, C) twice, one t a step and one name a sample"
-        )
+        given = f"x_t {x_t.shape}, x0 {x0.shape}, {len(timesteps)} timesteps and {len(names)} names"
+        fix = "give (n, steps, H, W, C) twice, one t a step and one name a sample"
+        raise ValueError(f"{given} do not match; {fix}")
     chosen = spread(len(timesteps), most)
     rows = np.stack([x_t[:, chosen], x0[:, chosen]], axis=1).reshape(-1, len(chosen), *x_t.shape[2:])
     heads = [("t = " if k == 0 else "") + f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
@@ -105,29 +97,24 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
         raise ValueError(f"images {images.shape} of {images.dtype} are not uint8 (R, columns, H, W, C) with C 1 or 3")
     num_rows, num_columns, height, width, _ = images.shape
     font, gap, pad = _font(17), 5, 14
-    left = pad + max(int(font.getlength(name)) for name in names)
-    left += pad if left > pad else 0
+    widest = max(int(font.getlength(name)) for name in names)
+    left = pad + (widest + pad if widest else 0)
     top = pad + (28 if heads else 0)
     room = max(24, min(96, (WIDTH - left - pad) // num_columns - gap))
-    scale = max(1, room // max(height, width))
-    cell_w, cell_h = width * scale, height * scale
+    cell_w, cell_h = (side * max(1, room // max(height, width)) for side in (width, height))
     if cell_w > room:  # larger than its cell: shrink, keeping the shape
         cell_w, cell_h = room, max(1, round(height * room / width))
-    extra = 12 if group > 1 else 0
-    canvas_w = left + num_columns * (cell_w + gap) - gap + pad
-    canvas_h = top + num_rows * (cell_h + gap) - gap + (num_rows // group - 1) * extra + pad
-    canvas = Image.new("RGB", (canvas_w, canvas_h), "white")
+    how = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
+    xs = [left + k * (cell_w + gap) for k in range(num_columns)]
+    ys = [top + r * (cell_h + gap) + (r // group if group > 1 else 0) * 12 for r in range(num_rows)]
+    canvas = Image.new("RGB", (xs[-1] + cell_w + pad, ys[-1] + cell_h + pad), "white")
     draw = ImageDraw.Draw(canvas)
-    for k, head in enumerate(heads or ()):
-        x = left + k * (cell_w + gap) + cell_w // 2
-        draw.text((x, top - 9), head, fill=MUTED, font=_font(15), anchor="ms")
-    for r in range(num_rows):
-        y = top + r * (cell_h + gap) + (r // group) * extra
-        draw.text((left - pad, y + cell_h // 2), names[r], fill=INK, font=font, anchor="rm")
-        for k in range(num_columns):
-            how = Image.Resampling.NEAREST if cell_w >= width else Image.Resampling.BOX
-            shown = to_pil(images[r, k]).resize((cell_w, cell_h), how)
-            canvas.paste(shown, (left + k * (cell_w + gap), y))
+    for x, head in zip(xs, heads or (), strict=False):
+        draw.text((x + cell_w // 2, top - 9), head, fill=MUTED, font=_font(15), anchor="ms")
+    for row, name, y in zip(images, names, ys, strict=True):
+        draw.text((left - pad, y + cell_h // 2), name, fill=INK, font=font, anchor="rm")
+        for image, x in zip(row, xs, strict=True):
+            canvas.paste(to_pil(image).resize((cell_w, cell_h), how), (x, y))
     save_png(canvas, path)
 
 
@@ -142,11 +129,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
-
-
-def to_pil(image: Array) -> Image.Image:
-    """uint8 (H, W, C) as a picture, grey for C = 1."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -25,25 +25,18 @@ PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_r
 
 
 def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] | Path], None] | None = None) -> None:
-    """What `sample.py` does: load, draw, write, score, say where.
+    """What `sample.py` does: load, draw, write, score, say where. `processes` share the work.
 
-    Args:
-        args: The command line.
-        processes: Those that share the work.
-        score: Scores a set as it is drawn, or the file or folder it was written to.
-
-    Raises:
-        ValueError: A model that cannot be loaded, a value that does not fit it, or an output that exists.
+    `score` scores a set as it is drawn, or the file or folder it was written to. Raises ValueError for a model that
+    cannot be loaded, a value that does not fit it, or an output that exists.
     """
     out = args.out or (None if score else Path("samples.png"))
     if out is not None and out.suffix == ".jpg":
         raise ValueError(f"out {out}: give a .png or .npz file, or a folder of PNG files")
     images = requested(args)
     if images.are_latents and (score or out is None or out.suffix != ".png"):  # the grid is there to look at them
-        raise ValueError(
-            f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them; give it one: "
-            "python -m ditmoe export MODEL FOLDER --vae PATH"
-        )
+        what = f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them"
+        raise ValueError(f"{what}; give it one: python -m ditmoe export MODEL FOLDER --vae PATH")
     if score and out is not None and out.suffix == ".png":
         raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")
     if out is None:
@@ -88,30 +81,29 @@ def requested(args: SampleArgs) -> RequestedSet:
 def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:
     """What makes the images, as JSON values; it goes into the report of a score."""
     pipe, labels = images.pipe, images.labels
-    sampling = "given" if args.classes is not None else "none" if labels is None else "balanced"
+    drawn = "none" if labels is None else "balanced"
     found = {
         **_trained(args.model),
         "vae": None if pipe.vae is None else getattr(pipe.vae.config, "_name_or_path", "unknown"),
         "sampler": images.sampler,
         "seed": args.seed,
-        "label_sampling": sampling,
+        "label_sampling": drawn if args.classes is None else "given",
         "labels_sha256": None if labels is None else hashlib.sha256(repr(labels).encode()).hexdigest(),
         "num": images.num,
         "quantize": QUANTIZE,
         "dtype": "float32",
         "device": pipe.device.type,
     }
-    as_json: dict[str, Any] = json.loads(json.dumps(found))
-    return as_json
+    return dict(json.loads(json.dumps(found)))
 
 
 def _time_shift(scheduler: Any) -> dict[str, Any]:
     """What a `ts-*` goes by, the window being that of its steps; nothing of other samplers."""
     found = {field: value for field, value in scheduler.config.items() if field.startswith("exposure_")}
-    if not found:
-        return {}
-    criterion = found["exposure_variance"] or "published"  # which is a variance of 0
-    return {**found, "exposure_variance": criterion, "exposure_window": scheduler.window}
+    if found:
+        found["exposure_variance"] = found["exposure_variance"] or "published"  # which is a variance of 0
+        found["exposure_window"] = scheduler.window
+    return found
 
 
 def _trained(model: Path) -> dict[str, Any]:

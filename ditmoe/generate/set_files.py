@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..data.pixels import to_pil
 from ..files import read_object, whole, write_json
 from .draw import Pixels, RequestedSet, batches
-from .pictures import to_pil
 
 NOTE = "sampling.json"  # what made the images of a folder
 
@@ -37,10 +37,8 @@ class Processes(Protocol):
 def write_folder(images: RequestedSet, facts: Facts, folder: Path, batch_size: int, processes: Processes) -> None:
     """One PNG an image, 000000.png, or 000000-class7.png, and what made them in sampling.json.
 
-    A folder that holds a part of the same set is completed; each file is whole or absent.
-
-    Raises:
-        ValueError: The folder holds something else.
+    A folder that holds a part of the same set is completed; each file is whole or absent. ValueError where it holds
+    something else.
     """
 
     def files(indices: range) -> list[Path]:
@@ -53,17 +51,13 @@ def write_folder(images: RequestedSet, facts: Facts, folder: Path, batch_size: i
             if not path.exists():
                 with whole(path, durable=False) as file:
                     to_pil(picture).save(file, format="PNG")
-    processes.gather(None)
 
 
 def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, processes: Processes) -> None:
     """ADM's layout: arr_0 uint8 (N, H, W, C) and, for a model with classes, arr_1 labels (N,) int64; and `facts`.
 
     Batches are kept in `path`.parts until all are there, so an interrupted set is continued; memory does not grow
-    with N. The file is whole or absent.
-
-    Raises:
-        ValueError: The parts are those of another set.
+    with N. The file is whole or absent. ValueError where the parts are those of another set.
     """
     parts = path.with_name(path.name + ".parts")
 
@@ -74,7 +68,6 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, p
     for indices, pixels in _missing(images, facts, parts, files, batch_size, processes):
         with whole(files(indices)[0], durable=False) as file:
             np.save(file, pixels)
-    processes.gather(None)
     if processes.rank == 0:
         written = (files(indices)[0] for indices in batches(images.num, batch_size, shown=False))
         _join(written, images, facts, path)
@@ -89,7 +82,10 @@ def _missing(
     images: RequestedSet, facts: Facts, folder: Path, files: Callable[[range], list[Path]], batch_size: int,
     processes: Processes,
 ) -> Iterator[tuple[range, Pixels]]:  # fmt: skip
-    """This process's batches of which a file is missing, drawn whole: the last bits may depend on a batch's size."""
+    """This process's batches of which a file is missing, drawn whole: the last bits may depend on a batch's size.
+
+    A command that is refused takes a folder with it that has nothing but its note.
+    """
     processes.gather(None)  # every process has looked at the folder
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +95,18 @@ def _missing(
             write_json(folder / NOTE, facts)
     processes.gather(None)
     for indices in batches(images.num, batch_size, processes.rank, processes.world):
-        if not all(file.exists() for file in files(indices)):
-            yield indices, _drawn(images, indices, folder)
+        if all(file.exists() for file in files(indices)):
+            continue
+        try:
+            pixels = images.batch(indices)
+        except ValueError:
+            with suppress(OSError):  # another process has been faster
+                if {entry.name for entry in folder.iterdir()} == {NOTE}:
+                    (folder / NOTE).unlink()
+                    folder.rmdir()
+            raise
+        yield indices, pixels
+    processes.gather(None)  # all is there
 
 
 def _join(parts: Iterator[Path], images: RequestedSet, facts: Facts, path: Path) -> None:
@@ -111,11 +117,10 @@ def _join(parts: Iterator[Path], images: RequestedSet, facts: Facts, path: Path)
             np.lib.format.write_array_header_1_0(member, header)
             for part in parts:
                 member.write(np.load(part, allow_pickle=False).tobytes())
-        if images.labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, np.asarray(images.labels, np.int64), allow_pickle=False)
-        with archive.open("facts.npy", "w") as member:
-            np.lib.format.write_array(member, np.array(json.dumps(facts)), allow_pickle=False)
+        labels = {} if images.labels is None else {"arr_1": np.asarray(images.labels, np.int64)}
+        for name, array in {**labels, "facts": np.array(json.dumps(facts))}.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _same_set(folder: Path, facts: Facts, what: str) -> None:
@@ -126,27 +131,12 @@ def _same_set(folder: Path, facts: Facts, what: str) -> None:
         there = read_object(folder / NOTE)
     except ValueError:
         raise ValueError(f"{what} {folder} is not empty; give another folder") from None
-    differing = sorted(key for key in {*there, *facts} if _what(there, key) != _what(facts, key))
-    if differing:
-        raise ValueError(
-            f"{what} {folder} holds a part of another set (other {', '.join(differing)}); "
-            "repeat that command to complete it, or give another place"
-        )
+    there, wanted = ({**known, "checkpoint": _weights(known.get("checkpoint"))} for known in (there, facts))
+    if differing := sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key)):
+        fix = "repeat that command to complete it, or give another place"
+        raise ValueError(f"{what} {folder} holds a part of another set (other {', '.join(differing)}); {fix}")
 
 
-def _what(facts: Facts, key: str) -> Any:
-    """A fact, of the checkpoint its weights: the same model may be reached by another path."""
-    found = facts.get(key)
-    return found.get("sha256") if key == "checkpoint" and isinstance(found, dict) else found
-
-
-def _drawn(images: RequestedSet, indices: range, folder: Path) -> Pixels:
-    """The images of a batch. A command that is refused takes a folder with it that has nothing but its note."""
-    try:
-        return images.batch(indices)
-    except ValueError:
-        with suppress(OSError):  # another process has been faster
-            if {entry.name for entry in folder.iterdir()} == {NOTE}:
-                (folder / NOTE).unlink()
-                folder.rmdir()
-        raise
+def _weights(checkpoint: Any) -> Any:
+    """The same model may be reached by another path."""
+    return checkpoint.get("sha256") if isinstance(checkpoint, dict) else checkpoint

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -23,33 +24,19 @@ def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     """The sums over processes."""
     if accelerator.num_processes == 1:
         return values
-    summed = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum")
-    found: list[float] = summed.tolist()
+    found: list[float] = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
     return found
 
 
 def everything(accelerator: Accelerator, values: list[T]) -> list[T]:
     """The values of all processes, in the order of their ranks."""
-    if accelerator.num_processes == 1:
-        return values
-    found: list[T] = gather_object(values)
-    return found
+    return values if accelerator.num_processes == 1 else list(gather_object(values))
 
 
 def decided_by_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     """What `decide` returns on the first process, on all of them; its ValueError is raised on all of them too."""
-    if accelerator.num_processes == 1:
-        return decide()
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = decide()
-        except ValueError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise ValueError(answer[1])
-    decided: T = answer[0]
+    answer: list[Any] = [agreed(accelerator, lambda: decide() if accelerator.is_main_process else None)]
+    decided: T = broadcast_object_list(answer)[0]
     return decided
 
 
@@ -60,11 +47,10 @@ def agreed(accelerator: Accelerator, work: Callable[[], T]) -> T:
     done: list[T] = []
     mistakes: list[str] = []
     try:
-        done = [work()]
+        done.append(work())
     except ValueError as error:
-        mistakes = [str(error)]
-    found = everything(accelerator, mistakes)
-    if found:
+        mistakes.append(str(error))
+    if found := everything(accelerator, mistakes):
         raise ValueError(found[0])
     return done[0]
 
@@ -74,23 +60,19 @@ def check_alike(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
     found = everything(accelerator, [facts])
     for rank, other in enumerate(found):
         if changed := differences(dict(found[0]), dict(other)):
-            raise ValueError(
-                f"process {rank} was started for another run than process 0 ({'; '.join(changed[:5])}); give all of "
-                f"them the same options and the same images"
-            )
+            run = f"process {rank} was started for another run than process 0 ({'; '.join(changed[:5])})"
+            raise ValueError(f"{run}; give all of them the same options and the same images")
 
 
 def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Signals, name: str) -> None:
-    """`work` on the first process; the others wait, however long it takes. A signal to any of them ends it.
+    """`work` on the first process; the others wait, however long it takes. `name` is unique in a run.
 
-    Args:
-        accelerator: The processes.
-        work: What the first one does.
-        signals: Those of this process; raised in the work, noted on the others.
-        name: Unique in a run.
+    A signal to any of them ends it: it is raised in the work, and noted, so that the loop stops at its next look.
     """
     if accelerator.num_processes == 1:
-        return _until_interrupted(work, signals)
+        with suppress(Interrupted), signals.raising():
+            work()
+        return
     store = torch.distributed.distributed_c10d._get_default_store()
     if accelerator.is_main_process:
         finished = threading.Event()
@@ -103,7 +85,8 @@ def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Sig
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            _until_interrupted(work, signals)
+            with suppress(Interrupted), signals.raising():
+                work()
         finally:
             finished.set()
             watcher.join()
@@ -113,11 +96,3 @@ def first_works(accelerator: Accelerator, work: Callable[[], None], signals: Sig
             if signals.received:
                 store.set(f"{name}/stop", "1")
             time.sleep(_POLL)
-
-
-def _until_interrupted(work: Callable[[], None], signals: Signals) -> None:
-    try:
-        with signals.raising():
-            work()
-    except Interrupted:
-        pass  # noted: the loop stops at its next look

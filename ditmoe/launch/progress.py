@@ -27,9 +27,7 @@ def progress(total: int, what: str, unit: str = "images", *, shown: bool = True)
         done += more
         now = time.monotonic()
         if now - said >= EVERY:
-            said = now
-            print(
-                f"{what}: {done} of {total} {unit}, {done / (now - started):.3g} a second", file=sys.stderr, flush=True
-            )
+            said, speed = now, f"{done / (now - started):.3g} a second"
+            print(f"{what}: {done} of {total} {unit}, {speed}", file=sys.stderr, flush=True)
 
     yield tell

@@ -32,8 +32,7 @@ class Signals:
     """
 
     def __init__(self, *, raising: bool = False) -> None:
-        self.received = ""
-        self._raising = raising
+        self.received, self._raising = "", raising
 
     def __enter__(self) -> Signals:
         main = threading.current_thread() is threading.main_thread()

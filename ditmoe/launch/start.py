@@ -64,14 +64,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def check_launch(accelerator: Accelerator | PartialState) -> None:
-    """Refuse a launch that is not what it was asked to be.
+    """Raise ValueError where `accelerate launch` was asked for more than it started, or for engines of its own.
 
-    `accelerate launch --cpu --num_processes 2` quietly starts one process (Accelerate 1.15: --cpu disables its
-    launchers of several), which finds where the others would meet, and not that it is one of several; and engines that
-    keep weights where our checkpoints cannot reach are not supported.
-
-    Raises:
-        ValueError: `accelerate launch` was asked for more than it started, or for such an engine.
+    With `--cpu --num_processes 2` it quietly starts one process (Accelerate 1.15), which finds where the others would
+    meet, and not that it is one of several; and engines keep weights where our checkpoints cannot reach.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(

@@ -7,18 +7,6 @@ from .router import Condition, Input, Router
 from .select import Plan, RoutingRule, plan_of, select
 
 __all__ = [
-    "Condition",
-    "Experts",
-    "FeedForward",
-    "Input",
-    "MoELayer",
-    "Plan",
-    "Router",
-    "Routing",
-    "RoutingRule",
-    "balance_loss",
-    "balanced_bias",
-    "plan_of",
-    "select",
-    "z_loss",
-]
+    "Condition", "Experts", "FeedForward", "Input", "MoELayer", "Plan", "Router", "Routing", "RoutingRule",
+    "balance_loss", "balanced_bias", "plan_of", "select", "z_loss",
+]  # fmt: skip

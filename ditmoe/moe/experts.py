@@ -71,14 +71,9 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        width: int,
-        activation: Activation = "swiglu",
-        backend: Literal["auto", "grouped", "loop"] = "auto",
-        active_width: int | None = None,
-    ) -> None:
+        self, hidden_size: int, num_experts: int, width: int, activation: Activation = "swiglu",
+        backend: Literal["auto", "grouped", "loop"] = "auto", active_width: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.activation = activation
         self.backend = backend

@@ -64,19 +64,11 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_experts: int,
-        expert_width: int,
-        shared_width: int,
-        rule: RoutingRule,
-        activation: Literal["swiglu", "gelu"] = "swiglu",
-        inputs: Sequence[Input] = ("token",),
-        positions: Tensor | None = None,
-        with_bias: bool = False,
+        self, hidden_size: int, *, num_experts: int, expert_width: int, shared_width: int, rule: RoutingRule,
+        activation: Literal["swiglu", "gelu"] = "swiglu", inputs: Sequence[Input] = ("token",),
+        positions: Tensor | None = None, with_bias: bool = False,
         backend: Literal["auto", "grouped", "loop"] = "auto",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if not 1 <= rule.top_k <= num_experts:
             raise ValueError(f"top_k is {rule.top_k}; it must be between 1 and num_experts {num_experts}")

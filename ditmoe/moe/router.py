@@ -55,14 +55,9 @@ class Router(nn.Module):
     positions: Tensor | None
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        *,
-        inputs: Sequence[Input] = ("token",),
-        positions: Tensor | None = None,
-        with_bias: bool = False,
-    ) -> None:
+        self, hidden_size: int, num_experts: int, *, inputs: Sequence[Input] = ("token",),
+        positions: Tensor | None = None, with_bias: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         assert ("position" in inputs) == (positions is not None), "positions belong to the input position"
         self.hidden_size, self.inputs = hidden_size, tuple(inputs)

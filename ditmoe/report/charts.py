@@ -13,14 +13,10 @@ from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, save_png
 
 LINE, SECOND = "#2b6cb0", "#c2571a"
 SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
-    "vlb": "variational bound",
-    "balance": "balance loss (1 = even)",
-    "load_max_over_mean": "busiest expert ÷ mean load",
-    "z": "router z-loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-    "images_per_second": "images per second",
-}
+    "vlb": "variational bound", "balance": "balance loss (1 = even)",
+    "load_max_over_mean": "busiest expert ÷ mean load", "z": "router z-loss", "grad_norm": "gradient norm",
+    "lr": "learning rate", "images_per_second": "images per second",
+}  # fmt: skip
 
 
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -46,7 +42,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     deep = max(1, -(-len(small) // columns))
     fig = Figure(figsize=(WIDTH / 100, 3.6 if deep < 3 else 4.4), dpi=100, layout="constrained")
     grid = fig.add_gridspec(deep, 2 + columns if small else 1)
-    main = fig.add_subplot(grid[:, :2] if small else grid[:, :])
+    main = fig.add_subplot(grid[:, :2])
     loss, mse = (smooth(series[key][1], len(rows) // 30 | 1) for key in ("loss", "mse"))
     has_parts = len(mse) == len(loss) and not np.allclose(mse, loss, rtol=0.01)
     if has_parts:
@@ -87,7 +83,7 @@ def _draw_series(
     ax: Any, steps: Array, values: Array, *, colour: str, label: str = "", raw: bool = True, exact: bool = False
 ) -> None:
     """One line: raw values faint, the moving average on top (or the values, if exact); dots when there are few."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     few = len(values) < 30
     line = values if exact else smooth(values, len(values) // 30 | 1)
@@ -99,7 +95,7 @@ def _draw_series(
         ax.set_ylim((0.9 * low if 0 < low <= edge else low - edge), high + edge)
     ax.plot(steps, line, color=colour, linewidth=1.7, label=label, marker="o" if few else "", markersize=3)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axis.set_major_formatter(_short)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     bare_axes(ax)
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -108,25 +104,21 @@ def _draw_series(
 
 def _log_if_wide(ax: Any, line: Array) -> None:
     """A log axis with plain numbers when the line spans more than a factor of 4."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     shown = line[np.isfinite(line)]
     if len(shown) and ax.get_ylim()[0] > 0 and shown.max() > 4 * shown.min():
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        ax.yaxis.set_major_formatter(_short)
         ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _short(value: float) -> str:
+def _short(value: float, _position: Any = None) -> str:
     """A tick's number: 20000 as 20k, 1500000 as 1.5M."""
-    for size, unit in ((1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):g}{unit}"
-    return f"{value:.5g}"
-
-
-# ---- shared with the maps
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:.5g}"
 
 
 def title(ax: Any, text: str, size: int = 11) -> None:

@@ -15,7 +15,9 @@ import torch
 from ditmoe import __version__
 
 from ..config.sections import Config
+from ..data.sets import ImageSet
 from ..model import DiTMoETransformer2DModel, count_parameters, moe_layer_names, tokens_per_image
+from ..run_folder.place import COMMAND
 
 MODEL_FACTS = (
     "num_classes", "patch_size", "depth", "hidden_size", "num_experts", "top_k", "expert_width", "shared_width",
@@ -23,40 +25,36 @@ MODEL_FACTS = (
 )  # fmt: skip
 
 
-def describe(run: Path, net: DiTMoETransformer2DModel) -> dict[str, Any]:
-    """Name, command, model and machine of a run, as JSON values."""
-    total, activated = count_parameters(net)
-    c, command = net.config, run / "command.txt"
+def describe(
+    run: Path, net: DiTMoETransformer2DModel, config: Config, data: ImageSet, held_out: ImageSet | None
+) -> dict[str, Any]:
+    """Name, command, model, machine and images of a run, as JSON values."""
+    (total, activated), c, command = count_parameters(net), net.config, run / COMMAND
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "title": run.resolve().name,
-        "run": str(run),
+        "title": run.resolve().name, "run": str(run),
         "command": command.read_text().splitlines()[-1] if command.exists() else None,
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "model": {
             **{name: c[name] for name in MODEL_FACTS},
             "size": [c.sample_size, c.sample_size, c.in_channels],
-            "tokens": tokens_per_image(net),
-            "moe_layers": len(moe_layer_names(net)),
-            "parameters_total": total,
-            "parameters_activated": activated,
+            "tokens": tokens_per_image(net), "moe_layers": len(moe_layer_names(net)),
+            "parameters_total": total, "parameters_activated": activated,
         },
         "machine": {
-            "processor": _processor(),
+            "processor": processors[0] if processors else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else None,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "ditmoe": __version__,
+            "python": platform.python_version(), "torch": str(torch.__version__), "ditmoe": __version__,
         },
-    }
-
-
-def _processor() -> str:
-    """The name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+        "data": {
+            "name": config.data.name, "source": data.source, "num_train": len(data),
+            "num_held_out": 0 if held_out is None else len(held_out), "num_classes": len(data.id2label),
+            "is_latent": data.is_latent,
+        },
+    }  # fmt: skip
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], config: Config) -> dict[str, Any]:
@@ -67,9 +65,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], config: Config) -> dict[str, An
     seconds = sum(n / rate for n, rate in zip(images, rates, strict=True))
     last = [row["loss"] for row in rows[-max(1, len(rows) // 10) :]]
     return {
-        "steps": steps[-1],
-        "batch_size": config.train.batch_size,
-        "seconds": round(seconds, 1),
+        "steps": steps[-1], "batch_size": config.train.batch_size, "seconds": round(seconds, 1),
         "images_per_second": round(sum(images) / seconds, 1) if seconds else None,
         "final_loss": float(np.mean(last)) if last else None,
-    }
+    }  # fmt: skip

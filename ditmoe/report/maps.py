@@ -20,14 +20,9 @@ FLOOR = 2.0**-9  # loads below this are drawn alike
 
 
 def expert_maps(
-    counts: Array,
-    path: Path,
-    *,
-    class_names: Sequence[str],
-    timesteps: Sequence[float],
-    grid: tuple[int, int],
+    counts: Array, path: Path, *, class_names: Sequence[str], timesteps: Sequence[float], grid: tuple[int, int],
     layer_names: Sequence[str],
-) -> None:
+) -> None:  # fmt: skip
     """Write four maps of which expert serves what: by layer, time step, class and position.
 
     A colour is a share of assignments divided by the even share 1/E, on a log scale centred at 1 (even load). Where
@@ -57,7 +52,8 @@ def expert_maps(
     by_place = relative_load(some.sum(axis=(1, 2))).reshape(len(layers), *grid, E)
     limit = _limit(by_layer, by_time, by_class, by_place)
     panel = WIDTH / 100 / (1 if wide else 2) - MARGIN
-    maps, corners = _tile(by_place, _maps_per_line(len(layers), E, wide, panel))
+    few = 4 if len(layers) * -(-E // 4) * panel / 4 <= 4.5 else 8  # small maps on a line of half a page, by its height
+    maps, corners = _tile(by_place, 32 if wide else few)
     heights = [0.26 * max(3, len(rows)) for rows in (by_layer, by_time, by_class)]
     fig, axes = _four_panels([*heights, panel * maps.shape[0] / maps.shape[1]], wide)
     of = "" if len(layers) == len(layer_names) else f", {len(layers)} of {len(layer_names)} layers"
@@ -82,11 +78,10 @@ def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = list(heights) if wide else [max(heights[:2]), max(heights[2:])]
+    rows = heights if wide else [max(heights[:2]), max(heights[2:])]
     engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1, hspace=0.03, wspace=0.03)
     fig = Figure(figsize=(WIDTH / 100, sum(rows) + 0.62 * len(rows) + 0.7), dpi=100, layout=engine)
-    made = fig.subplots(4 if wide else 2, 1 if wide else 2, height_ratios=rows, squeeze=False)
-    return fig, list(made.ravel())
+    return fig, list(fig.subplots(len(rows), 4 // len(rows), height_ratios=rows).flat)
 
 
 def _show(ax: Any, loads: Array, limit: float, aspect: str) -> None:
@@ -118,13 +113,6 @@ def _matrix(ax: Any, loads: Array, rows: Sequence[str], groups: Sequence[str], l
     title(ax, heading)
 
 
-def _maps_per_line(num_layers: int, E: int, wide: bool, panel: float) -> int:
-    """Small maps on a line: 32 when wide; else 4 where half a page leaves them the height, or 8."""
-    if wide:
-        return 32
-    return 4 if num_layers * -(-E // 4) * panel / 4 <= 4.5 else 8
-
-
 def _tile(loads: Array, per_line: int) -> tuple[Array, list[list[tuple[int, int]]]]:
     """Loads (L, h, w, E) as one canvas of small maps, and the (row, column) of every map's corner by layer, expert.
 
@@ -146,14 +134,9 @@ def _tile(loads: Array, per_line: int) -> tuple[Array, list[list[tuple[int, int]
 
 
 def _positions(
-    ax: Any,
-    maps: Array,
-    corners: Sequence[Sequence[tuple[int, int]]],
-    grid: tuple[int, int],
-    names: Sequence[str],
-    limit: float,
-    heading: str,
-) -> None:
+    ax: Any, maps: Array, corners: Sequence[Sequence[tuple[int, int]]], grid: tuple[int, int], names: Sequence[str],
+    limit: float, heading: str,
+) -> None:  # fmt: skip
     """The canvas of `_tile` with a frame around every map and the layer's name above its first."""
     from matplotlib.patches import Rectangle
 
@@ -162,20 +145,17 @@ def _positions(
         ax.text(layer[0][1] - 0.5, layer[0][0] - 0.5 - 0.1 * grid[0], name, fontsize=9, color=INK, va="bottom")
         for y, x in layer:
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), grid[1], grid[0], fill=False, edgecolor=FAINT, linewidth=0.7))
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set_anchor("NW")
+    ax.set(xticks=[], yticks=[], anchor="NW")
     ax.set_xlabel(f"experts 0 to {len(corners[0]) - 1} in reading order", color=MUTED, fontsize=9)
     title(ax, heading)
 
 
-def _load_bar(fig: Any, axes: Sequence[Any], limit: float) -> None:
+def _load_bar(fig: Any, axes: list[Any], limit: float) -> None:
     """The colour bar all panels share, with ticks as fractions and multiples of the even load."""
-    ticks = np.arange(-limit, limit + 1)
-    names = {-3: "⅛×", -2: "¼×", -1: "½×", 0: "even load", 1: "2×", 2: "4×", 3: "8×"}
+    names = ("⅛×", "¼×", "½×", "even load", "2×", "4×", "8×")[3 - int(limit) : 4 + int(limit)]
     bar = fig.colorbar(
-        axes[0].images[0], ax=list(axes), location="bottom", shrink=0.4, aspect=40, extend="both", panchor=False
+        axes[0].images[0], ax=axes, location="bottom", shrink=0.4, aspect=40, extend="both", panchor=False
     )
-    bar.set_ticks(ticks, labels=[names[int(tick)] for tick in ticks], fontsize=9, color=INK)
+    bar.set_ticks(np.arange(-limit, limit + 1), labels=names, fontsize=9, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

@@ -11,6 +11,7 @@ from ..files import write_text
 from ..generate.draw import balanced_labels, draw
 from ..generate.pictures import write_grid
 from ..pipeline import DiTMoEPipeline
+from ..run_folder.place import PROGRESS
 
 
 def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..., dict[str, Any]] | None) -> None:
@@ -23,7 +24,7 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
         pipe, labels, config.sample.num, steps=config.sample.steps, cfg=config.sample.cfg if labels else None,
         seed=config.seed, batch_size=config.sample.batch_size,
     )  # fmt: skip
-    folder = config.out / "progress"
+    folder = config.out / PROGRESS
     folder.mkdir(exist_ok=True)
     shown = 8 * max(len(pipe.id2label), 1)
     write_grid(images[:shown], labels and labels[:shown], pipe.id2label, folder / f"step-{step:06d}.png")

@@ -6,7 +6,7 @@ Shapes: N images, C channels, H W size, L layers with experts, B time bins, Y cl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from ..generate.draw import balanced_labels, draw
 from ..model import DiTMoETransformer2DModel, count_parameters, moe_layer_names, tokens_per_image
 from ..pipeline import DiTMoEPipeline, load
 from ..run_folder.log import read_rows
-from ..run_folder.place import locked
+from ..run_folder.place import EXPERTS, FILM, LOSS, METRICS, PAGE, REPORT, SAMPLES, locked
 from . import charts, page
 from .facts import describe, summarise
 from .maps import expert_maps
 
 Images = NDArray[np.uint8]
+Score = Callable[[Images], Mapping[str, Any]]
+Judge = Callable[..., dict[str, Any]]
 
 TIME_BINS = 10
 SHOWN_CLASSES = 12  # rows of the expert maps, at most
@@ -43,13 +45,9 @@ ROUTING_FLOPS = 4e11  # about what counting the experts' work may cost
 
 
 def write(
-    run: Path,
-    *,
-    score: Callable[[Images], Mapping[str, Any]] | None = None,
-    judge: Callable[..., dict[str, Any]] | None = None,
-    num_judged: int | None = None,
+    run: Path, *, score: Score | None = None, judge: Judge | None = None, num_judged: int | None = None,
     score_real: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write samples.png, film.png, loss.png, experts.png, report.json and index.html into a finished run's folder.
 
     Args:
@@ -68,43 +66,52 @@ def write(
         ValueError: the folder holds no such run, or its data set is gone.
     """
     config = read_config(run)
-    pipe = load(run, fast=True)
-    data, held_out = _open_data(config, pipe.transformer)
-    (run / "index.html").unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
-    num = num_judged or config.sample.num
-    labels = balanced_labels(pipe, num)
-    images, sampling = _draw_images(pipe, labels, num, config)
-    rows = read_rows(run / "metrics.jsonl")
-    experts = _draw_pictures(run, pipe, config, data, images, labels, rows)
+    pipe, sample = load(run, fast=True), config.sample
+    net, size, channels = pipe.transformer, pipe.transformer.config.sample_size, pipe.transformer.config.in_channels
+    data = open_data(config.data, size=size, channels=channels)
+    held_out = open_held_out(config.data, size=size, channels=channels)
+    (run / PAGE).unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
+    num = num_judged or sample.num
+    labels, started = balanced_labels(pipe, num), time.perf_counter()
+    guidance = 1.0 if labels is None else sample.cfg
+    images = draw(
+        pipe, labels, num, sampler=sample.sampler, steps=sample.steps, cfg=guidance, seed=config.seed,
+        batch_size=sample.batch_size,
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - started, 2)
+    rows = read_rows(run / METRICS)
+    for name in page.CAPTIONS:
+        (run / name).unlink(missing_ok=True)  # none may be left from another report
+    pictures.write_grid(images, labels, pipe.id2label, run / SAMPLES, columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
+    _draw_film(pipe, config, labels, run / FILM)
+    if rows:
+        charts.loss_curve(rows, run / LOSS)
     report = {
-        **describe(run, pipe.transformer),
-        "data": _data_facts(data, held_out, config),
+        **describe(run, net, config, data, held_out),
         "training": summarise(rows, config),
-        "sampling": sampling,
-        "experts": experts,
+        "sampling": {
+            "num": num, "sampler": sample.sampler, "steps": sample.steps,
+            "nfe": pipe.network_calls(sample.sampler, sample.steps), "guidance": guidance, "seed": config.seed,
+            "seconds": seconds,
+        },
+        "experts": _draw_experts(net, config, data, run / EXPERTS),
         **_judge(judge, images, labels, data, held_out, config),
         **_score(score, images, held_out if score_real else None),
-    }
+    }  # fmt: skip
     report["notes"] = _notes(report, images)
-    write_json(run / "report.json", report)
-    shown = {key: path.read_bytes() for key in page.CAPTIONS if (path := run / f"{key}.png").exists()}
-    write_text(run / "index.html", page.render(report, shown, to_dict(config)))
+    write_json(run / REPORT, report)
+    shown = {name: (run / name).read_bytes() for name in page.CAPTIONS if (run / name).exists()}
+    write_text(run / PAGE, page.render(report, shown, to_dict(config)))
     print(_summary(report), flush=True)
     return report
 
 
-def finish(
-    config: Config,
-    score: Callable[[Images], Mapping[str, Any]] | None,
-    judge: Callable[..., dict[str, Any]],
-    *,
-    news: bool,
-) -> None:
+def finish(config: Config, score: Score | None, judge: Judge, *, news: bool) -> None:
     """The end of a training run: its page, where the run has `news` or none, and a line that says where."""
-    if news or not (config.out / "index.html").exists():
+    if news or not (config.out / PAGE).exists():
         with locked(config):
             write(config.out, score=score, judge=judge)
-    print(f"{config.out} is finished: see {config.out}/index.html, or python sample.py {config.out}")
+    print(f"{config.out} is finished: see {config.out / PAGE}, or python sample.py {config.out}")
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -124,91 +131,39 @@ def _summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _open_data(config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet, ImageSet | None]:
-    """The training images and the held-out ones, where the set has any."""
-    size, channels = net.config.sample_size, net.config.in_channels
-    data = open_data(config.data, size=size, channels=channels)
-    return data, open_held_out(config.data, size=size, channels=channels)
-
-
-def _data_facts(data: ImageSet, held_out: ImageSet | None, config: Config) -> dict[str, Any]:
-    return {
-        "name": config.data.name,
-        "source": data.source,
-        "num_train": len(data),
-        "num_held_out": 0 if held_out is None else len(held_out),
-        "num_classes": len(data.id2label),
-        "is_latent": data.is_latent,
-    }
-
-
-def _draw_images(
-    pipe: DiTMoEPipeline, labels: list[int] | None, num: int, config: Config
-) -> tuple[Images, dict[str, Any]]:
-    """The images to show, judge and score, and how they were drawn."""
-    sample, started = config.sample, time.perf_counter()
-    guidance = 1.0 if labels is None else sample.cfg
-    images = draw(
-        pipe, labels, num, sampler=sample.sampler, steps=sample.steps, cfg=guidance, seed=config.seed,
-        batch_size=sample.batch_size,
-    )  # fmt: skip
-    seconds = round(time.perf_counter() - started, 2)
-    nfe = pipe.network_calls(sample.sampler, sample.steps)
-    how = {"sampler": sample.sampler, "steps": sample.steps, "nfe": nfe, "guidance": guidance}
-    return images, {"num": num, **how, "seed": config.seed, "seconds": seconds}
-
-
-# ---- pictures
-
-
-def _draw_pictures(
-    run: Path, pipe: DiTMoEPipeline, config: Config, data: ImageSet, images: Images, labels: list[int] | None,
-    rows: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the four pictures (those that apply); the expert maps in numbers, a row a layer."""
-    for name in page.CAPTIONS:
-        (run / f"{name}.png").unlink(missing_ok=True)  # none may be left from another report
-    pictures.write_grid(images, labels, pipe.id2label, run / "samples.png", columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
-    _draw_film(pipe, config, labels, run / "film.png")
-    if rows:
-        charts.loss_curve(rows, run / "loss.png")
-    layers = moe_layer_names(pipe.transformer)
-    if not layers:
-        return []
-    chosen, x = _one_batch_a_class(pipe.transformer, data, config.seed)
-    counts = count_experts(pipe.transformer, config.objective, x, chosen, TIME_BINS, config.seed)
-    side = pipe.transformer.config.sample_size // pipe.transformer.config.patch_size
-    expert_maps(
-        counts, run / "experts.png", class_names=[data.id2label.get(c, "all images") for c in chosen],
-        timesteps=[(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)], grid=(side, side), layer_names=layers,
-    )  # fmt: skip
-    return [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
-
-
 def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, path: Path) -> None:
     """Four of the judged images (evenly chosen classes) on their way from noise."""
-    classes = 4 if labels is None else len(set(labels))
-    indices = pictures.spread(classes, 4)  # image i < classes has the i-th class
-    states: list[tuple[float, Tensor, Tensor]] = []
+    indices = pictures.spread(4 if labels is None else len(set(labels)), 4)  # the first image of every class
+    chosen = None if labels is None else [labels[i] for i in indices]
+    states: list[tuple[Tensor, Tensor, float]] = []
 
     def note(step: int, t: Tensor, x_t: Tensor, x_0: Tensor | None) -> None:
         assert x_0 is not None, "our samplers tell what they predict"
-        states.append((float(t), x_t.clone(), x_0.clone()))
+        states.append((x_t.clone(), x_0.clone(), float(t)))
 
     pipe(
-        None if labels is None else [labels[i] for i in indices],
-        num_images=len(indices) if labels is None else None, sampler=config.sample.sampler,
-        num_inference_steps=config.sample.steps, guidance_scale=None if labels is None else config.sample.cfg,
+        chosen, num_images=len(indices) if chosen is None else None, sampler=config.sample.sampler,
+        num_inference_steps=config.sample.steps, guidance_scale=None if chosen is None else config.sample.cfg,
         seed=config.seed, indices=indices, output_type="pt", callback=note,
     )  # fmt: skip
-    shown = [states[k] for k in pictures.spread(len(states), 12)]
-    pictures.film_strip(
-        np.stack([visible(to_pixels(pipe.decode(x_t))) for _, x_t, _ in shown], axis=1),
-        np.stack([visible(to_pixels(pipe.decode(x_0))) for _, _, x_0 in shown], axis=1),
-        [t for t, _, _ in shown],
-        path,
-        names=None if labels is None else [pipe.id2label.get(labels[i], str(labels[i])) for i in indices],
-    )
+    x_t, x_0, times = zip(*(states[k] for k in pictures.spread(len(states), 12)), strict=True)
+    noisy, clean = (np.stack([visible(to_pixels(pipe.decode(x))) for x in some], axis=1) for some in (x_t, x_0))
+    names = None if chosen is None else [pipe.id2label.get(label, str(label)) for label in chosen]
+    pictures.film_strip(noisy, clean, times, path, names=names)
+
+
+def _draw_experts(net: DiTMoETransformer2DModel, config: Config, data: ImageSet, path: Path) -> list[dict[str, Any]]:
+    """Write the expert maps, where there are experts; the same in numbers, a row a layer."""
+    if not (layers := moe_layer_names(net)):
+        return []
+    chosen, x = _one_batch_a_class(net, data, config.seed)
+    counts = count_experts(net, config.objective, x, chosen, TIME_BINS, config.seed)
+    side = net.config.sample_size // net.config.patch_size
+    expert_maps(
+        counts, path, class_names=[data.id2label.get(c, "all images") for c in chosen],
+        timesteps=[(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)], grid=(side, side), layer_names=layers,
+    )  # fmt: skip
+    return [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
 
 
 def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int) -> tuple[list[int], Tensor]:
@@ -224,45 +179,29 @@ def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int)
     return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
 
 
-# ---- judgement
-
-
 def _judge(
-    judge: Callable[..., dict[str, Any]] | None,
-    images: Images,
-    labels: list[int] | None,
-    data: ImageSet,
-    held_out: ImageSet | None,
+    judge: Judge | None, images: Images, labels: list[int] | None, data: ImageSet, held_out: ImageSet | None,
     config: Config,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The parts "classes" and "copies" of the report, each None where it cannot be had."""
     if judge is None or data.is_latent or len(data) < FEWEST_REAL:
         return {"classes": None, "copies": None}
-    rng = np.random.default_rng(config.seed)
-    most = MOST_REAL[data.in_memory]
-    rows = np.array(data.readable(rng.permutation(len(data))[:most].tolist()))
-    train, train_labels = data.images(rows.tolist()), data.labels[rows]
+    shuffled = np.random.default_rng(config.seed).permutation(len(data))
+    rows = data.readable(shuffled[: MOST_REAL[data.in_memory]].tolist())
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
-    real = None
-    if held_out is not None:
-        real = held_out.images(range(len(held_out))), held_out.labels
+    real = None if held_out is None else (held_out.images(range(len(held_out))), held_out.labels)
     return judge(
-        images, None if labels is None else np.asarray(labels), train, train_labels, real, names,
+        images, None if labels is None else np.asarray(labels), data.images(rows), data.labels[rows], real, names,
         mirrored=config.data.flip, seed=config.seed,
     )  # fmt: skip
 
 
-def _score(
-    score: Callable[[Images], Mapping[str, Any]] | None, images: Images, held_out: ImageSet | None
-) -> dict[str, Any]:
+def _score(score: Score | None, images: Images, held_out: ImageSet | None) -> dict[str, Any]:
     """The parts "score" and "score_real" of the report; latents have no score."""
-    if images.shape[-1] not in (1, 3):
-        score = None
+    if score is None or images.shape[-1] not in (1, 3):
+        return {"score": None, "score_real": None}
     real = None if held_out is None else held_out.images(range(min(len(images), len(held_out))))
-    return {
-        "score": None if score is None else dict(score(images)),
-        "score_real": None if score is None or real is None else dict(score(real)),
-    }
+    return {"score": dict(score(images)), "score_real": None if real is None else dict(score(real))}
 
 
 def _notes(report: Mapping[str, Any], images: Images) -> list[str]:

@@ -1,18 +1,16 @@
 """Checkpoints: whole or not there, verified before they are used. Tensors in safetensors, scalars in JSON.
 
 A checkpoint is a folder `step-000123/` with one `.safetensors` file a part, `state.json`, and `manifest.json` with
-the size and SHA-256 of each. It is written under a temporary name, synced to the disk and renamed; older ones are
-removed only when enough newer ones have been read back and found whole.
-
-Tensors that are split over processes lie in files of their own, `model.shard-0.safetensors`, ..., which each process
-writes into the same temporary folder, with their sizes and digests; of what is read back a process reads the rows that
-it needs.
+the size and SHA-256 of each. It is written under a temporary name, synced to the disk and renamed. Tensors that are
+split over processes lie in files of their own, `model.shard-0.safetensors`, ..., which each process writes into the
+same temporary folder; of what is read back a process reads the rows that it needs.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,31 +25,19 @@ from ..files import digest, remove
 from .log import read_rows
 from .place import CHECKPOINTS, METRICS, SAVED
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{6,})")
-_UNFINISHED = "step-*.tmp-*"
-
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class Saved:
-    """A tensor of a checkpoint, whose rows are read from the disk when they are asked for.
+    """A tensor of a checkpoint, with its shape and dtype, whose rows are read from the disk when they are asked for.
 
-    Args:
-        pieces: Its rows in order, as different processes wrote them; memory-mapped.
-
-    Attributes:
-        shape, dtype: Of the whole.
-
-    Raises:
-        ValueError: The pieces do not belong together.
+    `pieces` are its rows in order, memory-mapped. Raises ValueError where they do not fit together.
     """
 
     def __init__(self, pieces: Sequence[Tensor]) -> None:
         first = pieces[0]
-        if len(pieces) > 1 and any(
-            not p.ndim or (p.shape[1:], p.dtype) != (first.shape[1:], first.dtype) for p in pieces
-        ):
+        alike = all(p.ndim and (p.shape[1:], p.dtype) == (first.shape[1:], first.dtype) for p in pieces)
+        if len(pieces) > 1 and not alike:
             raise ValueError("the slices of a tensor do not fit together")
         rows = [sum(len(p) for p in pieces)] if first.ndim else []
         self._pieces, self.dtype, self.shape = pieces, first.dtype, torch.Size([*rows, *first.shape[1:]])
@@ -71,13 +57,13 @@ class Saved:
 
 def remove_unfinished(root: Path) -> None:
     """Remove what interrupted saves and removals have left."""
-    for leftover in root.glob(_UNFINISHED):
+    for leftover in root.glob("step-*.tmp-*"):
         remove(leftover)
 
 
 def newest_first(root: Path) -> list[Path]:
     """The checkpoints of a folder, whole or not."""
-    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
@@ -86,8 +72,7 @@ def first_whole(
 ) -> Path | None:
     """The first one without a fault, after a line on those before it. None of none; ValueError where all have one."""
     for path in candidates:
-        fault = fault_of(path)
-        if fault is None:
+        if (fault := fault_of(path)) is None:
             return path
         say(f"checkpoint {path} is damaged ({fault}); trying the one before it")
     if candidates:
@@ -128,15 +113,12 @@ def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
         ValueError: A file is what its manifest says, and yet none of ours.
     """
     try:
-        files: dict[str, list[dict[str, Tensor]]] = {}
-        for file in sorted(
-            path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"shard-(\d+)", f.name)]
-        ):
-            files.setdefault(file.name.split(".")[0], []).append(load_file(file))
-        parts: dict[str, dict[str, Saved]] = {}
-        for part, found in files.items():
-            keys = dict.fromkeys(key for tensors in found for key in tensors)
-            parts[part] = {key: Saved([tensors[key] for tensors in found if key in tensors]) for key in keys}
+        pieces: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        for file in sorted(path.glob("*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"-(\d+)", f.name)]):
+            part = pieces[file.name.split(".")[0]]
+            for key, value in load_file(file).items():
+                part[key].append(value)
+        parts = {part: {key: Saved(values) for key, values in found.items()} for part, found in pieces.items()}
         state = dict(json.loads((path / "state.json").read_text()))
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{path} holds a file that cannot be read: {error}; move it away") from error
@@ -144,11 +126,7 @@ def opened(path: Path) -> tuple[dict[str, dict[str, Saved]], dict[str, Any]]:
 
 
 def check_begins(config: Config, exported: int | None) -> None:
-    """Refuse to begin again where a run has had checkpoints: they are gone.
-
-    Raises:
-        ValueError: The run folder holds a model, or says that something was saved.
-    """
+    """Raise ValueError where a run without checkpoints has `exported` a model of so many steps, or had saved them."""
     if exported or (config.out / SAVED).exists():
         steps = exported or max((row["step"] for row in read_rows(config.out / METRICS)), default="some")
         raise ValueError(

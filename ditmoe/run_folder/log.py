@@ -20,10 +20,7 @@ from .place import METRICS, TENSORBOARD
 class Log:
     """metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, TensorBoard when asked.
 
-    Args:
-        config: The run.
-        first_step: Steps that were done before.
-        shown: Whether this process writes and shows it: the first one of several.
+    `first_step` steps were done before; the first one of several processes writes it, and is alone `shown`.
     """
 
     def __init__(self, config: Config, first_step: int, *, shown: bool) -> None:
@@ -31,14 +28,10 @@ class Log:
         self.every = 1 if config.max_steps <= 200 else config.train.log_every
 
     def __enter__(self) -> Log:
-        self.file: TextIO | None = None
-        self.board: Any = None
-        if self.shown:
-            self.file = _reopen(self.config.out / METRICS, self.first_step)
-        if self.shown and self.config.train.tensorboard:
-            self.board = _tensorboard(self.config.out / TENSORBOARD)
-        total, hidden = self.config.max_steps, None if self.shown else True
-        self.bar = tqdm(total=total, initial=self.first_step, desc="training", disable=hidden)
+        config, hidden = self.config, None if self.shown else True
+        self.file = _reopen(config.out / METRICS, self.first_step) if self.shown else None
+        self.board: Any = _tensorboard(config.out / TENSORBOARD) if self.shown and config.train.tensorboard else None
+        self.bar = tqdm(total=config.max_steps, initial=self.first_step, desc="training", disable=hidden)
         self.mark, self.images, self.spoken = time.perf_counter(), 0, -math.inf
         return self
 
@@ -54,10 +47,8 @@ class Log:
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count as training time."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.mark += time.perf_counter() - start
+        yield
+        self.mark += time.perf_counter() - start
 
     def count(self, step: int) -> bool:
         """Count a step that is done; whether its row is due, as that of every `log_every`-th and the last one is."""
@@ -85,19 +76,15 @@ class Log:
             self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
-        if self.board:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, row["step"])
-        self.bar.set_postfix(loss=f"{row['loss']:.4f}")
-        last = row["step"] == self.config.max_steps
-        if self.bar.disable and (last or time.perf_counter() - self.spoken > 10):
+        for name, value in row.items() if self.board else ():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, row["step"])
+        step, steps, loss = row["step"], self.config.max_steps, f"{row['loss']:.4f}"
+        self.bar.set_postfix(loss=loss)
+        if self.bar.disable and (step == steps or time.perf_counter() - self.spoken > 10):
             self.spoken = time.perf_counter()
-            print(
-                f"step {row['step']}/{self.config.max_steps} loss {row['loss']:.4f} "
-                f"grad {row['grad_norm']:.3f} {row['images_per_second']:.0f} images/s",
-                flush=True,
-            )
+            speed = f"grad {row['grad_norm']:.3f} {row['images_per_second']:.0f} images/s"
+            print(f"step {step}/{steps} loss {loss} {speed}", flush=True)
 
 
 def _reopen(path: Path, first_step: int) -> TextIO:
@@ -109,13 +96,10 @@ def _reopen(path: Path, first_step: int) -> TextIO:
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of metrics.jsonl and their rows, without those that a kill or the disk has torn; none without it."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            text = line.decode()
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row:
-            yield text, row
+        with suppress(ValueError, RecursionError):
+            row = json.loads(text := line.decode())
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row:
+                yield text, row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

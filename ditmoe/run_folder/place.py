@@ -27,10 +27,8 @@ PAGE = "index.html"
 # (data.path has: the data's fingerprint is checked instead.)
 _FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard", "parallel.gather"}
 _FREE |= {f"data.{name}" for name in ("path", "vae", "download", "num_workers", "max_bad")}
-_FREE |= {
-    f"train.{name}"
-    for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard", "max_skipped", "on_save_error")
-}
+_FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard")}
+_FREE |= {"train.max_skipped", "train.on_save_error"}
 
 
 @contextmanager
@@ -52,15 +50,11 @@ def check_place(config: Config) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
-        changed = [
-            line
-            for line in differences(to_dict(read_file(path)), to_dict(config))
-            if line.split(":")[0] not in _FREE and not line.startswith(("sample.", "plan."))
-        ]
+        lines = differences(to_dict(read_file(path)), to_dict(config))
+        changed = [x for x in lines if x.split(":")[0] not in _FREE and not x.startswith(("sample.", "plan."))]
         if changed:
-            raise ValueError(
-                f"{config.out} holds another run ({'; '.join(changed[:5])}); give another --out, or the same values"
-            )
+            found = "; ".join(changed[:5])
+            raise ValueError(f"{config.out} holds another run ({found}); give another --out, or the same values")
     elif config.out.exists() and any(p.name not in (files.LOCK, f"{CONFIG}.tmp") for p in config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
 

@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..files import digest, remove, sync, write_text
-from .checkpoint import FORMAT, Parts, find_fault, newest_first, remove_unfinished
+from ..files import digest, remove, sync, write_json, write_text
+from .checkpoint import Parts, find_fault, newest_first, remove_unfinished
 from .place import SAVED
 
+FORMAT = 1
 FAILED = "failed"  # a file in the temporary folder
 OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
 
@@ -90,11 +91,10 @@ class Writer:
     def _write(self, step: int, parts: Parts, state: Mapping[str, Any], split: Parts) -> None:
         named = {f"{part}.shard-{self.shard}": tensors for part, tensors in split.items()}
         if self.shard:
-            return write_shard(self.root, step, named, self.token, self._given_up)
+            return write_shard(self.root, step, self.shard, named, self.token, self._given_up)
         if self.shards > 1:
             remove_unfinished(self.root)  # the last one, if it failed
-        others = [f"{part}.shard-{n}" for part in split for n in range(1, self.shards)]
-        save(self.root, step, {**parts, **named}, state, token=self.token, others=others, given_up=self._given_up)
+        save(self.root, step, {**parts, **named}, state, self.token, self.shards, self._given_up)
         (self.root.parent / SAVED).touch()
 
     def _prune(self, written: Future[None]) -> None:
@@ -102,10 +102,9 @@ class Writer:
             return
         try:
             whole = prune(self.root, self.keep, self._whole)
+            self._whole = whole if self.shards > 1 else []  # what many wrote is too large to be read at every save
         except OSError as error:
             print(f"warning: an older checkpoint could not be removed ({error})", flush=True)
-        else:
-            self._whole = whole if self.shards > 1 else []  # what many wrote is too large to be read at every save
 
 
 def _copied(parts: Parts) -> Parts:
@@ -113,26 +112,18 @@ def _copied(parts: Parts) -> Parts:
 
 
 def save(
-    root: Path,
-    step: int,
-    parts: Parts,
-    state: Mapping[str, Any],
-    *,
-    token: str = "",
-    others: Sequence[str] = (),
+    root: Path, step: int, parts: Parts, state: Mapping[str, Any], token: str = "", shards: int = 1,
     given_up: threading.Event | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `root/step-<step>/` and return it. The folder appears complete or not at all.
 
     Where it is there already, whole, it stays as it is: a step of a run has one state.
 
     Args:
-        root: The folder of checkpoints; made when missing.
-        step: Optimiser steps done.
-        parts: File name (without suffix) -> tensors by name.
+        parts: File name (without suffix) -> tensors by name, `step` steps after the start.
         state: JSON values.
         token: See `Writer`.
-        others: Names of parts that other processes write with `write_shard`; they are waited for.
+        shards: Processes that write; the others do so with `write_shard`, and are waited for.
         given_up: Once it is set, no longer.
 
     Raises:
@@ -141,18 +132,20 @@ def save(
     """
     _check_finite(step, parts)
     final = root / f"step-{step:06d}"
-    if not others and final.exists() and find_fault(final) is None:
+    if shards == 1 and final.exists() and find_fault(final) is None:
         return final
     temporary = root / f"{final.name}.tmp-{token or os.getpid()}"
     temporary.mkdir(parents=True)
     try:
-        _write_parts(temporary, parts)
+        files = _write_parts(temporary, parts)
         write_text(temporary / "state.json", json.dumps({"step": step, **state}, indent=1) + "\n")
-        _wait_for([temporary / f"{name}.safetensors" for name in others], temporary / FAILED, given_up)
-        names = sorted(p.name for p in temporary.iterdir() if p.suffix != ".note")
-        manifest = {"format": FORMAT, "step": step, "files": {name: _described(temporary / name) for name in names}}
-        for note in temporary.glob("*.note"):  # that a network disk did not show in time
-            note.unlink(missing_ok=True)
+        files["state.json"] = _described(temporary / "state.json")
+        notes = [_note(temporary, shard) for shard in range(1, shards)]
+        _wait_for(notes, temporary / FAILED, given_up)
+        for note in notes:
+            files |= json.loads(note.read_text())
+            note.unlink()
+        manifest = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
         write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         sync(temporary)
         if final.exists():  # damaged: it was not found whole above
@@ -161,7 +154,7 @@ def save(
         sync(root)
     except BaseException:
         remove(temporary)
-        if others:
+        if shards > 1:
             with suppress(OSError):  # until the next save, for those who have not begun
                 temporary.mkdir()
                 (temporary / FAILED).touch()
@@ -169,18 +162,17 @@ def save(
     return final
 
 
-def write_shard(root: Path, step: int, parts: Parts, token: str, given_up: threading.Event | None = None) -> None:
-    """This process's slices, into the folder that another one's `save` makes, which learns when it fails.
-
-    Raises as it does.
-    """
+def write_shard(
+    root: Path, step: int, shard: int, parts: Parts, token: str, given_up: threading.Event | None = None
+) -> None:
+    """This process's slices, into the folder that another one's `save` makes, which learns when it fails as it may."""
     temporary = root / f"step-{step:06d}.tmp-{token}"
     try:
         _wait_for([temporary], temporary / FAILED, given_up)
         if (temporary / FAILED).exists():
             raise OSError(f"{temporary} was given up by the process that makes it")
         _check_finite(step, parts)
-        _write_parts(temporary, parts)
+        write_json(_note(temporary, shard), _write_parts(temporary, parts))
     except BaseException:
         with suppress(OSError):  # the folder may have gone with the other one's failure
             (temporary / FAILED).touch()
@@ -208,8 +200,9 @@ def _remove(path: Path) -> None:
     remove(doomed)
 
 
-def _write_parts(folder: Path, parts: Parts) -> None:
-    """A file a part, on the disk before it has its name, and beside it what is known of it."""
+def _write_parts(folder: Path, parts: Parts) -> dict[str, Any]:
+    """A file a part, on the disk before it has its name; what the manifest says of each."""
+    files = {}
     for name, tensors in parts.items():
         file = folder / f"{name}.safetensors"
         partial = folder / f"{file.name}.part"
@@ -218,23 +211,18 @@ def _write_parts(folder: Path, parts: Parts) -> None:
         except SafetensorError as error:
             raise OSError(f"{file} could not be written: {error}") from error
         sync(partial)
-        _note_of(file).write_text(json.dumps(_described(partial)))
+        files[file.name] = _described(partial)
         partial.rename(file)
-
-
-def _note_of(file: Path) -> Path:
-    """Where the process that wrote a file says what it has written; gone once the manifest has it."""
-    return file.with_name(f"{file.name}.note")
+    return files
 
 
 def _described(file: Path) -> dict[str, Any]:
-    """Size and SHA-256: as noted by its writer, or of its content."""
-    note = _note_of(file)
-    if note.exists():
-        known: dict[str, Any] = json.loads(note.read_text())
-        note.unlink()
-        return known
     return {"size": file.stat().st_size, "sha256": digest(file)}
+
+
+def _note(folder: Path, shard: int) -> Path:
+    """Where another process says what it has written; gone once the manifest has it."""
+    return folder / f"shard-{shard}.note"
 
 
 def _wait_for(files: Sequence[Path], failed: Path, given_up: threading.Event | None) -> None:

@@ -13,25 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Compute = Callable[[Tensor, Tensor], Tensor]
-
 
 class Exchange:
-    """Sends rows to the processes that hold their experts, and the results back.
-
-    Args:
-        group: The processes among which a layer's experts are split, in the order of their slices.
-    """
+    """Sends rows around a `group`: the processes among which a layer's experts are split, in order of their slices."""
 
     def __init__(self, group: Any) -> None:
-        self.group = group
-        self.degree = dist.get_world_size(group)
+        self.group, self.degree = group, dist.get_world_size(group)
         self.bytes_sent = 0  # to other processes, forward and backward, since the start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self
 
-    def __call__(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
+    def __call__(self, rows: Tensor, counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The experts' outputs (P, D) for rows (P, D); counts (E,) int64 are those of all experts.
 
         `compute` takes the rows of this process's experts, sorted by expert, and their counts (E / degree,).
@@ -43,9 +36,7 @@ class Exchange:
         got = _AllToAll.apply(rows, receive, send, self)  # by process, then by expert
         local = torch.arange(here.shape[1], device=rows.device).repeat(self.degree).repeat_interleave(here.flatten())
         order = local.argsort(stable=True)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        out = compute(got.index_select(0, order), here.sum(0)).index_select(0, back)
+        out = compute(got.index_select(0, order), here.sum(0)).index_select(0, order.argsort())
         result: Tensor = _AllToAll.apply(out, send, receive, self)
         return result
 
@@ -58,8 +49,7 @@ class _AllToAll(torch.autograd.Function):
         ctx.sizes, ctx.exchange = (send, receive), exchange
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(out, rows.contiguous(), receive, send, group=exchange.group)
-        own = send[dist.get_rank(exchange.group)]
-        exchange.bytes_sent += (len(rows) - own) * rows[:1].nbytes if len(rows) else 0
+        exchange.bytes_sent += (len(rows) - send[dist.get_rank(exchange.group)]) * rows[:1].nbytes
         return out
 
     @staticmethod

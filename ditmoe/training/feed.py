@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 
 from accelerate import Accelerator
@@ -15,18 +14,10 @@ from ..launch.signals import Interrupted, Signals
 
 
 class Watch:
-    """Takes micro-batches from the stream until the run ends or is asked to stop.
-
-    Args:
-        accelerator: The processes.
-        signals: Those of this process.
-        max_bad: Images that may be skipped.
-        bad: Sentences about those that were skipped so far; added to.
-    """
+    """Takes micro-batches from the stream; `bad`: sentences about images that were skipped, at most `max_bad`."""
 
     def __init__(self, accelerator: Accelerator, signals: Signals, max_bad: int, bad: list[str]) -> None:
         self.accelerator, self.signals, self.max_bad, self.bad = accelerator, signals, max_bad, bad
-        self._fresh: list[str] = []
 
     def take(self, batches: Batches) -> Batch | None:
         """The next micro-batch, or None on every process when one of them was asked to stop.
@@ -38,21 +29,13 @@ class Watch:
         batch: Batch | None = None
         with suppress(Interrupted), self.signals.raising():
             batch = next(batches)
-            self._fresh = batch.bad
-        return None if self._settle() else batch
-
-    def _settle(self) -> bool:
-        """Whether any process was asked to stop; and note the images that were skipped."""
-        stop, fresh = agree.total(self.accelerator, [float(bool(self.signals.received)), float(len(self._fresh))])
+        own = batch.bad if batch else []
+        stop, fresh = agree.total(self.accelerator, [float(bool(self.signals.received)), float(len(own))])
         if fresh:
-            self._note(agree.everything(self.accelerator, self._fresh))
-        return bool(stop)
-
-    def _note(self, sentences: Sequence[str]) -> None:
-        for sentence in sentences:
-            if sentence not in self.bad:
-                self.bad.append(sentence)
-                if self.accelerator.is_main_process:
-                    print(f"skipped: {sentence}", file=sys.stderr, flush=True)
-        self._fresh = []
-        check_bad(self.bad, self.max_bad)
+            found = dict.fromkeys(agree.everything(self.accelerator, own))
+            new = [sentence for sentence in found if sentence not in self.bad]
+            self.bad += new
+            for sentence in new if self.accelerator.is_main_process else ():
+                print(f"skipped: {sentence}", file=sys.stderr, flush=True)
+            check_bad(self.bad, self.max_bad)
+        return None if stop else batch

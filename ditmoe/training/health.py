@@ -1,12 +1,10 @@
-"""Values that are not finite, on any process: seen before the optimiser moves; the step is named, skipped and counted.
-
-Shapes: C channels, H W size, n images of a micro-batch.
-"""
+"""Values that are not finite, on any process: seen before the optimiser moves; the step is skipped and counted."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,42 +17,26 @@ from .exchange import local
 
 
 class Evidence:
-    """Of one micro-batch: which of its values are finite, still on the device.
-
-    Args:
-        batch: Its images.
-        losses: Its losses by name.
-        routing: The records of its MoE layers.
-    """
+    """Which values of one micro-batch are finite, still on the device: its losses by name, its MoE layers' logits."""
 
     def __init__(self, batch: Batch, losses: Mapping[str, Tensor], routing: Sequence[Routing]) -> None:
-        self.samples = f"samples {batch.indices[0]}..{batch.indices[-1]}"
         values = {f"router logits of MoE layer {i}": record.logits for i, record in enumerate(routing)}
         values |= {f"loss {name}": value for name, value in losses.items()}
-        self.images = batch.x
-        self.names = list(values)
-        self.finite = torch.stack([value.detach().isfinite().all() for value in values.values()])
+        self.batch, self.finite = batch, {name: value.detach().isfinite().all() for name, value in values.items()}
 
     def sentences(self) -> list[str]:
         """What is not finite, and in which samples."""
-        wrong = [name for name, fine in zip(self.names, self.finite.tolist(), strict=True) if not fine]
-        if not self.images.isfinite().all():
-            wrong.insert(0, "images")
-        return [f"{', '.join(wrong)} of {self.samples}"] if wrong else []
+        found, indices = {"images": self.batch.x.isfinite().all(), **self.finite}, self.batch.indices
+        wrong = ", ".join(name for name, fine in found.items() if not fine)
+        return [f"{wrong} of samples {indices[0]}..{indices[-1]}"] if wrong else []
 
 
 class Health:
-    """Counts the steps that were skipped.
+    """Counts the steps that were `skipped`, and those of them that came last, `in_a_row`; `saved` has earlier ones."""
 
-    Args:
-        accelerator: The processes that agree.
-        max_skipped: Steps in a row, beyond which the run stops.
-        skipped: Steps that were skipped before.
-        in_a_row: Those of them that came last.
-    """
-
-    def __init__(self, accelerator: Accelerator, max_skipped: int, skipped: int, in_a_row: int = 0) -> None:
-        self.accelerator, self.max_skipped, self.skipped, self.in_a_row = accelerator, max_skipped, skipped, in_a_row
+    def __init__(self, accelerator: Accelerator, max_skipped: int, saved: Mapping[str, Any]) -> None:
+        self.accelerator, self.max_skipped = accelerator, max_skipped
+        self.skipped, self.in_a_row = (int(saved.get(name, 0)) for name in ("skipped_steps", "skipped_in_a_row"))
 
     @property
     def facts(self) -> dict[str, int]:
@@ -67,18 +49,17 @@ class Health:
         Raises:
             FloatingPointError: On every process, after more than `max_skipped` such steps in a row.
         """
-        fine = torch.stack([*(each.finite.all() for each in evidence), grad_norm.isfinite()]).all()
+        flags = [flag for each in evidence for flag in each.finite.values()]
+        fine = torch.stack([*flags, grad_norm.isfinite()]).all()
         if not agree.total(self.accelerator, [float(not fine)])[0]:
             self.in_a_row = 0
             return []
         own = [sentence for each in evidence for sentence in each.sentences()] or _gradients(grad_norm, model)
-        found = agree.everything(
-            self.accelerator, [f"rank {self.accelerator.process_index}: {sentence}" for sentence in own]
-        )
-        self.skipped += 1
-        self.in_a_row += 1
+        rank = self.accelerator.process_index
+        found = agree.everything(self.accelerator, [f"rank {rank}: {sentence}" for sentence in own])
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         text = f"step {step} was skipped, not finite: {'; '.join(found)}"
-        if self.accelerator.is_main_process:
+        if rank == 0:
             print(text, file=sys.stderr, flush=True)
         if self.in_a_row > self.max_skipped:
             raise FloatingPointError(
@@ -93,5 +74,5 @@ def _gradients(norm: Tensor, model: nn.Module) -> list[str]:
     if norm.isfinite():
         return []
     grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}  # talks to nobody
-    wrong, total = [name for name, grad in grads.items() if not grad.isfinite().all()], len(grads)
-    return [f"gradient norm {float(norm)}" + (f" ({', '.join(wrong[:5])})" if len(wrong) < total else "")]
+    wrong = [name for name, grad in grads.items() if not grad.isfinite().all()]
+    return [f"gradient norm {float(norm)}" + (f" ({', '.join(wrong[:5])})" if len(wrong) < len(grads) else "")]

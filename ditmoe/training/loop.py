@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ..run_folder.checkpoint import check_begins
 from ..run_folder.log import Log
 from .parallel import Parallel
 from .saving import Saving, newest, resume
-from .state import State, new_state, num_classes, update_ema
+from .state import new_state, num_classes, update_ema
 from .step import Run, log_row, optimise
 
 OnSample = Callable[[int, Any], None]
@@ -63,79 +62,64 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = start.launched(config.train)
-    images = data.fingerprint()
+    images, processes = data.fingerprint(), accelerator.num_processes
     agree.check_alike(accelerator, {**_common(config), "images": images})
-    micro_batch_size(config.train, accelerator.num_processes)  # refused before anything is written
+    micro_batch_size(config.train, processes)  # refused before anything is written
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
     pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
     with ExitStack() as stack:
         agree.decided_by_first(accelerator, lambda: stack.enter_context(place.locked(config)))
-        return _train(config, data, on_sample, argv, parallel, state, images)
+        precision = start.resolve_precision(config.train.precision, accelerator.device)
+        facts = {"data": images, "precision": precision, "num_processes": processes}
+        variance = pixel_variance(data, config.seed)
+        found = newest(config.out / place.CHECKPOINTS, parallel)
+        saved = {} if found is None else agree.agreed(accelerator, lambda: resume(found, state, facts, parallel))
+        first, last = int(saved.get("step", 0)), max(int(saved.get("step", 0)), config.max_steps)
+        exported = agree.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / place.MODEL))
+        if exported is not None and (exported == first == last if saved else exported >= last):
+            return False
+        if not saved:
+            agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
+        if accelerator.is_main_process:
+            place.open_folder(config, argv, goes_on=bool(saved))
+        _announce(config, data, accelerator, precision, first)
+        signals = stack.enter_context(Signals())
+        log = stack.enter_context(Log(config, first, shown=accelerator.is_main_process))
+        saving = Saving(config, data, parallel, state, variance, first if saved else -1)
+        stack.push(saving.__exit__)
+        run = Run.of(config, data, parallel, state, signals, saved)
+        stack.enter_context(closing(run.batches))
+        _loop(run, facts, saving, log, on_sample, first)
+        saving.export(last)
+        if agree.total(accelerator, [float(bool(signals.received))])[0]:
+            raise Interrupted(f"stopped after step {last}, all saved; the same command makes the page")
+    return True
 
 
 def _common(config: Config) -> dict[str, Any]:
     """What has to be alike on all processes: their machines may differ in paths and in numbers of readers."""
     options = to_dict(config)
-    own = ("path", "vae", "download", "num_workers")
-    options["data"] = {name: value for name, value in options["data"].items() if name not in own}
+    for name in ("path", "vae", "download", "num_workers"):
+        del options["data"][name]
     split = config.parallel.shard or config.parallel.experts > 1  # then all of them write into the run folder
     return {name: value for name, value in options.items() if name != "plan" and (split or name != "out")}
 
 
-def _train(
-    config: Config,
-    data: ImageSet,
-    on_sample: OnSample | None,
-    argv: Sequence[str],
-    parallel: Parallel,
-    state: State,
-    images: str,
-) -> bool:
-    """`train`, in a run folder that is ours; `images` is the data's fingerprint."""
-    accelerator = parallel.accelerator
-    precision = start.resolve_precision(config.train.precision, accelerator.device)
-    facts = {"data": images, "precision": precision, "num_processes": accelerator.num_processes}
-    variance = pixel_variance(data, config.seed)
-    found = newest(config.out / place.CHECKPOINTS, parallel)
-    saved = {} if found is None else agree.agreed(accelerator, lambda: resume(found, state, facts, parallel))
-    first_step = int(saved.get("step", 0))
-    last_step = max(first_step, config.max_steps)
-    exported = agree.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / place.MODEL))
-    if exported is not None and (exported == first_step == last_step if saved else exported >= last_step):
-        return False
-    if not saved:
-        agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
-    if accelerator.is_main_process:
-        place.open_folder(config, argv, goes_on=bool(saved))
-    _announce(config, data, accelerator, precision, first_step)
-    with (
-        Signals() as signals,
-        Log(config, first_step, shown=accelerator.is_main_process) as log,
-        Saving(config, data, parallel, state, variance, first_step if saved else -1) as saving,
-        closing(Run.of(config, data, parallel, state, signals, saved)) as run,
-    ):
-        show = on_sample and partial(_show, on_sample, run, saving, log)
-        _loop(run, state, facts, saving, log, show, first_step)
-        saving.export(last_step)
-        if agree.total(accelerator, [float(bool(signals.received))])[0]:
-            raise Interrupted(f"stopped after step {last_step}, all saved; the same command makes the page")
-    return True
-
-
-def _loop(
-    run: Run, state: State, facts: dict[str, Any], saving: Saving, log: Log, show: partial[None] | None, first_step: int
-) -> None:
+def _loop(run: Run, facts: dict[str, Any], saving: Saving, log: Log, on_sample: OnSample | None, first: int) -> None:
     """Step after step until `max_steps`; saves, and shows samples where asked for. Raises Interrupted when stopped."""
-    train, max_steps = run.config.train, run.config.max_steps
+    train, last, due = run.config.train, run.config.max_steps, False
 
     def keep(step: int, *, wait: bool) -> None:
         saving.checkpoint(step, {**facts, **run.health.facts, "bad_images": list(run.watch.bad)}, wait=wait)
 
-    every, due = train.sample_every if show else 0, False
-    if show and every and 0 < first_step < max_steps and first_step % every == 0:
-        show(first_step)  # it may have been cut short
-    for step in range(first_step, max_steps):
+    def show(step: int) -> None:
+        if on_sample and train.sample_every and step % train.sample_every == 0:
+            _show(on_sample, run, saving, log, step)
+
+    if 0 < first < last:
+        show(first)  # it may have been cut short
+    for step in range(first, last):
         try:
             result = optimise(run, step)
         except RuntimeError as error:
@@ -146,16 +130,15 @@ def _loop(
             keep(step, wait=True)
             raise Interrupted(f"stopped at step {step} and saved; the same command goes on")
         if not result.faults:
-            update_ema(state.ema, state.model, min(train.ema_decay, (1 + step) / (10 + step)))
+            update_ema(run.ema, run.raw, min(train.ema_decay, (1 + step) / (10 + step)))
         done = step + 1
         if log.count(done) or result.faults:
             log.write(log_row(run, done, result))
         due = due or done % train.checkpoint_every == 0
-        if done == max_steps or (due and not run.health.in_a_row):
-            keep(done, wait=done == max_steps)  # while steps are skipped, what went before them stays
+        if done == last or (due and not run.health.in_a_row):
+            keep(done, wait=done == last)  # while steps are skipped, what went before them stays
             due = False
-        if show and every and done % every == 0:
-            show(done)
+        show(done)
 
 
 def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) -> None:
@@ -181,21 +164,18 @@ def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) ->
 def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precision: str, first_step: int) -> None:
     with torch.device("meta"):
         total, activated = count_parameters(build(config, num_classes(config, data)))
-    size = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
-    accelerator.print(f"data: {data.source}\nmodel: {size}")
-    split, processes = config.parallel, accelerator.num_processes
+    say, split, processes = accelerator.print, config.parallel, accelerator.num_processes
+    say(f"data: {data.source}")
+    say(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
     ways = (f"experts split over {split.experts}, " if split.experts > 1 else "") + "the rest sharded, " * split.shard
-    where = f"{processes} process(es), {accelerator.device.type}, {precision}"
-    accelerator.print(f"training on {where}, {ways}into {config.out}")
+    say(f"training on {processes} process(es), {accelerator.device.type}, {precision}, {ways}into {config.out}")
     E = config.moe.num_experts if config.moe.blocks != "none" else 0
     if split.shard and split.experts == 1 and 0 < E < processes:
-        accelerator.print(
+        say(
             f"note: {E} stacked experts in slices over {processes} processes are padded to as many as there are "
             f"processes; --parallel.experts beside --parallel.shard splits them better"
         )
     if first_step:
-        accelerator.print(f"resumed at step {first_step} of {config.max_steps}")
+        say(f"resumed at step {first_step} of {config.max_steps}")
     if (decay := config.train.decay_steps) and config.max_steps < decay:
-        accelerator.print(
-            f"note: this run stops at step {config.max_steps}, but the learning rate decays until {decay}"
-        )
+        say(f"note: this run stops at step {config.max_steps}, but the learning rate decays until {decay}")

@@ -4,8 +4,6 @@ Expert parallelism: the processes form a mesh (data, expert). The `degree` proce
 each, and send each other the tokens that those experts serve (two all-to-all exchanges a layer and pass); every process
 trains on images of its own. The rest is replicated (DDP), or with `sharded` every process holds a slice of each
 parameter along its first dimension, gathered block by block when it is needed (torch's `fully_shard`).
-
-Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
 """
 
 from __future__ import annotations
@@ -30,17 +28,11 @@ from ..moe import Experts, Router
 from ..run_folder.checkpoint import Saved
 from .exchange import Exchange, local
 
+Parts = dict[str, dict[str, Tensor]]
+
 
 class Parallel:
-    """Which part of a model this process holds, and what follows from it. By itself it holds all of it.
-
-    Args:
-        accelerator: All processes.
-        config: How to split.
-        num_experts: Experts E of a layer.
-
-    Attributes:
-        experts: Names of the parameters that are split by experts, once `split` has made the model; none otherwise.
+    """Which part of a model with `num_experts` a layer this process holds, and what follows. By itself all of it.
 
     Raises:
         ValueError: The degree does not divide the processes or the experts; sharding over one process.
@@ -49,10 +41,8 @@ class Parallel:
     def __init__(self, accelerator: Accelerator, config: ParallelConfig, num_experts: int) -> None:
         degree, world = config.experts, accelerator.num_processes
         if world % degree:
-            raise ValueError(
-                f"parallel.experts is {degree}, but the launch has {world} process(es); start a multiple of "
-                f"{degree}, as in: torchrun --nproc-per-node {degree} train.py ..."
-            )
+            start = f"start a multiple of {degree}, as in: torchrun --nproc-per-node {degree} train.py ..."
+            raise ValueError(f"parallel.experts is {degree}, but the launch has {world} process(es); {start}")
         if num_experts % degree:
             raise ValueError(f"parallel.experts {degree} does not divide moe.num_experts {num_experts}")
         if config.shard and world == 1:
@@ -60,29 +50,20 @@ class Parallel:
         if config.gather == "bfloat16" and accelerator.mixed_precision != "bf16":
             raise ValueError("parallel.gather bfloat16 needs --train.precision bf16, which this run does not have")
         self.accelerator, self.degree, self.sharded, self.world = accelerator, degree, config.shard, world
-        self.rank = accelerator.process_index
-        device = accelerator.device.type
-        self.experts: set[str] = set()
+        self.rank, device = accelerator.process_index, accelerator.device.type
+        self.splits = config.shard or degree > 1  # a process holds a part of the model only
+        self.writers = world if config.shard else degree  # the first so many processes write checkpoints
+        self.experts: set[str] = set()  # names of the parameters that `split` has split by experts
+        self._sliced: set[str] = set()  # those, and the ones that have a slice on every process
         self._exchange: Exchange | None = None
         self._data: Any = None
         if degree > 1:
             mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "expert"))
-            self._exchange = Exchange(mesh["expert"].get_group())
-            self._data = mesh["data"].get_group()
+            self._exchange, self._data = Exchange(mesh["expert"].get_group()), mesh["data"].get_group()
         self._mesh: DeviceMesh | None = init_device_mesh(device, (world,)) if config.shard else None
         self._policy = MixedPrecisionPolicy()
         if config.gather == "bfloat16":
             self._policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
-    @property
-    def writers(self) -> int:
-        """The first so many processes write checkpoints."""
-        return self.world if self.sharded else self.degree
-
-    @property
-    def splits(self) -> bool:
-        """Whether a process holds a part of the model only."""
-        return self.sharded or self.degree > 1
 
     @property
     def bytes_sent(self) -> int:
@@ -104,13 +85,14 @@ class Parallel:
         for net in (model, twin):
             self._shard_rest(net)
             net.to_empty(device=self.accelerator.device)
+        self._sliced = self.experts | {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
         other = dict(_tensors(twin))
         for name, value in _tensors(model):
             sent = torch.empty(shapes[name], dtype=value.dtype, device=self.accelerator.device)
             if self.rank == 0:
                 sent.copy_(whole.pop(name))
             dist.broadcast(sent, 0)
-            if name in self.experts or isinstance(value, DTensor):
+            if name in self._sliced:
                 sent = sent[slice(*self._bounds(name, len(sent)))]
             for target in (value, other[name]):
                 local(target.detach()).copy_(sent)
@@ -137,16 +119,8 @@ class Parallel:
         for module in model.modules() if self._policy.param_dtype else ():
             if isinstance(module, Router):  # a group of its own: its weights are never rounded
                 fully_shard(module, mesh=self._mesh)
-        for block in model.blocks:
-            fully_shard(block, mesh=self._mesh, mp_policy=self._policy, ignored_params=left_out)
-        fully_shard(model, mesh=self._mesh, mp_policy=self._policy, ignored_params=left_out)
-
-    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-        """The model and optimiser that train: DDP's on several processes, unless the model is sharded."""
-        if self.sharded:
-            return model, self.accelerator.prepare(optimizer)
-        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
-        return prepared
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=self._mesh, mp_policy=self._policy, ignored_params=left_out)
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Finish the gradients of one step, clip them by their global norm, and return that norm.
@@ -158,44 +132,39 @@ class Parallel:
         if not self.splits:
             norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
             return norm
-        grads: dict[str, list[Tensor]] = {"experts": [], "slices": [], "whole": []}
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter.grad, DTensor):
-                grads["slices"].append(parameter.grad.to_local())
-            elif parameter.grad is not None:
-                grads["experts" if name in self.experts else "whole"].append(parameter.grad)
-        for grad in grads["experts"]:
+        grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        experts = [grad for name, grad in grads.items() if name in self.experts]
+        others = [grad for name, grad in grads.items() if name not in self.experts]
+        for grad in experts:
             dist.all_reduce(grad, group=self._data)
             grad.div_(self.world)
-        squares = {kind: _square(found, self.accelerator.device) for kind, found in grads.items()}
+        squares = [_square(found, self.accelerator.device) for found in (experts, others)]
         if self._exchange:
-            dist.all_reduce(squares["experts"], group=self._exchange.group)
+            dist.all_reduce(squares[0], group=self._exchange.group)
         if self.sharded:
-            dist.all_reduce(squares["slices"])
-        norm = torch.stack([*squares.values()]).sum().sqrt()
-        torch._foreach_mul_([g for found in grads.values() for g in found], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            dist.all_reduce(squares[1])
+        norm = torch.stack(squares).sum().sqrt()
+        torch._foreach_mul_([*grads.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gathered(self, name: str, value: Tensor) -> Tensor | None:
-        """The whole of a parameter's slices, on the CPU of the first process; None elsewhere. All must call it."""
-        first = self.accelerator.is_main_process
-        whole: Tensor
-        if isinstance(value, DTensor):
-            whole = value.full_tensor().detach()
-        elif name in self.experts and self._exchange is not None:
-            parts = [torch.empty_like(value) for _ in range(self.degree)]
-            dist.all_gather(parts, value.detach().contiguous(), group=self._exchange.group)
-            whole = torch.cat(parts)
-        else:
-            whole = value.detach()
-        return whole.cpu() if first else None
+    def gathered(self, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of some parameters, on the CPU of the first process; none elsewhere. All must call it."""
+        found = {}
+        for name, value in slices.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if name in self.experts and self._exchange:
+                parts = [torch.empty_like(value) for _ in range(self.degree)]
+                dist.all_gather(parts, value.contiguous(), group=self._exchange.group)
+                whole = torch.cat(parts)
+            if self.rank == 0:
+                found[name] = whole.cpu()
+        return found
 
-    def own(self, parts: Mapping[str, Mapping[str, Saved]], model: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """Of a checkpoint's tensors what this process holds, like `model`'s parameters; nothing else is read."""
-        sliced = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    def own(self, parts: Mapping[str, Mapping[str, Saved]]) -> Parts:
+        """Of a checkpoint's tensors what this process holds, as the parameters are held; nothing else is read."""
 
         def mine(name: str, value: Saved) -> Tensor:
-            if not value.shape or name not in self.experts | sliced:
+            if not value.shape or name not in self._sliced:
                 return value.whole()
             rows = value.rows(*self._bounds(name, value.shape[0]))
             if name in self.experts:
@@ -205,34 +174,28 @@ class Parallel:
 
         return {part: {k: mine(_parameter(k, part), v) for k, v in found.items()} for part, found in parts.items()}
 
-    def saved(
-        self, parts: Mapping[str, Mapping[str, Tensor]]
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    def saved(self, parts: Parts) -> tuple[Parts, Parts]:
         """What the first process saves of the state, and the slices that this one saves."""
-        whole: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
-        split: dict[str, dict[str, Tensor]] = {part: {} for part in parts} if self.splits else {}
+        whole: Parts = {part: {} for part in parts}
+        split: Parts = {part: {} for part in parts} if self.splits else {}
         for part, tensors in parts.items():
             for key, value in tensors.items():
-                if isinstance(value, DTensor):
-                    split[part][key] = value.to_local()
-                elif value.ndim and _parameter(key, part) in self.experts:
-                    if self.rank < self.degree:  # the first copy of the experts
-                        split[part][key] = value
-                else:
+                if not value.ndim or _parameter(key, part) not in self._sliced:
                     whole[part][key] = value
+                elif isinstance(value, DTensor) or self.rank < self.degree:  # of the experts the first copy
+                    split[part][key] = local(value)
         return ({} if self.rank else whole), split
 
     def _bounds(self, name: str, rows: int) -> tuple[int, int]:
         """A parameter's rows that are this process's, cut as torch does: the last slices may be short, or empty."""
-        expert = name in self.experts
-        position, slices = (self.rank % self.degree, self.degree) if expert else (self.rank, self.world)
-        size = -(-rows // slices)
-        return min(position * size, rows), min((position + 1) * size, rows)
+        slices = self.degree if name in self.experts else self.world
+        size, position = -(-rows // slices), self.rank % slices
+        return position * size, (position + 1) * size
 
 
 def expert_names(model: nn.Module) -> set[str]:
     """Names of the parameters that expert parallelism splits."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    layers = [path for path, module in model.named_modules() if isinstance(module, Experts)]
     return {f"{path}.{weight}" for path in layers for weight in ("w_in", "w_out")}
 
 

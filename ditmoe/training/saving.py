@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,64 +26,40 @@ from .state import State, num_classes
 
 
 class Saving:
-    """Writes checkpoints in the background and assembles pipelines. All processes call every method.
+    """Writes checkpoints in the background and assembles pipelines. All processes call every method, and leave it.
 
-    Args:
-        config: The run.
-        data: Its training images, for the names of the classes.
-        parallel: Who holds what.
-        state: What learns.
-        variance: `ditmoe.data.open.pixel_variance`, for the pipeline.
-        step: The step of the checkpoint that the state came from; -1 for none.
+    `variance` (`ditmoe.data.open.pixel_variance`) is for the pipeline; `step` is that of the checkpoint that the state
+    came from, -1 for none.
     """
 
     def __init__(
-        self,
-        config: Config,
-        data: ImageSet,
-        parallel: Parallel,
-        state: State,
-        variance: float,
-        step: int,
+        self, config: Config, data: ImageSet, parallel: Parallel, state: State, variance: float, step: int
     ) -> None:
         self.config, self.data, self.accelerator = config, data, parallel.accelerator
         self.parallel, self.state, self.variance, self._last = parallel, state, variance, step
-        self._writer: Writer | None = None
-
-    def __enter__(self) -> Saving:
-        token = agree.decided_by_first(self.accelerator, lambda: str(os.getpid()))
-        if self.parallel.rank < self.parallel.writers:
-            self._writer = Writer(
-                self.config.out / CHECKPOINTS,
-                self.config.train.keep,
-                tolerant=self.config.train.on_save_error == "continue",
-                token=token,
-                shard=self.parallel.rank,
-                shards=self.parallel.writers,
-            )
-        return self
+        token = agree.decided_by_first(parallel.accelerator, lambda: str(os.getpid()))
+        root, keep, tolerant = config.out / CHECKPOINTS, config.train.keep, config.train.on_save_error == "continue"
+        self._writer = Writer(root, keep, tolerant=tolerant, token=token, shard=parallel.rank, shards=parallel.writers)
 
     def __exit__(self, *exception: object) -> None:
-        if self._writer:
-            self._writer.__exit__(*exception)
+        self._writer.__exit__(*exception)
 
     def checkpoint(self, step: int, facts: dict[str, Any], *, wait: bool) -> None:
         """Save the state as of a step; with `wait`, return when it is on the disk. Raises as `Writer.save`."""
-        if self._writer and step != self._last:
+        if step != self._last and self.parallel.rank < self.parallel.writers:
             whole, split = self.parallel.saved(to_parts(self.state))
             self._writer.save(step, whole, {"config": to_dict(self.config), **facts}, split, wait=False)
         self._last = step
         if wait:
-            if self._writer:
-                self._writer.finish()
+            self._writer.finish()
             self.accelerator.wait_for_everyone()
 
     def pipeline(self, step: int) -> pipeline.DiTMoEPipeline | None:
         """The pipeline of the averaged weights, whole, on the first process; None on the others."""
         model = self.state.ema
         if self.parallel.splits:
-            whole = {name: self.parallel.gathered(name, value) for name, value in self.state.ema.state_dict().items()}
-            if not self.accelerator.is_main_process:
+            whole = self.parallel.gathered(model.state_dict())
+            if self.parallel.rank:
                 return None
             model = build(self.config, num_classes(self.config, self.data)).eval().requires_grad_(False)
             model.load_state_dict(whole)
@@ -91,17 +67,13 @@ class Saving:
 
     def export(self, step: int) -> None:
         """Write model/ with the averaged weights. Of split experts one block is whole at a time."""
-        first, folder = self.accelerator.is_main_process, self.config.out / MODEL
-        if not self.parallel.splits:
-            if first:
-                pipeline.save(self._assemble(self.state.ema.cpu(), step), folder)
-        elif first:
+        lots = self._lots() if self.parallel.splits else None
+        if self.parallel.rank == 0:
             with torch.device("meta"):
                 empty = build(self.config, num_classes(self.config, self.data))
-            pipeline.save(self._assemble(empty, step), folder, self._lots())
+            pipeline.save(self._assemble(empty if lots else self.state.ema.cpu(), step), self.config.out / MODEL, lots)
         else:
-            for _ in self._lots():
-                pass
+            deque(lots or (), maxlen=0)
         self.accelerator.wait_for_everyone()
 
     def _assemble(self, model: DiTMoETransformer2DModel, step: int) -> DiTMoEPipeline:
@@ -114,20 +86,13 @@ class Saving:
         lots: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, value in self.state.ema.state_dict().items():
             lots[".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""][name] = value
-        for lot in lots.values():
-            yield {
-                name: whole for name, value in lot.items() if (whole := self.parallel.gathered(name, value)) is not None
-            }
+        return map(self.parallel.gathered, lots.values())
 
 
 def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
     """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
-    names = {p: n for n, p in state.model.named_parameters()}
-    moments = {
-        f"{names[p]}.{key}": torch.as_tensor(value)
-        for p, entry in state.optimizer.state.items()
-        for key, value in entry.items()
-    }
+    names, entries = {p: n for n, p in state.model.named_parameters()}, state.optimizer.state.items()
+    moments = {f"{names[p]}.{kind}": torch.as_tensor(v) for p, entry in entries for kind, v in entry.items()}
     return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
 
 
@@ -137,10 +102,10 @@ def newest(root: Path, parallel: Parallel) -> Path | None:
     Raises:
         ValueError: Checkpoints are there but none is whole on every process.
     """
-    accelerator, rank, world = parallel.accelerator, parallel.rank, parallel.world
+    accelerator, rank = parallel.accelerator, parallel.rank
 
     def fault_of(path: Path) -> str | None:
-        fault = checkpoint.find_fault(path, (rank, world))
+        fault = checkpoint.find_fault(path, (rank, parallel.world))
         found = agree.everything(accelerator, [fault and f"{fault}, as process {rank} sees it" if rank else fault])
         return next((fault for fault in found if fault), None)
 
@@ -159,11 +124,9 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
     if lacking:
         raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
     if meta["data"] != facts["data"]:
-        raise ValueError(
-            f"the data set is not the one that {path} was trained on (other images, order, classes or VAE); "
-            f"restore it, or give another --out"
-        )
-    parts = parallel.own(saved, state.model)
+        other = f"the one that {path} was trained on (other images, order, classes or VAE)"
+        raise ValueError(f"the data set is not {other}; restore it, or give another --out")
+    parts = parallel.own(saved)
     wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -173,13 +136,10 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
             print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
     state.model.load_state_dict(parts["model"])
     state.ema.load_state_dict(parts["ema"])
-    moments: dict[str, dict[str, Tensor]] = {}
+    parameters = dict(state.model.named_parameters())
     for key, value in parts.get("optimizer", {}).items():
-        name, kind = key.rsplit(".", 1)
-        moments.setdefault(name, {})[kind] = value
-    for name, parameter in state.model.named_parameters():
-        if name in moments:
-            state.optimizer.state[parameter] = moments[name]
+        name, moment = key.rsplit(".", 1)
+        state.optimizer.state[parameters[name]][moment] = value
     return meta
 
 

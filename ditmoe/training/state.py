@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,13 +24,13 @@ class State(NamedTuple):
     optimizer: torch.optim.AdamW
 
 
-def new_state(config: Config, num_classes: int, parallel: Parallel | None = None) -> State:
+def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
     """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only).
 
     The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
     """
     torch.manual_seed(config.seed)
-    if parallel is not None and parallel.splits:
+    if parallel.splits:
         model, ema = parallel.split(lambda: build(config, num_classes))
     else:
         model = build(config, num_classes)
@@ -38,24 +38,22 @@ def new_state(config: Config, num_classes: int, parallel: Parallel | None = None
     ema.eval().requires_grad_(False)
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    train = config.train
-    if train.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    names = expert_names(model)
+    train, names = config.train, expert_names(model)
+    for block in model.blocks if train.compile else ():
+        block.compile(dynamic=False)
     routers = [m.weight for m in model.modules() if isinstance(m, Router)]
     known = {id(p) for p in routers}
     experts = [p for name, p in model.named_parameters() if name in names]  # split in another way than the rest
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known and n not in names]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": routers, "weight_decay": train.weight_decay, "lr_factor": config.model.hidden_size**-0.5},
-        {"params": experts, "weight_decay": train.weight_decay},
-        {"params": matrices, "weight_decay": train.weight_decay},
+    groups: list[dict[str, Any]] = [
+        {"params": routers, "lr_factor": config.model.hidden_size**-0.5},
+        {"params": experts},
+        {"params": matrices},
         {"params": others, "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=(0.9, train.beta2), fused=True)
+    groups, betas = [group for group in groups if group["params"]], (0.9, train.beta2)
+    optimizer = torch.optim.AdamW(groups, train.learning_rate, betas, weight_decay=train.weight_decay, fused=True)
     return State(model.train(), ema, optimizer)
 
 

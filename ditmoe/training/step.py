@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.sections import Config, TrainConfig
@@ -24,12 +23,13 @@ from .state import State
 
 
 class Run(NamedTuple):
-    """What a step needs. `raw` is the network, `model` what Accelerate made of it."""
+    """What a step needs. `raw` is the network, `model` what Accelerate made of it, `ema` its average."""
 
     config: Config
     parallel: Parallel
     raw: DiTMoETransformer2DModel
     model: nn.Module
+    ema: nn.Module
     optimizer: Any
     objective: Objective
     batches: Batches
@@ -43,42 +43,23 @@ class Run(NamedTuple):
         """A run that goes on from what a checkpoint has `saved`; {} begins it. The state goes to its device."""
         accelerator, step = parallel.accelerator, int(saved.get("step", 0))
         rank, world = accelerator.process_index, accelerator.num_processes
-        model, optimizer = parallel.prepare(state.model, state.optimizer)
+        model = state.model if parallel.sharded else accelerator.prepare(state.model)  # DDP's on several processes
+        optimizer = accelerator.prepare(state.optimizer)
         state.ema.to(accelerator.device)
-        skipped, in_a_row = (int(saved.get(name, 0)) for name in ("skipped_steps", "skipped_in_a_row"))
-        return cls(
-            config=config,
-            parallel=parallel,
-            raw=state.model,
-            model=model,
-            optimizer=optimizer,
-            objective=Objective(config.objective),
-            batches=Batches(config, data, first_step=step, rank=rank, num_processes=world),
-            watch=Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", []))),
-            health=Health(accelerator, config.train.max_skipped, skipped, in_a_row),
-        )
-
-    def close(self) -> None:
-        """End the processes that read data."""
-        self.batches.close()
+        batches = Batches(config, data, first_step=step, rank=rank, num_processes=world)
+        watch = Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", [])))
+        health = Health(accelerator, config.train.max_skipped, saved)
+        objective = Objective(config.objective)
+        return cls(config, parallel, state.model, model, state.ema, optimizer, objective, batches, watch, health)
 
 
 class StepResult(NamedTuple):
-    """One optimiser step.
+    """One optimiser step."""
 
-    Attributes:
-        losses: Means over its micro-batches, "total" among them.
-        grad_norm: Of the whole gradient, before clipping.
-        counts: (L, E) assignments over all processes.
-        faults: What was not finite, in words; the step was then skipped.
-        skipped: Steps of the run that were skipped so far.
-    """
-
-    losses: dict[str, Tensor]
-    grad_norm: Tensor
-    counts: Tensor | None
-    faults: Sequence[str] = ()
-    skipped: int = 0
+    losses: dict[str, Tensor]  # means over its micro-batches, "total" among them
+    grad_norm: Tensor  # of the whole gradient, before clipping
+    counts: Tensor | None  # (L, E) assignments over all processes
+    faults: Sequence[str]  # what was not finite, in words; the step was then skipped
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -99,8 +80,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
-    assigned: Tensor | None = None
-    evidence = []
+    assigned, evidence = None, []
     for _ in range(config.train.accumulation):
         batch = run.watch.take(run.batches)
         if batch is None:
@@ -120,7 +100,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
         if assigned is not None and config.moe.bias_rate:
             _move_biases(run.raw, assigned, config.moe.bias_rate)
     run.optimizer.zero_grad()
-    return StepResult(sums, norm, assigned, faults, run.health.skipped)
+    return StepResult(sums, norm, assigned, faults)
 
 
 def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], Tensor | None]:
@@ -130,37 +110,24 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     "balance" and "z" are means over the L layers, so that 1 is even load whatever the depth.
     """
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
-    device = accelerator.device
+    device, (C, H, W) = accelerator.device, batch.x.shape[1:]
     x_0 = batch.x.to(device, non_blocking=True)
-    C, H, W = x_0.shape[1:]
     draws = objective.draw(config.seed, batch.indices, (C, H, W))
     t, noise = draws.t.to(device), draws.noise.to(device)
-    labels = None
-    if run.raw.null_label is not None:
-        labels = torch.where(draws.drop, run.raw.null_label, batch.y).to(device)
+    null = run.raw.null_label
+    labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
     with accelerator.autocast():
         sample, routing = run.model(x_t, t, labels, return_dict=False)
-    counts = _global_counts(accelerator, routing)
+    counts = accelerator.reduce(torch.stack([record.counts for record in routing]), "sum") if routing else None
     parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
     if counts is not None:
         moe, L = config.moe, len(routing)
-        parts.append(("balance", L * moe.balance_weight, _mean(map(balance_loss, routing, counts))))
-        parts.append(("z", L * moe.z_weight, _mean(map(z_loss, routing))))
+        balance = torch.stack([*map(balance_loss, routing, counts)]).mean()
+        z = torch.stack([*map(z_loss, routing)]).mean()
+        parts += [("balance", L * moe.balance_weight, balance), ("z", L * moe.z_weight, z)]
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
     return {"total": total, **{name: value for name, _, value in parts}}, routing, counts
-
-
-def _mean(values: Iterable[Tensor]) -> Tensor:
-    return torch.stack([*values]).mean()
-
-
-def _global_counts(accelerator: Accelerator, routing: list[Routing]) -> Tensor | None:
-    if not routing:
-        return None
-    counts = torch.stack([record.counts for record in routing])  # (L, E)
-    total: Tensor = accelerator.reduce(counts, "sum") if accelerator.num_processes > 1 else counts
-    return total
 
 
 @torch.no_grad()
@@ -175,14 +142,12 @@ def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
 def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:
     """What the log says of a step, losses as means over the processes, which all must call it.
 
-    A skipped step's row has the loss null, and why.
+    The row of the step that was just skipped has the loss null, and why.
     """
-    skipped = {"skipped_steps": result.skipped}
+    skipped = {"skipped_steps": run.health.skipped}
     if result.faults:
         return {"step": step, "loss": None, **skipped, "faults": result.faults}
-    accelerator, values = run.parallel.accelerator, torch.stack([*result.losses.values()])
-    if accelerator.num_processes > 1:
-        values = accelerator.reduce(values, "mean")
+    values: Any = run.parallel.accelerator.reduce(torch.stack([*result.losses.values()]), "mean")
     losses = dict(zip(result.losses, values.tolist(), strict=True))
     rate = learning_rate(run.config.train, step - 1)
     known = {"step": step, "loss": losses.pop("total"), **losses, "grad_norm": float(result.grad_norm), "lr": rate}

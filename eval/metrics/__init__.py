@@ -1,7 +1,4 @@
-"""Scores of features; and the same as `torchmetrics.Metric`s, `from eval.metrics import FrechetDistance`.
-
-Those need torch, which commands must not import before their arguments are found good: they come when asked for.
-"""
+"""Scores of features; and the same as `torchmetrics.Metric`s, which need torch and come when asked for."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,6 @@
-"""Streaming mean and covariance of features, and the Fréchet distance of two Gaussians.
+"""Streaming mean and covariance of features, and the Fréchet distance of two Gaussians, in float64.
 
-Everything is float64 NumPy. Shapes: N samples, D features.
+Shapes: N samples, D features.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -29,9 +29,8 @@ class Gaussian(NamedTuple):
 def add(moments: Moments, values: Moments) -> None:
     """Add features `values` (N, D), N >= 1, float64, in place; `values` are overwritten.
 
-    The shift is the first batch's mean: a one-pass covariance of features that lie far from 0 would
-    otherwise lose its digits to cancellation (Chan, Golub and LeVeque, 1983, "Algorithms for
-    computing the sample variance", shifted data).
+    The shift is the first batch's mean: a one-pass covariance of features that lie far from 0 would otherwise lose its
+    digits to cancellation (Chan, Golub and LeVeque, 1983, "Algorithms for computing the sample variance").
     """
     if not moments[0, 0]:
         moments[1] = values.mean(0)
@@ -76,10 +75,7 @@ def gaussian(moments: FloatArray) -> Gaussian:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, in D*D*8 bytes whatever N is.
-
-    `num_features` is D; where it is None, the first batch says it.
-    """
+    """Mean and covariance of features that arrive in batches; D is `num_features`, or what the first batch says."""
 
     def __init__(self, num_features: int | None = None) -> None:
         self._moments = np.zeros((num_features + 3, num_features)) if num_features else None
@@ -90,10 +86,7 @@ class FeatureStatistics:
         return 0 if self._moments is None else int(self._moments[0, 0])
 
     def update(self, features: npt.NDArray[Any]) -> None:
-        """Add a batch of features (N, D), any float dtype.
-
-        Raises ValueError when the batch is not (N, D) for this D, or is not finite.
-        """
+        """Add features (N, D), any float dtype. ValueError when they are not (N, D) for this D, or not finite."""
         check_features("features", features, None if self._moments is None else self._moments.shape[1])
         if self._moments is None:
             self._moments = np.zeros((features.shape[1] + 3, features.shape[1]))
@@ -102,15 +95,14 @@ class FeatureStatistics:
 
     def merge(self, processes: Processes) -> None:
         """Add up what several processes saw; afterwards all of them hold the same sums."""
-        shift = processes.gather(None if self._moments is None else self._moments[1])[
-            0
-        ]  # the first has the first batch
-        mine = np.zeros((len(shift) + 3, len(shift))) if self._moments is None else about(self._moments, shift)
-        self._moments = processes.total(mine)
+        mine = self._moments
+        shift = processes.gather(None if mine is None else mine[1])[0]  # the first has the first batch
+        moved = np.zeros((len(shift) + 3, len(shift))) if mine is None else about(mine, shift)
+        self._moments = processes.total(moved)
         self._moments[1] = shift
 
     def gaussian(self) -> Gaussian:
-        """Mean (D,) and unbiased covariance (D, D), divisor n - 1. Raises ValueError when n < 2."""
+        """Of all so far, as `gaussian` has it."""
         assert self._moments is not None
         return gaussian(self._moments)
 
@@ -118,11 +110,10 @@ class FeatureStatistics:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """The squared Fréchet (2-Wasserstein) distance of two Gaussians, in feature units squared.
 
-    |m_a - m_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2
-    (Dowson and Landau, 1982; Heusel et al., 2017, eq. 6). With A = F F^T and B = G G^T from two
-    eigendecompositions, the last trace is the sum of the singular values of F^T G. The usual way,
-    square roots of the eigenvalues of A^1/2 B A^1/2, turns rounding of 1e-16 into 1e-8 for each
-    dimension that N < D leaves empty; singular values do not.
+    |m_a - m_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 (Dowson and Landau, 1982; Heusel et al., 2017, eq. 6). With
+    A = F F^T and B = G G^T from two eigendecompositions, the last trace is the sum of the singular values of F^T G. The
+    usual way, square roots of the eigenvalues of A^1/2 B A^1/2, turns rounding of 1e-16 into 1e-8 for each dimension
+    that N < D leaves empty; singular values do not.
 
     Raises ValueError when dimensions differ, a value or the distance is not finite, or a matrix is no covariance.
     """
@@ -135,10 +126,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         shift = float(offset @ offset)
         size = float(np.trace(a.covariance) + np.trace(b.covariance))
     if not np.isfinite(shift + size):
-        raise ValueError(
-            f"the statistics are too large for a distance: means {np.abs(offset).max():.3g} apart, traces of "
-            f"{size:.3g} together; compute them again"
-        )
+        apart = f"means {np.abs(offset).max():.3g} apart, traces of {size:.3g} together"
+        raise ValueError(f"the statistics are too large for a distance: {apart}; compute them again")
     overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
     distance = float(shift + size - 2 * overlap)
     assert distance >= -1e-6 * size, f"Fréchet distance {distance} of covariances of trace {size}"
@@ -148,10 +137,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def _check(gaussian: Gaussian, which: str) -> None:
     mean, covariance = gaussian
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"{which} statistics have a mean of shape {mean.shape} and a covariance of shape "
-            f"{covariance.shape}; expected (D,) and (D, D)"
-        )
+        shapes = f"a mean of shape {mean.shape} and a covariance of shape {covariance.shape}"
+        raise ValueError(f"{which} statistics have {shapes}; expected (D,) and (D, D)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{which} statistics hold NaN or infinity; compute them again")
     if np.abs(covariance - covariance.T).max(initial=0) > 1e-5 * np.abs(covariance).max(initial=0):

@@ -21,15 +21,13 @@ class Score(NamedTuple):
 class InceptionSums:
     """exp(mean over images of KL(p(y|x) || p(y))) (Salimans et al., 2016, section 4), by splits.
 
-    As in ADM's evaluation suite, image i belongs to split i // split_size, p(y) is a split's own
-    mean and the score is the mean over splits. A last split with fewer images is a split like the
-    others there and so it is here: a split of few images scores low (at most its number of
-    images), so choose n as a multiple of split_size, or split_size = n for one split.
+    As in ADM's evaluation suite, image i belongs to split i // split_size, p(y) is a split's own mean and the score is
+    the mean over splits. A last split with fewer images is a split like the others: few images score low (at most their
+    number), so choose n as a multiple of split_size, or split_size = n for one split.
 
-    Since sum p log(p / q) summed over a split's images is sum p log p - count * sum q log q for
-    q = mean p, three float64 sums a split are all that is kept: `count` (S,), `sum_p` (S, C) and
-    `sum_p_log_p` (S,). To join processes, add those arrays up; batches may come in any order, and
-    the score is the same up to rounding.
+    Since sum p log(p / q) over a split's images is sum p log p - count * sum q log q for q = mean p, three float64 sums
+    a split are all that is kept: `count` (S,), `sum_p` (S, C) and `sum_p_log_p` (S,). To join processes, add those up;
+    batches may come in any order.
     """
 
     def __init__(self, n: int, num_classes: int, *, split_size: int = SPLIT_SIZE) -> None:
@@ -70,8 +68,7 @@ class InceptionSums:
 
         Raises ValueError when a split has not had as many images as belong to it.
         """
-        starts = np.arange(len(self.count)) * self.split_size
-        expected = np.minimum(self.split_size, self.n - starts)
+        expected = np.minimum(self.split_size, self.n - np.arange(len(self.count)) * self.split_size)
         wrong = np.flatnonzero(self.count != expected)
         if len(wrong):
             i = wrong[0]

@@ -21,25 +21,19 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    x: npt.NDArray[Any],
-    y: npt.NDArray[Any],
-    *,
-    subsets: int = SUBSETS,
-    subset_size: int = SUBSET_SIZE,
+    x: npt.NDArray[Any], y: npt.NDArray[Any], *, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE,
     seed: int = SEED,
-) -> KernelDistance:
+) -> KernelDistance:  # fmt: skip
     """Mean and standard deviation over subsets of the unbiased squared MMD of x (n, D) and y (m, D).
 
-    Kernel (x.y / D + 1)^3 (Bińkowski et al., 2018, "Demystifying MMD GANs", section 4). Arithmetic
-    is float64. Subset after subset, numpy.random.RandomState(seed) draws s rows of x, then s rows
-    of y, each without replacement: torch-fidelity's order, so equal features give its figure when
-    x is its first input.
+    Kernel (x.y / D + 1)^3 (Bińkowski et al., 2018, "Demystifying MMD GANs", section 4). Arithmetic is float64. Subset
+    after subset, numpy.random.RandomState(seed) draws s rows of x, then s rows of y, each without replacement:
+    torch-fidelity's order, so equal features give its figure when x is its first input.
 
-    s = min(subset_size, n, m). Where that is n or m the subsets share all of a side and the
-    deviation says little: it is 0 up to rounding when s = n = m. Report s with the value.
+    s = min(subset_size, n, m). Where that is n or m the subsets share all of a side and the deviation says little: it
+    is 0 up to rounding when s = n = m. Report s with the value.
 
-    Raises ValueError when n or m < 2, D differs, a value is not finite, subsets < 1 or
-    subset_size < 2.
+    Raises ValueError when n or m < 2, D differs, a value is not finite, subsets < 1 or subset_size < 2.
     """
     check_sides({"the first features": x, "the second features": y})
     if min(len(x), len(y)) < 2:
@@ -50,8 +44,7 @@ def kernel_distance(
     rng = np.random.RandomState(seed)
     values = np.empty(subsets)
     for i in range(subsets):
-        a = x[rng.choice(len(x), size, replace=False)].astype(np.float64)
-        b = y[rng.choice(len(y), size, replace=False)].astype(np.float64)
+        a, b = (side[rng.choice(len(side), size, replace=False)].astype(np.float64) for side in (x, y))
         values[i] = _mmd2(a, b)
     return KernelDistance(float(values.mean()), float(values.std()))
 

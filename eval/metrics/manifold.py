@@ -29,35 +29,34 @@ class PRDC(NamedTuple):
 
 
 def prdc(
-    real: npt.NDArray[Any],
-    generated: npt.NDArray[Any],
-    *,
-    pr_k: int = 3,
-    dc_k: int = 5,
-    block_size: int = 1024,
+    real: npt.NDArray[Any], generated: npt.NDArray[Any], *, pr_k: int = 3, dc_k: int = 5, block_size: int = 1024
 ) -> PRDC:
     """All four measures of generated (m, D) against real (n, D), any float dtype.
 
-    Precision and recall (Kynkäänniemi et al., 2019, eq. 1 and 2) have k = pr_k, 3 in the paper and
-    in ADM's evaluation suite, and closed balls, distance <= radius, as there. Density and coverage
-    (Naeem et al., 2020, eq. 3 and 4) have k = dc_k, 5 in the paper, and open balls, distance <
-    radius, as in its authors' code: with those, equal sets have a density of exactly 1. In either
-    case a sample is not its own neighbour, and a duplicate of it is a neighbour at distance 0.
+    Precision and recall (Kynkäänniemi et al., 2019, eq. 1 and 2) have k = pr_k, 3 in the paper and in ADM's evaluation
+    suite, and closed balls, distance <= radius, as there. Density and coverage (Naeem et al., 2020, eq. 3 and 4) have
+    k = dc_k, 5 in the paper, and open balls, distance < radius, as in its authors' code: with those, equal sets have a
+    density of exactly 1. In either case a sample is not its own neighbour, and a duplicate of it is a neighbour at
+    distance 0.
 
-    Distances come from float64 matrix products of features relative to the real mean, in tiles of
-    block_size x block_size: memory beyond the features does not grow with n and m.
+    Distances come from float64 matrix products of features relative to the real mean, in tiles of block_size x
+    block_size: memory beyond the features does not grow with n and m.
 
-    Raises ValueError when n <= max(pr_k, dc_k) or m <= pr_k, when D differs, a value is not finite,
-    or an option is below 1.
+    Raises ValueError when n <= max(pr_k, dc_k) or m <= pr_k, when D differs, a value is not finite, or an option is
+    below 1.
     """
-    _check(real, generated, pr_k, dc_k, block_size)
+    check_sides({"the real features": real, "the generated features": generated})
+    if min(pr_k, dc_k, block_size) < 1:
+        raise ValueError(f"pr_k {pr_k}, dc_k {dc_k} and block_size {block_size} must be at least 1")
+    for side, count, k in (("real", len(real), max(pr_k, dc_k)), ("generated", len(generated), pr_k)):
+        if count <= k:
+            raise ValueError(f"{count} {side} images have no {k} neighbours each; give at least {k + 1}")
     center = real.mean(axis=0, dtype=np.float64)
     near = _nearest(real, center, max(pr_k, dc_k), block_size)
     radius_pr, radius_dc = near[:, pr_k - 1], near[:, dc_k - 1]  # (n,)
     radius_gen = _nearest(generated, center, pr_k, block_size)[:, pr_k - 1]  # (m,)
     precise = torch.zeros(len(generated), dtype=torch.bool)
-    recalled = torch.zeros(len(real), dtype=torch.bool)
-    covered = torch.zeros(len(real), dtype=torch.bool)
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool)
     inside = 0
     for i, x in _blocks(real, center, block_size):
         for j, y in _blocks(generated, center, block_size):
@@ -68,21 +67,8 @@ def prdc(
             within = opened < radius_dc[i, None]
             covered[i] |= within.any(dim=1)
             inside += int(within.sum())
-    return PRDC(
-        precision=float(precise.double().mean()),
-        recall=float(recalled.double().mean()),
-        density=inside / (dc_k * len(generated)),
-        coverage=float(covered.double().mean()),
-    )
-
-
-def _check(real: npt.NDArray[Any], generated: npt.NDArray[Any], pr_k: int, dc_k: int, block_size: int) -> None:
-    check_sides({"the real features": real, "the generated features": generated})
-    if min(pr_k, dc_k, block_size) < 1:
-        raise ValueError(f"pr_k {pr_k}, dc_k {dc_k} and block_size {block_size} must be at least 1")
-    for side, count, k in (("real", len(real), max(pr_k, dc_k)), ("generated", len(generated), pr_k)):
-        if count <= k:
-            raise ValueError(f"{count} {side} images have no {k} neighbours each; give at least {k + 1}")
+    precision, recall, coverage = (float(hit.double().mean()) for hit in (precise, recalled, covered))
+    return PRDC(precision, recall, inside / (dc_k * len(generated)), coverage)
 
 
 def _blocks(

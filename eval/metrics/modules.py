@@ -5,11 +5,10 @@
     distance.compute()
 
 Images are uint8 (N, C, H, W), C = 1 (copied to 3) or 3, and are moved to the metric's device. An extractor is an
-`eval.networks.extractors.Extractor` or any module that maps such images to features (N, D); it runs in evaluation
-mode. No value depends, beyond rounding, on batch sizes, on the order of the images or on how many processes saw them:
-torchmetrics' own sync joins what they hold. Sums are float64, so on MPS, which has none, a metric stays on the CPU.
-ValueError for images of another dtype or shape, for features that do not fit or are not finite, and, in `compute`, for
-a side that had too few images.
+`eval.networks.extractors.Extractor` or any module that maps such images to features (N, D); it runs in evaluation mode.
+No value depends, beyond rounding, on batch sizes, the order of the images or how many processes saw them. Sums are
+float64, so on MPS, which has none, a metric stays on the CPU. ValueError for other images, for features that do not fit
+or are not finite, and, in `compute`, for a side that had too few images.
 """
 
 import hashlib
@@ -59,8 +58,8 @@ class _TwoSets(Metric):  # type: ignore[misc]
         check_features("features", features.cpu().numpy(), self.num_features)
         return features
 
-    def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+    def _scalars(self, **values: float) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in values.items()}
 
 
 class FrechetDistance(_TwoSets):
@@ -68,12 +67,8 @@ class FrechetDistance(_TwoSets):
 
     Memory: 2 * D * D * 8 bytes, twice, whatever the number of images; W times that while W processes are joined.
     `compute` gives a float64 scalar, in feature units squared, >= 0. It may be called FID where the extractor is
-    `fid_named` alone.
-
-    Args:
-        extractor: uint8 images -> features; see the module's first lines.
-        num_features: D; None takes the extractor's own `num_features`.
-        reset_real_features: False: `reset` keeps the real images.
+    `fid_named` alone. `num_features` is D; None takes the extractor's own. With `reset_real_features=False`, `reset`
+    keeps the real images.
     """
 
     higher_is_better = False
@@ -98,7 +93,7 @@ class FrechetDistance(_TwoSets):
             if (count := int(getattr(self, side)[0, 0])) < 2:
                 raise ValueError(f"{count} {side} images have no covariance; give at least 2")
         generated, real = (gaussian(getattr(self, side).cpu().numpy()) for side in SIDES)
-        return self._scalar(frechet_distance(generated, real))
+        return torch.tensor(frechet_distance(generated, real), dtype=torch.float64, device=self.device)
 
 
 class _Rows(_TwoSets):
@@ -106,23 +101,14 @@ class _Rows(_TwoSets):
 
     So which are kept, and in which order, is a function of the images alone. Equal images are kept or left together.
     States are flat float32 rows of 2 + D numbers: the hash in two whole numbers below 2^24, then the features.
-    Memory: at most 2 * 2 * keep * (D + 2) * 4 bytes; W times that while W processes are joined.
-
-    Args:
-        extractor, num_features, reset_real_features: As in `FrechetDistance`.
-        keep: Images a side that are looked at.
-        seed: Chooses them.
+    Memory: at most 2 * 2 * keep * (D + 2) * 4 bytes; W times that while W processes are joined. The other arguments are
+    those of `FrechetDistance`.
     """
 
     def __init__(
-        self,
-        extractor: nn.Module,
-        num_features: int | None = None,
-        *,
-        keep: int = 10_000,
-        seed: int = 0,
-        reset_real_features: bool = True,
-    ) -> None:
+        self, extractor: nn.Module, num_features: int | None = None, *,
+        keep: int = 10_000, seed: int = 0, reset_real_features: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(extractor, num_features, reset_real_features)
         if keep < 2 or not 0 <= seed < 2**32:
             raise ValueError(f"keep {keep} must be at least 2 and seed {seed} between 0 and {2**32 - 1}")
@@ -160,7 +146,6 @@ class KernelDistance(_Rows):
 
     `compute` gives float64 scalars: `kernel_distance`, the mean over random subsets, and `kernel_distance_std` over
     them. Subsets are drawn in the order of the images' hashes, by `eval.fid` in file order: the same estimate.
-
     Arguments and memory: see `_Rows`.
     """
 
@@ -169,15 +154,13 @@ class KernelDistance(_Rows):
     def compute(self) -> dict[str, Tensor]:
         """Both numbers. Raises ValueError when a side has fewer than two images."""
         found = kernel_distance(*self._features_kept())
-        return {"kernel_distance": self._scalar(found.mean), "kernel_distance_std": self._scalar(found.std)}
+        return self._scalars(kernel_distance=found.mean, kernel_distance_std=found.std)
 
 
 class PrecisionRecallDensityCoverage(_Rows):
     """Fidelity and diversity of generated images: `eval.metrics.manifold.prdc`.
 
-    `compute` gives float64 scalars `precision`, `recall`, `density` and `coverage`.
-
-    Arguments and memory: see `_Rows`.
+    `compute` gives float64 scalars `precision`, `recall`, `density` and `coverage`. Arguments and memory: see `_Rows`.
     """
 
     higher_is_better = True
@@ -185,18 +168,15 @@ class PrecisionRecallDensityCoverage(_Rows):
     def compute(self) -> dict[str, Tensor]:
         """All four. Raises ValueError when a side has no more images than neighbours are asked for."""
         generated, real = self._features_kept()
-        return {name: self._scalar(value) for name, value in prdc(real, generated)._asdict().items()}
+        return self._scalars(**prdc(real, generated)._asdict())
 
 
 class InceptionScore(Metric):  # type: ignore[misc]
     """exp(mean over images of KL(p(y|x) || p(y))) of all images as one split (Salimans et al., 2016, section 4).
 
-    `compute` gives a float64 scalar between 1 and C. The published figures, and `eval.fid`'s, are means over splits of
-    5,000 images in file order, which a loop does not have: they agree up to 5,000 images. Memory: C * 8 bytes.
-
-    Args:
-        extractor: An `Extractor` with logits, or any module that maps uint8 images to logits (N, C).
-        num_classes: C.
+    `compute` gives a float64 scalar between 1 and C = `num_classes`. The published figures, and `eval.fid`'s, are means
+    over splits of 5,000 images in file order, which a loop does not have: they agree up to 5,000 images. Memory: C * 8
+    bytes. `extractor` is an `Extractor` with logits, or any module that maps uint8 images to logits (N, C).
     """
 
     is_differentiable = False

@@ -51,8 +51,9 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
-        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
+        )
         self.ls2 = LayerScale(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,8 +72,7 @@ class DinoV2(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE_SIDE**2, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))  # of training only; here because the file has it
-        patch_embed = {"proj": nn.Conv2d(3, width, PATCH, stride=PATCH)}
-        self.patch_embed = nn.Sequential(OrderedDict(patch_embed))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, stride=PATCH)))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=EPS)
 

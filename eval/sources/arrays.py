@@ -10,9 +10,10 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ Float32Array = npt.NDArray[np.float32]
 # Every world-th of the batches of the first `limit` images, from the rank-th on: their indices (n,) and pixels
 # (n, H, W, C), n <= batch_size. Called as read(limit, batch_size, rank, world).
 ReadBatches = Callable[[int, int, int, int], Iterator[tuple[IndexArray, UInt8Array]]]
+Stream = AbstractContextManager[IO[bytes] | gzip.GzipFile]
 # What zipfile, gzip, NumPy and Pillow raise on truncated, corrupt or foreign bytes
 # (RuntimeError: zipfile's, of an encrypted member; MemoryError: of a header that claims more than there is).
 DAMAGE = (
@@ -32,6 +34,7 @@ DAMAGE = (
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class Header(NamedTuple):
@@ -46,10 +49,12 @@ class Header(NamedTuple):
 
 def read_npz_header(file: Path, name: str) -> Header:
     """The header of one array: nothing is read of its values. ValueError for damage, or where it needs unpickling."""
-    member = f"{name}.npy"
     try:
-        with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
-            header = Header(*_read_header(stream), stream.tell(), archive.getinfo(member).file_size)
+        with zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            if version not in HEADERS:
+                raise ValueError(f"array format {version} is not supported")
+            header = Header(*HEADERS[version](stream), stream.tell(), archive.getinfo(f"{name}.npy").file_size)
     except (*DAMAGE, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: cannot read {name} ({error}); write it again") from error
     if header.dtype.hasobject:
@@ -57,14 +62,14 @@ def read_npz_header(file: Path, name: str) -> Header:
     return header
 
 
-def read_npz_arrays(file: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+def read_npz_arrays(file: Path, *names: str) -> list[npt.NDArray[Any]]:
     """The named arrays, whole. ValueError for a damaged file or one that needs unpickling."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in names}
+            found = [arrays[name] for name in names]
     except (*DAMAGE, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file}: cannot read {' and '.join(names)} ({error})") from error
-    for name, array in found.items():
+    for name, array in zip(names, found, strict=True):
         if not isinstance(array, np.ndarray):  # NumPy hands out the bytes of what is no array
             raise ValueError(f"{file}: {name} is no array; write it again")
     return found
@@ -75,7 +80,6 @@ def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], R
 
     Raises ValueError (the reader too) for another dtype or shape and for damaged bytes.
     """
-    member = f"{name}.npy"
     shape, fortran, dtype, offset, length = read_npz_header(file, name)
     if dtype != np.uint8 or len(shape) != 4 or fortran:
         order = ", Fortran order" if fortran else ""
@@ -83,16 +87,14 @@ def open_npz_images(file: Path, name: str) -> tuple[int, tuple[int, int, int], R
     if length != offset + math.prod(shape):
         raise ValueError(f"{file}: {name} does not hold the {shape[0]} images its header says")
 
-    def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
-        try:
-            with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
-                stream.read(offset)
-                batches = _stream(stream, shape[1:], limit, batch_size, limit == shape[0])
-                yield from share(batches, batch_size, rank, world)
-        except DAMAGE as error:
-            raise ValueError(f"{file}: {name} is damaged ({error}); write it again") from error
+    @contextmanager
+    def opened() -> Iterator[IO[bytes]]:
+        with zipfile.ZipFile(file) as archive, archive.open(f"{name}.npy") as stream:
+            yield stream
 
-    return shape[0], (shape[1], shape[2], shape[3]), read
+    count, height, width, channels = shape
+    size = (height, width, channels)
+    return count, size, _reader(opened, offset, count, size, f"{file}: {name}", "write it again")
 
 
 def open_idx(file: Path) -> tuple[int, tuple[int, int, int], ReadBatches]:
@@ -100,58 +102,41 @@ def open_idx(file: Path) -> tuple[int, tuple[int, int, int], ReadBatches]:
 
     Raises ValueError (the reader too) for another format and for damaged bytes.
     """
+
+    def opened() -> Stream:
+        return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+
     try:
-        with _open_maybe_gzip(file) as stream:
+        with opened() as stream:
             magic, count, height, width = struct.unpack(">4I", stream.read(16))
     except DAMAGE as error:
         raise ValueError(f"{file}: not an IDX file ({error}); download it again") from error
     if magic != IDX_IMAGES:
         raise ValueError(f"{file}: starts with {magic:#010x}, not IDX images' {IDX_IMAGES:#010x}")
+    size = (height, width, 1)
+    return count, size, _reader(opened, 16, count, size, f"{file}:", "download it again")
+
+
+def _reader(
+    opened: Callable[[], Stream], offset: int, count: int, shape: tuple[int, int, int], what: str, remedy: str
+) -> ReadBatches:
+    """Of `count` images that follow `offset` bytes; one more read at the end lets zip and gzip check their CRC."""
+    size = math.prod(shape)
 
     def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
         try:
-            with _open_maybe_gzip(file) as stream:
-                stream.read(16)
-                batches = _stream(stream, (height, width, 1), limit, batch_size, limit == count)
-                yield from share(batches, batch_size, rank, world)
+            with opened() as stream:
+                stream.read(offset)
+                for number, start in enumerate(range(0, limit, batch_size)):
+                    n = min(batch_size, limit - start)
+                    data = stream.read(n * size)
+                    if len(data) != n * size:
+                        raise EOFError(f"it ends after {start + len(data) // size} images")
+                    if start + n == count and stream.read(1):
+                        raise EOFError("bytes follow the last image")
+                    if number % world == rank:
+                        yield np.arange(start, start + n), np.frombuffer(data, np.uint8).reshape(n, *shape)
         except DAMAGE as error:
-            raise ValueError(f"{file}: is damaged ({error}); download it again") from error
+            raise ValueError(f"{what} is damaged ({error}); {remedy}") from error
 
-    return count, (height, width, 1), read
-
-
-def share(
-    batches: Iterator[UInt8Array], batch_size: int, rank: int, world: int
-) -> Iterator[tuple[IndexArray, UInt8Array]]:
-    """One process's share of all batches, with the indices of their images."""
-    for number, batch in enumerate(batches):
-        if number % world == rank:
-            start = number * batch_size
-            yield np.arange(start, start + len(batch)), batch
-
-
-def _open_maybe_gzip(file: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
-
-
-def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(stream)
-    if version not in readers:
-        raise ValueError(f"array format {version} is not supported")
-    return readers[version](stream)
-
-
-def _stream(
-    stream: IO[bytes], shape: tuple[int, ...], limit: int, batch_size: int, to_the_end: bool
-) -> Iterator[UInt8Array]:
-    """Batches of `shape` from bytes; one more read at the end lets zip and gzip check their CRC."""
-    size = math.prod(shape)
-    for start in range(0, limit, batch_size):
-        n = min(batch_size, limit - start)
-        data = stream.read(n * size)
-        if len(data) != n * size:
-            raise EOFError(f"it ends after {start + len(data) // size} images")
-        if to_the_end and start + n == limit and stream.read(1):
-            raise EOFError("bytes follow the last image")
-        yield np.frombuffer(data, np.uint8).reshape(n, *shape)
+    return read

@@ -10,33 +10,19 @@ from eval.sources.arrays import Float32Array, IndexArray, ReadBatches, UInt8Arra
 
 @dataclass(frozen=True)
 class Images:
-    """At least two images of one size, read in batches in a fixed order.
+    """At least two images of one size, read in batches in a fixed order."""
 
-    Attributes:
-        kind: folder, zip, npz, dataset, array or model.
-        path: As the user wrote it.
-        count: Images whose headers can be read; pixels may still turn out damaged, see `bad`.
-        shape: (H, W, C).
-        read: See `eval.arrays.ReadBatches`.
-        fingerprint: Changes when the images do, without reading them all; "" where nothing tells.
-        labels: (count,) int64, the class of each image, or None.
-        facts: How the images were made, as `sample.py` writes it beside them; {} where unknown.
-        statistics: Of a larger set that these images stand for, as ADM's reference batches hold them, or None.
-        may_skip: How many unreadable images may be left out.
-        bad: Names of images that turned out unreadable and were left out, filled while reading.
-    """
-
-    kind: str
-    path: str
-    count: int
-    shape: tuple[int, int, int]
+    kind: str  # folder, zip, npz, dataset, array or model
+    path: str  # as the user wrote it
+    count: int  # images whose headers can be read; pixels may still turn out damaged, see `bad`
+    shape: tuple[int, int, int]  # (H, W, C)
     read: ReadBatches
-    fingerprint: str = ""
-    labels: IndexArray | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    statistics: "Statistics | None" = None
-    may_skip: int = 0
-    bad: list[str] = field(default_factory=list)
+    fingerprint: str = ""  # changes when the images do, without reading them all; "" where nothing tells
+    labels: IndexArray | None = None  # (count,), the class of each image
+    facts: dict[str, Any] = field(default_factory=dict)  # how the images were made, as `sample.py` writes it
+    statistics: "Statistics | None" = None  # of a larger set that these stand for, as ADM's reference batches hold them
+    may_skip: int = 0  # how many unreadable images may be left out
+    bad: list[str] = field(default_factory=list)  # names of those that were left out, filled while reading
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[UInt8Array]:
         """Batches uint8 (n, H, W, C), n <= batch_size, of the first `limit` images, or of all."""
@@ -45,22 +31,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance from a file: features of images that are no longer there.
+    """Mean and covariance from a file: features of images that are no longer there."""
 
-    Attributes:
-        kind: stats.
-        path: As the user wrote it.
-        gaussian: Of the pooled features.
-        spatial: Of sFID's features (`mu_s`, `sigma_s`), where the file has them.
-        features: (m, D) float32, some of the images' own features, where the file has them.
-        sha256: Of the file.
-        facts: What made it, where `eval.ref` did: count, extractor, source.
-    """
-
-    kind: str
-    path: str
-    gaussian: Gaussian
-    spatial: Gaussian | None
-    features: Float32Array | None
-    sha256: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    kind: str  # stats
+    path: str  # as the user wrote it
+    gaussian: Gaussian  # of the pooled features
+    spatial: Gaussian | None  # of sFID's features (`mu_s`, `sigma_s`), where the file has them
+    features: Float32Array | None  # (m, D), some of the images' own features, where the file has them
+    sha256: str  # of the file
+    facts: dict[str, Any] = field(default_factory=dict)  # what made it, where `eval.ref` did

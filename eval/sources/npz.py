@@ -2,7 +2,6 @@
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -24,36 +23,45 @@ MADE = {  # what `eval.statistics.write_statistics` says
 }
 
 
+def open_zip(file: Path, path: str, kind: str) -> tuple[zipfile.ZipFile, str]:
+    """An archive and what it holds: names, checksums, sizes. ValueError for damage, a name that leads out of it."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except PermissionError:
+        raise  # there is nothing wrong with the file
+    except (*DAMAGE, ValueError) as error:
+        raise ValueError(f"{path}: not a readable {kind} ({error}); write it again") from error
+    for name in archive.namelist():
+        inside = PurePosixPath(name.replace("\\", "/"))
+        if inside.is_absolute() or ".." in inside.parts or PureWindowsPath(name).drive:
+            raise ValueError(f"{path}: holds the name {name!r}, which leads out of the archive")
+    return archive, repr([(info.filename, info.CRC, info.file_size) for info in archive.infolist()])
+
+
 def open_npz(file: Path, path: str) -> Images | Statistics:
     """ADM's layout: arr_0 uint8 (N, H, W, C), arr_1 labels; statistics `mu` (D,) and `sigma` (D, D); or both.
 
     Raises ValueError for anything else, and for a damaged file.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-    except PermissionError:
-        raise  # there is nothing wrong with the file
-    except (*DAMAGE, ValueError) as error:
-        raise ValueError(f"{path}: not a readable .npz ({error}); write it again") from error
-    fingerprint = members(path, infos)
-    names = {info.filename.removesuffix(".npy") for info in infos}
+    archive, fingerprint = open_zip(file, path, ".npz")
+    with archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
     statistics = _statistics(file, path, names) if {"mu", "sigma"} <= names else None
     if "arr_0" in names:
         count, shape, read = open_npz_images(file, "arr_0")
         labels = _labels(file, path, count) if "arr_1" in names else None
         facts = _facts(file, path, names)
         return Images("npz", path, count, shape, read, fingerprint, labels, facts, statistics)
-    if statistics is not None:
-        return statistics
-    raise ValueError(f"{path}: holds {sorted(names)}; expected arr_0 (images) or mu and sigma (statistics)")
+    if statistics is None:
+        raise ValueError(f"{path}: holds {sorted(names)}; expected arr_0 (images) or mu and sigma (statistics)")
+    return statistics
 
 
 def _labels(file: Path, path: str, count: int) -> IndexArray:
     header = read_npz_header(file, "arr_1")
     if header.shape != (count,) or not np.issubdtype(header.dtype, np.integer):
         raise ValueError(f"{path}: arr_1 is {header.dtype} {header.shape}; expected one integer an image ({count},)")
-    return read_npz_arrays(file, ("arr_1",))["arr_1"].astype(np.int64)
+    return read_npz_arrays(file, "arr_1")[0].astype(np.int64)
 
 
 def _statistics(file: Path, path: str, names: set[str]) -> Statistics:
@@ -84,8 +92,7 @@ def _gaussian(file: Path, path: str, mu: str, sigma: str) -> Gaussian:
         raise ValueError(f"{path}: {mu} and {sigma} have shapes {shapes}; expected (D,) and (D, D)")
     if mean.shape[0] > MAX_FEATURES:
         raise ValueError(f"{path}: {mu} has {mean.shape[0]} values; more than {MAX_FEATURES} are not read")
-    arrays = read_npz_arrays(file, (mu, sigma))
-    return Gaussian(*(arrays[name].astype(np.float64, copy=False) for name in (mu, sigma)))
+    return Gaussian(*(array.astype(np.float64, copy=False) for array in read_npz_arrays(file, mu, sigma)))
 
 
 def _features(file: Path, path: str, size: int) -> Float32Array:
@@ -95,8 +102,7 @@ def _features(file: Path, path: str, size: int) -> Float32Array:
         raise ValueError(f"{path}: features is {header.dtype} {header.shape}; expected float32 (m, {size})")
     if header.shape[0] > MAX_ROWS:
         raise ValueError(f"{path}: features has {header.shape[0]} rows; more than {MAX_ROWS} are not read")
-    features: Float32Array = read_npz_arrays(file, ("features",))["features"]
-    return features
+    return read_npz_arrays(file, "features")[0]
 
 
 def _facts(file: Path, path: str, names: set[str]) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def _facts(file: Path, path: str, names: set[str]) -> dict[str, Any]:
     header = read_npz_header(file, "facts")
     if header.dtype.kind != "U" or header.shape or header.dtype.itemsize > 4 * MAX_FACTS:
         raise ValueError(f"{path}: facts is {header.dtype} {header.shape}, not a text; write the file again")
-    text = read_npz_arrays(file, ("facts",))["facts"]
+    (text,) = read_npz_arrays(file, "facts")
     try:
         facts = strict_json.parse(str(text))
     except ValueError as error:
@@ -114,12 +120,3 @@ def _facts(file: Path, path: str, names: set[str]) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ValueError(f"{path}: facts is not a JSON object; write the file again")
     return facts
-
-
-def members(path: str, infos: Sequence[zipfile.ZipInfo]) -> str:
-    """Names, checksums and sizes of what a zip holds. ValueError for a name that leads out of it."""
-    for name in (info.filename for info in infos):
-        inside = PurePosixPath(name.replace("\\", "/"))
-        if inside.is_absolute() or ".." in inside.parts or PureWindowsPath(name).drive:
-            raise ValueError(f"{path}: holds the name {name!r}, which leads out of the archive")
-    return repr([(info.filename, info.CRC, info.file_size) for info in infos])

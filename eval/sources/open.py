@@ -1,12 +1,10 @@
 """Sets of images to score: folder, zip, .npz, named data set, array; and saved statistics.
 
-Every source of images yields uint8 batches (n, H, W, C), C = 1 or 3, one size throughout.
-Imports no torch. Every fault of a file is a ValueError of one sentence that names the file.
+Images are uint8 batches (n, H, W, C), C = 1 or 3, one size throughout. Imports no torch.
 """
 
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
@@ -16,15 +14,16 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from eval import strict_json
-from eval.sources.arrays import DAMAGE, IndexArray, UInt8Array, open_idx, read_npz_arrays, share
+from eval.sources.arrays import DAMAGE, IndexArray, UInt8Array, open_idx, read_npz_arrays
 from eval.sources.images import Images, Statistics
-from eval.sources.npz import members, open_npz
+from eval.sources.npz import open_npz, open_zip
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 HIDDEN = (".", "__MACOSX")  # names that begin so are left out
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
 DIGITS_FILE = Path(__file__).resolve().parents[2] / "ditmoe" / "data_files" / "digits.npz"
 FASHION_FOLDERS = (Path("data/FashionMNIST/raw"), Path("/usr/share/datasets/fashion-mnist"))
+OpenFile = Callable[[str], IO[bytes]]
 FASHION_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 
 
@@ -35,71 +34,57 @@ def open_source(source: str | Path | UInt8Array | Images, skip_bad: int = 0) -> 
     unreadable: they are left out and named in `Images.bad`. Raises ValueError when the source is missing,
     damaged, closed to the reader, of an unknown kind, empty, a single image, or has images of different sizes.
     """
-    if isinstance(source, Images):
-        opened: Images | Statistics = source
-    elif isinstance(source, np.ndarray):
-        opened = _array(source)
-    else:
-        opened = _at(str(source), skip_bad)
+    opened = source if isinstance(source, Images) else _open(source, skip_bad)
     if isinstance(opened, Images):
-        _check_images(opened)
+        height, width, channels = opened.shape
+        if opened.count < 2:
+            raise ValueError(f"{opened.path}: holds {opened.count} image; a covariance needs at least 2, give more")
+        if channels not in (1, 3) or height < 1 or width < 1:
+            raise ValueError(f"{opened.path}: images of shape (H, W, C) = {opened.shape}; C must be 1 or 3")
     return opened
 
 
-def _at(path: str, skip_bad: int) -> Images | Statistics:
-    """What a path or a name stands for."""
+def _open(source: str | Path | UInt8Array, skip_bad: int) -> Images | Statistics:
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 4:
+            raise ValueError(f"array is {source.dtype} {source.shape}; expected uint8 (N, H, W, C)")
+        return _in_memory("array", "array", source)
+    path, place = str(source), Path(source)
     if not path:
         raise ValueError("the path is empty; give a folder, a .zip, an .npz or NAME:SPLIT")
-    place = Path(path)
     try:
         if place.is_dir():
             return _folder(place, path, skip_bad)
-        return _file(place, path, skip_bad) if place.exists() else _dataset(path)
+        if not place.exists():
+            return _dataset(path)
+        if place.suffix.lower() == ".npz":
+            return open_npz(place, path)
+        if place.suffix.lower() == ".zip":
+            return _zip(place, path, skip_bad)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{path[:200]}: cannot be read ({reason}); is the path right, and may you read it?") from error
-
-
-def _check_images(images: Images) -> None:
-    height, width, channels = images.shape
-    if images.count < 2:
-        raise ValueError(f"{images.path}: holds {images.count} image; a covariance needs at least 2, give more")
-    if channels not in (1, 3) or height < 1 or width < 1:
-        raise ValueError(f"{images.path}: images of shape (H, W, C) = {images.shape}; C must be 1 or 3")
-
-
-def _array(array: UInt8Array) -> Images:
-    if array.dtype != np.uint8 or array.ndim != 4:
-        raise ValueError(f"array is {array.dtype} {array.shape}; expected uint8 (N, H, W, C)")
-    return _in_memory("array", "array", array)
+    raise ValueError(f"{path}: a file that is neither .zip nor .npz; give a folder of images, a .zip or an .npz")
 
 
 def _in_memory(
     kind: str, path: str, array: UInt8Array, fingerprint: str = "", labels: IndexArray | None = None
 ) -> Images:
     def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
-        starts = range(0, limit, batch_size)
-        return share((array[start : min(start + batch_size, limit)] for start in starts), batch_size, rank, world)
+        for start in range(rank * batch_size, limit, world * batch_size):
+            end = min(start + batch_size, limit)
+            yield np.arange(start, end), array[start:end]
 
     height, width, channels = array.shape[1:]
     return Images(kind, path, len(array), (height, width, channels), read, fingerprint, labels)
 
 
-def _file(file: Path, path: str, skip_bad: int) -> Images | Statistics:
-    suffix = file.suffix.lower()
-    if suffix == ".npz":
-        return open_npz(file, path)
-    if suffix == ".zip":
-        return _zip(file, path, skip_bad)
-    raise ValueError(f"{path}: a file that is neither .zip nor .npz; give a folder of images, a .zip or an .npz")
-
-
-# ----------------------------------------------------------------- folders and zips
-
-
 def _folder(folder: Path, path: str, skip_bad: int) -> Images:
     names = _image_names(_files_below(folder, path))
-    facts = _note(folder / "sampling.json")
+    note = folder / "sampling.json"  # what `sample.py` says of the images beside it
+    facts = strict_json.read(note) if note.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{note}: not a JSON object; remove it")
     fingerprint = repr([str(folder.resolve()), facts, *((name, *_stamp(folder / name)) for name in names)])
 
     def open_file(name: str) -> IO[bytes]:
@@ -107,16 +92,11 @@ def _folder(folder: Path, path: str, skip_bad: int) -> Images:
             raise FileNotFoundError(f"{name} is no file")
         return (folder / name).open("rb")
 
-    images = _image_files("folder", path, names, open_file, skip_bad, fingerprint)
-    images.facts.update(facts)
-    return images
+    return _image_files("folder", path, names, open_file, skip_bad, fingerprint, facts)
 
 
 def _files_below(folder: Path, path: str) -> Iterator[str]:
-    """Names of all files below a folder, links followed; a link that leads nowhere is a file too.
-
-    Raises ValueError for a folder that cannot be listed and for one that is met twice: its images would count twice.
-    """
+    """Names of all files below a folder, links followed; a link that leads nowhere is a file too."""
 
     def stop(error: OSError) -> None:
         raise ValueError(f"{path}: {error.filename} cannot be listed ({error.strerror}); may you read it?") from error
@@ -132,28 +112,12 @@ def _files_below(folder: Path, path: str) -> Iterator[str]:
         yield from ((inside / name).as_posix() for name in files)
 
 
-def _note(file: Path) -> dict[str, Any]:
-    """What `sample.py` says of the images beside it; {} where there is no such file."""
-    if not file.is_file():
-        return {}
-    facts = strict_json.read(file)
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file}: not a JSON object; remove it")
-    return facts
-
-
 def _zip(file: Path, path: str, skip_bad: int) -> Images:
-    try:
-        archive = zipfile.ZipFile(file)
-    except PermissionError:
-        raise  # there is nothing wrong with the file
-    except (*DAMAGE, ValueError) as error:
-        raise ValueError(f"{path}: not a readable zip ({error}); write it again") from error
-    infos = archive.infolist()
-    if any(info.flag_bits & 1 for info in infos):
+    archive, fingerprint = open_zip(file, path, "zip")
+    if any(info.flag_bits & 1 for info in archive.infolist()):
         raise ValueError(f"{path}: the zip is encrypted; write it again without a password")
-    names = _image_names(info.filename for info in infos if not info.is_dir())
-    return _image_files("zip", path, names, archive.open, skip_bad, members(path, infos))
+    names = _image_names(info.filename for info in archive.infolist() if not info.is_dir())
+    return _image_files("zip", path, names, archive.open, skip_bad, fingerprint, {})
 
 
 def _image_names(names: Iterator[str]) -> list[str]:
@@ -167,10 +131,7 @@ def _image_names(names: Iterator[str]) -> list[str]:
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What changes with a file: its size, times of writing and of any change, and its place on the disk.
-
-    () of a link that leads nowhere.
-    """
+    """What changes with a file: size, times of writing and of any change, inode; () of a link that leads nowhere."""
     if not file.exists():
         return ()
     found = file.stat()
@@ -178,32 +139,28 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 def _image_files(
-    kind: str, path: str, names: list[str], open_file: Callable[[str], IO[bytes]], skip_bad: int, fingerprint: str
+    kind: str, path: str, names: list[str], open_file: OpenFile, skip_bad: int, fingerprint: str, facts: dict[str, Any]
 ) -> Images:
     """Images decoded to RGB one by one; all headers are read now, so that faults come early."""
     if not names:
         raise ValueError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}); is the path right?")
     sizes: dict[str, tuple[int, int]] = {}
-    bad: list[str] = []
+    faults: dict[str, str] = {}
     for name in names:
         try:
             with _opened(open_file, name) as image:
                 sizes[name] = image.size
         except (*DAMAGE, ValueError) as error:
-            bad.append(f"{name} ({type(error).__name__})")
-    if len(bad) > skip_bad or not sizes:
-        raise ValueError(
-            f"{path}: {len(bad)} of {len(names)} images cannot be read, "
-            f"remove or replace them: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}"
-        )
-    left = list(sizes)
+            faults[name] = f"{name} ({type(error).__name__})"
+    if len(faults) > skip_bad or not sizes:
+        few = ", ".join([*faults.values()][:5]) + (", ..." if len(faults) > 5 else "")
+        raise ValueError(f"{path}: {len(faults)} of {len(names)} images cannot be read, remove or replace them: {few}")
+    left, bad = list(sizes), list(faults)
     width, height = sizes[left[0]]
     for name, size in sizes.items():
         if size != (width, height):
-            raise ValueError(
-                f"{path}: {name} is {size[0]}x{size[1]} but {left[0]} is {width}x{height}; "
-                "resize or crop all images to one size"
-            )
+            differ = f"{name} is {size[0]}x{size[1]} but {left[0]} is {width}x{height}"
+            raise ValueError(f"{path}: {differ}; resize or crop all images to one size")
 
     def read(limit: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[IndexArray, UInt8Array]]:
         for start in range(rank * batch_size, limit, world * batch_size):
@@ -212,19 +169,18 @@ def _image_files(
                 try:
                     found[i] = _decode(path, left[i], open_file)
                 except ValueError:
-                    images.bad.append(left[i])
-                    if len(images.bad) > skip_bad:
+                    bad.append(left[i])
+                    if len(bad) > skip_bad:
                         raise
             if found:
                 yield np.array(list(found)), np.stack(list(found.values()))
 
-    images = Images(kind, path, len(left), (height, width, 3), read, fingerprint, may_skip=skip_bad)
-    images.bad.extend(name for name in names if name not in sizes)
-    return images
+    shape = (height, width, 3)
+    return Images(kind, path, len(left), shape, read, fingerprint, facts=facts, may_skip=skip_bad, bad=bad)
 
 
 @contextmanager
-def _opened(open_file: Callable[[str], IO[bytes]], name: str) -> Iterator[ImageFile.ImageFile]:
+def _opened(open_file: OpenFile, name: str) -> Iterator[ImageFile.ImageFile]:
     """An image of which only the header has been read. Pillow's warning of too many pixels is an error."""
     with open_file(name) as file, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -232,7 +188,7 @@ def _opened(open_file: Callable[[str], IO[bytes]], name: str) -> Iterator[ImageF
             yield image
 
 
-def _decode(path: str, name: str, open_file: Callable[[str], IO[bytes]]) -> UInt8Array:
+def _decode(path: str, name: str, open_file: OpenFile) -> UInt8Array:
     """One image as RGB (H, W, 3); grey is copied to three channels."""
     try:
         with _opened(open_file, name) as image:
@@ -246,10 +202,8 @@ def _decode(path: str, name: str, open_file: Callable[[str], IO[bytes]]) -> UInt
         raise ValueError(f"{path}: {name} is not 8-bit (mode {picture.mode}); save it as 8-bit")
     if frames > 1:
         raise ValueError(f"{path}: {name} has {frames} frames; save the one that counts")
-    if picture.has_transparency_data:
-        alpha = picture.convert("RGBA").getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
+    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
     return np.asarray(picture.convert("RGB"))
 
 
@@ -261,37 +215,28 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     return image.format in ("PNG", "TIFF") and any(";16" in str(args) for args in stored)
 
 
-# ---------------------------------------------------------------------- named sets
-
-
 def _dataset(path: str) -> Images:
     """NAME:SPLIT, for the data sets that need no download."""
     name, _, split = path.partition(":")
     if name not in ("digits", "fashion"):
-        raise ValueError(
-            f"{path!r} does not exist; give a folder, a .zip, an .npz, or "
-            "digits:train, digits:test, fashion:train, fashion:test"
-        )
+        known = "digits:train, digits:test, fashion:train, fashion:test"
+        raise ValueError(f"{path!r} does not exist; give a folder, a .zip, an .npz, or {known}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split in {path!r}; write {name}:train or {name}:test")
     return _digits(path, split) if name == "digits" else _fashion(path, split)
 
 
 def _digits(path: str, split: str) -> Images:
-    arrays = read_npz_arrays(DIGITS_FILE, (f"{split}_images", f"{split}_labels"))
-    images, labels = arrays[f"{split}_images"][..., None], arrays[f"{split}_labels"].astype(np.int64)
-    return _in_memory("dataset", path, images.astype(np.uint8), path + repr(_stamp(DIGITS_FILE)), labels)
+    images, labels = read_npz_arrays(DIGITS_FILE, f"{split}_images", f"{split}_labels")
+    pixels, fingerprint = images[..., None].astype(np.uint8), path + repr(_stamp(DIGITS_FILE))
+    return _in_memory("dataset", path, pixels, fingerprint, labels.astype(np.int64))
 
 
 def _fashion(path: str, split: str) -> Images:
-    for folder in FASHION_FOLDERS:
-        for suffix in ("", ".gz"):
-            file = folder / (FASHION_FILES[split] + suffix)
-            if file.is_file():
-                count, shape, read = open_idx(file)
-                return Images("dataset", path, count, shape, read, path + repr((str(file), *_stamp(file))))
-    folders = " or ".join(str(folder) for folder in FASHION_FOLDERS)
-    raise ValueError(
-        f"{path}: {FASHION_FILES[split]}[.gz] is not in {folders}; install Debian's "
-        "dataset-fashion-mnist or put torchvision's download there"
-    )
+    name = FASHION_FILES[split]
+    for file in (folder / (name + suffix) for folder in FASHION_FOLDERS for suffix in ("", ".gz")):
+        if file.is_file():
+            count, shape, read = open_idx(file)
+            return Images("dataset", path, count, shape, read, path + repr((str(file), *_stamp(file))))
+    hint = "install Debian's dataset-fashion-mnist or put torchvision's download there"
+    raise ValueError(f"{path}: {name}[.gz] is not in {' or '.join(map(str, FASHION_FOLDERS))}; {hint}")

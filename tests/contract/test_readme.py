@@ -8,11 +8,9 @@ import pytest
 import tyro
 
 from ditmoe import cli
-from ditmoe.config.export import ExportArgs
-from ditmoe.config.exposure import ExposureArgs
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sample import SampleArgs
+from ditmoe.config.sample import ExportArgs, ExposureArgs, SampleArgs
 from eval import compare, sweep
 from eval.fid import Arguments
 from samplers import SAMPLERS

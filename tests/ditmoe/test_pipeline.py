@@ -103,7 +103,7 @@ def test_a_learned_variance_is_used_whichever_sampler_was_saved(tmp_path: Path) 
     drawn = {name: loaded([0, 1], sampler=name, num_inference_steps=4, output_type="pt").images
              for name in ("ddpm", "ts-ddpm", "ddim", "pndm", "unipc")}  # fmt: skip
     assert all(images.isfinite().all() for images in drawn.values())
-    assert loaded._scheduler_config()["variance_type"] == "learned_range"
+    assert loaded.scheduler_for("ddpm").config["variance_type"] == "learned_range"
     assert loaded.scheduler.config.data_variance == 0.4
     assert loaded.network_calls("pndm", 20) == 29
 

@@ -11,7 +11,7 @@ from eval import sweep
 from eval.fid import score
 from eval.report import write_report
 
-# of the model below, as sample.py has it
+# of the model below, as sampling has it
 HASH = hashlib.sha256(b"model_index.json" + hashlib.sha256(b"{}").digest()).hexdigest()
 
 
@@ -29,11 +29,11 @@ def model(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch, report, model):
-    """The options of every point that `sample.py` was asked for; it writes a report of them."""
+    """The options of every point that `ditmoe sample` was asked for; it writes a report of them."""
     asked = []
 
     def sample(command, **_):
-        options = dict(zip(command[3::2], command[4::2], strict=True))
+        options = dict(zip(command[5::2], command[6::2], strict=True))
         asked.append(options)
         if options["--sampler"] == "unknown":
             return CompletedProcess(command, 2, "", "error: unknown sampler 'unknown'\n")
@@ -71,7 +71,7 @@ def test_a_mistake_leaves_nothing_in_the_way_of_the_right_command(run, drawn, tm
         assert sentence in line
         assert not (tmp_path / "sw").exists()
     assert drawn == []
-    assert run("--sampler", "unknown") == 2  # what only sample.py can tell
+    assert run("--sampler", "unknown") == 2  # what only sampling can tell
     assert run("--cfg", "nan") == 2
     assert run("--seed", "1") == 0
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from ditmoe import cli, pipeline
 from ditmoe.analysis import exposure
 from ditmoe.config import sample
-from ditmoe.config.exposure import ExposureArgs
 from ditmoe.config.file import save
 from ditmoe.config.sections import Config, DataConfig
 from ditmoe.data.open import open_data
@@ -86,7 +85,7 @@ def sampling(model):
 
 
 def measuring(model):
-    args = ExposureArgs(model, num=2, steps=2, data_variance=0.5, out=model.parent / "bias.png")
+    args = sample.ExposureArgs(model, num=2, steps=2, data_variance=0.5, out=model.parent / "bias.png")
     return lambda: exposure.run(args)
 
 

@@ -125,12 +125,12 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
     real, commands = subprocess.run, []
 
     def launched(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        """The first `python sample.py` is one, the others are forks."""
+        """The first `python -m ditmoe sample` is one, the others are forks."""
         commands.append(command)
         if len(commands) == 1:
             return real(command, **options)
-        assert command[:2] == [sys.executable, str(ROOT / "sample.py")]
-        return typed("sample", *command[2:])
+        assert command[:4] == [sys.executable, "-m", "ditmoe", "sample"]
+        return typed("sample", *command[4:])
 
     monkeypatch.setattr("eval.sweep.subprocess.run", launched)
     arguments = [str(run), "--ref", "digits:test", "--num", "30", "--out", str(tmp_path / "sweep")]

@@ -500,6 +500,21 @@ def test_a_damaged_tar_file_loses_no_image_in_silence(what: str, tmp_path: Path)
         TarImages(tmp_path, 8, 3)
 
 
+def test_an_image_of_a_tar_file_is_named_alike_each_time(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("x.png")
+        member.size = 8
+        archive.addfile(member, io.BytesIO(b"no image"))
+    sentences = set()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"a\.tar/x is not a readable image \(cannot identify image file\)"
+        ) as told:
+            TarImages(tmp_path, 8, 3).images([0])
+        sentences.add(str(told.value))
+    assert len(sentences) == 1
+
+
 def test_images_beside_tar_files_are_not_passed_over(photos: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(photos, tmp_path / "photos"))
     write_tar(mine / "0.tar", [("a.png", b"1"), ("a.cls", b"1")])
