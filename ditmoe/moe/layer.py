@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
         scores, plan = select(logits, self.rule, self.router.expert_bias)
         images, places = N // n if n else 1, T // t  # that share a decision
         tokens = x.to(autocast_dtype(x)).view(n, images, t, places, D)
-        rows = tokens.transpose(1, 2).reshape(n * t, images * places, D)  # (R, B, D): a copy where a place decides
+        rows = tokens.transpose(1, 2).reshape(n * t, images * places, D).contiguous()  # (R, B, D): a copy by place
         y = self.experts(rows, plan, alike=not self.router.per_image)
         if self.shared is not None:
             y = y + self.shared(rows)
