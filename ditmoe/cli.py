@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -84,8 +83,11 @@ def _load(start: str) -> Config:
         try:
             return replace(read_file(path), out=path.parent, dry_run=False)
         except ValueError as error:
-            with suppress(ValueError):  # names and values are refused in the words that flags have, with their hints
+            try:  # names and values are refused in the words that flags have, with their hints
                 tyro.cli(Config, prog=str(path), args=as_flags(path))
+            except (ValueError, SystemExit) as end:
+                if isinstance(end, SystemExit) and end.code:
+                    raise
             stop(str(error))
     stop(f"there is no preset or file {start!r}; {near(start, PRESETS)}presets are {', '.join(PRESETS)}")
 

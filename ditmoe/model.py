@@ -287,9 +287,6 @@ def tokens_per_image(model: DiTMoETransformer2DModel) -> int:
     return math.prod((model.config.sample_size // model.config.patch_size,) * 2)
 
 
-pass
-
-
 def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
     """Names of the blocks that hold experts, counted from 0."""
     return [f"block {i}" for i, b in enumerate(net.blocks) if any(isinstance(m, MoELayer) for m in b.modules())]

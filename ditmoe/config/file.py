@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..files import read_object, write_json
-from .sections import Config
+from .sections import MOST, Config
 
 Section = TypeVar("Section")
 
@@ -90,7 +90,7 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if hint in (int, float):
         kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= 1e30
+        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= MOST
     return isinstance(value, hint)
 
 

@@ -132,6 +132,8 @@ class ExposureArgs:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num", "batch_size")
+        if not self.samplers:
+            raise ValueError("samplers is empty; give a name of samplers.SAMPLERS or more")
         a_file = self.out.suffix in (".png", ".pdf", ".svg") and not self.out.is_dir()
         if not a_file or not self.out.absolute().parent.is_dir():
             raise ValueError(f"out {self.out} must be a .png, .pdf or .svg file in a folder that exists")

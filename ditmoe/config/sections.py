@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+MOST = 1e30  # of a number; one step below what float32 cannot hold
 RouterInput = Literal["token", "plain", "token+time", "plain+time", "position", "time", "time+label"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
@@ -316,7 +317,7 @@ def _require(condition: bool, message: str) -> None:
 def _positive(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(0 < value < float("inf"), f"{name} is {value}; it must be above 0, and finite")
+        _require(0 < value <= MOST, f"{name} is {value}; it must be above 0, and finite")
 
 
 def at_least(section: object, least: int, *names: str) -> None:
@@ -324,6 +325,7 @@ def at_least(section: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _require(value is None or value >= least, f"{name} is {value}; it must be {least} or more")
+        _require(value is None or value <= MOST, f"{name} is {value}; it must be finite")
 
 
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:

@@ -49,10 +49,7 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
     if found != (wanted := (channels, size, size)):
         fix = f"set --model.in-channels {found[0]} --model.sample-size {found[1]}"
         raise ValueError(f"{config.name} has images of (C, H, W) = {found}, the model takes {wanted}; {fix}")
-    classes = max(len(data.id2label), 1)
-    wrong = data.labels[(data.labels < 0) | (data.labels >= classes)]
-    if len(wrong):
-        raise ValueError(f"{data.source}: label {wrong[0]} is out of range, the set has classes 0..{classes - 1}")
+    data.check_labels()
     return data
 
 
@@ -75,6 +72,8 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
     makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
     """
     rows = data.readable(sample_rng(seed, 6, 0).permutation(len(data))[:2000].tolist())
+    if not rows:
+        return 0.0
     parts = [data.tensors(rows[i : i + 100]) for i in range(0, len(rows), 100)]
     variances = torch.cat([x.flatten(1).double().var(dim=1) for x in parts])
     return float(variances[variances.isfinite()].mean().nan_to_num())

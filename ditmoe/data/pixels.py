@@ -19,7 +19,9 @@ QUANTIZE = "floor(127.5 x + 128), clamped"  # rounds half up
 
 def from_pixels(pixels: NDArray[np.uint8], mirrored: Sequence[bool] | None = None) -> Tensor:
     """uint8 (N, H, W, C) -> the model's x = pixel / 127.5 - 1, float32 (N, C, H, W); of `mirrored` images mirrored."""
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if pixels.dtype != np.uint8 or pixels.ndim != 4:
+        raise ValueError(f"images are {pixels.dtype} {pixels.shape}; a set gives uint8 (n, H, W, C)")
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return x if mirrored is None else torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), x.flip(3), x)
 
 

@@ -55,6 +55,16 @@ class ImageSet(ABC):
     def contents(self) -> bytes | memoryview:
         """What the images are told from others by: their values, or names and sizes of files."""
 
+    def check_labels(self) -> None:
+        """ValueError unless they are int64 (len,) and lie in 0..Y-1, the keys of `id2label`; without any, all are 0."""
+        labels, classes = np.asarray(self.labels), max(len(self.id2label), 1)
+        if labels.dtype != np.int64 or labels.ndim != 1 or set(self.id2label) - set(range(classes)):
+            what = f"labels are {labels.dtype} {labels.shape} and the classes {sorted(self.id2label)[:5]}"
+            raise ValueError(f"{self.source}: {what}; give int64 (n,) and classes numbered from 0")
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"{self.source}: label {wrong[0]} is out of range, the set has classes 0..{classes - 1}")
+
     def tensors(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
         """(n, C, H, W) float32, the model's x; of `mirrored` images that of their mirror image. Raises as `images`."""
         return from_pixels(self.images(rows), mirrored)

@@ -74,8 +74,9 @@ def check_launch(accelerator: Accelerator | PartialState) -> None:
             f"the launch asks for {accelerator.distributed_type.value}; start plain processes "
             f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
         )
-    launcher = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"}  # what accelerate launch sets, for several alone
-    if accelerator.num_processes == 1 and launcher <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+    told = os.environ  # by accelerate launch; the last two where it was asked for several
+    launcher = "ACCELERATE_MIXED_PRECISION" in told and "MASTER_PORT" in told and told.get("MASTER_ADDR") == "127.0.0.1"
+    if accelerator.num_processes == 1 and launcher and "WORLD_SIZE" not in told:
         raise ValueError(
             "the launch was asked for several processes (MASTER_PORT is set) and has started 1; on CPUs write "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..., or torchrun "

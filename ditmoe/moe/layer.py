@@ -85,10 +85,11 @@ class MoELayer(nn.Module):
         n, t, E = logits.shape
         logits = logits.view(n * t, E)
         scores, plan = select(logits, self.rule, self.router.expert_bias)
-        tokens = x.to(autocast_dtype(x)).view(n, N // n, t, T // t, D)
-        rows = tokens.transpose(1, 2).reshape(n * t, -1, D)  # (R, B, D): a copy where a place decides
+        images, places = N // n if n else 1, T // t  # that share a decision
+        tokens = x.to(autocast_dtype(x)).view(n, images, t, places, D)
+        rows = tokens.transpose(1, 2).reshape(n * t, images * places, D).contiguous()  # (R, B, D): a copy by place
         y = self.experts(rows, plan, alike=not self.router.per_image)
         if self.shared is not None:
             y = y + self.shared(rows)
-        y = y.view(n, t, N // n, T // t, D).transpose(1, 2).reshape(N, T, D)
+        y = y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D)
         return y, Routing(logits, scores, plan, plan.counts * rows.shape[1], n)

@@ -27,7 +27,7 @@ def balance_loss(routing: Routing, counts: Tensor | None = None) -> Tensor:
     counts = routing.counts if counts is None else counts
     scores = routing.scores
     probs = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # softmax scores stay as they are
-    load = counts.to(probs.dtype) / counts.sum()  # (E,)
+    load = counts.to(probs.dtype) / counts.sum().clamp_min(1)  # (E,)
     return probs.shape[-1] * (load * probs.mean(dim=0)).sum()
 
 

@@ -62,6 +62,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         OSError: A checkpoint that must be written could not be.
     """
     accelerator = start.launched(config.train)
+    agree.agreed(accelerator, data.check_labels)
     images, processes = data.fingerprint(), accelerator.num_processes
     agree.check_alike(accelerator, {**_common(config), "images": images})
     micro_batch_size(config.train, processes)  # refused before anything is written

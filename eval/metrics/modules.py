@@ -12,7 +12,10 @@ or are not finite, and, in `compute`, for a side that had too few images.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,32 +27,56 @@ from torchmetrics.utilities import dim_zero_cat
 from eval.metrics.frechet import add, check_features, frechet_distance, gaussian, join
 from eval.metrics.kid import kernel_distance
 from eval.metrics.manifold import prdc
-from eval.networks.extractors import Extractor, check_images
+from eval.networks.extractors import Extractor, check_images, keeping_dtype
 
-SIDES = ("generated", "real")  # names of states, at int(real)
+SIDES = ("generated", "real")  # names of states, at bool(real)
 
 
-class _TwoSets(Metric):  # type: ignore[misc]
-    """Real images and generated ones behind one feature network; a state a side, named as it is."""
+class _Score(Metric):  # type: ignore[misc]
+    """A metric that goes on after a `compute` that raised, and keeps its precision whatever becomes of its parent's."""
 
     is_differentiable = False
     full_state_update = False
+
+    def _wrap_compute(self, compute: Callable[[], Any]) -> Any:
+        @wraps(compute)
+        def unsynced_after() -> Any:
+            try:
+                return compute()
+            finally:  # torchmetrics does so only where nothing was raised
+                self.unsync(self._is_synced and self._should_unsync)
+
+        return super()._wrap_compute(unsynced_after)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        return super()._apply(fn if self._dtype_convert else keeping_dtype(fn), exclude_state)
+
+
+class _TwoSets(_Score):
+    """Real images and generated ones behind one feature network; a state a side, named as it is."""
+
     feature_network = "extractor"  # torchmetrics.wrappers.FeatureShare runs it once for several metrics
 
     def __init__(self, extractor: nn.Module, num_features: int | None, reset_real_features: bool) -> None:
         super().__init__()
-        size = num_features or getattr(extractor, "num_features", None)
+        size = getattr(extractor, "num_features", None) if num_features is None else num_features
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"num_features {size!r} of {type(extractor).__name__} must be a number; give num_features")
+            raise ValueError(f"num_features {size!r} of {type(extractor).__name__} must be >= 1; give num_features")
         self.extractor, self.num_features, self.reset_real_features = extractor, size, reset_real_features
+
+    def forward(self, images: Tensor, real: bool) -> None:
+        """Refused."""
+        raise ValueError("call update, then compute: a batch of one side has no distance")
 
     def reset(self) -> None:
         """Forget all images, or with `reset_real_features=False` the generated ones."""
+        self.unsync(self._is_synced)
         real = copy(getattr(self, SIDES[True]))
         super().reset()
         if not self.reset_real_features:
             setattr(self, SIDES[True], real)
 
+    @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
         """float64 (N, D), on the metric's device."""
         check_images(images)
@@ -85,7 +112,7 @@ class FrechetDistance(_TwoSets):
         """Add uint8 images (N, C, H, W)."""
         features = self._features(images)
         if len(features):
-            add(getattr(self, SIDES[real]), features)
+            add(getattr(self, SIDES[bool(real)]), features)
 
     def compute(self) -> Tensor:
         """The distance of all images so far. Raises ValueError when a side has fewer than two."""
@@ -99,7 +126,7 @@ class FrechetDistance(_TwoSets):
 class _Rows(_TwoSets):
     """Keeps the features of `keep` images a side: those with the smallest hash of `seed` and their pixels.
 
-    So which are kept, and in which order, is a function of the images alone. Equal images are kept or left together.
+    So which are kept, and in which order, depends on the images alone; `keep` may end among copies of one.
     States are flat float32 rows of 2 + D numbers: the hash in two whole numbers below 2^24, then the features.
     Memory: at most 2 * 2 * keep * (D + 2) * 4 bytes; W times that while W processes are joined. The other arguments are
     those of `FrechetDistance`.
@@ -119,10 +146,10 @@ class _Rows(_TwoSets):
     def update(self, images: Tensor, real: bool) -> None:
         """Add uint8 images (N, C, H, W)."""
         features = self._features(images).float()
-        held = getattr(self, SIDES[real])
+        held = getattr(self, SIDES[bool(real)])
         held.append(torch.cat([self._hashes(images).to(features), features], dim=1).flatten())
         if sum(map(len, held)) > 2 * self.keep * (self.num_features + 2):
-            held[:] = [self._kept(SIDES[real]).flatten()]
+            held[:] = [self._kept(SIDES[bool(real)]).flatten()]
 
     def _hashes(self, images: Tensor) -> Tensor:
         seed, pixels = self.seed.to_bytes(4), images.expand(-1, 3, -1, -1).cpu().numpy()
@@ -171,7 +198,7 @@ class PrecisionRecallDensityCoverage(_Rows):
         return self._scalars(**prdc(real, generated)._asdict())
 
 
-class InceptionScore(Metric):  # type: ignore[misc]
+class InceptionScore(_Score):
     """exp(mean over images of KL(p(y|x) || p(y))) of all images as one split (Salimans et al., 2016, section 4).
 
     `compute` gives a float64 scalar between 1 and C = `num_classes`. The published figures, and `eval.fid`'s, are means
@@ -179,8 +206,6 @@ class InceptionScore(Metric):  # type: ignore[misc]
     bytes. `extractor` is an `Extractor` with logits, or any module that maps uint8 images to logits (N, C).
     """
 
-    is_differentiable = False
-    full_state_update = False
     higher_is_better = True
 
     def __init__(self, extractor: nn.Module, num_classes: int = 1008) -> None:
@@ -189,6 +214,7 @@ class InceptionScore(Metric):  # type: ignore[misc]
         for name, size in {"count": (), "sum_p": (num_classes,), "sum_p_log_p": ()}.items():
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
+    @torch.no_grad()
     def update(self, images: Tensor) -> None:
         """Add generated uint8 images (N, C, H, W). Raises ValueError where the extractor has no logits."""
         check_images(images)

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Features(NamedTuple):
 
 
 class Extractor(nn.Module):
-    """A frozen feature network and the facts that a report must carry.
+    """A frozen float32 feature network and the facts that a report must carry.
 
     Attributes: `name`, `version` (of our protocol: network, resize and scaling), `num_features` (D), `layer` that gives
     them, `sha256` of the weights.
@@ -101,6 +101,19 @@ class Extractor(nn.Module):
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in evaluation mode, whatever a module that holds this one asks for."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` is to do for `fn`: its move to a device, bit for bit, without its change of dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return moved
 
 
 @contextmanager

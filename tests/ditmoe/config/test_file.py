@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ditmoe import cli
 from ditmoe.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from ditmoe.config.file import differences, read_config, read_file, save, to_dict
 from ditmoe.run_folder.place import check_place
@@ -131,3 +132,19 @@ def test_differences_name_the_leaves() -> None:
 def test_configurations_import_no_torch() -> None:
     code = "import ditmoe.config, ditmoe.config.file, sys; assert not {'torch', 'numpy', 'diffusers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("value", ["inf", "1e31"])
+def test_what_a_command_takes_its_file_holds(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_train(["digits", "--train.clip", value], "train.py")
+    assert stopped.value.code == 2
+    assert "it must be finite" in " ".join(map(str, capsys.readouterr()))
+
+
+def test_a_file_that_asks_for_help_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"help": "1"}')
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse_train([str(tmp_path / "config.json")], "train.py")
+    assert stopped.value.code == 2
+    assert "it has help, which is unknown" in capsys.readouterr().err

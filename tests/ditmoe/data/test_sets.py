@@ -199,3 +199,29 @@ def test_a_kind_of_set_that_nobody_knows_is_trained_on(tiny: Tiny, capsys: pytes
     assert pipes[0].scheduler.config == pipes[1].scheduler.config
     assert "skipped: bad" in said[0]
     assert "skipped: half of the digits: bad" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "sentence"),
+    [
+        (np.array([0, 7]), {3: "a", 7: "b"}, "the classes .3, 7.; give int64 .n,. and classes numbered from 0"),
+        (np.array([0, 1], np.uint8), {0: "a", 1: "b"}, "labels are uint8 .2,."),
+        (np.array([0, 2]), {0: "a", 1: "b"}, r"label 2 is out of range, the set has classes 0\.\.1"),
+    ],
+)
+def test_a_set_with_labels_that_cannot_be_is_refused_before_training(labels, names, sentence, tiny):
+    data = ArrayImages(np.zeros((2, 8, 8, 1), np.uint8), labels, names, "mine")
+    with pytest.raises(ValueError, match=sentence):
+        train(tiny(), data)
+
+
+def test_pixels_are_uint8_and_may_lie_backwards():
+    pixels = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
+    assert torch.equal(from_pixels(pixels[:, :, ::-1]), from_pixels(pixels).flip(3))
+    with pytest.raises(ValueError, match=r"images are float32 .1, 8, 8, 1.; a set gives uint8"):
+        from_pixels(pixels.astype(np.float32) / 255)
+
+
+def test_without_a_readable_image_the_variance_is_zero():
+    data = ArrayImages(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int64), {}, "mine", bad={0: "broken"})
+    assert pixel_variance(data, 0) == 0

@@ -11,7 +11,7 @@ from ditmoe.launch.start import best_device, check_launch, resolve_precision
 def alone(monkeypatch: pytest.MonkeyPatch) -> PartialState:
     state = PartialState(cpu=True)
     assert state.num_processes == 1
-    for name in ("MASTER_PORT", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     return state
 
@@ -21,6 +21,7 @@ def test_a_launch_for_several_that_started_one_is_refused(alone: PartialState, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch, for one
     check_launch(alone)
     monkeypatch.setenv("MASTER_PORT", "29500")  # for several
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match="asked for several processes .* and has started 1; on CPUs write"):
         check_launch(alone)
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun, for one

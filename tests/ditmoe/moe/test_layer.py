@@ -121,6 +121,15 @@ def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
         torch.testing.assert_close(made(x[i : i + 1])[0][0], together[i], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("inputs", [("token",), ("time",), ("position",)])
+def test_an_empty_batch_gives_nothing(inputs: tuple[str, ...]) -> None:
+    made = layer(RoutingRule(2), inputs=inputs, positions=torch.randn(4, D) if "position" in inputs else None)
+    nothing = torch.zeros(0, D)
+    y, routing = made(torch.zeros(0, 4, D), Condition(nothing, nothing))
+    assert y.shape == (0, 4, D)
+    assert int(routing.counts.sum()) == 0
+
+
 def test_forward_changes_no_state() -> None:
     made = layer(RoutingRule(2), with_bias=True)
     before = {k: v.clone() for k, v in made.state_dict().items()}

@@ -59,6 +59,12 @@ def figures(metric):
     return {name: float(value) for name, value in found.items()}
 
 
+def states(metric):
+    """Copies, each one tensor."""
+    held = metric.metric_state.values()
+    return [torch.cat([torch.empty(0), *state]) if isinstance(state, list) else state.clone() for state in held]
+
+
 def agree(found, expected, rel=1e-9):
     assert found.keys() <= expected.keys()
     assert found == pytest.approx({name: expected[name] for name in found}, rel=rel, abs=1e-12)
@@ -261,6 +267,98 @@ def test_the_extractor_stays_in_evaluation_mode(sides, expected):
     assert not holder.metric.real.requires_grad
 
 
+@pytest.mark.parametrize("resets", [True, False])
+@pytest.mark.parametrize("kind", SETS)
+def test_forward_is_refused_and_changes_nothing(kind, resets, sides, expected):
+    metric = fed(kind(load_extractor("random-conv-v1"), reset_real_features=resets), sides)
+    for real in (False, True):
+        with pytest.raises(ValueError, match="call update, then compute: a batch of one side has no distance"):
+            metric(pixels(sides[0][:64]), real=real)
+    agree(figures(metric), expected)
+
+
+class Trained(torch.nn.Module):
+    """An ordinary network, whose parameters ask for gradients."""
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 4)
+
+    def forward(self, images):
+        assert not torch.is_grad_enabled()
+        return self.linear(images.flatten(1).float())
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_a_network_that_asks_for_gradients_runs_without_them(kind, sides):
+    metric = kind(Trained())
+    metric._enable_grad = True  # as within a forward of torchmetrics
+    figures(fed(metric, sides))
+    assert not any(state.requires_grad for state in states(metric))
+
+
+def test_forward_of_the_inception_score_gives_the_batch_s_and_goes_on(sides):
+    net = Trained()
+    metric, whole, part = (InceptionScore(net, 4) for _ in range(3))
+    for images in pixels(sides[0]).split(225):
+        part.reset()
+        part.update(images)
+        whole.update(images)
+        assert float(metric(images)) == float(part.compute())
+    assert float(metric.compute()) == pytest.approx(float(whole.compute()), rel=1e-12)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, lambda module: module.to(torch.bfloat16)])
+@pytest.mark.parametrize("kind", SETS)
+def test_a_parent_of_less_precision_changes_nothing(kind, convert, sides, expected):
+    holder = torch.nn.Module()
+    holder.metric = fed(kind(load_extractor("random-conv-v1")), [s[:200] for s in sides])
+    convert(holder)
+    agree(figures(fed(holder.metric, [s[200:] for s in sides])), expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("real", [-1, 2, np.True_])
+@pytest.mark.parametrize("kind", SETS)
+def test_real_is_a_yes_or_no(kind, real, sides):
+    metric = kind(load_extractor("random-conv-v1"))
+    metric.update(pixels(sides[0][:4]), real=real)
+    generated, held = states(metric)
+    assert held.any()
+    assert not generated.any()
+
+
+def raise_and_go_on(file):
+    """Where every process has too few images: `compute` raises, update goes on, reset forgets what was joined."""
+    torch.distributed.init_process_group("gloo")
+    with np.load(file) as sides:
+        generated, real = (pixels(sides[side])[torch.distributed.get_rank() :: 2] for side in ("generated", "real"))
+    net = load_extractor("random-conv-v1")
+    for metric in [*(kind(net, reset_real_features=False) for kind in SETS), InceptionScore(Logits(), 10)]:
+        two = not isinstance(metric, InceptionScore)
+        if two:
+            metric.update(real, real=True)
+        before = states(metric)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="0 (generated )?images|got 0 and"):
+                metric.compute()
+            assert all(map(torch.equal, states(metric), before))
+        metric.update(generated, *[False] * two)
+        metric.compute()
+        metric.sync()
+        metric.reset()
+        assert all(map(torch.equal, states(metric)[two:], before[two:]))
+        assert not two or not states(metric)[0].any()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_compute_that_raises_in_two_processes_leaves_the_metric_alive(tmp_path, sides):
+    np.savez(tmp_path / "sides.npz", generated=sides[0], real=sides[1])
+    group = start(raise_and_go_on, tmp_path / "sides.npz", folder=tmp_path / "log", world=2)
+    assert group.wait() == [0, 0], group.err() + group.err(1)
+
+
 # ------------------------------------------------------------------ Inception Score
 
 
@@ -338,8 +436,10 @@ def test_images_of_another_type_or_shape_are_refused_and_change_nothing(kind, im
 @pytest.mark.parametrize("kind", SETS)
 def test_features_that_do_not_fit_are_refused(kind, sides, monkeypatch):
     images = pixels(sides[0][:4])
-    with pytest.raises(ValueError, match="num_features None of Logits must be a number; give num_features"):
+    with pytest.raises(ValueError, match="num_features None of Logits must be >= 1; give num_features"):
         kind(Logits())
+    with pytest.raises(ValueError, match="num_features 0 of Extractor must be >= 1; give num_features"):
+        kind(load_extractor("random-conv-v1"), 0)
     with pytest.raises(ValueError, match=r"features have shape \(4, 10\); expected \(N, 11\)"):
         kind(Logits(), 11).update(images, real=True)
     monkeypatch.setattr(Logits, "forward", lambda _, x: torch.full((len(x), 10), torch.nan))

@@ -98,6 +98,18 @@ def test_other_images_are_refused(nets, images):
         nets["random-conv-v1"](images)
 
 
+@pytest.mark.parametrize(
+    "convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.float16)]
+)
+def test_a_parent_s_precision_is_not_the_extractor_s(convert):
+    parent = nn.Module()
+    parent.net = load_extractor("random-conv-v1")
+    before = parent.net(pattern())
+    assert torch.equal(convert(parent).net(pattern()), before)
+    assert convert(parent).to("meta", torch.float16).net.center.is_meta
+    assert {tensor.dtype for tensor in (*parent.net.parameters(), *parent.net.buffers())} == {torch.float32}
+
+
 # --------------------------------------------------------------------------- weights
 
 
