@@ -170,8 +170,13 @@ class TrainConfig:
     """Images of one optimiser step, over all processes and accumulation."""
     accumulation: int = 1
     """Micro-batches of one optimiser step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon makes the momentum of matrices orthogonal; embeddings, adaLN, routers, final layer, norms and biases stay
+    with adamw. Both go by the same learning rate."""
+    muon_on: Literal["trunk", "all"] = "trunk"
+    """muon: attention, dense and shared feed-forward layers (trunk), or routed experts too."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_steps: int | None = None
@@ -206,6 +211,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "accumulation", "learning_rate", "log_every", "checkpoint_every")
         at_least(self, 0, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
+        _require(self.muon_on == "trunk" or self.optimizer == "muon", "muon_on all needs --train.optimizer muon")
         for name in ("ema_decay", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")
@@ -302,6 +308,10 @@ class Config:
         split, decay = self.parallel.experts, self.train.decay_steps
         if split > 1 and self.moe.blocks == "none":
             raise ValueError(f"parallel.experts {split} does not apply to a model without experts (moe.blocks none)")
+        if self.train.optimizer == "muon" and self.parallel.shard:
+            raise ValueError(
+                "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
+            )
         if decay is not None and self.max_steps > decay:
             raise ValueError(
                 f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "

@@ -31,12 +31,14 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: Parameter groups as AdamW's; `parts` of one says of how many matrices, stacked in its rows, each of its
             weights (or of each of the E matrices of a three-dimensional one) is made up.
-        lr: Learning rate of both.
+        lr, weight_decay: Of both, where a group has none of its own.
         betas: AdamW's.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, lr=lr, betas=betas, fused=True)
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -59,7 +61,8 @@ class Muon(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["momentum"] = torch.zeros_like(p)
+                    state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
+                state["step"] += 1  # AdamW asks for it where it takes a state up
                 momentum: Tensor = state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
                 u = p.grad.lerp(momentum, MOMENTUM).view(-1, p.shape[-2] // group["parts"], p.shape[-1])
                 shapes[u.shape[1:], p.device].append((p, u, group))

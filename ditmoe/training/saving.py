@@ -144,10 +144,12 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
 
 
 def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:
-    """What a checkpoint's tensors are and the state's are not, in words. AdamW that has `moved` has its moments."""
+    """What a checkpoint's tensors are and the state's are not, in words. An optimiser that has `moved` has moments."""
     want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
+    muons = {p for group in state.optimizer.param_groups if "parts" in group for p in group["params"]}
     for name, parameter in state.model.named_parameters() if moved else ():
-        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in ("exp_avg", "exp_avg_sq")}
+        moments = ("momentum",) if parameter in muons else ("exp_avg", "exp_avg_sq")
+        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in moments}
         want[f"optimizer {name}.step"] = torch.zeros(())
     found = {f"{part} {n}": v for part in ("model", "ema", "optimizer") for n, v in parts.get(part, {}).items()}
     wrong = [f"{name} is missing" for name in want.keys() - found.keys()]

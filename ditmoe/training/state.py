@@ -13,6 +13,8 @@ from ..data.sets import ImageSet
 from ..model import DiTMoETransformer2DModel, build
 from ..moe import Router
 from .exchange import local
+from .muon import Muon
+from .muon import matrices as muons
 from .parallel import Parallel, expert_names
 
 
@@ -25,7 +27,7 @@ class State(NamedTuple):
 
 
 def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
-    """A new network with the weights of the run's seed, its average, and AdamW (decay on matrices only).
+    """A new network with the weights of the run's seed, its average, and AdamW or Muon (decay on matrices only).
 
     The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
     """
@@ -41,18 +43,21 @@ def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
     train, names = config.train, expert_names(model)
     for block in model.blocks if train.compile else ():
         block.compile(dynamic=False)
+    muon = muons(model, experts=train.muon_on == "all") if train.optimizer == "muon" else {}
+    adams = {name: p for name, p in model.named_parameters() if name not in muon}
     routers = [m.weight for m in model.modules() if isinstance(m, Router)]
     known = {id(p) for p in routers}
-    experts = [p for name, p in model.named_parameters() if name in names]  # split in another way than the rest
-    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known and n not in names]
-    others = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [
         {"params": routers, "lr_factor": config.model.hidden_size**-0.5},
-        {"params": experts},
-        {"params": matrices},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for name, p in adams.items() if name in names]},  # split in another way than the rest
+        {"params": [p for n, p in adams.items() if p.ndim >= 2 and id(p) not in known and n not in names]},
+        {"params": [p for p in adams.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
+    for parts in sorted(set(muon.values())):
+        groups.append({"params": [p for n, p in model.named_parameters() if muon.get(n) == parts], "parts": parts})
     groups, betas = [group for group in groups if group["params"]], (0.9, train.beta2)
+    if muon:
+        return State(model.train(), ema, Muon(groups, train.learning_rate, betas, train.weight_decay))
     optimizer = torch.optim.AdamW(groups, train.learning_rate, betas, weight_decay=train.weight_decay, fused=True)
     return State(model.train(), ema, optimizer)
 

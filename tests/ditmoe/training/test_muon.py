@@ -1,12 +1,17 @@
 """Muon: orthogonal updates matrix by matrix, AdamW for the rest, exactly resumed."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from ditmoe.data.open import open_data
 from ditmoe.model import build
+from ditmoe.training.loop import train
 from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal
 
 
@@ -54,14 +59,14 @@ def test_other_groups_are_adamws_to_the_bit() -> None:
     ours, theirs = (torch.nn.Parameter(torch.ones(5, 3)) for _ in range(2))
     weight = torch.nn.Parameter(torch.randn(4, 4))
     muon = Muon([{"params": [ours]}, {"params": [weight], "parts": 1}], lr=0.01, betas=(0.9, 0.95))
-    adamw = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0, fused=True)
     for _ in range(4):
         ours.grad = torch.randn(5, 3)
         theirs.grad, weight.grad = ours.grad.clone(), torch.randn(4, 4)
         muon.step()
         adamw.step()
     assert torch.equal(ours, theirs)
-    assert set(muon.state[weight]) == {"momentum"}
+    assert set(muon.state[weight]) == {"step", "momentum"}
     assert set(muon.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -97,3 +102,33 @@ def test_a_copy_of_weights_and_state_goes_on_to_the_bit() -> None:
         muon.step()
         other.step()
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("on", ["trunk", "all"])
+def test_a_run_with_muon_is_resumed_to_the_bit(on: str, tiny: Callable[..., Config]) -> None:
+    whole = tiny(max_steps=6, train={"optimizer": "muon", "muon_on": on, "weight_decay": 0.1})
+    data = open_data(whole.data, size=8, channels=1)
+    train(whole, data)
+    parts = replace(whole, out=whole.out.with_name("parts"))
+    train(replace(parts, max_steps=3), data)
+    train(parts, data)
+    first, second = (load_file(c.out / "model/transformer/diffusion_pytorch_model.safetensors") for c in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = load_file(whole.out / "checkpoints/step-000006/optimizer.safetensors")
+    assert "blocks.1.attn.qkv.weight.momentum" in saved
+    assert ("blocks.1.moe.experts.w_in.momentum" in saved) == (on == "all")
+
+
+def test_a_run_of_another_optimiser_is_not_gone_on_with(tiny: Callable[..., Config]) -> None:
+    config = tiny(max_steps=2)
+    data = open_data(config.data, size=8, channels=1)
+    train(config, data)
+    with pytest.raises(ValueError, match=r"holds another run \(train.optimizer: adamw -> muon\)"):
+        train(replace(config, max_steps=4, train=replace(config.train, optimizer="muon")), data)
+
+
+def test_what_does_not_go_with_muon_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="muon_on all needs --train.optimizer muon"):
+        TrainConfig(muon_on="all")
+    with pytest.raises(ValueError, match="train.optimizer muon needs whole matrices, which parallel.shard cuts"):
+        Config(train=TrainConfig(optimizer="muon"), parallel=ParallelConfig(shard=True))
