@@ -147,7 +147,7 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
     assert sweep.main([*arguments, *grid]) == 0
     assert [file for file in reports if file.stat().st_mtime_ns != times[file]] == reports[:1]
     capfd.readouterr()
-    assert sweep.main([*arguments, "--sampler", "ddmi"]) == 2
+    assert sweep.main([*arguments, "--sampler", "ddimm"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     assert "did you mean 'ddim'" in error
