@@ -37,7 +37,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Args:
         transformer: The network.
-        scheduler: One of `samplers`, for the network's prediction type.
+        scheduler: One of `samplers`; it may read another prediction type than the network's.
         vae: Decodes latents; None for a model in pixel space.
         id2label: Class names by label, the labels as text (as JSON has them).
         sampler: Name of the sampler to use when none is asked for.
@@ -91,7 +91,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "pil" or "pt".
 
         Raises:
-            ValueError: A label out of range, a sampler that does not fit, or another value that cannot be used.
+            ValueError: A label out of range, an unknown sampler, or another value that cannot be used.
         """
         labels, N = self._labels(class_labels, num_images)
         indices = range(N) if indices is None else indices
@@ -192,8 +192,8 @@ def assemble(
 
     `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
     latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
-    data does; the VAE is in it where `data.vae` gives one. Raises ValueError where the sampler does not fit the
-    network, or the VAE is not that of the latents.
+    data does; the VAE is in it where `data.vae` gives one. Raises ValueError where there is no such sampler,
+    or the VAE is not that of the latents.
     """
     known = {} if data_variance is None else {"data_variance": data_variance}
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})

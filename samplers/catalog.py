@@ -1,4 +1,4 @@
-"""The samplers by name, and which networks each one fits."""
+"""The samplers by name, and what each one reads."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -99,14 +99,17 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
             having = [other for other, entry in SAMPLERS.items() if option in signature(entry.scheduler).parameters]
             hint = f"; it belongs to {', '.join(having)}" if having else ""
             raise ValueError(f"sampler {name!r} has no {option}{hint}")
-    foreign = _FOREIGN_FLOW_OPTIONS if sampler.prediction_types == FLOW else _MEANINGFUL
+    for_flow = sampler.prediction_types == FLOW
+    foreign = (_FOREIGN_FLOW_OPTIONS if for_flow else ()) + (() if for_flow and kind in FLOW else _MEANINGFUL)
     refuse_lost(f"sampler {name!r}", [field for field in foreign if field not in known], config)
     # Take every field at its word: from_config would swap those that another scheduler left at its
     # default for defaults of the new one, so a config would change meaning when saved to disk.
     fields = {key: value for key, value in config.items() if key in known or key in _OF_THE_CHAIN}
     if kind not in sampler.prediction_types:
-        fields["prediction_type"] = FLOW[0] if sampler.prediction_types == FLOW else "v_prediction"
-    if sampler.prediction_types == FLOW and "flow_shift" in config:  # what diffusers' solvers call it
+        fields["prediction_type"] = FLOW[0] if for_flow else "v_prediction"
+    if for_flow and kind not in FLOW:
+        fields.setdefault("beta_schedule", "linear")  # the default of every chain, said for `translation`
+    if for_flow and "flow_shift" in config:  # what diffusers' solvers call it
         fields.setdefault("shift", config["flow_shift"])
     if fields.get("variance_type", "") is None:  # the stock solvers say so, and mean that they do not know
         del fields["variance_type"]

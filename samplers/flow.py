@@ -8,7 +8,7 @@ Shapes: images (N, C, H, W) in any float dtype; timesteps float or int, () or (N
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -37,6 +37,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     order = 1
+    # the chain of a translated network is handed on, and diffusers is not to call it unexpected
+    _compatibles: ClassVar = ["DDPMScheduler"]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(

@@ -25,7 +25,7 @@ class Guidance:
 
     Attributes:
         scale: w of ``uncond + w (cond - uncond)``; 1 is the conditional model alone, 0 the unconditional one.
-        interval: (lowest, highest) timestep, on the network's scale, at which to guide; elsewhere the conditional
+        interval: (lowest, highest) timestep, on the scheduler's scale, at which to guide; elsewhere the conditional
             model alone, in a pass of half the size (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: everywhere.
         channels: how many of the first channels are guided, the others staying conditional (DiT's code guides 3 of
             4 latent channels); None: all.
@@ -121,6 +121,9 @@ class Network:
             raise ValueError(
                 f"guide_scale is {self.guidance.guide_scale}: a guide and a scale other than 1 belong together"
             )
+        channels = self.guidance.channels
+        if channels is not None and channels > noise.shape[1]:
+            raise ValueError(f"guidance_channels is {channels}, but the images have {noise.shape[1]}")
         if self.labels is None:
             if self.guidance.classifier_free:
                 what = f"guidance_scale {scale}" if scale != 1 else f"guidance_rule {self.guidance.rule!r}"
@@ -138,9 +141,6 @@ class Network:
                 f"guidance_scale {scale} needs the model's null label; pass null_label "
                 "(num_classes for a DiT) or use guidance_scale 1"
             )
-        channels = self.guidance.channels
-        if channels is not None and channels > noise.shape[1]:
-            raise ValueError(f"guidance_channels is {channels}, but the images have {noise.shape[1]}")
 
     def __call__(self, x: Tensor, t: Tensor, scheduled: float) -> tuple[Tensor, Tensor | None]:
         """(answer, unguided answer or None), float32; (N, C, H, W), or the answer 2C with a learned variance.

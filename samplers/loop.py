@@ -30,7 +30,7 @@ def sample(
     """Images (N, C, H, W), float32, not clamped, on the device of ``noise``.
 
     Args:
-        model: called as ``model(x, t, class_labels=y).sample`` with t (N,) on the scheduler's
+        model: called as ``model(x, t, class_labels=y).sample`` with t (N,) on its own
             scale; it may emit 2C channels, of which the second half (a learned variance) goes to
             schedulers that use it. In eval mode meanwhile; every module's mode is restored.
         scheduler: from `make_scheduler`, or a stock diffusers scheduler. A network whose config names another

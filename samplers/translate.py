@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers import gaussian
+from samplers.catalog import chain_of, prediction_type_of
 from samplers.gaussian import per_image
 
 FLOW = "flow_prediction"
@@ -60,7 +61,7 @@ class Translation:
         if self.wanted == FLOW:
             a, asked = self._chain_at(t.cpu().double() / self.train_steps)
             x_vp = x * per_image(a.sqrt() + (1 - a).sqrt(), x)
-            output = ask(x_vp, asked.to(t.device))
+            output = ask(x_vp, asked.to(torch.float32).to(t.device))
             x0, eps = gaussian.predict_x0_and_eps(x_vp, output[:, :channels], a, self.trained)
             said = eps - x0
         else:
@@ -139,14 +140,20 @@ def translation(model: Any, scheduler: Any) -> Translation | None:
     """The translation between a network and a scheduler; None where both speak of the same thing.
 
     What the network predicts is in its config (``prediction_type``); one that does not say is taken at the scheduler's
-    word. Raises ValueError for a prediction type that is not known.
+    word. Raises ValueError for a prediction type that is not known, for a network of a chain where the scheduler does
+    not say of which, and for one that is `Translated` already.
     """
-    from samplers.catalog import chain_of, prediction_type_of
-
+    if isinstance(model, Translated):
+        raise ValueError("Translated is for pipelines of diffusers; give the network itself, which is translated here")
     wanted = prediction_type_of(scheduler.config)
     trained = getattr(getattr(model, "config", None), "prediction_type", None) or wanted
     if trained == wanted:
         return None
     chain = getattr(scheduler, "_alpha_bar", getattr(scheduler, "alphas_cumprod", None))
+    if chain is None and not {"beta_schedule", "trained_betas"} & scheduler.config.keys():
+        raise ValueError(
+            f"{type(scheduler).__name__} does not say on which chain the network of {trained!r} was trained; make one "
+            "with samplers.make_scheduler from the scheduler of its model folder"
+        )
     alpha_bar = chain_of(scheduler.config) if chain is None else torch.as_tensor(chain).double().cpu()
     return Translation(trained, wanted, alpha_bar, int(scheduler.config.get("num_train_timesteps", 1000)))

@@ -60,7 +60,7 @@ def write_grid(
 
 
 def film_strip(
-    x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *, names: Sequence[str] | None = None, most: int = 12
+    x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *, names: Sequence[str] | None = None
 ) -> None:
     """Write, for a few samples, the noisy x_t above the predicted x_0 over the sampling steps.
 
@@ -70,8 +70,8 @@ def film_strip(
         timesteps: the t of each step on the 0..1000 scale, written above the columns.
         path: the PNG to write.
         names: of the n samples, to go before "noisy".
-        most: at most this many steps are drawn, evenly chosen with the first and the last.
 
+    At most 12 steps are drawn, evenly chosen with the first and the last.
     Raises ValueError where the arrays, timesteps and names do not agree.
     """
     names = [""] * len(x_t) if names is None else names
@@ -79,7 +79,7 @@ def film_strip(
         given = f"x_t {x_t.shape}, x0 {x0.shape}, {len(timesteps)} timesteps and {len(names)} names"
         fix = "give (n, steps, H, W, C) twice, one t a step and one name a sample"
         raise ValueError(f"{given} do not match; {fix}")
-    chosen = spread(len(timesteps), most)
+    chosen = spread(len(timesteps), 12)
     rows = np.stack([x_t[:, chosen], x0[:, chosen]], axis=1).reshape(-1, len(chosen), *x_t.shape[2:])
     heads = [("t = " if k == 0 else "") + f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
     labels = [text for name in names for text in (f"{shorten(name)}  noisy xₜ".strip(), "predicted x₀")]
@@ -118,10 +118,10 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
     save_png(canvas, path)
 
 
-def shorten(name: str, most: int = 22) -> str:
-    """The name, cut with an ellipsis after `most` characters; what cannot be printed becomes a question mark."""
+def shorten(name: str) -> str:
+    """The name, cut with an ellipsis to 22 characters; what cannot be printed becomes a question mark."""
     name = "".join(c if c.isprintable() else "?" for c in name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return name if len(name) <= 22 else name[:21] + "…"
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

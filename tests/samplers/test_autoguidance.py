@@ -50,6 +50,31 @@ def test_beside_classifier_free_guidance_both_differences_are_added():
     assert float(both[1] - plain[1]) == pytest.approx(0.3 + 0.5 * 0.8, abs=0.03)
 
 
+def test_the_guide_is_told_the_labels():
+    scheduler = make_scheduler("ddim", {**CHAIN, "prediction_type": "v_prediction"})
+    labels, heard = torch.tensor([0, 1, 0]), []
+    guide = network("v_prediction", 0.5)
+    guide.register_forward_pre_hook(lambda module, args, kwargs: heard.append(kwargs["class_labels"]), with_kwargs=True)
+    sample(
+        network("v_prediction", 0.8), scheduler, Z, num_inference_steps=2, class_labels=labels, guide=guide,
+        guide_scale=2.0,
+    )  # fmt: skip
+    assert all(torch.equal(told, labels) for told in heard)
+    assert len(heard) == 2
+
+
+def test_channels_that_are_not_guided_stay_those_of_the_model():
+    scheduler = make_scheduler("ddim", {**CHAIN, "prediction_type": "v_prediction"})
+    noise, options = Z.repeat(1, 2, 1, 1), {"num_inference_steps": 5, "class_labels": LABELS}
+    plain = sample(network("v_prediction", 0.8), scheduler, noise, **options)
+    guided = sample(
+        network("v_prediction", 0.8), scheduler, noise, guide=network("v_prediction", 0.5), guide_scale=2.0,
+        guidance_channels=1, **options,
+    )  # fmt: skip
+    assert torch.equal(guided[:, 1], plain[:, 1])
+    assert (guided[:, 0] - plain[:, 0]).min() > 0.2
+
+
 def test_outside_the_interval_neither_guide_nor_null_label_is_asked():
     scheduler = make_scheduler("ddim", {**CHAIN, "prediction_type": "v_prediction"})
     model, guide = network("v_prediction", 0.8), network("v_prediction", 0.5)
@@ -82,6 +107,15 @@ def test_both_networks_evaluate_and_get_their_modes_back():
     assert seen == [False, False]
     assert model.training
     assert guide.training
+
+
+def test_channels_that_images_do_not_have_are_refused_without_labels_too():
+    scheduler = make_scheduler("flow-euler", {**CHAIN, "prediction_type": FLOW[0]})
+    with pytest.raises(ValueError, match="guidance_channels is 7, but the images have 1"):
+        sample(
+            network(FLOW[0], 0.8), scheduler, Z, num_inference_steps=2, guide=network(FLOW[0], 0.5), guide_scale=2.0,
+            guidance_channels=7,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def test_what_cannot_apply_is_refused_in_a_sentence(options, sentence):
     [
         ("flow_prediction", DDIMScheduler()),
         ("epsilon", DDIMScheduler(prediction_type="v_prediction")),
-        ("epsilon", diffusers.FlowMatchEulerDiscreteScheduler()),
+        ("epsilon", diffusers.FlowMatchEulerDiscreteScheduler.from_config({"beta_schedule": "linear"})),
     ],
 )
 def test_a_scheduler_for_another_objective_gets_translated_answers(trained, scheduler):
