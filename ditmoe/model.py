@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .config.file import check_types
-from .config.sections import Config, ModelConfig, MoEConfig, RouterInput
+from .config.sections import Config, ModelConfig, MoEConfig, RouterInput, has_experts
 from .layers import (
     Attention,
     LabelEmbedder,
@@ -145,7 +145,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         rule = RoutingRule(top_k, router_score, router_renormalize, router_scale)
 
         def feed_forward(i: int) -> MoELayer | FeedForward:
-            if moe_blocks == "none" or (moe_blocks == "every-second" and i % 2 == 0):
+            if not has_experts(moe_blocks, i):
                 return FeedForward(hidden_size, ffn_width, activation)
             return MoELayer(
                 hidden_size,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import pipeline
 from ..config.file import to_dict
-from ..config.sections import Config, micro_batch_size
+from ..config.sections import Config, has_experts, micro_batch_size
 from ..model import DiTMoETransformer2DModel, build, count_parameters
 
 Way = Literal["DDP", "FSDP2"]  # of all but split experts; FSDP2 on two devices or more
@@ -63,15 +63,17 @@ def flops(config: Config) -> Flops:
     """Matrix products of one image: a token's weights twice, and attention.
 
     A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection, 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward
-    layers of width w (K F + shared in an MoE layer), 2 T D E for the router. Source: as torch.utils.flop_counter.
+    layers of width w (K F + shared in an MoE layer), 2 T D E for a token that a
+    router sees, 2 D E for a time or label. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
     blocks = 0
     for routed in _routed(config):
         width = e.top_k * e.expert_width + e.shared_width if routed else m.ffn_width
-        router = e.num_experts if routed and e.router_input == "token" else 0  # by place: once for all images
-        blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * T * D * (both * width + router)
+        tokens, image = _seen(config) if routed else (0, 0)  # a router by place: once for all images
+        router = e.num_experts * (T * tokens + image)
+        blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * D * (T * both * width + router)
     ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + pixels * (2 if config.objective.learn_sigma else 1))
     return Flops(blocks + ends, blocks)
 
@@ -84,8 +86,13 @@ def _sizes(config: Config) -> tuple[int, int, int]:
 
 def _routed(config: Config) -> list[bool]:
     """Of every block, whether it holds experts."""
-    rule = config.moe.blocks
-    return [rule == "all" or (rule == "every-second" and i % 2 == 1) for i in range(config.model.depth)]
+    return [has_experts(config.moe.blocks, i) for i in range(config.model.depth)]
+
+
+def _seen(config: Config) -> tuple[int, int]:
+    """How many inputs a router has of every token, and how many of every image."""
+    found = config.moe.router_input.split("+")
+    return sum(x in found for x in ("token", "plain")), sum(x in found for x in ("time", "label"))
 
 
 def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[float, float, float]:
@@ -93,21 +100,23 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
 
     Saved, a token:
     * 2 (8 D + 8) + b D: both norms in float32, the input of qkv; b D for that of a dense layer; for experts 4 D (the
-      router's) and b D (the shared expert's), in fp32 one and the same.
+      router's, where it is a token's) and b D (the shared expert's), in fp32 one and the same.
     * 6 b D + 4 heads: qkv, attention and its statistics, its projection, and what the second gate multiplies.
     * 2 b D for q and k that were normalised or turned; where normalised b D more (attention then has another layout),
       and in bf16 their 8 D in float32.
     * b (1 + m) F of a dense layer or the shared expert; of routed experts K b (2 D + (1 + m) F) with grouped
       products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
-    An image: (7 b + 8) D for adaLN. Kept: the block's input, the router's record. Passing: the gradients of the
-    residual stream, and of the widest layer.
+    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place has one for all images.
+    An image: (7 b + 8) D for adaLN; 4 D + 8 of a time or label that the router sees, in bf16 4 D more of a time. Kept:
+    the block's input, the router's record. Passing: the gradients of the residual stream, and of the widest layer.
 
     Source: what model.py, layers.py and moe/ leave with autograd on a GPU; a test counts it with saved_tensors_hooks.
-    Small layers routed by place keep less (`Experts.joined`); the rms norm of fp32 on a CPU keeps 2 b D more.
+    Small layers routed by place keep less (`Experts.joins`); the rms norm of fp32 on a CPU keeps 2 b D more.
     """
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
-    half, by_token, D = b == 2, e.router_input == "token", m.hidden_size
+    half, (tokens, image), D = b == 2, _seen(config), m.hidden_size
     token, record, widest = 2.0 * (8 * D + 8) + 7 * b * D + 4 * m.num_heads, 0.0, both * m.ffn_width
+    seen = 0
     token += 2 * b * D if m.qk_norm != "none" or m.positions == "rope" else 0
     if m.qk_norm != "none":
         token += b * D + (8 * D if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
@@ -115,13 +124,15 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
         K, F = e.top_k, e.expert_width
         loop = not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16)))
         token += K * b * (D + (both - 1) * F if loop else 2 * D + both * F) + b * both * e.shared_width
-        token += (4 * D if by_token or not half else 0) + (b * D if half and e.shared_width else 0)
-        record = 8.0 * e.num_experts + 12 * K if by_token else 0.0
-        token += record + (36 * K if by_token else 0)
+        token += (4 * D if "token" in e.router_input or not half else 0) + (b * D if half and e.shared_width else 0)
+        decisions = 1.0 if tokens else (1 / T if image else 0.0)  # for each token
+        record = decisions * (8 * e.num_experts + 12 * K)
+        token += record + decisions * 36 * K
+        seen = image * (4 * D + 8) + (4 * D if half and image else 0)  # every such router sees the time
         widest = K * D if loop else K * both * F
     else:
         token += b * D + b * both * m.ffn_width
-    return T * token + (7 * b + 8) * D, T * (b * D + record), T * b * (2 * D + max(3 * D, widest))
+    return T * token + (7 * b + 8) * D + seen, T * (b * D + record), T * b * (2 * D + max(3 * D, widest))
 
 
 def _share(parameters: Iterable[tuple[str, Tensor]], config: Config, way: Way, d: int) -> Counter[str]:
@@ -274,7 +285,7 @@ def describe(config: Config) -> str:
     with torch.device("meta"):
         known = {"digits": 10, "fashion": 10}.get(config.data.name, 0)
         model = build(config, known if config.model.num_classes is None else config.model.num_classes)
-    pipeline.assemble(model, config, {})  # a sampler that does not fit is refused here too
+    pipeline.assemble(model, config, {})  # what the samplers refuse is refused here too
     total, activated = count_parameters(model)
     counts = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
     if config.model.num_classes is None and not known:

@@ -307,6 +307,8 @@ class Config:
         split, decay = self.parallel.experts, self.train.decay_steps
         if split > 1 and self.moe.blocks == "none":
             raise ValueError(f"parallel.experts {split} does not apply to a model without experts (moe.blocks none)")
+        if self.train.muon_on == "all" and self.moe.blocks == "none":
+            raise ValueError("train.muon_on all does not apply to a model without experts (moe.blocks none)")
         if self.train.optimizer == "muon" and self.parallel.shard:
             raise ValueError(
                 "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
@@ -335,6 +337,11 @@ def at_least(section: object, least: int, *names: str) -> None:
         value = getattr(section, name)
         _require(value is None or value >= least, f"{name} is {value}; it must be {least} or more")
         _require(value is None or value <= MOST, f"{name} is {value}; it must be finite")
+
+
+def has_experts(blocks: str, index: int) -> bool:
+    """Whether block `index` (from 0) holds experts where `moe.blocks` is `blocks`."""
+    return blocks == "all" or (blocks == "every-second" and index % 2 == 1)
 
 
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from ditmoe.analysis import budget
 from ditmoe.analysis.budget import describe
 from ditmoe.config.file import save, to_dict
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, RouterInput, TrainConfig
 from ditmoe.launch.start import shutdown
 from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
 from ditmoe.moe import Experts
@@ -81,6 +81,7 @@ def split(config: Config) -> tuple[int, int]:
         {"moe": {"blocks": "every-second", "shared_width": 0}},
         {"model": {"activation": "gelu"}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
         {"moe": {"blocks": "none"}},
+        *({"moe": {"router_input": kind, "num_experts": 64}} for kind in get_args(RouterInput) if kind != "position"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("again", [False, True])
@@ -150,7 +151,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 KINDS: list[dict[str, Any]] = [
     {},
     {"moe": {"blocks": "every-second", "shared_width": 0}, "model": {"activation": "gelu"}},
-    {"moe": {"router_input": "position"}},
+    *({"moe": {"router_input": kind}} for kind in get_args(RouterInput)),
     {"model": {"qk_norm": "none", "positions": "sincos"}, "moe": {"score": "softmax", "renormalize": False}},
     {"model": {"qk_norm": "layer", "positions": "rope"}},
 ]
