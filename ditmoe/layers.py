@@ -85,15 +85,15 @@ def sincos_positions(hidden_size: int, side: int) -> Tensor:
     return torch.cat([axis(column), axis(row)], dim=-1).float().unsqueeze(0)
 
 
-def rotary_positions(head_dim: int, side: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
+def rotary_positions(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
     """cos and sin of 2-D rotary positions, each (T, head_dim) float32.
 
     The first half of a head turns with the row, the second with the column; within a half, channel j and channel
-    j + head_dim / 4 are one pair with frequency theta^(-4 j / head_dim). theta is 100, not text's 10,000: a grid has
+    j + head_dim / 4 are one pair with frequency 100^(-4 j / head_dim); not text's 10,000: a grid has
     tens of positions an axis, not thousands. Source: RoFormer (arXiv 2104.09864), axial form.
     """
     pairs = head_dim // 4
-    frequency = theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    frequency = 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [p.flatten().double().outer(frequency).repeat(1, 2) for p in (row, column)]
     both = torch.cat(angles, dim=-1)  # (T, head_dim)

@@ -162,9 +162,7 @@ class Copies:
         )
 
 
-def nearest_copies(
-    generated: UInt8Array, train: UInt8Array, held_out: UInt8Array | None = None, *, most: int = 2000
-) -> Copies:
+def nearest_copies(generated: UInt8Array, train: UInt8Array, held_out: UInt8Array | None = None) -> Copies:
     """Generated images that stand unusually close to one single training image.
 
     With d_1 <= d_2 <= ... the L2 distances of an image to the training images, pixels in [-1, 1], the ratio
@@ -178,8 +176,8 @@ def nearest_copies(
     Args:
         generated, train, held_out: uint8 (n, H, W, C), (m, H, W, C), what the model was trained on, m > 5, and
             (o, H, W, C), real images it never saw. None, for a set without any: training images stand in.
-        most: at most this many real images set the threshold (evenly chosen).
 
+    At most 2,000 real images set the threshold, evenly chosen.
     Raises ValueError where sizes differ or there are too few images.
     """
     real = train if held_out is None else held_out
@@ -190,7 +188,7 @@ def nearest_copies(
         found = f"{len(generated)} generated, {len(train)} training and {len(real)} held-out images"
         raise ValueError(f"{found} are too few to look for copies; use at least 1, {NEIGHBOURS + 1} and 1")
     pixels = _pixels(train).flatten(1)
-    rows = np.linspace(0, len(real) - 1, min(most, len(real))).astype(np.int64)
+    rows = np.linspace(0, len(real) - 1, min(2000, len(real))).astype(np.int64)
     r_real, d_real, _ = _ratios(real[rows], pixels, own=rows if held_out is None else None)
     ratios, distances, nearest = _ratios(generated, pixels)
     # the largest ratio that 1 % of them reach from below; of fewer than 100, below all; at least 0: exact copies

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from .. import pipeline
 from ..config.file import read_config
 from ..config.sample import ExportArgs
+from ..files import read_object
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 
 
@@ -22,6 +22,7 @@ def export(args: ExportArgs) -> None:
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
     read_config(args.run)  # refuses what is no run
+    page = card(args)  # before anything is written
     pipe = pipeline.load(args.run)
     if args.vae is not None:
         pipeline.add_vae(pipe, args.vae)
@@ -29,7 +30,7 @@ def export(args: ExportArgs) -> None:
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)
     (args.folder / "training.json").write_text((args.run / CONFIG).read_text())
-    (args.folder / "README.md").write_text(card(args))
+    (args.folder / "README.md").write_text(page)
     print(f"wrote {args.folder}; python sample.py {args.folder} --out grid.png draws from it")
 
 
@@ -40,7 +41,7 @@ def card(args: ExportArgs) -> str:
     lines = [
         f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
         "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}", "```", "",
-        *(_facts(json.loads(report.read_text())) if report.exists() else []),
+        *(_facts(read_object(report)) if report.exists() else []),
         f"`python sample.py {args.folder} --out grid.png` draws a grid of samples.", "",
     ]  # fmt: skip
     return "\n".join(lines)

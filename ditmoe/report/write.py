@@ -46,18 +46,15 @@ ROUTING_FLOPS = 4e11  # about what counting the experts' work may cost
 
 def write(
     run: Path, *, score: Score | None = None, judge: Judge | None = None, num_judged: int | None = None,
-    score_real: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Write samples.png, film.png, loss.png, experts.png, report.json and index.html into a finished run's folder.
 
     Args:
         run: a run folder: config.json, metrics.jsonl and model/ are read, command.txt if it is there.
         score: uint8 images (N, H, W, C) -> a JSON report with "metric", "value" and "n_gen", such as eval.fid.score
-            with a reference filled in. None leaves the score out.
+            with the training set as reference. Held-out real images are scored too. None leaves both out.
         judge: `eval.judge.judge`; None leaves out whether samples show their class and are copies.
         num_judged: how many images are drawn, judged and scored; None takes the run's `sample.num`.
-        score_real: also score held-out real images, as many as there are up to `num_judged`, to compare with; it is
-            fair when the score's reference is the training set. Costs a second call of `score`.
 
     Returns:
         What report.json holds.
@@ -96,7 +93,7 @@ def write(
         },
         "experts": _draw_experts(net, config, data, run / EXPERTS),
         **_judge(judge, images, labels, data, held_out, config),
-        **_score(score, images, held_out if score_real else None),
+        **_score(score, images, held_out),
     }  # fmt: skip
     report["notes"] = _notes(report, images)
     write_json(run / REPORT, report)

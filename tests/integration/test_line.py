@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def test_export_writes_a_model_to_share(run: Path, tmp_path: Path) -> None:
         done = typed("ditmoe", "export", *wrong)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+    torn = shutil.copytree(run, tmp_path / "torn")
+    (torn / "report.json").write_text("{")
+    done = typed("ditmoe", "export", torn, tmp_path / "new")
+    assert (done.returncode, "report.json cannot be read as JSON" in done.stderr) == (2, True)
     assert not (tmp_path / "new").exists()
 
 

@@ -44,14 +44,18 @@ def test_stacked_matrices_are_moved_each_for_itself() -> None:
     torch.testing.assert_close(stacked.detach().view(6, 4, 5), torch.stack([p.detach() for p in alone]))
 
 
-def test_one_step_is_the_formula() -> None:
+def test_steps_are_the_formula() -> None:
     torch.manual_seed(0)
-    p, g = torch.nn.Parameter(torch.randn(6, 4)), torch.randn(6, 4)
-    before, p.grad = p.detach().clone(), g
-    Muon([{"params": [p], "parts": 1, "weight_decay": 0.5}], lr=0.1, betas=(0.9, 0.99)).step()
-    m = (1 - MOMENTUM) * g
-    move = orthogonal(((1 - MOMENTUM) * g + MOMENTUM * m)[None])[0]
-    torch.testing.assert_close(p.detach(), before * (1 - 0.05) - 0.1 * 0.2 * 6**0.5 * move)
+    p, m = torch.nn.Parameter(torch.randn(6, 4)), torch.zeros(6, 4)
+    want = p.detach().clone()
+    muon = Muon([{"params": [p], "parts": 1, "weight_decay": 0.5}], lr=0.1, betas=(0.9, 0.99))
+    for g in torch.randn(4, 6, 4):
+        p.grad = g.clone()
+        muon.step()
+        m = MOMENTUM * m + (1 - MOMENTUM) * g
+        move = orthogonal(((1 - MOMENTUM) * g + MOMENTUM * m)[None])[0]
+        want = want * (1 - 0.05) - 0.1 * 0.2 * 6**0.5 * move
+    torch.testing.assert_close(p.detach(), want)
 
 
 def test_other_groups_are_adamws_to_the_bit() -> None:
@@ -130,5 +134,7 @@ def test_a_run_of_another_optimiser_is_not_gone_on_with(tiny: Callable[..., Conf
 def test_what_does_not_go_with_muon_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="muon_on all needs --train.optimizer muon"):
         TrainConfig(muon_on="all")
+    with pytest.raises(ValueError, match="muon_on all does not apply to a model without experts"):
+        Config(train=TrainConfig(optimizer="muon", muon_on="all"), moe=MoEConfig(blocks="none"))
     with pytest.raises(ValueError, match="train.optimizer muon needs whole matrices, which parallel.shard cuts"):
         Config(train=TrainConfig(optimizer="muon"), parallel=ParallelConfig(shard=True))

@@ -135,6 +135,19 @@ def test_bfloat16_is_gathered_of_float32_slices_but_for_routers(tmp_path, more):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2)
 
 
+def test_split_experts_with_muon_are_resumed_to_the_bit(tmp_path):
+    flags = [*STEPS[2:], "--train.optimizer", "muon", "--train.muon-on", "all", "--parallel.experts", 2]
+    for name, legs in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in legs:
+            group = runs.training(tmp_path / name, *flags, "--max-steps", steps, world=2)
+            assert group.wait() == [0, 0], group.err()
+    whole, parts = parts_of(tmp_path / "whole"), parts_of(tmp_path / "parts")
+    for part in ("model", "ema", "optimizer"):
+        assert whole[part].keys() == parts[part].keys()
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items()), part
+    assert any("experts" in name and name.endswith("momentum") for name in whole["optimizer"])
+
+
 def test_accumulation_and_place_routing(tmp_path):
     losses = []
     for name, world, degree in (("one", 1, 1), ("two", 2, 2)):
