@@ -64,9 +64,7 @@ PRESETS: dict[str, Config] = {
     "fashion": Config(
         max_steps=10_000,
         model=ModelConfig(sample_size=28, patch_size=4, hidden_size=64, depth=6, ffn_width=192, positions="sincos"),
-        moe=MoEConfig(
-            blocks="all", num_experts=16, expert_width=64, shared_width=64, router_input="position", scale=2.0
-        ),
+        moe=MoEConfig(blocks="all", num_experts=16, expert_width=64, shared_width=64, router_input="position"),
         data=DataConfig(name="fashion"),
         train=TrainConfig(decay_steps=10_000, checkpoint_every=500),
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),

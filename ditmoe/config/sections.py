@@ -80,8 +80,9 @@ class MoEConfig:
     """How router logits become scores."""
     renormalize: bool = True
     """Divide the K chosen scores by their sum."""
-    scale: float = 1.0
-    """Factor on the routed experts' weights, after renormalisation."""
+    scale: float | None = None
+    """Factor on the routed experts' weights, after renormalisation. None: top_k where they are renormalised, so that K
+    experts of width F have the output and the learning speed of a dense layer of width K F; else 1."""
     balance_weight: float = 0.005
     """Weight of each layer's balance loss (DiT-MoE's alpha: 0.005)."""
     z_weight: float = 0.0
@@ -95,7 +96,7 @@ class MoEConfig:
         _positive(self, "num_experts", "top_k", "expert_width")
         at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate")
         _require(self.top_k <= self.num_experts, f"top_k {self.top_k} is more than num_experts {self.num_experts}")
-        _require(self.scale > 0, f"scale is {self.scale}; it must be above 0")
+        _require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
         if self.top_k == 1 and self.renormalize and self.blocks != "none":
             raise ValueError(
                 "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize"

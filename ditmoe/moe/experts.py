@@ -66,15 +66,18 @@ class Experts(nn.Module):
             bytes), "loop" (any dtype and size, one expert after the other), or "auto": grouped where it applies,
             but on a CPU the loop for experts of D * F >= 65,536, whose rows it keeps in cache. On a CPU both give
             the same bits (with gelu where F is a multiple of 64: torch rounds the ends of its runs differently).
+        active_width: Width of the dense layer whose initial size the experts share, K F where K of them serve a token
+            with weights that sum to K; default: F, each for itself.
     """
 
     def __init__(
         self, hidden_size: int, num_experts: int, width: int, activation: Activation = "swiglu",
-        backend: Literal["auto", "grouped", "loop"] = "auto",
+        backend: Literal["auto", "grouped", "loop"] = "auto", active_width: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.activation = activation
         self.backend = backend
+        self.active_width = active_width or width
         # Under expert parallelism the weights are those of this process's experts, and this brings it their rows:
         # exchange(rows (P, D), counts (E,), products) -> (P, D).
         self.exchange: Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
@@ -88,8 +91,12 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier uniform, each matrix of each expert by its own fan-in and fan-out, as DiT does for its MLP."""
-        bound = (6.0 / sum(self.w_out.shape[1:])) ** 0.5
+        """Xavier uniform, as DiT does for its MLP, by the fans of a dense layer of the active width.
+
+        K experts of width F whose weights sum to K then are, at the start and to Adam, one dense layer of width K F
+        (Complete-muE, arXiv 2605.23893; by their own fans they would start too loud).
+        """
+        bound = (6.0 / (self.active_width + self.w_out.shape[1])) ** 0.5
         nn.init.uniform_(self.w_in, -bound, bound)
         nn.init.uniform_(self.w_out, -bound, bound)
 

@@ -74,7 +74,8 @@ class MoELayer(nn.Module):
             raise ValueError(f"top_k is {rule.top_k}; it must be between 1 and num_experts {num_experts}")
         self.rule = rule
         self.router = Router(hidden_size, num_experts, inputs=inputs, positions=positions, with_bias=with_bias)
-        self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend)
+        active = rule.top_k * expert_width if rule.renormalize else expert_width
+        self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Routing]:

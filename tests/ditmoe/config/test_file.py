@@ -45,7 +45,7 @@ def test_what_an_older_version_did_not_write_has_its_default(tmp_path: Path) -> 
         out=Path("runs/fashion"),
         max_steps=900,
         model=ModelConfig(sample_size=28, patch_size=4, activation="gelu"),
-        moe=replace(PRESETS["fashion"].moe, num_experts=8, expert_width=128, shared_width=128),
+        moe=replace(PRESETS["fashion"].moe, num_experts=8, expert_width=128, shared_width=128, scale=2),
         data=DataConfig(name="fashion", path=Path("somewhere")),
         train=TrainConfig(decay_steps=900),
     )

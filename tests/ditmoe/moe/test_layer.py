@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import build
-from ditmoe.moe import Condition, Experts, MoELayer, RoutingRule, plan_of, select
+from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, RoutingRule, plan_of, select
 from tests.reference.moe_layer import expert
 from tests.reference.moe_layer import moe as reference_moe
 
@@ -331,3 +332,21 @@ def test_what_changes_from_step_to_step_is_not_compiled_anew(how: str) -> None:
         graphs.append(counter.frame_count)
     assert graphs == [graphs[0]] * 12
     assert graphs[0] > 0
+
+
+OURS = [name for name, config in PRESETS.items() if config.moe.renormalize and not name.startswith("imagenet")]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_routed_experts_start_as_loud_as_the_dense_layer_that_they_replace(name: str) -> None:
+    config = PRESETS[name]
+    D, e = config.model.hidden_size, config.moe
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        scale = build(config, 10).config.router_scale
+    rule = RoutingRule(e.top_k, e.score, e.renormalize, scale)
+    made = MoELayer(D, num_experts=e.num_experts, expert_width=e.expert_width, shared_width=0, rule=rule)
+    dense = FeedForward(D, e.top_k * e.expert_width, config.model.activation)
+    x = torch.randn(2, 256, D)
+    with torch.no_grad():
+        assert float(made(x)[0].std() / dense(x).std()) == pytest.approx(1, abs=0.05)
