@@ -1,4 +1,4 @@
-"""Does a class-conditional sample show its class, and is it a copy of a training image?
+"""Does a class-conditional sample show its class, is it a copy of a training image, and do the pixels fit as they are?
 
 Real images are the yardstick of both: the classifier's accuracy on held-out real images stands beside that on samples,
 and the copy rule is set so that 1 % of held-out real images break it. Images are uint8 (n, H, W, C); sides above 32
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from eval.sources.arrays import Float32Array, IndexArray, UInt8Array
 
 PASSES = 60_000  # images the classifier sees in training, at most
+MOST_PIXELS = 1024  # numbers of an image whose pixels are compared as they are
 LARGEST_SIDE = 32  # pixels; larger images are averaged down
 NEIGHBOURS = 5  # training images that the copy ratio looks at
 REAL_SHARE = 0.01  # share of real images that the copy rule flags, by construction
@@ -27,7 +29,8 @@ def judge(
     images: UInt8Array, labels: IndexArray | None, train: UInt8Array, train_labels: IndexArray,
     held_out: tuple[UInt8Array, IndexArray] | None, names: Sequence[str], seed: int = 0, mirrored: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Both answers for generated images as JSON values: {"classes": ... or None without labels, "copies": ...}.
+    """The answers for generated images as JSON values: "classes", None without labels; "copies"; "pixels", None where
+    an image has more than `MOST_PIXELS` numbers.
 
     Args:
         images: generated; labels (N,) are what was asked for, None of a model without classes.
@@ -52,7 +55,30 @@ def judge(
     known = np.concatenate([train, train[:, :, ::-1]]) if mirrored else train
     copies = nearest_copies(images, known, held_out[0] if held_out else None)
     numbers = {k: v for k, v in vars(copies).items() if not isinstance(v, np.ndarray)}
-    return {"classes": classes, "copies": {**numbers, "definition": copies.definition}}
+    pixels = None
+    if train[0].size <= MOST_PIXELS and min(len(images), len(train)) > 1:
+        pixels = {
+            "value": pixel_distance(images, train), "num_train": len(train),
+            "real_value": pixel_distance(held_out[0], train) if held_out else None,
+            "num_real": len(held_out[0]) if held_out else None,
+        }  # fmt: skip
+    return {"classes": classes, "copies": {**numbers, "definition": copies.definition}, "pixels": pixels}
+
+
+def pixel_distance(images: UInt8Array, others: UInt8Array) -> float:
+    """Fréchet distance of the pixels themselves, scaled to 0..16 as scikit-learn's digits have them; two images or more.
+
+    For images of few pixels, where no network stands between the picture and the score.
+    """
+
+    def fitted(some: UInt8Array) -> Gaussian:
+        statistics = FeatureStatistics()
+        for start in range(0, len(some), 10_000):
+            part = some[start : start + 10_000]
+            statistics.update(part.reshape(len(part), -1) * np.float64(16 / 255))
+        return statistics.gaussian()
+
+    return frechet_distance(fitted(images), fitted(others))
 
 
 class Classifier(nn.Module):

@@ -112,7 +112,7 @@ def finish(config: Config, score: Score | None, judge: Judge, *, news: bool) -> 
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-    """The judgement and the score in two or three lines."""
+    """The judgement and the score in a few lines."""
     lines = []
     if classes := report["classes"]:
         lines.append(
@@ -121,6 +121,9 @@ def _summary(report: Mapping[str, Any]) -> str:
         )
     if copies := report["copies"]:
         lines.append(f"nearest-neighbour copies: {copies['share']:.1%} ({copies['real_share']:.1%} of real images)")
+    if pixels := report["pixels"]:
+        beside = f" (held-out real images: {real:.3g})" if (real := pixels["real_value"]) is not None else ""
+        lines.append(f"Fréchet distance of the pixels: {pixels['value']:.3g}{beside}")
     if score := report["score"]:
         real = report["score_real"]
         beside = f" (held-out real images: {real['value']:.4g})" if real else ""
@@ -180,9 +183,9 @@ def _judge(
     judge: Judge | None, images: Images, labels: list[int] | None, data: ImageSet, held_out: ImageSet | None,
     config: Config,
 ) -> dict[str, Any]:  # fmt: skip
-    """The parts "classes" and "copies" of the report, each None where it cannot be had."""
+    """The parts "classes", "copies" and "pixels" of the report, each None where it cannot be had."""
     if judge is None or data.is_latent or len(data) < FEWEST_REAL:
-        return {"classes": None, "copies": None}
+        return {"classes": None, "copies": None, "pixels": None}
     shuffled = np.random.default_rng(config.seed).permutation(len(data))
     rows = data.readable(shuffled[: MOST_REAL[data.in_memory]].tolist())
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]

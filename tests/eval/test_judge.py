@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.judge import Copies, accuracy, judge, nearest_copies, train_classifier
+from eval.judge import Copies, accuracy, judge, nearest_copies, pixel_distance, train_classifier
 from eval.sources.open import open_source
 
 
@@ -157,3 +157,27 @@ def test_judge_without_labels_or_held_out_images(train: ArrayImages) -> None:
     assert found["classes"] is None
     assert found["copies"]["share"] == 1  # mirror images of training images
     assert judge(images[:, :, ::-1], None, images, train.labels[:400], None, [])["copies"]["share"] < 0.5
+
+
+# ---- pixels as they are
+
+
+def test_the_pixel_distance_is_that_of_two_gaussians(train: ArrayImages, held_out: ArrayImages) -> None:
+    a = np.random.default_rng(0).integers(0, 200, (64, 2, 3, 1), dtype=np.uint8)
+    assert pixel_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert pixel_distance(a + np.uint8(51), a) == pytest.approx(6 * 3.2**2)  # six pixels, each brighter by a fifth of 16
+    spread = a.reshape(64, -1).astype(float) * 16 / 255
+    a[:, :, :, 0] //= 2
+    close = np.cov(spread, rowvar=False).trace() / 4 + (spread.mean(0) ** 2).sum() / 4  # half as wide, half as bright
+    assert pixel_distance(a, (2 * a).astype(np.uint8)) == pytest.approx(close, rel=0.02)
+    assert 20 < pixel_distance(held_out.pixels, train.pixels) < 40
+
+
+def test_large_images_have_no_pixel_distance(train: ArrayImages, held_out: ArrayImages) -> None:
+    few = (train.pixels[:40], train.labels[:40], (held_out.pixels, held_out.labels), [])
+    found = judge(held_out.pixels[:9], None, *few)["pixels"]
+    assert found["value"] == pixel_distance(held_out.pixels[:9], train.pixels[:40])
+    assert found["real_value"] == pixel_distance(held_out.pixels, train.pixels[:40])
+    assert (found["num_train"], found["num_real"]) == (40, 300)
+    large = np.zeros((12, 40, 40, 1), np.uint8)
+    assert judge(large, None, large, np.zeros(12, np.int64), None, [])["pixels"] is None

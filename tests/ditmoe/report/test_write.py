@@ -88,12 +88,13 @@ def test_the_page_of_a_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(run.glob("*.tmp"))
     assert made["command"] == "python train.py --out 'a run'"
     assert made["classes"]["real_accuracy"] >= 0.95
-    assert made["copies"]["num_train"] == 1497
+    assert made["copies"]["num_train"] == made["pixels"]["num_train"] == 1497
+    assert 20 < made["pixels"]["real_value"] < 40 < made["pixels"]["value"]
     assert [row["layer"] for row in made["experts"]] == ["block 1"]
     shown = Page(run)
     assert shown.is_self_contained()
     assert len(shown.links) == 4
-    for text in ("1.25", "fd_test", "path <ref>", made["copies"]["definition"], "python train.py --out 'a run'"):
+    for text in ("1.25", "pixel distance", "fd_test", "path <ref>", made["copies"]["definition"], "python train.py --out 'a run'"):
         assert text in shown.text
     assert "<ref>" not in (run / "index.html").read_text()
 
@@ -167,7 +168,7 @@ def test_latents_are_shown_but_not_judged(tiny: Tiny, tmp_path: Path) -> None:
     save_file(latents, tmp_path / "shards" / "a.safetensors")
     run = trained(tiny(data={"name": "latents", "path": tmp_path / "shards"}, model={"in_channels": 4}, sample=SAMPLE))
     made = written(run, score=lambda images: pytest.fail("latents were scored"))
-    assert (made["classes"], made["copies"], made["score"]) == (None, None, None)
+    assert (made["classes"], made["copies"], made["pixels"], made["score"]) == (None, None, None, None)
     assert "latents have no pixels" in Page(run).text
     assert "3 of 4 channels" in Page(run).text
 
