@@ -66,9 +66,9 @@ def judge(
 
 
 def pixel_distance(images: UInt8Array, others: UInt8Array) -> float:
-    """Fréchet distance of the pixels themselves, scaled to 0..16 as scikit-learn's digits have them; two images or more.
+    """Fréchet distance of the pixels themselves, scaled to 0..16 as scikit-learn's digits have them.
 
-    For images of few pixels, where no network stands between the picture and the score.
+    For images of few pixels, where no network stands between the picture and the score. Each side has two or more.
     """
 
     def fitted(some: UInt8Array) -> Gaussian:

@@ -23,6 +23,8 @@ from .. import pipeline
 from ..config.file import to_dict
 from ..config.sections import Config, has_experts, micro_batch_size
 from ..model import DiTMoETransformer2DModel, build, count_parameters
+from ..training.muon import matrices
+from ..training.muon import work as muon_work
 
 Way = Literal["DDP", "FSDP2"]  # of all but split experts; FSDP2 on two devices or more
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
@@ -49,7 +51,7 @@ class Needs(NamedTuple):
 
     weights: float  # 4 for each parameter that the device holds
     gradients: float  # 4
-    optimizer: float  # 8 (AdamW)
+    optimizer: float  # 8 (AdamW), of matrices that Muon moves 4
     average: float  # 4
     buffers: float  # copies of weights and gradients, for communication and for products in bf16
     activations: float  # of one micro-batch, at their most
@@ -186,12 +188,15 @@ def needs(
     (the reverse), with what a block passes on and with checkpointing has again; or, then, when the forward pass ends:
     autocast keeps its copies until there, experts' until the end of their block.
 
+    Muon's own room, a few copies of its largest group of equal matrices after the backward pass, is not counted.
+
     Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
     Yuan, 2009), of split experts over n / d devices. An all-to-all sends S K D b (d - 1) / d at even load: two in each
     direction, with checkpointing two more.
     """
     n, again, accumulates = config.plan.devices, checkpointing, config.train.accumulation > 1
     routed, (T, b, _) = _routed(config), _sizes(config)
+    moved = matrices(model, experts=config.train.muon_on == "all") if config.train.optimizer == "muon" else {}
     outside = _share((x for x in model.named_parameters() if not x[0].startswith("blocks.")), config, way, d)
     parts = [_share(block.named_parameters(), config, way, d) for block in model.blocks]
     total, (most, sent) = sum(parts, outside), _gathered(parts, outside)
@@ -206,16 +211,18 @@ def needs(
         passing + 2 * rows * experts + copy + (saved + copy) * again
         for (saved, _, passing), experts, copy in zip(sizes, routed, copies, strict=True)
     )
+    momenta = sum(p.numel() // (d if ".experts." in n else 1) for n, p in model.named_parameters() if n in moved)
+    moments = 8 * total["held"] - 4 * momenta
     gradients, block = 4 * total["held"], 4 * (total["held"] - outside["held"]) / len(parts)
     early = gradients if accumulates else 0
     forward = total["copy"] + max(size[0] + x["expert copy"] for size, x in zip(sizes, parts, strict=True))
     moving = max(there + one + (early or block), there / len(parts) + one + gradients)
     moving = max(moving, there + forward + early) if again else moving
     return Needs(
-        *(4 * total["held"], 4 * total["held"], 8 * total["held"], 4 * total["held"]),
+        *(4 * total["held"], 4 * total["held"], moments, 4 * total["held"]),
         buffers=wire + total["copy"] + (max if again else sum)(x["expert copy"] for x in parts),
         activations=active + max(size[0] for size in sizes) * again,
-        peak=16 * total["held"] + wire + moving,
+        peak=8 * total["held"] + moments + wire + moving,
         all_reduce=8 * (total["replicated"] * (n - 1) / n + total["replicated experts"] * (n - d) / n),
         gather_scatter=config.train.accumulation * sent * (n - 1) / n,
         all_to_all=config.train.accumulation * (6 if again else 4) * rows * (d - 1) / d * sum(routed),
@@ -230,6 +237,8 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     """
     plan, count, degrees, times = config.plan, flops(config), _degrees(config), config.train.accumulation
     large = sum(p.numel() for p in model.parameters()) > 1e7
+    muon = config.train.optimizer == "muon"  # which FSDP2's slices do not go with
+    extra = muon_work(model, experts=config.train.muon_on == "all")[2] if muon else 0
     usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if large else ("MB", 1e6)
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
@@ -239,12 +248,12 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
         largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size, checkpointing).peak)
         most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
-        work = times * images * count.training(checkpointing) / plan.tflops / 1e12
+        work = (times * images * count.training(checkpointing) + extra) / plan.tflops / 1e12
         seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
         sizes = [_cell(size / scale) for size in found[d]]
         return [way, str(d), _cell(checkpointing), *sizes[:7], _cell(bool(fitting)), most, *sizes[7:], *seconds]
 
-    rests: tuple[Way, ...] = ("DDP", "FSDP2") if plan.devices > 1 else ("DDP",)
+    rests: tuple[Way, ...] = ("DDP", "FSDP2") if plan.devices > 1 and not muon else ("DDP",)
     columns = [column(way, some, again) for some in ([1], degrees) if some for way in rests for again in (False, True)]
     head = (
         f"plan (a calculation, not a run): {plan.devices} devices of {plan.memory:g} GB ({USABLE:.0%} usable), "
@@ -253,6 +262,8 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         f"FSDP2 gathers {config.parallel.gather}\n"
         f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
         f"{count.training(True) / 1e9:.2f} with gradient checkpointing"
+        + f"; Muon {extra / 1e9:.3g} a step more"
+        * muon
     )
     rows = zip(_ROWS, *columns, strict=True)
     return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])

@@ -24,6 +24,7 @@ from ..model import build, count_parameters
 from ..run_folder import place
 from ..run_folder.checkpoint import check_begins
 from ..run_folder.log import Log
+from . import muon
 from .parallel import Parallel
 from .saving import Saving, newest, resume
 from .state import new_state, num_classes, update_ema
@@ -164,12 +165,16 @@ def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) ->
 
 def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precision: str, first_step: int) -> None:
     with torch.device("meta"):
-        total, activated = count_parameters(build(config, num_classes(config, data)))
+        net = build(config, num_classes(config, data))
+    total, activated = count_parameters(net)
     say, split, processes = accelerator.print, config.parallel, accelerator.num_processes
     say(f"data: {data.source}")
     say(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
     ways = (f"experts split over {split.experts}, " if split.experts > 1 else "") + "the rest sharded, " * split.shard
     say(f"training on {processes} process(es), {accelerator.device.type}, {precision}, {ways}into {config.out}")
+    if config.train.optimizer == "muon":
+        moved, count, operations = muon.work(net, experts=config.train.muon_on == "all")
+        say(f"muon: {moved / 1e6:.2f} M of them in {count:,} matrices, {operations / 1e9:.3g} GFLOP a step more")
     E = config.moe.num_experts if config.moe.blocks != "none" else 0
     if split.shard and split.experts == 1 and 0 < E < processes:
         say(

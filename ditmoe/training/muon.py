@@ -102,3 +102,19 @@ def matrices(model: nn.Module, *, experts: bool) -> dict[str, int]:
         elif isinstance(module, Experts) and experts:
             found |= {f"{name}.w_in": 2 if module.activation == "swiglu" else 1, f"{name}.w_out": 1}
     return found
+
+
+def work(model: nn.Module, *, experts: bool) -> tuple[int, int, int]:
+    """What Muon has to do in one step: how many weights it moves, in how many matrices, with how many operations.
+
+    Operations are floating-point ones of products (a multiply-add is two): 5 (4 s^2 l + 2 s^3) of a matrix of s by l,
+    s <= l. `model` may be on "meta".
+    """
+    weights, count, operations = 0, 0, 0
+    for name, parts in matrices(model, experts=experts).items():
+        p = model.get_parameter(name)
+        short, long = sorted((p.shape[-2] // parts, p.shape[-1]))
+        many = p.numel() // (short * long)
+        weights, count = weights + p.numel(), count + many
+        operations += many * STEPS * (4 * short**2 * long + 2 * short**3)
+    return weights, count, operations

@@ -165,7 +165,7 @@ def test_judge_without_labels_or_held_out_images(train: ArrayImages) -> None:
 def test_the_pixel_distance_is_that_of_two_gaussians(train: ArrayImages, held_out: ArrayImages) -> None:
     a = np.random.default_rng(0).integers(0, 200, (64, 2, 3, 1), dtype=np.uint8)
     assert pixel_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert pixel_distance(a + np.uint8(51), a) == pytest.approx(6 * 3.2**2)  # six pixels, each brighter by a fifth of 16
+    assert pixel_distance(a + np.uint8(51), a) == pytest.approx(6 * 3.2**2)
     spread = a.reshape(64, -1).astype(float) * 16 / 255
     a[:, :, :, 0] //= 2
     close = np.cov(spread, rowvar=False).trace() / 4 + (spread.mean(0) ** 2).sum() / 4  # half as wide, half as bright

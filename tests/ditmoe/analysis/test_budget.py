@@ -29,6 +29,7 @@ from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
 from ditmoe.moe import Experts
 from ditmoe.run_folder import place
 from ditmoe.training.exchange import local
+from ditmoe.training.muon import matrices, work
 from tests.ditmoe.test_model import PAPER, meta
 from tests.doors import typed
 from tests.processes import start
@@ -405,6 +406,21 @@ def test_ways_that_do_not_apply_are_left_out() -> None:
     no_multiple = changed(PRESETS["digits"], train={"batch_size": 9}, plan={"devices": 3})  # 8 experts
     assert cells(describe(no_multiple), "parallel.experts") == ["1"] * 4
     assert "plan (" not in describe(PRESETS["digits"])
+
+
+def test_what_muon_keeps_and_does() -> None:
+    adam = changed(PRESETS["digits"], plan={"devices": 4}, parallel={"experts": 2})
+    muon = changed(adam, train={"optimizer": "muon", "muon_on": "all"})
+    text = describe(muon)
+    assert cells(text, "a device") == ["DDP"] * 4  # slices do not go with it
+    moved = matrices(meta(muon), experts=True)
+    sizes = {name: p.numel() // (2 if ".experts." in name else 1) for name, p in meta(muon).named_parameters()}
+    ours, theirs = (plan_of(config, "DDP", 2, 32) for config in (muon, adam))
+    assert theirs.optimizer - ours.optimizer == theirs.peak - ours.peak == 4 * sum(sizes[name] for name in moved)
+    more = work(meta(muon), experts=True)[2]
+    assert f"Muon {more / 1e9:.3g} a step more" in text
+    seconds = (32 * budget.flops(muon).training(False) + more) / (989e12 * 0.4)
+    assert float(cells(text, "seconds")[0]) == pytest.approx(seconds, rel=0.05)
 
 
 def test_the_degree_that_is_asked_for_is_planned() -> None:

@@ -94,7 +94,14 @@ def test_the_page_of_a_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Page(run)
     assert shown.is_self_contained()
     assert len(shown.links) == 4
-    for text in ("1.25", "pixel distance", "fd_test", "path <ref>", made["copies"]["definition"], "python train.py --out 'a run'"):
+    for text in (
+        "1.25",
+        "pixel distance",
+        "fd_test",
+        "path <ref>",
+        made["copies"]["definition"],
+        "python train.py --out 'a run'",
+    ):
         assert text in shown.text
     assert "<ref>" not in (run / "index.html").read_text()
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from ditmoe.data.open import open_data
 from ditmoe.model import build
 from ditmoe.training.loop import train
-from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal
+from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal, work
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 24, 8), (2, 8, 40)])
@@ -88,6 +89,19 @@ def test_which_weights_are_muons(experts: bool) -> None:
     assert all("adaLN" in n or "norm" in n or "bias" in n or "router" in n or ("experts" in n) for n in left)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     assert all(shapes[name][-2] % parts == 0 for name, parts in found.items())
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_work_is_what_torch_counts(experts: bool) -> None:
+    model = build(Config(model=ModelConfig(depth=2), moe=MoEConfig(num_experts=3)), 10)
+    found = matrices(model, experts=experts)
+    stacks = [p.view(-1, p.shape[-2] // found[n], p.shape[-1]) for n, p in model.named_parameters() if n in found]
+    with FlopCounterMode(display=False) as counter:
+        for stack in stacks:
+            orthogonal(stack.detach())
+    weights, count, operations = work(model, experts=experts)
+    assert operations == counter.get_total_flops()
+    assert (weights, count) == (sum(s.numel() for s in stacks), sum(len(s) for s in stacks))
 
 
 def test_a_copy_of_weights_and_state_goes_on_to_the_bit() -> None:
