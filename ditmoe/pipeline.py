@@ -193,8 +193,6 @@ def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
         if any(v.is_meta for part in (pipe.transformer, pipe.vae, pipe.guide) if part for v in part.parameters()):
             raise ValueError("its weights are not in the files that diffusers reads")
         pipe.transformer.float()
-        if pipe.guide is not None:
-            pipe.guide.float()
         if pipe.vae is not None and pipe.config.latents is not None:
             check_vae(pipe.vae, pipe.config.latents)
         return pipe.to(best_device()) if fast else pipe
