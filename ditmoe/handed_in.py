@@ -32,19 +32,20 @@ def check_pipeline(
 ) -> dict[str, Any]:  # fmt: skip
     """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
 
-    It has to be of the class `pipeline`, its transformer of the class `network` with a config.json that `check_network`
-    does not refuse. `settings`: what further entries have to fulfil where they are there. ValueError where it names
-    anything but our classes and diffusers', holds code, or its parts do not fit.
+    It has to be of the class `pipeline`, its transformer (and guide, where there is one) of the class `network` with a
+    config.json that `check_network` does not refuse. `settings`: what further entries have to fulfil where they are
+    there. ValueError where it names anything but our classes and diffusers', holds code, or its parts do not fit.
     """
     index = read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(pipeline).parameters}
     ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
     scheduler, vae = (_of_diffusers(index.get(part)) for part in ("scheduler", "vae"))
-    autoencoders = "diffusers.models.autoencoders"
+    autoencoders, of_network = "diffusers.models.autoencoders", [network.__module__, network.__name__]
     names, numbers = index.get("id2label", {}), {k: index.get(k, 1) for k in ("num_inference_steps", "guidance_scale")}
     fits = {
         "_class_name": index.get("_class_name") == pipeline.__name__,
-        "transformer": index.get("transformer") == [network.__module__, network.__name__],
+        "transformer": index.get("transformer") == of_network,
+        "guide": index.get("guide", [None, None]) in ([None, None], of_network),
         "scheduler": index.get("scheduler") in ours or issubclass(scheduler or object, SchedulerMixin),
         "vae": index.get("vae", [None, None]) == [None, None] or (vae or object).__module__.startswith(autoencoders),
         "id2label": isinstance(names, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in names.items()),
@@ -61,8 +62,10 @@ def check_pipeline(
     steps = read_object(place / "scheduler_config.json").get("num_train_timesteps", 1000)
     if not isinstance(steps, int) or not 0 < steps <= _STEPS:
         raise ValueError(f"{place} has num_train_timesteps {steps!r:.100}; it must be a number in 1..{_STEPS}")
-    check_network(read_object(folder / "transformer" / "config.json"))
-    _check_weights(network, folder / "transformer")
+    for part in ("transformer", "guide"):
+        if index.get(part) == of_network:
+            check_network(read_object(folder / part / "config.json"))
+            _check_weights(network, folder / part)
     if vae:
         _check_weights(vae, folder / "vae", renamed=True)
     return index
@@ -105,10 +108,11 @@ def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None
     if not shapes:
         raise ValueError(f"{folder} holds no .safetensors weights; pickled ones are never opened")
     try:
-        blank = _blank(network, read_object(file), limit=2 * len(shapes))
+        values = read_object(file)
+        empty = blank(lambda: network.from_config(values), limit=2 * len(shapes))
     except LIBRARY_ERRORS as error:
         raise ValueError(f"{file} is of no network that can be built ({' '.join(str(error).split()):.300})") from error
-    wanted = {name: tuple(value.shape) for name, value in blank.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
     if renamed:
         asked, there = (sum(prod(shape) for shape in found.values()) for found in (wanted, shapes))
         if asked > there:
@@ -120,12 +124,10 @@ def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None
     elif other := sorted(name for name, shape in wanted.items() if shape != shapes[name]):
         what = f"{other[0]} has the shape {shapes[other[0]]}"
         raise ValueError(f"{what}, but its config.json asks for {wanted[other[0]]}")
-    if sum(value.nbytes for value in blank.buffers()) > _TABLES:
-        raise ValueError(f"{file} asks for tables of more than {_TABLES} bytes; its sizes are too large")
 
 
-def _blank(network: Any, values: dict[str, Any], limit: int) -> nn.Module:
-    """The network without memory for its weights; ValueError once it has more than `limit` of them."""
+def blank(make: Callable[[], nn.Module], limit: int) -> nn.Module:
+    """A network without memory for its weights; ValueError once it has more than `limit`, or large tables."""
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal limit
@@ -134,8 +136,10 @@ def _blank(network: Any, values: dict[str, Any], limit: int) -> nn.Module:
             raise ValueError("it has far more tensors than its weights hold")
 
     with register_module_parameter_registration_hook(count), torch.device("meta"):
-        blank: nn.Module = network.from_config(values)
-    return blank
+        empty = make()
+    if sum(value.nbytes for value in empty.buffers()) > _TABLES:
+        raise ValueError(f"it asks for tables of more than {_TABLES} bytes; its sizes are too large")
+    return empty
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

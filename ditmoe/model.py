@@ -39,7 +39,7 @@ class DiTMoEOutput(BaseOutput):  # type: ignore[misc]
 
     Attributes:
         sample: (N, C, H, W) the prediction; (N, 2C, H, W) with `learn_sigma`: prediction, then variance values.
-        routing: One record for every block with experts, in order.
+        routing: One record for every block with experts, in order; none where they are left out.
     """
 
     sample: Tensor
@@ -64,14 +64,20 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
-        self, x: Tensor, condition: Condition, rotary: tuple[Tensor, Tensor] | None
+        self, x: Tensor, condition: Condition, rotary: tuple[Tensor, Tensor] | None, routed: bool = True
     ) -> tuple[Tensor, Routing | None]:
-        """x (N, T, D) -> x (N, T, D), and the routing record where the block has experts."""
+        """x (N, T, D) -> x (N, T, D), and the routing record where the block has experts, which are `routed` to."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition.c).chunk(6, dim=1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
         plain = self.norm2(x)
         h = modulate(plain, shift2, scale2)
-        y, routing = self.moe(h, condition._replace(plain=plain)) if hasattr(self, "moe") else (self.mlp(h), None)
+        routing = None
+        if not hasattr(self, "moe"):
+            y = self.mlp(h)
+        elif routed:
+            y, routing = self.moe(h, condition._replace(plain=plain))
+        else:
+            y = self.moe.without_routed(h)
         return torch.addcmul(x, gate2.unsqueeze(1), y), routing
 
 
@@ -204,7 +210,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
-        return_dict: bool = True,
+        return_dict: bool = True, routed: bool = True,
     ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
@@ -213,6 +219,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             timestep: t on the 0..1000 scale, (N,) or one for all; whole numbers or fractions.
             class_labels: y (N,) int64 in [0, num_classes]; None is the null label.
             return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing).
+            routed: False leaves the routed experts out: of a layer with experts the shared one alone.
 
         Raises:
             ValueError: Labels for a model without classes, or x_t of another shape.
@@ -226,9 +233,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         routing: list[Routing] = []
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, record = self._gradient_checkpointing_func(block, x, condition, rotary)
+                x, record = self._gradient_checkpointing_func(block, x, condition, rotary, routed)
             else:
-                x, record = block(x, condition, rotary)
+                x, record = block(x, condition, rotary, routed)
             if record is not None:
                 routing.append(record)
         x = self.final_layer(x, condition.c)

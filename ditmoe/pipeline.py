@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from samplers import image_generators, initial_noise, make_scheduler, sample
 from samplers.catalog import LIBRARY_ERRORS, scheduler_for
@@ -25,6 +25,7 @@ from .data.latents import denormalize, is_normalization, read_normalization
 from .data.pixels import to_pil, to_pixels
 from .data.vae import check_vae, load_vae
 from .files import replacing
+from .guide import EXPERTS_OFF, choose
 from .launch.start import best_device
 from .model import DiTMoETransformer2DModel, check_network
 from .objective import scheduler_config
@@ -46,21 +47,31 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
             "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
+        guide: A weaker network for autoguidance (`ditmoe.guide`), in the folder `guide/`; None for none.
+        guide_scale: Its scale when none is asked for; None: 2.
+        experts_off: The guide is the network itself without its routed experts.
+
+    Raises:
+        ValueError: A guide and `experts_off`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds it to a list
+    _optional_components = ["vae", "guide"]  # noqa: RUF012 - diffusers adds it to a list
 
     def __init__(
         self, transformer: DiTMoETransformer2DModel, scheduler: Any, vae: Any = None,
         id2label: dict[str, str] | None = None, sampler: str = "ddim", num_inference_steps: int = 50,
         guidance_scale: float = 1.5, trained_steps: int | None = None, latents: dict[str, Any] | None = None,
+        guide: DiTMoETransformer2DModel | None = None, guide_scale: float | None = None, experts_off: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        if guide is not None and experts_off:
+            raise ValueError("experts_off is set beside a guide; a model names one of them")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         self.register_to_config(
             id2label=id2label or {}, sampler=sampler, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, trained_steps=trained_steps, latents=latents,
+            guidance_scale=guidance_scale, trained_steps=trained_steps, latents=latents, guide_scale=guide_scale,
+            experts_off=experts_off,
         )  # fmt: skip
 
     @property
@@ -72,7 +83,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         self, class_labels: Sequence[int] | None = None, *, num_images: int | None = None, sampler: str | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
-        guidance_rule: str = "cfg", epsilon_scale: float = 1.0, eta: float = 0.0,
+        guidance_rule: str = "cfg", guide: nn.Module | str | None = None, guide_scale: float | None = None,
+        epsilon_scale: float = 1.0, eta: float = 0.0,
         sampler_options: Mapping[str, Any] | None = None, seed: int = 0, indices: Sequence[int] | None = None,
         output_type: str = "pil", callback: Callable[..., None] | None = None,
     ) -> ImagePipelineOutput:  # fmt: skip
@@ -85,6 +97,9 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             class_labels: One label an image; None only for a model without labels.
             num_images: How many images of a model without labels.
             sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
+            guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
+                that the model names, if any, see `ditmoe.guide.choose`. Beside classifier-free guidance.
+            guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.
             indices: Running numbers of the images; default 0, 1, 2, ...
@@ -101,6 +116,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"output_type is {output_type!r}; it must be pil or pt")
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
+        guide, w = self.guide_for(guide, guide_scale)
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
         net, generators = self.transformer, image_generators(seed, indices)
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
@@ -108,7 +124,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             net, scheduler, initial_noise(generators, shape, net.device), class_labels=labels,
             num_inference_steps=scheduler.num_inference_steps, null_label=net.null_label, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, guidance_rule=guidance_rule,
-            epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,
+            guide=guide, guide_scale=w, epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,
             progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
         ))  # fmt: skip
         return ImagePipelineOutput(images=[to_pil(p) for p in to_pixels(x)] if output_type == "pil" else x)
@@ -123,6 +139,13 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
         config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
         return scheduler_for(sampler or self.config.sampler, config, steps, sampler_options)
+
+    def guide_for(
+        self, guide: nn.Module | str | None = None, guide_scale: float | None = None
+    ) -> tuple[nn.Module | None, float]:
+        """What guides a call with these arguments, and its scale: (None, 1) for nothing. Raises as `choose`."""
+        saved = EXPERTS_OFF if self.config.experts_off else self.guide
+        return choose(self.transformer, guide, guide_scale, saved, self.config.guide_scale)
 
     def network_calls(self, sampler: str | None = None, num_inference_steps: int | None = None) -> int:
         """NFE: network calls an image; each is two passes where guidance applies."""
@@ -167,7 +190,7 @@ def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
         _check(place)
         logging.disable_progress_bar()
         pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True)
-        if any(v.is_meta for part in (pipe.transformer, pipe.vae) if part for v in part.parameters()):
+        if any(v.is_meta for part in (pipe.transformer, pipe.vae, pipe.guide) if part for v in part.parameters()):
             raise ValueError("its weights are not in the files that diffusers reads")
         pipe.transformer.float()
         if pipe.vae is not None and pipe.config.latents is not None:
@@ -181,7 +204,12 @@ def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
 def _check(folder: Path) -> dict[str, Any]:
     """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
     network = DiTMoETransformer2DModel
-    return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, {"latents": is_normalization})
+    settings = {"latents": is_normalization, "guide_scale": _is_scale, "experts_off": lambda x: isinstance(x, bool)}
+    return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, settings)
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1e9
 
 
 def assemble(
@@ -209,6 +237,14 @@ def assemble(
 def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:
     """Let a pipeline of latents decode them. ValueError unless the folder holds the VAE that made them."""
     pipe.register_modules(vae=load_vae(folder, pipe.config.latents))
+
+
+def add_guide(pipe: DiTMoEPipeline, guide: DiTMoETransformer2DModel | str, scale: float | None = None) -> None:
+    """Let a pipeline name its guide, a network or "experts-off", and its scale. ValueError as of `choose`."""
+    _, scale = pipe.guide_for(guide, scale)
+    experts_off = guide == EXPERTS_OFF
+    pipe.register_modules(guide=None if experts_off else guide)
+    pipe.register_to_config(guide_scale=scale, experts_off=experts_off)
 
 
 def trained_steps(folder: Path) -> int | None:

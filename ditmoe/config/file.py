@@ -45,9 +45,14 @@ def read_file(path: Path, what: str = "a configuration that can be read", needed
     try:
         if missing := [name for name in needed if name not in values]:
             raise ValueError(f"it has no {missing[0]}")
-        return _built(Config, values)
+        return from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path} is not {what}: {error}") from error
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration that `to_dict` gave. ValueError where a name, a type or a value is none of ours."""
+    return _built(Config, values)
 
 
 def read_config(run: Path, name: str = "config.json") -> Config:

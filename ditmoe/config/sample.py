@@ -53,6 +53,12 @@ class SampleArgs:
     """Guide only so many first channels (DiT: 3 of 4)."""
     guidance_rule: Literal["cfg", "cfg++"] = "cfg"
     """Classifier-free guidance, or CFG++ (ddim and flow-euler; give --cfg too, between 0 and 1)."""
+    guide: str | None = None
+    """Autoguidance: who guides, beside --cfg: a weaker model (a model folder, a run folder, or one of its checkpoints,
+    RUN/checkpoints/step-000123), experts-off (this model without its routed experts), or none. Default: saved with the
+    model, if any."""
+    guide_scale: float | None = None
+    """Scale of the guide, 1 for none; default: saved with the model, 2 for a guide that is given."""
     epsilon_scale: float = 1.0
     """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
     exposure_window: int | None = None
@@ -77,6 +83,8 @@ class SampleArgs:
             raise ValueError(f"report {self.report} must end in .json")
         if self.score is None and (self.report or self.extractor or self.weights or self.metrics):
             raise ValueError("report, extractor, weights and metrics belong to a score; give --score REF too")
+        if self.guide == "none" and self.guide_scale is not None:
+            raise ValueError(f"guide_scale is {self.guide_scale}, but guide is none; leave one of them out")
         if self.score == "":
             raise ValueError("score is empty; give what to compare with: folder, .npz, fashion:train, ...")
         if self.score is not None and (self.num == 1 or (self.classes is not None and len(self.classes) == 1)):
@@ -151,8 +159,20 @@ class ExportArgs:
     """Of the stored weights; bfloat16 has half the size."""
     vae: Path | None = None
     """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
+    guide: str | None = None
+    """A weaker model that the folder holds as its guide, or experts-off, as python sample.py has it."""
+    guide_scale: float | None = None
+    """Scale of the guide when none is asked for; default: 2."""
     force: bool = False
     """Replace the folder if it is there."""
+
+    def __post_init__(self) -> None:
+        if self.guide_scale is not None and self.guide is None:
+            raise ValueError(
+                f"guide_scale is {self.guide_scale}, but there is no guide; give --guide PATH or experts-off"
+            )
+        if self.guide == "none":
+            raise ValueError("guide is none, which a model without --guide has; leave it out")
 
 
 def _is_number(text: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from .. import pipeline
 from ..config.file import read_config
 from ..config.sample import ExportArgs
 from ..files import read_object
+from ..guide import EXPERTS_OFF
+from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 
 
@@ -17,7 +20,8 @@ def export(args: ExportArgs) -> None:
     """Write the pipeline folder: weights in `dtype`, the run's config.json as training.json, and a README.md.
 
     Raises:
-        ValueError: The run holds no model, the folder exists, or the VAE is not that of the latents.
+        ValueError: The run holds no model, the folder exists, the VAE is not that of the latents, or the guide cannot
+            guide it.
     """
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
@@ -26,7 +30,12 @@ def export(args: ExportArgs) -> None:
     pipe = pipeline.load(args.run)
     if args.vae is not None:
         pipeline.add_vae(pipe, args.vae)
-    torch.nn.Module.to(pipe.transformer, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
+    if args.guide is not None:
+        guide = args.guide if args.guide == EXPERTS_OFF else load_guide(Path(args.guide), pipe)
+        pipeline.add_guide(pipe, guide, args.guide_scale)
+    for net in (pipe.transformer, pipe.guide):
+        if net is not None:
+            torch.nn.Module.to(net, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save(pipe, args.folder)
     (args.folder / "training.json").write_text((args.run / CONFIG).read_text())
@@ -38,11 +47,14 @@ def card(args: ExportArgs) -> str:
     """The model's page: the commands that made it, what it was trained on, and its score if the run has one."""
     command, report = args.run / COMMAND, args.run / REPORT
     commands = list(dict.fromkeys(command.read_text().splitlines())) if command.exists() else []
+    guide = "" if args.guide is None else f" --guide {args.guide}"
+    guide += "" if args.guide_scale is None else f" --guide-scale {args.guide_scale}"
     lines = [
         f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
-        "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}", "```", "",
+        "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}{guide}", "```", "",
         *(_facts(read_object(report)) if report.exists() else []),
         f"`python sample.py {args.folder} --out grid.png` draws a grid of samples.", "",
+        *([f"They are guided by {args.guide}; `--guide none` draws without.", ""] if args.guide else []),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -16,7 +16,9 @@ from ..config.sample import SampleArgs
 from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
+from ..guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..pipeline import load
+from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
 from .set_files import Processes, write_folder, write_npz
@@ -70,11 +72,14 @@ def requested(args: SampleArgs) -> RequestedSet:
     if args.flow_shift is not None and not name.startswith("flow-"):
         raise ValueError(f"sampler {name!r} has no flow_shift; it belongs to flow-euler, flow-heun, flow-sde")
     scheduler = pipe.scheduler_for(name, steps, of_sampler)
+    guide = args.guide if args.guide in (None, NONE, EXPERTS_OFF) else load_guide(Path(args.guide), pipe)
+    guided, scale = pipe.guide_for(guide, args.guide_scale)
     options = {
         "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
-        "sampler_options": of_sampler,
+        "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale,
     }  # fmt: skip
     noted = {"name": name, "steps": steps, "nfe": len(scheduler.timesteps), "cfg": cfg, **more, **of_sampler}
+    noted |= {} if guided is None else {"guide_scale": scale}
     return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
 
 
@@ -86,6 +91,7 @@ def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:
         **_trained(args.model),
         "vae": None if pipe.vae is None else getattr(pipe.vae.config, "_name_or_path", "unknown"),
         "sampler": images.sampler,
+        "guide": _guide(args, images),
         "seed": args.seed,
         "label_sampling": drawn if args.classes is None else "given",
         "labels_sha256": None if labels is None else hashlib.sha256(repr(labels).encode()).hexdigest(),
@@ -95,6 +101,18 @@ def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:
         "device": pipe.device.type,
     }
     return dict(json.loads(json.dumps(found)))
+
+
+def _guide(args: SampleArgs, images: RequestedSet) -> dict[str, Any] | str | None:
+    """Who guides, beside `guide_scale` of the sampler: a hash of its settings and weights, wherever they lie."""
+    guide: Any = images.pipe.guide_for(images.options["guide"], images.options["guide_scale"])[0]
+    if guide is None or isinstance(guide, ExpertsOff):
+        return None if guide is None else EXPERTS_OFF
+    settings = {name: value for name, value in guide.config.items() if not name.startswith("_")}
+    content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(guide.state_dict().items()):
+        content.update(name.encode() + value.cpu().numpy().tobytes())
+    return {"path": args.guide or str(args.model), "sha256": content.hexdigest()}
 
 
 def _time_shift(scheduler: Any) -> dict[str, Any]:

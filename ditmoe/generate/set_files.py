@@ -20,6 +20,7 @@ from ..files import read_object, whole, write_json
 from .draw import Pixels, RequestedSet, batches
 
 NOTE = "sampling.json"  # what made the images of a folder
+_NETWORKS = ("checkpoint", "guide")  # facts with a path and a hash
 
 Facts = Mapping[str, Any]  # what makes a set, as JSON values
 
@@ -131,12 +132,12 @@ def _same_set(folder: Path, facts: Facts, what: str) -> None:
         there = read_object(folder / NOTE)
     except ValueError:
         raise ValueError(f"{what} {folder} is not empty; give another folder") from None
-    there, wanted = ({**known, "checkpoint": _weights(known.get("checkpoint"))} for known in (there, facts))
+    there, wanted = ({**known, **{name: _weights(known.get(name)) for name in _NETWORKS}} for known in (there, facts))
     if differing := sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key)):
         fix = "repeat that command to complete it, or give another place"
         raise ValueError(f"{what} {folder} holds a part of another set (other {', '.join(differing)}); {fix}")
 
 
-def _weights(checkpoint: Any) -> Any:
-    """The same model may be reached by another path."""
-    return checkpoint.get("sha256") if isinstance(checkpoint, dict) else checkpoint
+def _weights(network: Any) -> Any:
+    """The same model or guide may be reached by another path."""
+    return network.get("sha256") if isinstance(network, dict) else network

@@ -93,3 +93,9 @@ class MoELayer(nn.Module):
             y = y + self.shared(rows)
         y = y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D)
         return y, Routing(logits, scores, plan, plan.counts * rows.shape[1], n)
+
+    def without_routed(self, x: Tensor) -> Tensor:
+        """Shared(x) alone, x (N, T, D) -> (N, T, D): zero where there is none. Neither router nor experts are run."""
+        x = x.to(autocast_dtype(x))
+        y: Tensor = torch.zeros_like(x) if self.shared is None else self.shared(x)
+        return y

@@ -131,6 +131,10 @@ FOREIGN_ENTRIES = {
     "custom pipeline": {"_class_name": ["tempting", "Thing"]},
     "another pipeline": {"_class_name": "DiTPipeline"},
     "auto_map": {"auto_map": {"AutoPipeline": "tempting.Thing"}},
+    "guide of a foreign module": {"guide": ["tempting", "Thing"]},
+    "guide of diffusers": {"guide": ["diffusers", "DiTTransformer2DModel"]},
+    "a scale of the guide that is no number": {"guide_scale": "2"},
+    "experts off that is no truth": {"experts_off": "yes"},
     "another component": {"safety": ["tempting", "Thing"]},
     "class names that are no text": {"id2label": {"0": ["x"]}},
     "steps that are no number": {"num_inference_steps": "many"},
@@ -181,6 +185,14 @@ def with_vae(model):
     change(model / "vae/config.json", block_out_channels=[2**16])
 
 
+def with_guide(model):
+    """One whose config asks for more than its weights are."""
+    shutil.copytree(model / "transformer", model / "guide")
+    change(model / "model_index.json", guide=["ditmoe.model", "DiTMoETransformer2DModel"])
+    assert pipeline.load(model).guide is not None
+    change(model / "guide/config.json", depth=10**9)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -222,6 +234,7 @@ def with_vae(model):
         ),
         (lambda m: (m / WEIGHTS).rename(m / "transformer/other.safetensors"), "no file named diffusion_pytorch_model"),
         (elsewhere, "its weights are not in the files that diffusers reads"),
+        (with_guide, r"guide/config\.json is of no network that can be built \(it has far more tensors"),
         (with_vae, r"its weights hold \d+ values, of \d+ which its config\.json asks for"),
         (lambda m: change(m / "transformer/config.json", depth=3), r"its weights lack blocks\.2\."),
     ],

@@ -180,6 +180,13 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
         (["sample", "{run}", "--score", "digits:test", "--out", "{new}.png"], "goes to an .npz file or a folder"),
         (["sample", "{run}", "--exposure-window", "40"], "'ddim' has no exposure_window; it belongs to ts-ddpm"),
         (["sample", "{run}", "--flow-shift", "3"], "'ddim' has no flow_shift; it belongs to flow-euler"),
+        (["sample", "{run}", "--guide", "{new}"], "does not exist; give a model folder, a run folder, RUN/checkpoints"),
+        (["sample", "{run}", "--guide-scale", "3"], "guide_scale is 3.0, but there is no guide; give one, a model or"),
+        (["sample", "{run}", "--guide", "none", "--guide-scale", "3"], "guide_scale is 3.0, but guide is none"),
+        (
+            ["sample", "{run}", "--guide", "experts-off", "--guide-scale", "1"],
+            "guide_scale is 1.0; with a guide it must",
+        ),
         (
             ["sample", "{run}", "--guidance-rule", "cfg++"],
             "guidance_rule 'cfg++' takes 0 to 1; give one such as 0.6 (--cfg)",

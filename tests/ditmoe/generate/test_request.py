@@ -17,6 +17,7 @@ from ditmoe.generate.request import facts, requested, run
 from ditmoe.model import build
 from samplers import catalog, time_shift
 from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.test_saved_files import SAVED
 
 
 class Alone:
@@ -124,3 +125,74 @@ def test_rgb_images_are_written(tmp_path: Path) -> None:
     pipeline.save(pipeline.assemble(build(config, 0), config, {}), tmp_path / "model")
     run(SampleArgs(tmp_path, num=1, out=tmp_path / "rgb"), Alone())
     assert Image.open(tmp_path / "rgb" / "000000.png").mode == "RGB"
+
+
+def noted(folder: Path) -> Any:
+    return json.loads((folder / "sampling.json").read_text())
+
+
+def test_a_set_knows_its_guide_and_goes_on_with_no_other(tmp_path: Path) -> None:
+    run_folder = SAVED / "by-token"
+    args = SampleArgs(run_folder, out=tmp_path / "many", num=4, steps=2, batch_size=1, guide_scale=3.0)
+    step = replace(args, guide=str(run_folder / "checkpoints/step-000004"))
+    run(step, Alone())
+    found = noted(tmp_path / "many")
+    assert found["guide"]["path"] == step.guide
+    assert found["sampler"]["guide_scale"] == 3.0
+    (last,) = (tmp_path / "many").glob("000003-*.png")
+    content = last.read_bytes()
+    last.unlink()
+    run(replace(args, guide=str(run_folder)), Alone())  # the same network at another place
+    assert last.read_bytes() == content
+    for other, what in (
+        (replace(args, guide="experts-off"), "guide"),
+        (replace(args, guide=str(SAVED / "by-place")), "guide"),
+        (replace(step, guide_scale=2.0), "sampler"),
+        (replace(step, guide="none", guide_scale=None), "guide, sampler"),
+    ):
+        with pytest.raises(ValueError, match=rf"part of another set \(other {what}\)"):
+            run(other, Alone())
+
+
+def test_a_set_without_a_guide_goes_on_from_before_there_were_guides(tmp_path: Path) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / "many", num=2, batch_size=1)
+    run(args, Alone())
+    found = noted(tmp_path / "many")
+    assert found.pop("guide") is None
+    assert "guide_scale" not in found["sampler"]
+    (tmp_path / "many" / "sampling.json").write_text(json.dumps(found))
+    (first,) = (tmp_path / "many").glob("000000-*.png")
+    first.unlink()
+    run(args, Alone())
+    assert first.exists()
+
+
+def test_the_guide_that_a_model_names_is_noted_and_can_be_left_out(tmp_path: Path) -> None:
+    pipe, guide = make(), make()
+    torch.nn.init.normal_(guide.transformer.final_layer.linear.weight)
+    pipeline.save(guide, tmp_path / "weaker" / "model")
+    pipeline.add_guide(pipe, guide.transformer, 3.0)
+    pipeline.save(pipe, tmp_path / "strong" / "model")
+    args = SampleArgs(tmp_path / "strong", num=2)
+    saved, given, without = (
+        facts(a, requested(a))
+        for a in (args, replace(args, guide=str(tmp_path / "weaker")), replace(args, guide="none"))
+    )
+    assert saved["guide"]["sha256"] == given["guide"]["sha256"]
+    assert (saved["guide"]["path"], given["guide"]["path"]) == (str(tmp_path / "strong"), str(tmp_path / "weaker"))
+    assert [f["sampler"].get("guide_scale") for f in (saved, given, without)] == [3.0, 2.0, None]
+    assert without["guide"] is None
+    off = replace(args, guide="experts-off")
+    assert facts(off, requested(off))["guide"] == "experts-off"
+    three = replace(args, guide=str(tmp_path / "weaker"), guide_scale=3.0)
+    batches = [requested(a).batch(range(2)) for a in (args, three, off)]
+    assert np.array_equal(batches[0], batches[1])
+    assert not np.array_equal(batches[0], batches[2])
+
+
+def test_a_refused_guide_makes_no_folder(tmp_path: Path) -> None:
+    args = SampleArgs(SAVED / "by-token", out=tmp_path / "many", num=2, guide=str(SAVED.parents[1] / "models/fashion"))
+    with pytest.raises(ValueError, match="the guide has sample_size 28, but the model has 8"):
+        run(args, Alone())
+    assert not (tmp_path / "many").exists()

@@ -1,0 +1,57 @@
+"""A model to give away may name its guide."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditmoe import pipeline
+from ditmoe.config.sample import ExportArgs
+from ditmoe.convert.export import export
+from ditmoe.guide import ExpertsOff
+from tests.ditmoe.test_saved_files import SAVED
+
+RUN = SAVED / "by-token"
+
+
+@pytest.mark.parametrize("guide", ["experts-off", str(RUN / "checkpoints/step-000004")])
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_the_folder_holds_the_guide_and_its_scale(tmp_path: Path, guide: str, scale: float | None) -> None:
+    export(ExportArgs(RUN, tmp_path / "gift", guide=guide, guide_scale=scale))
+    pipe = pipeline.load(tmp_path / "gift")
+    found, w = pipe.guide_for()
+    assert w == (scale or 2.0)
+    if guide == "experts-off":
+        assert isinstance(found, ExpertsOff)
+        assert not (tmp_path / "gift" / "guide").exists()
+    else:
+        assert found is pipe.guide
+        for value, kept in zip(found.state_dict().values(), pipe.transformer.state_dict().values(), strict=True):
+            assert torch.equal(value, kept)  # of the same step, rounded alike
+    card = (tmp_path / "gift" / "README.md").read_text()
+    assert f"--guide {guide}{'' if scale is None else ' --guide-scale 3.0'}\n" in card
+    assert f"guided by {guide}; `--guide none` draws without" in card
+
+
+def test_without_a_guide_there_is_none(tmp_path: Path) -> None:
+    export(ExportArgs(RUN, tmp_path / "gift"))
+    assert pipeline.load(tmp_path / "gift").guide_for() == (None, 1.0)
+    assert "--guide" not in (tmp_path / "gift" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"guide_scale": 2.0}, "guide_scale is 2.0, but there is no guide; give --guide PATH or experts-off"),
+        ({"guide": "none"}, "guide is none, which a model without --guide has"),
+        ({"guide": "nowhere"}, "guide nowhere does not exist"),
+        ({"guide": "experts-off", "guide_scale": 1.0}, "guide_scale is 1.0; with a guide it must be"),
+        ({"guide": str(SAVED.parents[1] / "models/fashion")}, "the guide has sample_size 28, but the model has 8"),
+    ],
+)
+def test_what_cannot_be_named_is_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        export(ExportArgs(RUN, tmp_path / "gift", **options))  # type: ignore[arg-type]
+    assert not (tmp_path / "gift").exists()
