@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .config.file import check_types
-from .config.sections import Config, ModelConfig, MoEConfig, RouterInput, has_experts
+from .config.sections import Config, ModelConfig, MoEConfig, RouterInput, RouterKind, RouterScore, has_experts
 from .layers import (
     Attention,
     LabelEmbedder,
@@ -99,6 +99,7 @@ class FinalLayer(nn.Module):
 
 KEYS = {  # fields of the configuration that the network, and so a saved model, knows by another name
     "blocks": "moe_blocks",
+    "router": "router_kind",
     "score": "router_score",
     "renormalize": "router_renormalize",
     "scale": "router_scale",
@@ -130,9 +131,10 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         activation: Literal["swiglu", "gelu"] = "swiglu", positions: Literal["rope", "sincos"] = "rope",
         qk_norm: Literal["rms", "layer", "none"] = "rms",
         moe_blocks: Literal["all", "every-second", "none"] = "every-second", num_experts: int = 16, top_k: int = 3,
-        expert_width: int = 256, shared_width: int = 256, router_input: RouterInput = "token",
-        router_score: Literal["softmax", "sigmoid"] = "sigmoid", router_renormalize: bool = True,
-        router_scale: float = 1.0, router_bias: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
+        expert_width: int = 256, shared_width: int = 256, router_kind: RouterKind = "linear",
+        cosine_scale: float | None = None, router_input: RouterInput = "token",
+        router_score: RouterScore = "sigmoid", router_renormalize: bool = True, router_scale: float = 1.0,
+        router_bias: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -160,6 +162,8 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 shared_width=shared_width,
                 rule=rule,
                 activation=activation,
+                kind=router_kind,
+                cosine_scale=cosine_scale,
                 inputs=inputs,
                 positions=places,
                 with_bias=router_bias,

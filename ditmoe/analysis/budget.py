@@ -36,14 +36,15 @@ _ROWS = (
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one image in one forward pass (a multiply-add is two): whole, in the blocks."""
+    """Floating-point operations of one image (a multiply-add is two) forward, of which in the blocks, and backward."""
 
     forward: float
     blocks: float
+    backward: float
 
     def training(self, checkpointing: bool) -> float:
-        """Forward and backward, where each product has two; checkpointing repeats the blocks."""
-        return 3 * self.forward + (self.blocks if checkpointing else 0.0)
+        """Forward and backward; checkpointing repeats the blocks."""
+        return self.forward + self.backward + (self.blocks if checkpointing else 0.0)
 
 
 class Needs(NamedTuple):
@@ -65,19 +66,21 @@ def flops(config: Config) -> Flops:
     """Matrix products of one image: a token's weights twice, and attention.
 
     A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection, 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward
-    layers of width w (K F + shared in an MoE layer), 2 T D E for a token that a
-    router sees, 2 D E for a time or label. Source: as torch.utils.flop_counter.
+    layers of width w (K F + shared in an MoE layer), 2 T D E for a token that a router sees, 2 D E for a time or
+    label; for the sums of a prototype router as much again. Backward, each product has two, sums one where there is a
+    contrastive loss. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
-    blocks = 0
+    blocks, sums = 0, 0
     for routed in _routed(config):
         width = e.top_k * e.expert_width + e.shared_width if routed else m.ffn_width
         tokens, image = _seen(config) if routed else (0, 0)  # a router by place: once for all images
-        router = e.num_experts * (T * tokens + image)
-        blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * D * (T * both * width + router)
+        router = 2 * D * e.num_experts * (T * tokens + image)
+        sums += router if e.router == "prototype" else 0
+        blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * D * T * both * width + router
     ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + pixels * (2 if config.objective.learn_sigma else 1))
-    return Flops(blocks + ends, blocks)
+    return Flops(blocks + sums + ends, blocks + sums, 2 * (blocks + ends) + (sums if e.contrastive_weight else 0))
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:
@@ -108,7 +111,8 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
       and in bf16 their 8 D in float32.
     * b (1 + m) F of a dense layer or the shared expert; of routed experts K b (2 D + (1 + m) F) with grouped
       products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
-    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place has one for all images.
+    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place has one for all images. Of
+      prototypes 8 E + 12 more: products before they are cosines, and who serves.
     An image: (7 b + 8) D for adaLN; 4 D + 8 of a time or label that the router sees, in bf16 4 D more of a time. Kept:
     the block's input, the router's record. Passing: the gradients of the residual stream, and of the widest layer.
 
@@ -129,7 +133,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
         token += (4 * D if "token" in e.router_input or not half else 0) + (b * D if half and e.shared_width else 0)
         decisions = 1.0 if tokens else (1 / T if image else 0.0)  # for each token
         record = decisions * (8 * e.num_experts + 12 * K)
-        token += record + decisions * 36 * K
+        token += record + decisions * (36 * K + (8 * e.num_experts + 12 if e.router == "prototype" else 0))
         seen = image * (4 * D + 8) + (4 * D if half and image else 0)  # every such router sees the time
         widest = K * D if loop else K * both * F
     else:
@@ -261,9 +265,7 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         f"micro-batches of {images}, accumulation {times}, {'bf16 autocast' if _sizes(config)[1] == 2 else 'fp32'}, "
         f"FSDP2 gathers {config.parallel.gather}\n"
         f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
-        f"{count.training(True) / 1e9:.2f} with gradient checkpointing"
-        + f"; Muon {extra / 1e9:.3g} a step more"
-        * muon
+        f"{count.training(True) / 1e9:.2f} with gradient checkpointing" + f"; Muon {extra / 1e9:.3g} a step more" * muon
     )
     rows = zip(_ROWS, *columns, strict=True)
     return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])

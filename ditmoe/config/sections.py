@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 MOST = 1e30  # of a number; one step below what float32 cannot hold
-RouterInput = Literal["token", "plain", "token+time", "plain+time", "position", "time", "time+label"]
+RouterInput = Literal[
+    "token", "plain", "token+time", "plain+time", "token+position", "plain+position", "position", "time", "time+label"
+]
+RouterKind = Literal["linear", "prototype"]
+RouterScore = Literal["sigmoid", "softmax", "identity"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
@@ -72,12 +76,17 @@ class MoEConfig:
     """Hidden width F of one routed expert."""
     shared_width: int = 128
     """Hidden width of the shared expert that serves every token; 0 leaves it out."""
+    router: RouterKind = "linear"
+    """Logits are products with a row of weights an expert (linear), or cosines to its prototype (prototype)."""
+    cosine_scale: float | None = None
+    """prototype: factor on the cosines. None: 1 with score identity, else the root of the width of what the
+    router sees, so that logits start as those of a linear router do."""
     router_input: RouterInput = "token"
     """What the router looks at, which decides who shares its decision. Each token has its own with token, or plain (the
-    token before adaLN modulates it), alone or with the time beside it; position: a place has the same experts in every
-    image and at every noise level (for aligned images); time, time+label: an image has."""
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
-    """How router logits become scores."""
+    token before adaLN modulates it), alone or with the time or its place beside it; position: a place has the same
+    experts in every image and at every noise level (for aligned images); time, time+label: an image has."""
+    score: RouterScore = "sigmoid"
+    """How router logits become scores; identity (ProMoE), not at all, is for a prototype router without renormalize."""
     renormalize: bool = True
     """Divide the K chosen scores by their sum."""
     scale: float | None = None
@@ -87,6 +96,11 @@ class MoEConfig:
     """Weight of each layer's balance loss (DiT-MoE's alpha: 0.005)."""
     z_weight: float = 0.0
     """Weight of each layer's router z-loss (ST-MoE: 0.001)."""
+    contrastive_weight: float = 0.0
+    """prototype: weight of each layer's routing contrastive loss (ProMoE: 1), which pulls prototypes and the mean of
+    their experts' tokens together, and apart from the others."""
+    contrastive_temperature: float = 0.07
+    """Of that loss (ProMoE: 0.07)."""
     bias_rate: float = 0.0
     """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out."""
     backend: Literal["auto", "grouped", "loop"] = "auto"
@@ -94,13 +108,27 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "top_k", "expert_width")
-        at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate")
+        _positive(self, "contrastive_temperature")
+        at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate", "contrastive_weight")
         _require(self.top_k <= self.num_experts, f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         _require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
+        self._check_router()
         if self.top_k == 1 and self.renormalize and self.blocks != "none":
             raise ValueError(
                 "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize"
             )
+
+    def _check_router(self) -> None:
+        scale, weight = self.cosine_scale, self.contrastive_weight
+        _require(scale is None or 0 < scale <= MOST, f"cosine_scale is {scale}; it must be above 0, and finite")
+        if self.score == "identity" and self.renormalize:
+            raise ValueError("score identity cannot be renormalised: cosines may be negative; add --moe.no-renormalize")
+        if weight and self.router_input == "position":
+            raise ValueError("contrastive_weight needs a router that sees images, and router_input position sees none")
+        prototype = self.router == "prototype"
+        _require(prototype or scale is None, "cosine_scale works with router prototype, not linear")
+        _require(prototype or self.score != "identity", "score identity works with router prototype, not linear")
+        _require(prototype or not weight, "contrastive_weight works with router prototype, not linear")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""Balance: pure functions of what a layer's router did. They return values; nothing is injected into a graph.
+"""Losses: pure functions of what a layer's router did. They return values; nothing is injected into a graph.
 
-Shapes: E experts, K experts per token.
+Shapes: E experts, K experts per token, I inputs of the router of width D.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layer import Routing
@@ -15,7 +16,7 @@ def balance_loss(routing: Routing, counts: Tensor | None = None) -> Tensor:
     """Expert-level balance loss of one layer, a float32 scalar: 1 at even load, up to E / K when K experts take all.
 
     L = E * sum_e f_e P_e, where f_e is expert e's share of the assignments (no gradient) and P_e the mean of its
-    score, normalised over the experts of a token.
+    score, normalised over the experts of a token; a score below 0, which a cosine may be, counts as 0.
 
     Args:
         routing: The layer's record.
@@ -25,10 +26,36 @@ def balance_loss(routing: Routing, counts: Tensor | None = None) -> Tensor:
     alpha, 0.005) is the caller's.
     """
     counts = routing.counts if counts is None else counts
-    scores = routing.scores
+    scores = routing.scores.clamp_min(0)
     probs = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # softmax scores stay as they are
     load = counts.to(probs.dtype) / counts.sum().clamp_min(1)  # (E,)
     return probs.shape[-1] * (load * probs.mean(dim=0)).sum()
+
+
+def contrastive_loss(
+    routing: Routing, temperature: float, sums: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """Routing contrastive loss of one layer with prototypes p, a float32 scalar: small where p_e is alone near m_e.
+
+    L = mean over e of -log softmax_j(cos(p_e, m_j) / temperature)[e], with m_j the mean of what the router saw of the
+    tokens that expert j serves. Experts without tokens are left out. The gradient goes to prototypes and to tokens.
+
+    Args:
+        routing: The layer's record, of a prototype router.
+        temperature: ProMoE's configurations have 0.07.
+        sums: (E, I D) as the record's, over the global batch, when this process holds a part of it. As the loss is
+            not linear in them, they are to carry the gradient of all processes' losses.
+        counts: (E,) of the global batch likewise.
+
+    Source: ProMoE (arXiv 2510.24711), the released code: all K experts of a token count, as if it had one.
+    """
+    sums, counts = routing.sums if sums is None else sums, routing.counts if counts is None else counts
+    assert sums is not None, "the router has no prototypes"
+    assert routing.prototypes is not None, "the router has no prototypes"
+    served = counts > 0  # (E,)
+    cosines = routing.prototypes @ F.normalize(sums, dim=1).T  # (E, E): prototype, mean
+    right = (cosines / temperature).masked_fill(~served, -1e30).log_softmax(dim=1).diagonal()
+    return -torch.where(served, right, 0.0).sum() / served.sum().clamp_min(1)
 
 
 def z_loss(routing: Routing) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Input = Literal["token", "plain", "time", "label", "position"]
+Kind = Literal["linear", "prototype"]
 
 
 class Condition(NamedTuple):
@@ -33,7 +34,11 @@ class Condition(NamedTuple):
 
 
 class Router(nn.Module):
-    """Linear router, logits = sum over its inputs of z_i W_i^T, with W = [W_1 ... W_I].
+    """Logits of what it sees, z = [z_1 ... z_I], by one row of W = [W_1 ... W_I] an expert.
+
+    * linear: z W^T.
+    * prototype: cosine_scale * cos(z, w_e), w_e being expert e's prototype: the length of neither counts. With the
+      default scale it starts as a linear router does.
 
     What the inputs differ in decides who shares a decision: with "token" or "plain" (the token before modulation) each
     token has its own; with "position" alone a place, in every image and at every noise level; with "time" and "label"
@@ -46,21 +51,26 @@ class Router(nn.Module):
     Args:
         hidden_size: Width D of a token.
         num_experts: Experts E.
+        kind: What logits are.
         inputs: What it looks at.
         positions: (T, D) one vector a place, of about unit variance, for the input "position".
         with_bias: Keep a balancing bias (see `losses.balanced_bias`) as the buffer `expert_bias`.
+        cosine_scale: Of the kind prototype; None: (I D)^1/2.
+
+    Source: prototypes: ProMoE (arXiv 2510.24711), which has cosine_scale 1.
     """
 
     expert_bias: Tensor | None
     positions: Tensor | None
 
     def __init__(
-        self, hidden_size: int, num_experts: int, *, inputs: Sequence[Input] = ("token",),
-        positions: Tensor | None = None, with_bias: bool = False,
+        self, hidden_size: int, num_experts: int, *, kind: Kind = "linear", inputs: Sequence[Input] = ("token",),
+        positions: Tensor | None = None, with_bias: bool = False, cosine_scale: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         assert ("position" in inputs) == (positions is not None), "positions belong to the input position"
-        self.hidden_size, self.inputs = hidden_size, tuple(inputs)
+        self.hidden_size, self.kind, self.inputs = hidden_size, kind, tuple(inputs)
+        self.cosine_scale = cosine_scale or (len(self.inputs) * hidden_size) ** 0.5
         self.weight = nn.Parameter(torch.empty(num_experts, len(self.inputs) * hidden_size))
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if with_bias else None)
@@ -75,22 +85,36 @@ class Router(nn.Module):
         """Normal weights of variance 1 / (I D)."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        """x (N, T, D), any float dtype -> logits (n, t, E) float32 (float64 stays float64).
+    def forward(self, seen: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What `seen` gives -> logits (n, t, E) of its dtype, and the prototypes (E, I D), vectors of length 1, if any.
 
         n is N, or 1 where all images share a decision; t is T, or 1 where all tokens of an image do.
+        """
+        with torch.autocast(seen[0].device.type, enabled=False):
+            weight = self.weight.to(seen[0].dtype)
+            if self.kind == "linear":
+                return self._products(seen, weight), None
+            prototypes = F.normalize(weight, dim=1)
+            squares = reduce(torch.add, (z.square().sum(dim=-1, keepdim=True) for z in seen))  # of the length of z
+            shrink = self.cosine_scale * squares.clamp_min(1e-12).rsqrt()
+            return self._products(seen, prototypes) * shrink, prototypes
+
+    def _products(self, seen: Sequence[Tensor], weight: Tensor) -> Tensor:
+        """z W^T (n, t, E), part by part: an input that many share is multiplied once."""
+        parts = zip(seen, weight.split(self.hidden_size, dim=1), strict=True)
+        return reduce(torch.add, (F.linear(z, w) for z, w in parts))
+
+    def seen(self, x: Tensor, condition: Condition | None = None) -> list[Tensor]:
+        """The inputs of tokens x (N, T, D) of any float dtype: each (N or 1, T or 1, D), float32 or wider.
 
         Raises:
             ValueError: Another number of tokens than there are positions.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            weights = self.weight.to(dtype).split(self.hidden_size, dim=1)
-            parts = zip(self._seen(x, condition), weights, strict=True)
-            return reduce(torch.add, (F.linear(z.to(dtype), w) for z, w in parts))
+            return [z.to(dtype) for z in self._seen(x, condition)]
 
     def _seen(self, x: Tensor, condition: Condition | None) -> Iterator[Tensor]:
-        """The inputs, each (n, t, D)."""
         for kind in self.inputs:
             if kind == "token":
                 yield x

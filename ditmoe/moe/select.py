@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+Score = Literal["softmax", "sigmoid", "identity"]
+
 
 @dataclass(frozen=True)
 class RoutingRule:
@@ -20,15 +22,23 @@ class RoutingRule:
 
     Args:
         top_k: Experts that serve one row, K.
-        score: How logits become scores: "softmax" over the experts, or an independent "sigmoid" each.
+        score: How logits become scores: "softmax" over the experts, an independent "sigmoid" each, or "identity", not
+            at all: for cosines, which are bounded.
         renormalize: Divide a row's K chosen scores by their sum.
         scale: Factor on the weights.
+
+    Raises:
+        ValueError: Renormalised logits, whose sum may be 0 or below.
     """
 
     top_k: int
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Score = "softmax"
     renormalize: bool = False
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.score == "identity" and self.renormalize:
+            raise ValueError("score identity cannot be renormalised: the sum of K logits may be 0 or below")
 
 
 class Plan(NamedTuple):
@@ -57,8 +67,8 @@ class Plan(NamedTuple):
 def select(logits: Tensor, rule: RoutingRule, bias: Tensor | None = None) -> tuple[Tensor, Plan]:
     """Scores (R, E) float32, and the plan: the K experts of every row and their weights.
 
-    w_k = scale * s_k / (sum_j s_j if renormalize else 1), with s = softmax(logits) or sigmoid(logits) and the K
-    largest s + bias chosen. The bias moves the choice, never the weights.
+    w_k = scale * s_k / (sum_j s_j if renormalize else 1), with s = softmax(logits), sigmoid(logits) or the logits, and
+    the K largest s + bias chosen. The bias moves the choice, never the weights.
 
     Args:
         logits: (R, E) float32.
@@ -66,10 +76,12 @@ def select(logits: Tensor, rule: RoutingRule, bias: Tensor | None = None) -> tup
         bias: (E,) float32 added to the scores for the choice alone, or None.
 
     Source: DiT-MoE (arXiv 2407.11633) eq. 4: softmax, not renormalised; DeepSeek-V3 (arXiv 2412.19437) eq. 12-16:
-    sigmoid, renormalised, scaled, with a bias.
+    sigmoid, renormalised, scaled, with a bias; ProMoE (arXiv 2510.24711) Table 8: identity, of cosines.
     """
     R, E = logits.shape
-    scores = logits.softmax(dim=-1) if rule.score == "softmax" else logits.sigmoid()
+    scores = logits
+    if rule.score != "identity":
+        scores = logits.softmax(dim=-1) if rule.score == "softmax" else logits.sigmoid()
     choice = scores.detach() if bias is None else scores.detach() + bias
     experts = choice.topk(rule.top_k, dim=-1).indices  # (R, K), best first
     weights = scores.gather(-1, experts)

@@ -13,7 +13,7 @@ from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, save_png
 
 LINE, SECOND = "#2b6cb0", "#c2571a"
 SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
-    "vlb": "variational bound", "balance": "balance loss (1 = even)",
+    "vlb": "variational bound", "balance": "balance loss (1 = even)", "contrastive": "routing contrastive loss",
     "load_max_over_mean": "busiest expert ÷ mean load", "z": "router z-loss", "grad_norm": "gradient norm",
     "lr": "learning rate", "images_per_second": "images per second",
 }  # fmt: skip

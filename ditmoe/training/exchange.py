@@ -1,4 +1,4 @@
-"""Tokens to the processes that hold their experts, and the results back.
+"""Tokens to the processes that hold their experts, and the results back; sums over all processes.
 
 Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
 """
@@ -56,6 +56,29 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         receive, send = ctx.sizes
         return _AllToAll.apply(grad, receive, send, ctx.exchange), None, None, None
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of all processes' values, whose gradient is the sum of all their gradients. All must call it.
+
+    So a loss of global statistics, which every process calculates whole, has the gradient of one process once
+    parameters' gradients are averaged over processes.
+    """
+    total: Tensor = _AllSum.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
+    return total
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total: Tensor = _AllSum.apply(grad)
+        return total
 
 
 def local(value: Tensor) -> Tensor:

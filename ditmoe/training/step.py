@@ -14,8 +14,9 @@ from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
 from ..model import DiTMoETransformer2DModel
-from ..moe import MoELayer, Routing, balance_loss, balanced_bias, z_loss
+from ..moe import MoELayer, Routing, balance_loss, balanced_bias, contrastive_loss, z_loss
 from ..objective import Objective
+from .exchange import all_sum
 from .feed import Watch
 from .health import Evidence, Health
 from .parallel import Parallel
@@ -107,7 +108,8 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     """The losses of one micro-batch, the routers' records, and the (L, E) assignments of all processes.
 
     The total is the weighted sum of the other losses. Each layer's own balance loss has the weight, as in the paper;
-    "balance" and "z" are means over the L layers, so that 1 is even load whatever the depth.
+    "balance", "z" and "contrastive" (of prototype routers) are means over the L layers, so that 1 is even load whatever
+    the depth. Loads and the means of experts' tokens are those of the micro-batch of all processes together.
     """
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device, (C, H, W) = accelerator.device, batch.x.shape[1:]
@@ -126,6 +128,10 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
         balance = torch.stack([*map(balance_loss, routing, counts)]).mean()
         z = torch.stack([*map(z_loss, routing)]).mean()
         parts += [("balance", L * moe.balance_weight, balance), ("z", L * moe.z_weight, z)]
+        if sums := [record.sums for record in routing if record.sums is not None]:
+            whole = zip(routing, all_sum(torch.stack(sums)), counts, strict=True)
+            contrastive = torch.stack([contrastive_loss(r, moe.contrastive_temperature, s, c) for r, s, c in whole])
+            parts.append(("contrastive", L * moe.contrastive_weight, contrastive.mean()))
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
     return {"total": total, **{name: value for name, _, value in parts}}, routing, counts
 

@@ -37,6 +37,9 @@ def test_a_saved_configuration_comes_back_equal(name: str, tmp_path: Path) -> No
     assert changed == replace(config, seed=8)
 
 
+PROTOTYPE = ["digits", "--moe.router", "prototype"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -45,6 +48,17 @@ def test_a_saved_configuration_comes_back_equal(name: str, tmp_path: Path) -> No
         (["digits", "--train.batch-size", "many"], ["batch-size", "many"]),
         (["digits", "--train.batch-size", "-4"], ["batch_size is -4"]),
         (["digits", "--moe.top-k", "9"], ["top_k 9 is more than num_experts 8"]),
+        (["digits", "--moe.cosine-scale", "1"], ["cosine_scale works with router prototype, not linear"]),
+        (["digits", "--moe.contrastive-weight", "1"], ["contrastive_weight works with router prototype"]),
+        (["digits", "--moe.score", "identity", "--moe.no-renormalize"], ["score identity works with router prototype"]),
+        (
+            [*PROTOTYPE, "--moe.score", "identity"],
+            ["score identity cannot be renormalised"],
+        ),
+        ([*PROTOTYPE, "--moe.cosine-scale", "0"], ["cosine_scale is 0.0; it must be above 0"]),
+        ([*PROTOTYPE, "--moe.contrastive-temperature", "0"], ["contrastive_temperature is 0.0; it must be above 0"]),
+        ([*PROTOTYPE, "--moe.contrastive-weight", "-1"], ["contrastive_weight is -1.0; it must be 0 or more"]),
+        ([*PROTOTYPE, "--moe.contrastive-weight", "1", "--moe.router-input", "position"], ["position sees none"]),
         (["digits", "--model.patch-size", "3"], ["sample_size 8 is not a multiple of patch_size 3"]),
         (["digits", "--max-steps", "999999"], ["decay"]),
         (["digits", "--objective.learn-sigma"], ["learn_sigma works with prediction_type epsilon"]),

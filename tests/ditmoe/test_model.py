@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, RouterInput
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, RouterInput, RouterKind
 from ditmoe.layers import rotary_positions, rotate, sincos_positions, unpatchify
 from ditmoe.model import KEYS, DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.moe import contrastive_loss
 
 PAPER = {  # total and activated parameters in millions (DiT-MoE, Table 1; the release instantiated)
     "dit-moe-s/2-8e2a": (199.31, 71.91),
@@ -95,17 +96,30 @@ def test_routing_by_place_survives_saving(tmp_path: Path) -> None:
         model.blocks[0].moe(torch.randn(1, 9, 32))
 
 
-@pytest.mark.parametrize("kind", get_args(RouterInput))
-def test_every_router_input_trains_a_model(kind: str) -> None:
-    model = small(router_input=kind, moe_blocks="all").train()
+@pytest.mark.parametrize("seen", get_args(RouterInput))
+@pytest.mark.parametrize("kind", get_args(RouterKind))
+def test_every_router_trains_a_model(seen: str, kind: str) -> None:
+    model = small(router_input=seen, router_kind=kind, moe_blocks="all").train()
     x, t, y = inputs()
     out = model(x, t, y)
     out.sample.square().mean().backward()
     assert all(block.moe.router.weight.grad.abs().sum() > 0 for block in model.blocks)
-    an_image = kind in ("time", "time+label")
+    an_image = seen in ("time", "time+label")
     assert all(record.served().shape[1] == (1 if an_image else 16) for record in out.routing)
     alone = model(x[:1], t[:1], y[:1]).sample
     torch.testing.assert_close(alone, out.sample[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "score"), [(None, "sigmoid"), (20.0, "sigmoid"), (None, "identity")])
+def test_a_prototype_router_survives_saving(tmp_path: Path, scale: float | None, score: str) -> None:
+    options = {"router_kind": "prototype", "router_input": "plain+position", "cosine_scale": scale}
+    model = small(**options, router_score=score, router_renormalize=False, moe_blocks="all").eval()
+    model.save_pretrained(tmp_path)
+    again = DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(*inputs()).sample, model(*inputs()).sample)
+    largest = max(float(record.logits.detach().abs().max()) for record in again(*inputs()).routing)
+    bound = scale or (1.0 if score == "identity" else 64**0.5)
+    assert 0.2 * bound < largest <= bound
 
 
 def test_a_router_of_labels_needs_labels() -> None:
@@ -116,7 +130,8 @@ def test_a_router_of_labels_needs_labels() -> None:
 def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainings_own() -> None:
     known = signature(DiTMoETransformer2DModel.__init__).parameters
     fields = [KEYS.get(f.name, f.name) for section in (ModelConfig, MoEConfig) for f in dataclasses.fields(section)]
-    assert set(fields) - known.keys() == {"gradient_checkpointing", "balance_weight", "z_weight", "bias_rate"}
+    trainings = {"balance_weight", "z_weight", "bias_rate", "contrastive_weight", "contrastive_temperature"}
+    assert set(fields) - known.keys() == {"gradient_checkpointing", *trainings}
     assert known.keys() - {"self", *fields} == {"router_bias", "learn_sigma", "prediction_type", "time_scale"}
 
 
@@ -178,14 +193,17 @@ def test_saved_and_loaded_models_agree(tmp_path: Path, variant: torch.dtype) -> 
     assert torch.equal(model(*inputs()).sample, again(*inputs()).sample)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_and_counts_once() -> None:
+@pytest.mark.parametrize("kind", get_args(RouterKind))
+def test_gradient_checkpointing_gives_the_same_gradients_and_counts_once(kind: str) -> None:
     grads, counts = [], []
     for checkpointing in (False, True):
-        model = small().train()
+        model = small(router_kind=kind).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
         out = model(*inputs())
-        out.sample.square().mean().backward()
+        losses = [out.sample.square().mean()]
+        losses += [contrastive_loss(record, 0.1) for record in out.routing if kind == "prototype"]
+        torch.stack(losses).sum().backward()
         grads.append([p.grad for p in model.parameters()])
         counts.append(torch.stack([r.counts for r in out.routing]))
     assert torch.equal(*counts)

@@ -34,16 +34,54 @@ def seen(layer: MoELayer, x: Tensor, condition: Condition | None, n: int, t: int
     return torch.cat(vectors)
 
 
+def logits_of(layer: MoELayer, z: Tensor) -> Tensor:
+    """(E,) of one token of which the router sees z."""
+    router = layer.router
+    if router.kind == "linear":
+        return router.weight @ z
+    return torch.stack([router.cosine_scale * (z @ p) / (z @ z).sqrt() / (p @ p).sqrt() for p in router.weight])
+
+
+def scores_of(layer: MoELayer, logits: Tensor) -> Tensor:
+    """(E,) of one token."""
+    if layer.rule.score == "identity":
+        return logits
+    return logits.softmax(0) if layer.rule.score == "softmax" else logits.sigmoid()
+
+
+def chosen_by(layer: MoELayer, scores: Tensor) -> list[int]:
+    """Experts of one token, best first."""
+    bias = layer.router.expert_bias
+    ranked = scores if bias is None else scores + bias
+    return sorted(range(len(scores)), key=lambda e: -float(ranked[e]))[: layer.rule.top_k]
+
+
+def contrastive(layer: MoELayer, x: Tensor, condition: Condition | None, temperature: float) -> Tensor:
+    """The routing contrastive loss of `layer` for x (N, T, D), without experts that have no token."""
+    served: dict[int, list[Tensor]] = {}
+    for n in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            z = seen(layer, x, condition, n, t)
+            for e in chosen_by(layer, scores_of(layer, logits_of(layer, z))):
+                served.setdefault(e, []).append(z)
+    means = {e: torch.stack(vectors).mean(0) for e, vectors in served.items()}
+    losses = []
+    for e in means:
+        p = layer.router.weight[e]
+        cosines = {j: (p @ m) / p.norm() / m.norm() for j, m in means.items()}
+        total = sum((c / temperature).exp() for c in cosines.values())
+        losses.append(-((cosines[e] / temperature).exp() / total).log())
+    return torch.stack(losses).mean()
+
+
 def moe(layer: MoELayer, x: Tensor, condition: Condition | None = None) -> Tensor:
     """What `layer` should give for x (N, T, D)."""
-    rule, bias = layer.rule, layer.router.expert_bias
+    rule = layer.rule
     out = torch.zeros_like(x)
     for n, image in enumerate(x):
         for t, token in enumerate(image):
-            logits = layer.router.weight @ seen(layer, x, condition, n, t)
-            scores = logits.softmax(0) if rule.score == "softmax" else logits.sigmoid()
-            ranked = scores if bias is None else scores + bias
-            chosen = sorted(range(len(scores)), key=lambda e: -float(ranked[e]))[: rule.top_k]
+            scores = scores_of(layer, logits_of(layer, seen(layer, x, condition, n, t)))
+            chosen = chosen_by(layer, scores)
             total = sum(scores[e] for e in chosen) if rule.renormalize else 1.0
             for e in chosen:
                 y = expert(token, layer.experts.w_in[e], layer.experts.w_out[e], layer.experts.activation)

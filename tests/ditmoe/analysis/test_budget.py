@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from ditmoe.analysis import budget
 from ditmoe.analysis.budget import describe
 from ditmoe.config.file import save, to_dict
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, RouterInput, TrainConfig
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, RouterInput, RouterKind, TrainConfig
 from ditmoe.launch.start import shutdown
 from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
 from ditmoe.moe import Experts
@@ -72,6 +73,9 @@ def split(config: Config) -> tuple[int, int]:
     return experts, sum(sizes.values()) - experts
 
 
+ROUTERS = list(product(get_args(RouterKind), get_args(RouterInput)))
+
+
 # ------------------------------------------------------------------------------------------ arithmetic
 
 
@@ -82,7 +86,8 @@ def split(config: Config) -> tuple[int, int]:
         {"moe": {"blocks": "every-second", "shared_width": 0}},
         {"model": {"activation": "gelu"}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
         {"moe": {"blocks": "none"}},
-        *({"moe": {"router_input": kind, "num_experts": 64}} for kind in get_args(RouterInput) if kind != "position"),
+        *({"moe": {"router_input": seen, "num_experts": 64, "router": kind}} for kind, seen in ROUTERS),
+        {"moe": {"router": "prototype", "num_experts": 64, "contrastive_weight": 1.0}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("again", [False, True])
@@ -93,11 +98,17 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any], again: bool)
         model.enable_gradient_checkpointing()
     count = budget.flops(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.enable_grad():
-        out = model(*inputs(model, n)).sample
+        out = model(*inputs(model, n))
         forward = counter.get_total_flops()
-        out.square().mean().backward()
-    assert forward == n * count.forward
-    assert counter.get_total_flops() == pytest.approx(n * count.training(again), rel=0.01)
+        loss = out.sample.square().mean()
+        if config.moe.contrastive_weight:
+            loss = loss + sum(record.sums.sum() for record in out.routing)
+        loss.backward()
+    places = changes.get("moe", {}).get("router_input", "").split("+").count("position")  # seen once, not by image
+    ways = 2 if changes.get("moe", {}).get("router") == "prototype" else 1
+    once = places * ways * config.model.depth * 2 * tokens_per_image(model) * config.model.hidden_size * 64
+    assert forward == n * count.forward + once
+    assert counter.get_total_flops() == pytest.approx(n * count.training(again) + 2 * once, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +163,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 KINDS: list[dict[str, Any]] = [
     {},
     {"moe": {"blocks": "every-second", "shared_width": 0}, "model": {"activation": "gelu"}},
-    *({"moe": {"router_input": kind}} for kind in get_args(RouterInput)),
+    *({"moe": {"router_input": seen, "router": kind}} for kind, seen in ROUTERS),
+    {"moe": {"router": "prototype", "score": "identity", "renormalize": False}},
     {"model": {"qk_norm": "none", "positions": "sincos"}, "moe": {"score": "softmax", "renormalize": False}},
     {"model": {"qk_norm": "layer", "positions": "rope"}},
 ]
@@ -179,6 +191,21 @@ def test_activations_are_what_autograd_keeps_in_bf16(changes: dict[str, Any], mo
             return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cuda")
 
     assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config), rel=0.005)
+
+
+@pytest.mark.parametrize("seen", ["plain", "token+position", "time+label"])
+def test_prototypes_keep_what_is_planned_beside_what_a_linear_router_keeps(seen: str) -> None:
+    found, planned = [], []
+    for kind in get_args(RouterKind):
+        config = changed(SMALL, moe={"router": kind, "router_input": seen, "num_experts": 64})
+
+        def measure(depth: int, n: int, config: Config = config) -> int:
+            return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cpu")
+
+        found.append(a_block_and_an_image(measure))
+        planned.append(saved_by_two(config))
+    assert found[1] - found[0] == pytest.approx(planned[1] - planned[0], rel=1e-3)
+    assert planned[1] > planned[0]
 
 
 @pytest.mark.parametrize("backend", ["grouped", "loop"])

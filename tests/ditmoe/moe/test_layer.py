@@ -1,15 +1,16 @@
 """The MoE layer: against the obvious version, backend against backend, and what must not depend on what."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, RouterInput
 from ditmoe.model import build
-from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, RoutingRule, plan_of, select
+from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, Router, RoutingRule, plan_of, select
 from tests.reference.moe_layer import expert
 from tests.reference.moe_layer import moe as reference_moe
 
@@ -27,13 +28,19 @@ def layer(rule: RoutingRule, **options: object) -> MoELayer:
     return made
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("renormalize", [False, True])
+SCORES = [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True), ("identity", False)]
+
+
+@pytest.mark.parametrize(("score", "renormalize"), SCORES)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("shared_width", [0, 12])
-def test_equals_the_obvious_version(score: str, renormalize: bool, activation: str, shared_width: int) -> None:
+@pytest.mark.parametrize("kind", ["linear", "prototype"])
+def test_equals_the_obvious_version(
+    score: str, renormalize: bool, activation: str, shared_width: int, kind: str
+) -> None:
     rule = RoutingRule(2, score, renormalize, 2.5)  # type: ignore[arg-type]
-    made = layer(rule, activation=activation, shared_width=shared_width, with_bias=True, backend="loop").double()
+    options = {"activation": activation, "shared_width": shared_width, "kind": kind}
+    made = layer(rule, **options, with_bias=True, backend="loop").double()
     made.router.expert_bias.copy_(torch.linspace(-0.3, 0.3, E))
     x = torch.randn(2, 5, D, dtype=torch.float64)
     torch.testing.assert_close(made(x)[0], reference_moe(made, x), rtol=1e-10, atol=1e-10)
@@ -56,10 +63,11 @@ def test_routing_by_place_equals_the_obvious_version(backend: str, activation: s
     assert made.router.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", ["linear", "prototype"])
 @pytest.mark.parametrize(("by_place", "backend"), [(False, "loop"), (True, "loop"), (True, "auto")])
-def test_gradients_are_right(by_place: bool, backend: str) -> None:
+def test_gradients_are_right(by_place: bool, backend: str, kind: str) -> None:
     positions = torch.randn(4, D) if by_place else None
-    made = layer(RoutingRule(3, "sigmoid", True), positions=positions, backend=backend).double()
+    made = layer(RoutingRule(3, "sigmoid", True), positions=positions, backend=backend, kind=kind).double()
     x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*made.named_parameters(), strict=True)
 
@@ -121,9 +129,11 @@ def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
         torch.testing.assert_close(made(x[i : i + 1])[0][0], together[i], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("inputs", [("token",), ("time",), ("position",)])
-def test_an_empty_batch_gives_nothing(inputs: tuple[str, ...]) -> None:
-    made = layer(RoutingRule(2), inputs=inputs, positions=torch.randn(4, D) if "position" in inputs else None)
+@pytest.mark.parametrize("kind", ["linear", "prototype"])
+@pytest.mark.parametrize("inputs", [("token",), ("time",), ("position",), ("token", "position")])
+def test_an_empty_batch_gives_nothing(inputs: tuple[str, ...], kind: str) -> None:
+    positions = torch.randn(4, D) if "position" in inputs else None
+    made = layer(RoutingRule(2), inputs=inputs, positions=positions, kind=kind)
     nothing = torch.zeros(0, D)
     y, routing = made(torch.zeros(0, 4, D), Condition(nothing, nothing))
     assert y.shape == (0, 4, D)
@@ -210,12 +220,14 @@ def test_a_plan_of_nothing_gives_nothing() -> None:
     assert x.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "token+time", "plain+time", "time", "time+label", "position+time"])
+@pytest.mark.parametrize("seen", [kind for kind in get_args(RouterInput) if kind not in ("token", "position")])
 @pytest.mark.parametrize("backend", ["loop", "auto"])
-def test_routers_that_see_more_than_the_token_equal_the_obvious_version(kind: str, backend: str) -> None:
-    inputs = tuple(kind.split("+"))
+@pytest.mark.parametrize("kind", ["linear", "prototype"])
+def test_routers_that_see_more_than_the_token_equal_the_obvious_version(seen: str, backend: str, kind: str) -> None:
+    inputs = tuple(seen.split("+"))
     positions = torch.randn(5, D) if "position" in inputs else None
-    made = layer(RoutingRule(2, "sigmoid", True), inputs=inputs, positions=positions, backend=backend).double()
+    rule = RoutingRule(2, "sigmoid", True)
+    made = layer(rule, inputs=inputs, positions=positions, backend=backend, kind=kind).double()
     torch.manual_seed(1)
     x, plain = torch.randn(2, 3, 5, D, dtype=torch.float64)
     t, y = torch.randn(2, 3, D, dtype=torch.float64)
@@ -235,7 +247,7 @@ def test_routers_that_see_more_than_the_token_equal_the_obvious_version(kind: st
 def test_one_decision_for_a_whole_batch_goes_the_same_way() -> None:
     made = layer(RoutingRule(2))
     logits = torch.randn(1, 1, E)
-    made.router.forward = lambda x, condition: logits  # type: ignore[method-assign]
+    made.router.forward = lambda seen: (logits, None)  # type: ignore[method-assign]
     x = torch.randn(3, 5, D)
     y, routing = made(x)
     scores, ids = logits.flatten().softmax(0).topk(2)
@@ -255,6 +267,55 @@ def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
     _, plan = select(logits, RoutingRule(2, "sigmoid"), bias)
     assert plan.expert.tolist() == [0, 5]
     torch.testing.assert_close(plan.weight, logits.sigmoid()[0, [0, 5]])
+
+
+def test_identity_takes_logits_as_they_are_and_is_never_renormalised() -> None:
+    logits = torch.tensor([[0.5, -0.25, 0.75]])
+    assert select(logits, RoutingRule(2, "identity", scale=2.0))[1].weight.tolist() == [1.0, 1.5]
+    with pytest.raises(ValueError, match="score identity cannot be renormalised"):
+        RoutingRule(2, "identity", renormalize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lengths_do_not_count_for_a_prototype_router(dtype: torch.dtype) -> None:
+    made = layer(RoutingRule(1, "identity"), kind="prototype")
+    x = torch.randn(2, 5, D).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = made(x)[1].logits
+        with torch.no_grad():
+            made.router.weight.mul_(torch.rand(E, 1) + 0.5)
+        longer = made(4 * x)[1].logits
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() <= 1.0
+    torch.testing.assert_close(longer, logits)
+    made(torch.zeros(1, 1, D))[0].sum().backward()  # a token of nothing
+    assert made.router.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("seen", ["token", "token+position", "plain+time"])
+def test_a_prototype_router_starts_as_a_linear_one(seen: str) -> None:
+    inputs, wide, many = tuple(seen.split("+")), 128, 512
+    x, t = torch.randn(4, 64, wide), torch.randn(4, wide)
+    logits = []
+    for kind in ("linear", "prototype"):
+        torch.manual_seed(0)
+        positions = torch.nn.functional.layer_norm(torch.randn(64, wide), (wide,)) if "position" in inputs else None
+        router = Router(wide, many, kind=kind, inputs=inputs, positions=positions)  # type: ignore[arg-type]
+        logits.append(router(router.seen(x, Condition(t, t, plain=x)))[0])
+    assert float(logits[1].std()) == pytest.approx(1, abs=0.1)
+    assert float((logits[1] - logits[0]).square().mean()) < 0.05
+
+
+def test_sums_are_those_of_what_experts_serve_and_a_linear_router_has_none() -> None:
+    made = layer(RoutingRule(2), kind="prototype", inputs=("token", "position"), positions=torch.randn(5, D))
+    x = torch.randn(3, 5, D)
+    routing = made(x)[1]
+    for e in range(E):
+        rows = [(n, t) for n in range(3) for t in range(5) if routing.served()[n, t, e]]
+        wanted = sum((torch.cat([x[n, t], made.router.positions[t]]) for n, t in rows), torch.zeros(2 * D))
+        torch.testing.assert_close(routing.sums[e], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(routing.prototypes.norm(dim=1), torch.ones(E))
+    assert layer(RoutingRule(2))(x)[1].sums is None
 
 
 def test_paper_weights_are_not_renormalised() -> None:
@@ -298,9 +359,10 @@ def block_of(**moe: object) -> torch.nn.Module:
     return build(config, 10).blocks[0]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_a_block_compiles_into_one_graph_in_bfloat16(activation: str) -> None:
-    config = Config(model=ModelConfig(activation=activation), moe=MoEConfig(blocks="all"))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("activation", "kind"), [("swiglu", "linear"), ("gelu", "linear"), ("swiglu", "prototype")])
+def test_a_block_compiles_into_one_graph_in_bfloat16(activation: str, kind: str) -> None:
+    moe = MoEConfig(blocks="all", router=kind)  # type: ignore[arg-type]
+    config = Config(model=ModelConfig(activation=activation), moe=moe)  # type: ignore[arg-type]
     block, D = build(config, 10).blocks[0], config.model.hidden_size
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16):

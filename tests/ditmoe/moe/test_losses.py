@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from ditmoe.moe import MoELayer, Routing, RoutingRule, balance_loss, balanced_bias, select, z_loss
+from ditmoe.moe import (
+    Condition,
+    MoELayer,
+    Routing,
+    RoutingRule,
+    balance_loss,
+    balanced_bias,
+    contrastive_loss,
+    select,
+    z_loss,
+)
+from tests.reference import moe_layer as reference
 
 
 def record(logits: torch.Tensor, top_k: int, score: str = "softmax") -> Routing:
@@ -11,7 +22,7 @@ def record(logits: torch.Tensor, top_k: int, score: str = "softmax") -> Routing:
     return Routing(logits, scores, plan, plan.counts, 1)
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "identity"])
 def test_balance_loss_is_exactly_one_at_even_load(score: str) -> None:
     logits = 4.0 * torch.eye(8)  # token e prefers expert e
     assert balance_loss(record(logits, 1, score)).item() == pytest.approx(1.0, abs=1e-6)
@@ -31,6 +42,78 @@ def test_balance_loss_of_global_counts_averages_to_the_whole_batch() -> None:
     torch.testing.assert_close(mean, balance_loss(whole))
     apart = torch.stack([balance_loss(half) for half in halves]).mean()
     assert abs(apart - mean) > 1e-5  # averaging local losses is another number
+
+
+def test_cosines_below_zero_count_as_none() -> None:
+    logits = torch.tensor([[0.5, -0.9, 0.0], [-0.1, -0.2, -0.3]], requires_grad=True)
+    loss = balance_loss(record(logits, 1, "identity"))
+    assert loss.item() == pytest.approx(3 * 1.0 * 0.5)  # expert 0 serves both, and is all of one's score
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def prototypes(inputs: str, top_k: int = 2, num_experts: int = 6) -> tuple[MoELayer, torch.Tensor, Condition]:
+    torch.manual_seed(0)
+    kinds = tuple(inputs.split("+"))
+    layer = MoELayer(
+        8, num_experts=num_experts, expert_width=8, shared_width=0, rule=RoutingRule(top_k, "sigmoid"), backend="loop",
+        kind="prototype", inputs=kinds, positions=torch.randn(5, 8) if "position" in kinds else None,  # type: ignore[arg-type]
+    ).double()  # fmt: skip
+    x, plain = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    t, y = torch.randn(2, 4, 8, dtype=torch.float64)
+    return layer, x.requires_grad_(), Condition(t + y, t, y, plain.requires_grad_())
+
+
+@pytest.mark.parametrize("inputs", ["token", "plain+position", "token+time", "time+label"])
+@pytest.mark.parametrize(("top_k", "num_experts"), [(1, 6), (2, 6), (1, 40)])  # of 40 some have no token
+def test_contrastive_loss_and_its_gradient_are_those_of_the_obvious_version(
+    inputs: str, top_k: int, num_experts: int
+) -> None:
+    layer, x, condition = prototypes(inputs, top_k, num_experts)
+    routing = layer(x, condition)[1]
+    assert bool((routing.counts == 0).any()) == (num_experts == 40 or inputs == "time+label")
+    loss, wanted = contrastive_loss(routing, 0.2), reference.contrastive(layer, x, condition, 0.2)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-7)  # times are normalised in float32
+    leaves = [layer.router.weight, x, *([condition.plain] if "plain" in inputs else [])]
+    got, slow = (torch.autograd.grad(value, leaves, allow_unused=True) for value in (loss, wanted))
+    assert got[0].abs().max() > 1e-4
+    for a, b in zip(got, slow, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_contrastive_loss_pulls_prototypes_to_the_means_of_their_tokens() -> None:
+    layer, x, _ = prototypes("token")
+    optimizer = torch.optim.SGD([layer.router.weight], 0.05)
+    first = contrastive_loss(layer(x)[1], 0.1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = contrastive_loss(layer(x)[1], 0.1)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * first
+
+
+def test_one_expert_that_serves_all_has_nothing_to_be_told_from() -> None:
+    layer, x, _ = prototypes("token", top_k=1, num_experts=1)
+    assert contrastive_loss(layer(x)[1], 0.1) == 0
+
+
+def test_contrastive_loss_of_global_sums_is_the_whole_batchs() -> None:
+    layer, x, condition = prototypes("plain+position")
+    halves = [
+        layer(part, Condition(*parts))[1]
+        for part, *parts in zip(x.chunk(2), *(part.chunk(2) for part in condition), strict=True)  # type: ignore[union-attr]
+    ]
+    whole = layer(x, condition)[1]
+    sums = torch.stack([half.sums for half in halves]).sum(0)  # type: ignore[misc]
+    for half in halves:
+        torch.testing.assert_close(
+            contrastive_loss(half, 0.1, sums, whole.counts), contrastive_loss(whole, 0.1), rtol=1e-9, atol=1e-12
+        )
+        assert abs(contrastive_loss(half, 0.1) - contrastive_loss(whole, 0.1)) > 1e-3
 
 
 def test_z_loss() -> None:

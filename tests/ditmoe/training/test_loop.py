@@ -40,13 +40,16 @@ def same_checkpoint(a: Path, b: Path) -> None:
             assert torch.equal(value, parts_b[part][name]), f"{part} {name}"
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, accumulation: int) -> None:
+PROTOTYPES = {"router": "prototype", "router_input": "plain+position", "contrastive_weight": 0.5}
+
+
+@pytest.mark.parametrize(("accumulation", "moe"), [(1, {}), (2, {}), (1, PROTOTYPES)])
+def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, accumulation: int, moe: dict[str, Any]) -> None:
     section = {"accumulation": accumulation, "decay_steps": 8}
-    straight = tiny(out=tmp_path / "straight", max_steps=8, train=section)
+    straight = tiny(out=tmp_path / "straight", max_steps=8, train=section, moe=moe)
     assert go(straight)
     for stop in (3, 8):  # 1,497 images a 16: mid-epoch
-        assert go(tiny(out=tmp_path / "cut", max_steps=stop, train=section))
+        assert go(tiny(out=tmp_path / "cut", max_steps=stop, train=section, moe=moe))
     last = Path("checkpoints/step-000008")
     same_checkpoint(straight.out / last, tmp_path / "cut" / last)
     timeless = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(run)]

@@ -160,6 +160,42 @@ def test_accumulation_and_place_routing(tmp_path):
         assert one == pytest.approx(two, rel=1e-4)
 
 
+PROTOTYPES = [
+    *("--moe.router", "prototype", "--moe.router-input", "plain+position", "--moe.bias-rate", 0),
+    *("--moe.contrastive-weight", 1, "--moe.balance-weight", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def prototypes_alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("prototypes") / "run"
+    assert runs.training(out, *STEPS, *PROTOTYPES).wait() == [0]
+    return out
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        ["--parallel.experts", 2],
+        ["--parallel.shard"],
+        ["--parallel.experts", 2, "--parallel.shard", "--model.gradient-checkpointing"],
+    ],
+)
+def test_prototypes_are_drawn_to_the_tokens_of_all_processes(tmp_path, prototypes_alone, how):
+    out = tmp_path / "run"
+    group = runs.training(out, *STEPS, *PROTOTYPES, *how, world=2)
+    assert group.wait() == [0, 0], group.err() + group.err(1)
+    for one, other in zip(runs.rows(out), runs.rows(prototypes_alone), strict=True):
+        assert one["contrastive"] == pytest.approx(other["contrastive"], rel=1e-5)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    found, wanted = parts_of(out), parts_of(prototypes_alone)
+    for part in ("model", "ema", "optimizer"):
+        for name, value in wanted[part].items():
+            torch.testing.assert_close(found[part][name], value, rtol=0, atol=1e-4, msg=f"{part} {name}")
+
+
 @pytest.mark.parametrize("at_rank", [0, 1])
 def test_a_disk_that_is_full_for_one_process_costs_one_checkpoint(tmp_path, at_rank):
     out = tmp_path / "run"

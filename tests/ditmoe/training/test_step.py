@@ -1,6 +1,7 @@
 """One step: its losses add up in the open, its learning rate, its row."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,28 @@ def test_the_total_is_the_weighted_sum_of_the_parts(tiny: Tiny, accumulation: in
     assert layers == 2
     assert row["loss"] == pytest.approx(row["mse"] + layers * (0.5 * row["balance"] + 0.25 * row["z"]), rel=1e-6)
     assert "vlb" not in row
+
+
+PROTOTYPES = {"router": "prototype", "router_input": "plain+position", "contrastive_weight": 0.5}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_prototype_router_has_a_contrastive_loss(tiny: Tiny, accumulation: int) -> None:
+    moe = {"blocks": "all", "balance_weight": 0.0, "z_weight": 0.0, **PROTOTYPES}
+    row = first_row(tiny(max_steps=1, moe=moe, train={"accumulation": accumulation}))
+    assert 0 < row["contrastive"] < 40
+    assert row["loss"] == pytest.approx(row["mse"] + 2 * 0.5 * row["contrastive"], rel=1e-6)
+    assert "contrastive" not in first_row(tiny(max_steps=1, out=tiny().out.with_name("linear")))
+
+
+def test_the_temperature_of_the_contrastive_loss_is_the_configurations(tiny: Tiny) -> None:
+    losses = []
+    for temperature in (0.07, 1e6):
+        out = tiny().out.with_name(f"at-{temperature}")
+        moe = {**PROTOTYPES, "contrastive_temperature": temperature}
+        losses.append(first_row(tiny(max_steps=1, out=out, moe=moe))["contrastive"])
+    assert losses[1] == pytest.approx(math.log(4), rel=1e-3)  # of 4 experts that all are alike
+    assert abs(losses[0] - losses[1]) > 0.01
 
 
 def test_a_part_without_a_weight_is_logged_alone(tiny: Tiny) -> None:
