@@ -35,6 +35,34 @@ def unpatchify(x: Tensor, patch_size: int, channels: int) -> Tensor:
     return x.reshape(N, channels, side * patch_size, side * patch_size)
 
 
+class Refiner(nn.Module):
+    """Convolutions over pixels that end the network: a patch is drawn from one token, and does not see its neighbours.
+
+    y = p + conv(silu(conv(silu(conv([p, f, x_t]))))), 3x3 each, `width` channels within: p is what the tokens predict,
+    f `FEATURES` channels that they say besides. The last one starts at zero, so that the network starts as without.
+
+    Args:
+        in_channels: Channels of x_t.
+        out_channels: Of the prediction.
+        width: Channels within.
+    """
+
+    FEATURES = 8
+
+    def __init__(self, in_channels: int, out_channels: int, width: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.conv1 = nn.Conv2d(out_channels + self.FEATURES + in_channels, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv3 = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, drawn: Tensor, x_t: Tensor) -> Tensor:
+        """drawn (N, out_channels + FEATURES, H, W), x_t (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        h = F.silu(self.conv1(torch.cat([drawn, x_t.to(drawn.dtype)], dim=1)))
+        y: Tensor = drawn[:, : self.out_channels] + self.conv3(F.silu(self.conv2(h)))
+        return y
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t, then a two-layer network.
 

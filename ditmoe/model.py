@@ -24,6 +24,7 @@ from .layers import (
     Attention,
     LabelEmbedder,
     PatchEmbed,
+    Refiner,
     TimestepEmbedder,
     modulate,
     rotary_positions,
@@ -129,7 +130,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, sample_size: int = 32, in_channels: int = 4, num_classes: int = 1000, patch_size: int = 2,
         hidden_size: int = 384, depth: int = 12, num_heads: int = 6, ffn_width: int = 1024,
         activation: Literal["swiglu", "gelu"] = "swiglu", positions: Literal["rope", "sincos"] = "rope",
-        qk_norm: Literal["rms", "layer", "none"] = "rms",
+        qk_norm: Literal["rms", "layer", "none"] = "rms", refine_width: int = 0,
         moe_blocks: Literal["all", "every-second", "none"] = "every-second", num_experts: int = 16, top_k: int = 3,
         expert_width: int = 256, shared_width: int = 256, router_kind: RouterKind = "linear",
         cosine_scale: float | None = None, router_input: RouterInput = "token",
@@ -173,7 +174,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, Attention(hidden_size, num_heads, qk_norm), feed_forward(i)) for i in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.refiner = Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
+        features = 0 if self.refiner is None else self.refiner.FEATURES
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features)
         self._initialise()
 
     def _add_positions(self, kind: str, hidden_size: int, head_dim: int, side: int) -> None:
@@ -206,6 +209,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        if self.refiner is not None:
+            nn.init.zeros_(self.refiner.conv3.weight)
+            nn.init.zeros_(cast("Tensor", self.refiner.conv3.bias))
 
     @property
     def null_label(self) -> int | None:
@@ -243,7 +249,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             if record is not None:
                 routing.append(record)
         x = self.final_layer(x, condition.c)
-        sample = unpatchify(x, self.config.patch_size, self.out_channels)
+        sample = unpatchify(x, self.config.patch_size, x.shape[-1] // self.config.patch_size**2)
+        if self.refiner is not None:
+            sample = self.refiner(sample, hidden_states)
         return DiTMoEOutput(sample=sample, routing=routing) if return_dict else (sample, routing)
 
     def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import pipeline
 from ..config.file import to_dict
 from ..config.sections import Config, has_experts, micro_batch_size
+from ..layers import Refiner
 from ..model import DiTMoETransformer2DModel, build, count_parameters
 from ..training.muon import matrices
 from ..training.muon import work as muon_work
@@ -67,8 +68,8 @@ def flops(config: Config) -> Flops:
 
     A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection, 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward
     layers of width w (K F + shared in an MoE layer), 2 T D E for a token that a router sees, 2 D E for a time or
-    label; for the sums of a prototype router as much again. Backward, each product has two, sums one where there is a
-    contrastive loss. Source: as torch.utils.flop_counter.
+    label; for the sums of a prototype router as much again. Then the convolutions that refine. Backward, each product
+    has two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
@@ -79,7 +80,8 @@ def flops(config: Config) -> Flops:
         router = 2 * D * e.num_experts * (T * tokens + image)
         sums += router if e.router == "prototype" else 0
         blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * D * T * both * width + router
-    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + pixels * (2 if config.objective.learn_sigma else 1))
+    across, refined = _refined(config)
+    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + T * m.patch_size**2 * across) + refined
     return Flops(blocks + sums + ends, blocks + sums, 2 * (blocks + ends) + (sums if e.contrastive_weight else 0))
 
 
@@ -87,6 +89,21 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     """T, b and 1 + m."""
     m, b = config.model, 4 if config.train.precision == "fp32" else 2
     return (m.sample_size // m.patch_size) ** 2, b, 3 if m.activation == "swiglu" else 2
+
+
+def _refined(config: Config) -> tuple[int, int]:
+    """Channels that tokens draw, and the operations of the convolutions that refine an image: 18 in * out a pixel."""
+    m, C = config.model, config.model.in_channels
+    out, W = C * (2 if config.objective.learn_sigma else 1), m.refine_width
+    drawn = out + Refiner.FEATURES if W else out
+    return drawn, 18 * m.sample_size**2 * W * (drawn + C + W + out)
+
+
+def refinement(config: Config) -> float:
+    """Bytes that the convolutions over pixels keep of one image: their input and four of their width a pixel."""
+    m, (drawn, _) = config.model, _refined(config)
+    kept = drawn + m.in_channels + 4 * m.refine_width if m.refine_width else 0
+    return m.sample_size**2 * _sizes(config)[1] * kept
 
 
 def _routed(config: Config) -> list[bool]:
@@ -209,7 +226,7 @@ def needs(
     rows = 0 if d == 1 else images * T * config.moe.top_k * config.model.hidden_size * b
     sizes = [[images * x for x in activations(config, experts, d > 1)] for experts in routed]
     copies = [x["copy"] + x["expert copy"] for x in parts]
-    active = sum(kept if again else saved for saved, kept, _ in sizes)
+    active = sum(kept if again else saved for saved, kept, _ in sizes) + images * refinement(config)
     there = active if again else active + sum(copies)
     one = max(  # block at work; rows of tokens are there twice, as sent and as received
         passing + 2 * rows * experts + copy + (saved + copy) * again

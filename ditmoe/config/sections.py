@@ -46,11 +46,15 @@ class ModelConfig:
     """2-D rotary positions in attention, or DiT's fixed sine-cosine table added to the tokens."""
     qk_norm: Literal["rms", "layer", "none"] = "rms"
     """Normalisation of queries and keys, per head."""
+    refine_width: int = 0
+    """Channels of three 3x3 convolutions over pixels that end the network, across the seams of patches; 0 leaves them
+    out, as DiT does."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         _positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "ffn_width")
+        at_least(self, 0, "refine_width")
         size, patch, width, quarters = self.sample_size, self.patch_size, self.hidden_size, 4 * self.num_heads
         if self.num_classes is not None and self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")

@@ -240,3 +240,24 @@ def test_unpatchify_undoes_the_patch_order() -> None:
     image = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
     patches = image.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 12)
     assert torch.equal(unpatchify(patches, 2, 3), image)
+
+
+def test_refinement_starts_as_nothing_and_sees_across_the_seams_of_patches() -> None:
+    values = {"sample_size": 8, "in_channels": 2, "num_classes": 5, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    model = DiTMoETransformer2DModel(**values, refine_width=8)
+    x, t, y = inputs(2)
+    assert DiTMoETransformer2DModel(**values).refiner is None
+    assert model(x, t, y).sample.abs().max() == 0
+    with torch.no_grad():
+        for p in model.refiner.parameters():
+            p.normal_()
+    x.requires_grad_()
+    out = model(x, t, y).sample
+    assert out.shape == x.shape
+    (seen,) = torch.autograd.grad(out[0, 0, 3, 3], x)  # the tokens say nothing yet: what is seen is the convolutions'
+    assert seen[1].abs().max() == 0
+    touched = seen[0].abs().sum(0).nonzero()
+    assert (touched.amin(0).tolist(), touched.amax(0).tolist()) == (
+        [0, 0],
+        [6, 6],
+    )  # three pixels around: other patches

@@ -85,7 +85,8 @@ ROUTERS = list(product(get_args(RouterKind), get_args(RouterInput)))
         {},
         {"moe": {"blocks": "every-second", "shared_width": 0}},
         {"model": {"activation": "gelu"}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
-        {"moe": {"blocks": "none"}},
+        {"moe": {"blocks": "none"}, "model": {"refine_width": 12}},
+        {"model": {"refine_width": 8}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
         *({"moe": {"router_input": seen, "num_experts": 64, "router": kind}} for kind, seen in ROUTERS),
         {"moe": {"router": "prototype", "num_experts": 64, "contrastive_weight": 1.0}},
     ],
@@ -191,6 +192,23 @@ def test_activations_are_what_autograd_keeps_in_bf16(changes: dict[str, Any], mo
             return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cuda")
 
     assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config), rel=0.005)
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_convolutions_keep_what_is_planned(learn_sigma: bool) -> None:
+    objective = {"prediction_type": "epsilon", "learn_sigma": learn_sigma}
+    config = changed(SMALL, model={"refine_width": 12}, objective=objective, plan={"devices": 1})
+    without = changed(config, model={"refine_width": 0})
+
+    def measure(some: Config) -> int:
+        model = build(some, 10)
+        return saved_bytes(model, 8, "cpu") - saved_bytes(model, 4, "cpu")
+
+    more = 4 * budget.refinement(config)
+    assert more > 0 == budget.refinement(without)
+    assert measure(config) - measure(without) == pytest.approx(more, rel=0.01)
+    peaks = [plan_of(some, "DDP", 1, 8).activations for some in (config, without)]
+    assert peaks[0] - peaks[1] == 2 * more
 
 
 @pytest.mark.parametrize("seen", ["plain", "token+position", "time+label"])
