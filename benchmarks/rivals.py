@@ -1,0 +1,314 @@
+"""Our preset, its dense twin and diffusers' UNet and DiT, trained for the same wall clock and scored in the same way.
+
+    python -m benchmarks.rivals --minutes 20 --out runs/rivals [--preset fashion] [--only ours unet ...] [--score-only]
+
+All see the same images in the same order with the same noise and dropped labels, on the same threads; training stops
+when its own seconds are spent, and the learning rate goes by the share of them: up over the first 2 %, then down to
+zero. The twin of "unet" and "dit", which have the preset's parameters, with "-active" has those that a token activates.
+Each has the best of three learning rates (runs of a fifth of the time) and the best of some guidance scales, by the
+same rule: the lowest distance by `--tune-extractor` of images of a seed that is not reported. Each diffusers network
+runs in the precision, and the way, in which it is faster here. A line of `rows.jsonl` is one (contestant, phase,
+value); lines that are there are not made again, and the averaged weights of the long runs are kept. Ends with a table.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.curve import append
+from benchmarks.rival_models import OPTIONS
+from benchmarks.rival_training import NAMES, Contestant, Row, Training, contestants
+from benchmarks.scoring import Images, Scorer, precision
+from benchmarks.timing import machine, round_robin
+from ditmoe.config.presets import PRESETS
+from ditmoe.data.open import open_data
+from ditmoe.data.pixels import to_pixels
+from ditmoe.launch import start
+from ditmoe.objective import scheduler_config
+from eval.measure import Wanted, measure
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.manifold import prdc
+from eval.sources.open import open_source
+from samplers import image_generators, initial_noise, sample
+from samplers.catalog import scheduler_for
+
+TUNE_SEED = 17
+FACTORS = {"ours": (0.5, 1.0, 2.0), "unet": (0.25, 0.7, 2.0), "dit": (0.25, 0.7, 2.0)}  # of the preset's rate
+
+
+class Judge(Scorer):
+    """Also precision and recall, against as many training images as there are samples."""
+
+    real_rows: Any = None  # their features
+
+    def judged(self, images: Images, wanted: bool) -> Row:
+        """The distance, and where wanted the other two."""
+        if not wanted:
+            return {"fd": self.distance(images)}
+        keep = Wanted(keep=len(images))
+        if self.real_rows is None or len(self.real_rows) != min(len(images), len(self.train)):
+            real = self.train.images(range(min(len(images), len(self.train))))
+            self.real_rows = measure(open_source(real), self.net, keep, batch_size=500).features
+        found = measure(open_source(images), self.net, keep, batch_size=500)
+        measures = prdc(self.real_rows, found.features)
+        fd = frechet_distance(found.gaussian, self.reference)
+        return {"fd": fd, "precision": measures.precision, "recall": measures.recall}
+
+
+class Contest:
+    """The phases, each of which finds in the file what it has done before."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.preset, self.path = args, PRESETS[args.preset], args.out / "rows.jsonl"
+        self.rows: list[Row] = [json.loads(v) for v in self.path.read_text().splitlines()] if self.path.exists() else []
+        model = self.preset.model
+        self.data = open_data(self.preset.data, size=model.sample_size, channels=model.in_channels)
+        self.classes = sorted(self.data.id2label)
+        self.all = contestants(args, len(self.classes))
+        names = {args.tune_extractor, *args.extractors}
+        self.judges = {name: Judge(self.preset, args.cache, name, args.num_ref) for name in names}
+        sampling = self.preset.sample
+        self.drawing: Row = {"sampler": args.sampler or sampling.sampler, "calls": args.calls or sampling.steps}
+        self.tuning = {"tune_extractor": args.tune_extractor, "tune_num": args.tune_num, **self.drawing}
+
+    def once(self, key: Row, make: Callable[[], Row]) -> Row:
+        """The line of this key, made unless it is there."""
+        key = {"preset": self.args.preset, **key}
+        row = next((row for row in self.rows if key.items() <= row.items()), None)
+        if row is None:
+            row = {**key, **make()}
+            append(self.path, row, self.rows)
+        return row
+
+    def way(self, who: Contestant) -> Row:
+        """The precision, and for a diffusers network the way of running it, that trains the most images a second."""
+
+        def make() -> Row:
+            asked = start.resolve_precision(self.preset.train.precision, start.best_device())
+            if who.sized is None:
+                return {"precision": asked, "option": ""}
+            ways = [{"precision": p, "option": o} for p in ("fp32", "bf16") for o in OPTIONS[who.kind]]
+            size = min(32, who.config.train.batch_size)
+            steps = {json.dumps(way): Training(who, self.data, way, 1e-4, math.inf, size).step for way in ways}
+            times = round_robin(steps, 3)
+            best: Row = json.loads(min(times, key=times.__getitem__))
+            return {**best, "timed": {name: round(size / seconds, 1) for name, seconds in times.items()}}
+
+        return self.once({"contestant": who.name, "config": who.digest, "phase": "way"}, make)
+
+    def images(self, net: Any, way: Row, num: int, cfg: float, seed: int) -> Images:
+        """`num` images, classes in turn: image i is a function of (seed, i, its label) alone."""
+        scheduler = scheduler_for(
+            self.drawing["sampler"], scheduler_config(self.preset.objective), self.drawing["calls"]
+        )
+        model, parts = self.preset.model, []
+        shape, device = (model.in_channels, model.sample_size, model.sample_size), next(net.parameters()).device
+        for first in range(0, num, 250):
+            indices = range(first, min(first + 250, num))
+            generators = image_generators(seed, indices)
+            with precision(way["precision"]):
+                parts.append(sample(
+                    net, scheduler, initial_noise(generators, shape, device), class_labels=self.labels(indices),
+                    num_inference_steps=self.drawing["calls"], null_label=net.null_label, guidance_scale=cfg,
+                    generators=generators,
+                ))  # fmt: skip
+        return to_pixels(torch.cat(parts))
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """The classes in turn."""
+        return [self.classes[i % len(self.classes)] for i in indices]
+
+    def tune_distance(self, net: Any, way: Row, cfg: float) -> float | None:
+        """What settings are chosen by; None where the images are not finite."""
+        try:
+            images = self.images(net, way, self.args.tune_num, cfg, TUNE_SEED)
+        except FloatingPointError:
+            return None
+        return self.judges[self.args.tune_extractor].distance(images)
+
+    def rate(self, who: Contestant) -> Row:
+        """The line of the learning rate that ends the short runs best, without guidance; and what was tried."""
+        way, minutes, rows = self.way(who), self.args.tune_minutes or self.args.minutes / 5, []
+        peak = self.preset.train.learning_rate
+        rates = sorted(self.args.rates or [factor * peak for factor in FACTORS[who.kind]])
+
+        def make(rate: float) -> Row:
+            training = Training(who, self.data, way, rate, 60 * minutes)
+            training.go()
+            fd = None if training.diverged else self.tune_distance(training.state.ema, way, 1.0)
+            return {"fd": fd, **training.facts()}
+
+        for rate in rates:
+            key = {"contestant": who.name, "config": who.digest, "phase": "tune", "minutes": minutes, "rate": rate}
+            key |= self.tuning
+            rows.append(self.once(key, partial(make, rate)))
+        best = min(rows, key=lambda row: math.inf if row["fd"] is None else row["fd"])
+        return {**best, "rates": rates, "edge": best["rate"] in (rates[0], rates[-1])}
+
+    def trained(self, chosen: list[Contestant]) -> dict[str, Row]:
+        """The lines of the long runs, one after the other, or in turns of `--turn` seconds."""
+        key = {"preset": self.args.preset, "phase": "train", "minutes": self.args.minutes}
+        if self.args.score_only:
+            there = {(row["contestant"], row["config"]): row for row in self.rows if key.items() <= row.items()}
+            return {who.name: there[who.name, who.digest] for who in chosen if (who.name, who.digest) in there}
+        ways = {who.name: self.way(who) for who in chosen}
+        rates = {who.name: self.rate(who) for who in chosen}
+        found, waiting = {}, []
+        for who in chosen:
+            key |= {"contestant": who.name, "config": who.digest, "rate": rates[who.name]["rate"]}
+            rows = [row for row in self.rows if key.items() <= row.items()]
+            if rows:
+                found[who.name] = rows[-1]
+            else:
+                waiting.append((who, dict(key)))
+        for group in [waiting] if self.args.turn else [[each] for each in waiting]:
+            runs = [
+                (key, Training(who, self.data, ways[who.name], key["rate"], 60 * self.args.minutes))
+                for who, key in group
+            ]
+            while runs:
+                for _, training in runs:
+                    training.go(self.args.turn or math.inf)
+                for key, training in [each for each in runs if each[1].done]:
+                    found[key["contestant"]] = self.keep(key, training, rates[key["contestant"]])
+                runs = [each for each in runs if not each[1].done]
+        return {who.name: found[who.name] for who in chosen}
+
+    def keep(self, key: Row, training: Training, rate: Row) -> Row:
+        """Write the averaged weights, then their line."""
+        name = f"{key['preset']}-{key['contestant']}-{len(self.rows):03d}.safetensors"
+        save_file({n: v.contiguous() for n, v in training.state.ema.state_dict().items()}, self.args.out / name)
+        more = {"rates": rate["rates"], "edge": rate["edge"], "machine": machine(), "weights": name}
+        return self.once(key, lambda: {**training.facts(), **more})
+
+    def score(self, who: Contestant, trained: Row) -> list[Row]:
+        """The lines of all seeds, at the guidance scale that the tuning seed finds best."""
+        way, common = self.way(who), {"contestant": who.name, "weights": trained["weights"]}
+        net = self.averaged(who, trained, way)
+
+        def distance(scale: float) -> Row:
+            return {"fd": self.tune_distance(net, way, scale)}
+
+        tried = [
+            self.once({**common, "phase": "guidance", "cfg": scale, **self.tuning}, partial(distance, scale))
+            for scale in self.args.cfg
+        ]
+        cfg = min(tried, key=lambda row: math.inf if row["fd"] is None else row["fd"])["cfg"]
+
+        def make(seed: int) -> Row:
+            begun = time.perf_counter()
+            images = self.images(net, way, self.args.num, cfg, seed)
+            return {
+                "drawing_seconds": time.perf_counter() - begun,
+                **self.judged(images, self.labels(range(len(images)))),
+            }
+
+        key = {**common, "phase": "score", "cfg": cfg, **self.judging}
+        return [self.once({**key, "seed": seed}, partial(make, seed)) for seed in self.args.seeds]
+
+    def averaged(self, who: Contestant, trained: Row, way: Row) -> Any:
+        """The network of a long run, with its averaged weights."""
+        net = Training(who, self.data, way, 1e-4, 1.0).state.ema
+        net.load_state_dict(load_file(self.args.out / trained["weights"]))
+        return net
+
+    @property
+    def judging(self) -> Row:
+        """The protocol of the scores."""
+        return {"num": self.args.num, "extractors": self.args.extractors, "num_ref": self.args.num_ref, **self.drawing}
+
+    def judged(self, images: Images, labels: Sequence[int]) -> Row:
+        """Distances by all extractors, precision and recall by the last, and the share that is recognised."""
+        found: Row = {}
+        for name in self.args.extractors:
+            scores = self.judges[name].judged(images, wanted=name == self.args.extractors[-1])
+            found |= {"fd_" + name: scores.pop("fd"), **scores}
+        return {**found, "recognised": self.judges[name].recognised(images, torch.tensor(labels).numpy())}
+
+    def real(self) -> Row:
+        """The same scores of held-out real images."""
+        test = self.judges[self.args.extractors[0]].test
+        num = min(self.args.num, len(test))
+        key = {"contestant": "real", "phase": "score", **self.judging}
+        return self.once(key, lambda: self.judged(test.images(range(num)), test.labels[:num].tolist()))
+
+    def table(self, trained: dict[str, Row], scores: dict[str, list[Row]]) -> str:
+        """Markdown: a row for each contestant, and the held-out images."""
+        names = ["fd_" + name for name in self.args.extractors] + ["recognised", "precision", "recall"]
+        lines = [
+            "| | parameters (activated) | rate | guidance | images/s | steps | images | " + " | ".join(names) + " |"
+        ]
+        lines.append("|---" * (7 + len(names)) + "|")
+        for name, run in trained.items():
+            total, active = (f"{count / 1e6:.2f} M" for count in self.all[name].parameters)
+            size = total if total == active else f"{total} ({active})"
+            cells = [name, size, f"{run['rate']:g}" + "*" * run["edge"], f"{scores[name][0]['cfg']:g}"]
+            cells += [f"{run['images_per_second']:.0f}", f"{run['steps']:,}", f"{run['images']:,}"]
+            lines.append("| " + " | ".join(cells + [spread([row[n] for row in scores[name]], n) for n in names]) + " |")
+        real = self.real()
+        lines.append("| real" + " |" * 7 + " " + " | ".join(spread([real[n]], n) for n in names) + " |")
+        return "\n".join(lines) + "\n\n*: the best of its learning rates is the lowest or the highest that was tried."
+
+
+def spread(values: list[float], name: str) -> str:
+    """Mean over the seeds, and their standard deviation."""
+    scale, digits = (1.0, 4) if name.startswith("fd_") else (100.0, 1)
+    text = f"{scale * mean(values):.{digits}f}" + (f" ± {scale * stdev(values):.{digits}f}" if values[1:] else "")
+    return text if scale == 1 else text + " %"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="fashion")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, each")
+    parser.add_argument("--tune-minutes", type=float, help="of training for each learning rate; default: a fifth")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="for everyone, or with --only for some; default: FACTORS"
+    )
+    parser.add_argument("--rival-objective", choices=["flow-logit-normal", "flow-uniform", "preset"],
+                        default="flow-logit-normal")  # fmt: skip
+    parser.add_argument("--beta2", type=float, help="of the rivals' AdamW; default: the preset's")
+    parser.add_argument("--batch-size", type=int, help="of the rivals; default: the preset's")
+    parser.add_argument("--turn", type=float, default=0.0, help="seconds that the long runs take in turn; 0: no turns")
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0], help="scales to choose from")
+    parser.add_argument("--sampler", help="default: the preset's")
+    parser.add_argument("--calls", type=int, help="sampling steps; default: the preset's")
+    parser.add_argument("--num", type=int, default=5000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--extractors", nargs="+", default=["random-conv-v1", "efficientnet-lite0"])
+    parser.add_argument("--tune-extractor", default="random-conv-v1")
+    parser.add_argument("--tune-num", type=int, default=2000)
+    parser.add_argument("--num-ref", type=int, help="training images of the reference; default: all")
+    parser.add_argument("--score-only", action="store_true", help="train nothing, score the weights that are there")
+    parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
+    parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
+    args = parser.parse_args(argv)
+    assert TUNE_SEED not in args.seeds, f"seed {TUNE_SEED} chooses the settings and cannot be reported"
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_autocast_dtype(
+        start.best_device().type, torch.bfloat16
+    )  # runs of both precisions share Accelerate's state
+    contest = Contest(args)
+    print(f"{machine()}; preset {args.preset}, {args.minutes:g} minutes each\n")
+    for who in contest.all.values():
+        print(f"{who.name}: {who.parameters[0]:,} parameters, {who.parameters[1]:,} activated; {who.shape}")
+    trained = contest.trained([contest.all[name] for name in NAMES if name in args.only])
+    for name in [name for name, row in trained.items() if row["diverged"]]:
+        print(f"{name} diverged in its long run and is not scored")
+        del trained[name]
+    scores = {name: contest.score(contest.all[name], row) for name, row in trained.items()}
+    print("\n" + contest.table(trained, scores))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The contest of our preset with diffusers' networks: they are asked rightly, and nothing is made twice."""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.rival_models import OPTIONS, Rival, run_as, sized
+from benchmarks.rival_training import NAMES, WARM_UP, Training, contestants
+from benchmarks.rivals import main
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.sections import ModelConfig
+from ditmoe.data.open import open_data
+
+SMALL = ModelConfig(sample_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+
+
+def rival(kind: str, target: int = 60_000) -> Rival:
+    torch.manual_seed(0)
+    net = sized(kind, target, SMALL, 10, "flow_prediction").make()
+    with torch.no_grad():
+        for p in net.parameters():  # the last layer is zero, and so are the gates
+            p.add_(0.05 * torch.randn_like(p))
+    return net.train()
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_labels_and_fractions_of_the_time_are_heard_and_nothing_is_dropped_in_training(kind: str) -> None:
+    net, x = rival(kind).double(), torch.randn(64, 1, 8, 8, dtype=torch.float64)
+    t, labels = torch.full((64,), 500.0), torch.full((64,), 3)
+    answer = net(x, t, labels).sample
+    assert answer.shape == x.shape
+    assert torch.equal(answer, net(x, t, labels, return_dict=False)[0])
+    for other in (net(x, t, torch.full((64,), net.null_label)), net(x, t, labels + 1), net(x, t + 0.5, labels)):
+        assert bool(((other.sample - answer).abs().amax(dim=(1, 2, 3)) > 1e-8).all())
+
+
+@pytest.mark.parametrize(("kind", "option"), [(kind, option) for kind in OPTIONS for option in OPTIONS[kind]])
+def test_a_faster_way_gives_the_same(kind: str, option: str) -> None:
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.rand(4) * 1000, torch.arange(4)
+    expected = rival(kind)(x, t, labels).sample
+    torch.testing.assert_close(run_as(rival(kind), option)(x, t, labels).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_size_is_near_the_one_asked_for(kind: str) -> None:
+    found = sized(kind, 1_544_208, PRESETS["fashion"].model, 10, "flow_prediction")
+    assert found.parameters == sum(p.numel() for p in found.make().parameters())
+    assert abs(found.parameters / 1_544_208 - 1) < 0.04
+
+
+@pytest.mark.parametrize("name", ["unet-active", "dit-active"])
+def test_a_short_training_lowers_the_loss(name: str) -> None:
+    preset = PRESETS["digits"]
+    args = Namespace(preset="digits", rival_objective="flow-logit-normal", beta2=None, batch_size=16)
+    who = contestants(args, 10)[name]
+    data = open_data(preset.data, size=preset.model.sample_size, channels=preset.model.in_channels)
+    training = Training(who, data, {"precision": "fp32", "option": OPTIONS[who.kind][0]}, 2e-3, 1000.0)
+    training.spent = WARM_UP * training.seconds
+    for _ in range(25):
+        training.step()
+    losses = torch.stack([*training.losses])
+    assert losses[-8:].mean() < 0.8 * losses[:4].mean()
+
+
+def test_all_are_trained_and_scored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, four = tmp_path / "out", ("ours", "dense", "unet", "dit")
+    command = ["--preset", "digits", "--minutes", "0.006", "--tune-minutes", "0.002", "--rates", "0.001", "0.002"]
+    command += ["--num", "40", "--tune-num", "20", "--seeds", "0", "1", "--calls", "2", "--cfg", "1", "1.5"]
+    command += [
+        "--batch-size",
+        "16",
+        "--extractors",
+        "random-conv-v1",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--out",
+        str(out),
+    ]
+    main([*command, "--only", "ours", "unet"])
+    main([*command, "--only", *four, "--turn", "0.1"])
+    table = capsys.readouterr().out.split("\n| |")[-1]
+    text = (out / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    for name in four:
+        mine = [row for row in rows if row["contestant"] == name]
+        phases = {p: sum(row["phase"] == p for row in mine) for p in ("way", "tune", "train", "guidance", "score")}
+        assert phases == {"way": 1, "tune": 2, "train": 1, "guidance": 2, "score": 2}
+        trained = next(row for row in mine if row["phase"] == "train")
+        assert trained["images"] > 0
+        assert not trained["diverged"]
+        assert all(math.isfinite(row["fd_random-conv-v1"]) for row in mine if row["phase"] == "score")
+        assert f"| {name} |" in table
+    assert "| real |" in table
+    for again in ([*command, "--only", *four], [*command, "--only", *NAMES, "--score-only"]):
+        main(again)
+        assert (out / "rows.jsonl").read_text() == text
+        assert capsys.readouterr().out.split("\n| |")[-1] == table
