@@ -62,11 +62,14 @@ PRESETS: dict[str, Config] = {
         sample=SampleConfig(steps=25, cfg=1.5),
     ),
     "fashion": Config(
-        max_steps=10_000,
-        model=ModelConfig(sample_size=28, patch_size=4, hidden_size=64, depth=6, ffn_width=192, positions="sincos"),
-        moe=MoEConfig(blocks="all", num_experts=16, expert_width=64, shared_width=64, router_input="position"),
+        max_steps=4000,
+        model=ModelConfig(
+            sample_size=28, patch_size=4, hidden_size=128, depth=6, ffn_width=384, positions="sincos", refine_width=32
+        ),
+        moe=MoEConfig(num_experts=16, expert_width=128, shared_width=128, router_input="position"),
+        objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
         data=DataConfig(name="fashion"),
-        train=TrainConfig(decay_steps=10_000, checkpoint_every=500),
+        train=TrainConfig(batch_size=64, optimizer="muon", decay_steps=4000, checkpoint_every=500, precision="fp32"),
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
     ),
     "folder": Config(
