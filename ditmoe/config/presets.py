@@ -55,21 +55,36 @@ def _ours(depth: int, width: int, heads: int, experts: int, top_k: int, expert_w
 
 PRESETS: dict[str, Config] = {
     "digits": Config(
-        max_steps=900,
-        model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256),
+        max_steps=2200,
+        model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256, refine_width=32),
         moe=MoEConfig(num_experts=8, top_k=2, expert_width=80, shared_width=96),
-        train=TrainConfig(decay_steps=900, checkpoint_every=300, precision="fp32"),
-        sample=SampleConfig(steps=25, cfg=1.5),
+        objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
+        train=TrainConfig(
+            batch_size=64,
+            optimizer="muon",
+            learning_rate=4e-3,
+            decay_steps=2200,
+            checkpoint_every=1000,
+            precision="fp32",
+        ),
+        sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.25, num=1000),
     ),
     "fashion": Config(
-        max_steps=4000,
+        max_steps=3000,
         model=ModelConfig(
             sample_size=28, patch_size=4, hidden_size=128, depth=6, ffn_width=384, positions="sincos", refine_width=32
         ),
         moe=MoEConfig(num_experts=16, expert_width=128, shared_width=128, router_input="position"),
         objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
         data=DataConfig(name="fashion"),
-        train=TrainConfig(batch_size=64, optimizer="muon", decay_steps=4000, checkpoint_every=500, precision="fp32"),
+        train=TrainConfig(
+            batch_size=64,
+            optimizer="muon",
+            learning_rate=4e-3,
+            decay_steps=3000,
+            checkpoint_every=500,
+            precision="fp32",
+        ),
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
     ),
     "folder": Config(
