@@ -42,7 +42,8 @@ from samplers import image_generators, initial_noise, sample
 from samplers.catalog import scheduler_for
 
 TUNE_SEED = 17
-FACTORS = {"ours": (0.5, 1.0, 2.0), "unet": (0.25, 0.7, 2.0), "dit": (0.25, 0.7, 2.0)}  # of the preset's rate
+FACTORS = (0.5, 1.0, 2.0)  # of the preset's rate, for it and its twin
+RATES = (5e-4, 1.4e-3, 4e-3)  # of AdamW, for the rivals
 
 
 class Judge(Scorer):
@@ -139,7 +140,7 @@ class Contest:
         """The line of the learning rate that ends the short runs best, without guidance; and what was tried."""
         way, minutes, rows = self.way(who), self.args.tune_minutes or self.args.minutes / 5, []
         peak = self.preset.train.learning_rate
-        rates = sorted(self.args.rates or [factor * peak for factor in FACTORS[who.kind]])
+        rates = sorted(self.args.rates or (RATES if who.kind != "ours" else [factor * peak for factor in FACTORS]))
 
         def make(rate: float) -> Row:
             training = Training(who, self.data, way, rate, 60 * minutes)
@@ -273,7 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tune-minutes", type=float, help="of training for each learning rate; default: a fifth")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument(
-        "--rates", type=float, nargs="+", help="for everyone, or with --only for some; default: FACTORS"
+        "--rates",
+        type=float,
+        nargs="+",
+        help="for everyone, or with --only for some; default: FACTORS, RATES",
     )
     parser.add_argument("--rival-objective", choices=["flow-logit-normal", "flow-uniform", "preset"],
                         default="flow-logit-normal")  # fmt: skip

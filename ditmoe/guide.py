@@ -63,9 +63,9 @@ def choose(
             raise ValueError(f"guide_scale is {scale}, but there is no guide; give one, a model or {EXPERTS_OFF}")
         return None, 1.0
     if guide is None:
+        guide, scale = saved, saved_scale if scale is None else scale
         if scale == 1:
             return None, 1.0
-        guide, scale = saved, saved_scale if scale is None else scale
     w = SCALE if scale is None else float(scale)
     if not math.isfinite(w) or w < 0 or w == 1:
         raise ValueError(f"guide_scale is {w}; with a guide it must be 0 or more, and not 1, which is off")

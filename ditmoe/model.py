@@ -279,8 +279,7 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     fields = {**vars(config.model), **vars(config.moe), **vars(config.objective)}
     options = {KEYS.get(name, name): value for name, value in fields.items()}
     options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
-    if config.moe.scale is None:
-        options["router_scale"] = float(config.moe.top_k) if config.moe.renormalize else 1.0
+    options["router_scale"] = config.moe.routed_scale
     model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})
     return model
 

@@ -209,7 +209,7 @@ def _check(folder: Path) -> dict[str, Any]:
 
 
 def _is_scale(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1e9
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
 def assemble(

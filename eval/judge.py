@@ -57,18 +57,18 @@ def judge(
     numbers = {k: v for k, v in vars(copies).items() if not isinstance(v, np.ndarray)}
     pixels = None
     if train[0].size <= MOST_PIXELS and min(len(images), len(train)) > 1:
-        pixels = {
-            "value": pixel_distance(images, train), "num_train": len(train),
-            "real_value": pixel_distance(held_out[0], train) if held_out else None,
-            "num_real": len(held_out[0]) if held_out else None,
-        }  # fmt: skip
+        pixels = {"value": pixel_distance(images, known), "num_train": len(known)}
+        if held_out and (n := min(len(images), len(held_out[0]))) > 1:  # fewer images are further away: equally many
+            few = pixel_distance(images[:n], known)
+            pixels |= {"few_value": few, "real_value": pixel_distance(held_out[0][:n], known), "num_real": n}
     return {"classes": classes, "copies": {**numbers, "definition": copies.definition}, "pixels": pixels}
 
 
 def pixel_distance(images: UInt8Array, others: UInt8Array) -> float:
     """Fréchet distance of the pixels themselves, scaled to 0..16 as scikit-learn's digits have them.
 
-    For images of few pixels, where no network stands between the picture and the score. Each side has two or more.
+    For images of few pixels, where no network stands between the picture and the score. Each side has two or more. Few
+    images are further away than many: 300 of the training digits are 25 from all 1,497, 1,000 of them 3.
     """
 
     def fitted(some: UInt8Array) -> Gaussian:

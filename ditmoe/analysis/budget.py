@@ -259,7 +259,7 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     plan, count, degrees, times = config.plan, flops(config), _degrees(config), config.train.accumulation
     large = sum(p.numel() for p in model.parameters()) > 1e7
     muon = config.train.optimizer == "muon"  # which FSDP2's slices do not go with
-    extra = muon_work(model, experts=config.train.muon_on == "all")[2] if muon else 0
+    trunk, whole = (muon_work(model, experts=x)[2] if muon else 0 for x in (False, config.train.muon_on == "all"))
     usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if large else ("MB", 1e6)
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
@@ -269,7 +269,8 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
         largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size, checkpointing).peak)
         most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
-        work = (times * images * count.training(checkpointing) + extra) / plan.tflops / 1e12
+        more = trunk + (whole - trunk) / d  # a device makes its own experts orthogonal
+        work = (times * images * count.training(checkpointing) + more) / plan.tflops / 1e12
         seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
         sizes = [_cell(size / scale) for size in found[d]]
         return [way, str(d), _cell(checkpointing), *sizes[:7], _cell(bool(fitting)), most, *sizes[7:], *seconds]
@@ -282,7 +283,7 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         f"micro-batches of {images}, accumulation {times}, {'bf16 autocast' if _sizes(config)[1] == 2 else 'fp32'}, "
         f"FSDP2 gathers {config.parallel.gather}\n"
         f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
-        f"{count.training(True) / 1e9:.2f} with gradient checkpointing" + f"; Muon {extra / 1e9:.3g} a step more" * muon
+        f"{count.training(True) / 1e9:.2f} with gradient checkpointing" + f"; Muon {whole / 1e9:.3g} a step more" * muon
     )
     rows = zip(_ROWS, *columns, strict=True)
     return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])

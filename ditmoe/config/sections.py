@@ -122,6 +122,12 @@ class MoEConfig:
                 "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize"
             )
 
+    @property
+    def routed_scale(self) -> float:
+        """The factor on the routed experts' weights that `scale` comes to."""
+        default = float(self.top_k) if self.renormalize else 1.0
+        return default if self.scale is None else self.scale
+
     def _check_router(self) -> None:
         scale, weight = self.cosine_scale, self.contrastive_weight
         _require(scale is None or 0 < scale <= MOST, f"cosine_scale is {scale}; it must be above 0, and finite")
@@ -133,6 +139,10 @@ class MoEConfig:
         _require(prototype or scale is None, "cosine_scale works with router prototype, not linear")
         _require(prototype or self.score != "identity", "score identity works with router prototype, not linear")
         _require(prototype or not weight, "contrastive_weight works with router prototype, not linear")
+        _require(
+            prototype or self.contrastive_temperature == 0.07,
+            "contrastive_temperature works with router prototype, not linear",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +213,8 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches of one optimiser step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon makes the momentum of matrices orthogonal; embeddings, adaLN, routers, final layer, norms and biases stay
-    with adamw. Both go by the same learning rate."""
+    """muon makes the momentum of matrices orthogonal; embeddings, adaLN, routers, the final layer, convolutions, norms
+    and biases stay with adamw. Both go by the same learning rate."""
     muon_on: Literal["trunk", "all"] = "trunk"
     """muon: attention, dense and shared feed-forward layers (trunk), or routed experts too."""
     learning_rate: float = 2e-3

@@ -90,7 +90,7 @@ class MoELayer(nn.Module):
             with_bias=with_bias,
             cosine_scale=1.0 if cosine_scale is None and rule.score == "identity" else cosine_scale,
         )
-        active = rule.top_k * expert_width if rule.renormalize else expert_width
+        active = max(1, round(rule.scale * expert_width)) if rule.renormalize else expert_width  # K F at scale K
         self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
 

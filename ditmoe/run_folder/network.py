@@ -25,10 +25,14 @@ def load_guide(path: Path, pipe: DiTMoEPipeline) -> DiTMoETransformer2DModel:
     if not path.exists():
         kinds = "a model folder, a run folder, RUN/checkpoints/step-000123, or experts-off"
         raise ValueError(f"guide {path} does not exist; give {kinds}")
-    if (path / "state.json").is_file() or path.name.startswith("step-"):
+    folder = any((place / "model_index.json").is_file() for place in (path, path / "model"))
+    if (path / "state.json").is_file() or (path.name.startswith("step-") and not folder):
         net, schedule = _of_checkpoint(path)
     else:
         found = pipeline.load(path)
+        latents = [one.config.latents for one in (found, pipe)]
+        if None not in latents and latents[0] != latents[1]:
+            raise ValueError(f"guide {path} is of other latents than the model (another VAE or normalisation)")
         net, schedule = found.transformer, found.scheduler.config
     its, ours = (config.get("beta_schedule") or "linear" for config in (schedule, pipe.scheduler.config))
     if net.config.prediction_type != "flow_prediction" and its != ours:

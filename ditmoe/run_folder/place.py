@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from .. import files
 from ..config.file import differences, read_file, save, to_dict
@@ -50,13 +51,20 @@ def check_place(config: Config) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
-        lines = differences(to_dict(read_file(path)), to_dict(config))
+        lines = differences(_told(read_file(path)), _told(config))
         changed = [x for x in lines if x.split(":")[0] not in _FREE and not x.startswith(("sample.", "plan."))]
         if changed:
             found = "; ".join(changed[:5])
             raise ValueError(f"{config.out} holds another run ({found}); give another --out, or the same values")
     elif config.out.exists() and any(p.name not in (files.LOCK, f"{CONFIG}.tmp") for p in config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """The options, with what they come to where a value left it open in one version and said it in another."""
+    options = to_dict(config)
+    options["moe"]["scale"] = config.moe.routed_scale
+    return options
 
 
 def open_folder(config: Config, argv: Sequence[str], *, goes_on: bool) -> None:

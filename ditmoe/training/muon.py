@@ -91,7 +91,7 @@ def matrices(model: nn.Module, *, experts: bool) -> dict[str, int]:
     """Names of the weights that Muon moves, and of how many matrices, stacked in its rows, each is made up.
 
     Those of attention and of dense and shared feed-forward layers, with `experts` of routed experts too. Embeddings,
-    adaLN, routers, the final layer, norms and biases are AdamW's.
+    adaLN, routers, the final layer, convolutions, norms and biases are AdamW's.
     """
     found: dict[str, int] = {}
     for name, module in model.named_modules():

@@ -49,6 +49,7 @@ PROTOTYPE = ["digits", "--moe.router", "prototype"]
         (["digits", "--train.batch-size", "-4"], ["batch_size is -4"]),
         (["digits", "--moe.top-k", "9"], ["top_k 9 is more than num_experts 8"]),
         (["digits", "--moe.cosine-scale", "1"], ["cosine_scale works with router prototype, not linear"]),
+        (["digits", "--moe.contrastive-temperature", "1"], ["contrastive_temperature works with router prototype"]),
         (["digits", "--moe.contrastive-weight", "1"], ["contrastive_weight works with router prototype"]),
         (["digits", "--moe.score", "identity", "--moe.no-renormalize"], ["score identity works with router prototype"]),
         (

@@ -181,3 +181,11 @@ def test_a_model_without_experts_has_none_to_switch_off() -> None:
     pipe.transformer = weaker()
     with pytest.raises(ValueError, match="guide is experts-off, but this model has no experts; give a smaller or an"):
         drawn(pipe, guide="experts-off")
+
+
+def test_a_saved_scale_of_one_guides_nothing() -> None:
+    pipe = make()
+    plain = drawn(pipe)
+    pipe.register_to_config(experts_off=True, guide_scale=1.0)
+    assert torch.equal(drawn(pipe), plain)
+    assert not torch.equal(drawn(pipe, guide_scale=3.0), plain)

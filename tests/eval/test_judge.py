@@ -175,9 +175,16 @@ def test_the_pixel_distance_is_that_of_two_gaussians(train: ArrayImages, held_ou
 
 def test_large_images_have_no_pixel_distance(train: ArrayImages, held_out: ArrayImages) -> None:
     few = (train.pixels[:40], train.labels[:40], (held_out.pixels, held_out.labels), [])
-    found = judge(held_out.pixels[:9], None, *few)["pixels"]
-    assert found["value"] == pixel_distance(held_out.pixels[:9], train.pixels[:40])
+    samples = train.pixels[100:409]
+    found = judge(samples, None, *few)["pixels"]
+    assert found["value"] == pixel_distance(samples, train.pixels[:40])
+    assert found["few_value"] == pixel_distance(samples[:300], train.pixels[:40]) != found["value"]
     assert found["real_value"] == pixel_distance(held_out.pixels, train.pixels[:40])
     assert (found["num_train"], found["num_real"]) == (40, 300)
+    one = (*few[:2], (held_out.pixels[:1], held_out.labels[:1]), [])
+    assert judge(samples, None, *one)["pixels"].keys() == {"value", "num_train"}
+    mirrored = judge(samples, None, *few, mirrored=True)["pixels"]
+    both = np.concatenate([train.pixels[:40], train.pixels[:40, :, ::-1]])
+    assert (mirrored["num_train"], mirrored["value"]) == (80, pixel_distance(samples, both))
     large = np.zeros((12, 40, 40, 1), np.uint8)
     assert judge(large, None, large, np.zeros(12, np.int64), None, [])["pixels"] is None

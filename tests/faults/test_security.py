@@ -468,7 +468,7 @@ REPORT = {
     "experts": [{"layer": "block 1", "busiest": 1, "idle": 0, "bits_time": 0, "bits_class": 0, "bits_position": 0}],
     "classes": {"accuracy": 0.5, "real_accuracy": 0.9, "num_train": 9, "num_real": 9, "worst": ["shoes", 0.1]},
     "copies": {"share": 0.1, "real_share": 0.1, "definition": "near", "distance": 1.0, "real_distance": 1.0},
-    "pixels": {"value": 1.0, "num_train": 9, "real_value": 1.0, "num_real": 9},
+    "pixels": {"value": 1.0, "num_train": 9, "few_value": 2.0, "real_value": 1.0, "num_real": 9},
     "score": {"metric": "fd", "value": 1.0, "n_gen": 4, "n_ref": 4, "x-": {"x-": "path", "sha256": "abc"}, "l": ["m"]},
     "score_real": {"n_gen": 4, "value": 1.0},
 }  # fmt: skip

@@ -465,10 +465,11 @@ def test_what_muon_keeps_and_does() -> None:
     sizes = {name: p.numel() // (2 if ".experts." in name else 1) for name, p in meta(muon).named_parameters()}
     ours, theirs = (plan_of(config, "DDP", 2, 32) for config in (muon, adam))
     assert theirs.optimizer - ours.optimizer == theirs.peak - ours.peak == 4 * sum(sizes[name] for name in moved)
-    more = work(meta(muon), experts=True)[2]
+    trunk, more = (work(meta(muon), experts=x)[2] for x in (False, True))
     assert f"Muon {more / 1e9:.3g} a step more" in text
     seconds = (muon.train.batch_size / 4 * budget.flops(muon).training(False) + more) / (989e12 * 0.4)
     assert float(cells(text, "seconds")[0]) == pytest.approx(seconds, rel=0.05)
+    assert float(cells(text, "seconds")[2]) == pytest.approx(seconds - (more - trunk) / 2 / (989e12 * 0.4), rel=0.05)
 
 
 def test_the_degree_that_is_asked_for_is_planned() -> None:

@@ -13,6 +13,7 @@ import pytest
 from ditmoe import cli
 from ditmoe.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
 from ditmoe.config.file import differences, read_config, read_file, save, to_dict
+from ditmoe.config.sections import MoEConfig
 from ditmoe.run_folder.place import check_place
 
 OLD = {  # as the first version that had experts routed by place wrote it
@@ -45,7 +46,7 @@ def test_what_an_older_version_did_not_write_has_its_default(tmp_path: Path) -> 
         out=Path("runs/fashion"),
         max_steps=900,
         model=ModelConfig(sample_size=28, patch_size=4, activation="gelu"),
-        moe=replace(PRESETS["fashion"].moe, num_experts=8, expert_width=128, shared_width=128, scale=2),
+        moe=replace(PRESETS["fashion"].moe, blocks="all", num_experts=8, expert_width=128, shared_width=128, scale=2),
         data=DataConfig(name="fashion", path=Path("somewhere")),
         train=TrainConfig(decay_steps=900),
     )
@@ -148,3 +149,11 @@ def test_a_file_that_asks_for_help_is_refused(tmp_path: Path, capsys: pytest.Cap
         cli.parse_train([str(tmp_path / "config.json")], "train.py")
     assert stopped.value.code == 2
     assert "it has help, which is unknown" in capsys.readouterr().err
+
+
+def test_a_scale_that_was_said_and_one_that_was_left_open_are_one(tmp_path: Path) -> None:
+    said = replace(Config(), out=tmp_path, moe=MoEConfig(top_k=3, scale=3.0))
+    save(said, tmp_path / "config.json")
+    check_place(replace(said, moe=MoEConfig(top_k=3)))
+    with pytest.raises(ValueError, match=r"holds another run \(moe.scale: 3.0 -> 1.0\)"):
+        check_place(replace(said, moe=MoEConfig(top_k=3, scale=1.0)))

@@ -412,3 +412,10 @@ def test_routed_experts_start_as_loud_as_the_dense_layer_that_they_replace(name:
     x = torch.randn(2, 256, D)
     with torch.no_grad():
         assert float(made(x)[0].std() / dense(x).std()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("scale", "width"), [(1.0, 32), (2.0, 64)])
+def test_experts_start_by_the_width_that_their_scale_makes_of_them(scale: float, width: int) -> None:
+    rule = RoutingRule(2, "sigmoid", renormalize=True, scale=scale)
+    made = MoELayer(64, num_experts=4, expert_width=32, shared_width=0, rule=rule)
+    assert float(made.experts.w_in.detach().abs().max()) == pytest.approx((6 / (64 + width)) ** 0.5, rel=0.01)

@@ -112,3 +112,20 @@ def test_a_guide_of_another_noise_schedule(tmp_path: Path, kind: Any, refused: b
     else:
         assert json.loads((tmp_path / "model/transformer/config.json").read_text())["prediction_type"] == kind
         assert load_guide(tmp_path, make()).config.prediction_type == kind
+
+
+def test_a_model_folder_may_be_called_like_a_checkpoint(tmp_path: Path) -> None:
+    shutil.copytree(SAVED / "by-token" / "model", tmp_path / "step-5000")
+    assert load_guide(tmp_path / "step-5000", pipeline.load(SAVED / "by-token")).config.depth > 0
+
+
+def test_a_guide_of_other_latents(tmp_path: Path) -> None:
+    one, other = ({"vae": {"name": "a", "sha256": "0" * 64}, "mean": [m], "std": [1.0]} for m in (0.0, 0.5))
+    pipe, guide = make(), make()
+    pipe.register_to_config(latents=one)
+    for latents in (one, other):
+        guide.register_to_config(latents=latents)
+        pipeline.save(guide, tmp_path / str(latents["mean"][0]))
+    assert load_guide(tmp_path / "0.0", pipe) is not None
+    with pytest.raises(ValueError, match="is of other latents than the model"):
+        load_guide(tmp_path / "0.5", pipe)
