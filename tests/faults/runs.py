@@ -9,6 +9,7 @@ import time
 from tests.processes import start
 
 TINY = [
+    *("--train.optimizer", "adamw"),  # Muon does not go with slices
     *("--model.hidden-size", "32", "--model.depth", "2", "--model.num-heads", "2", "--model.patch-size", "4"),
     *("--model.ffn-width", "48", "--moe.num-experts", "4", "--moe.expert-width", "16", "--moe.shared-width", "16"),
     *("--moe.bias-rate", "0.01", "--train.batch-size", "16", "--train.precision", "fp32", "--sample.num", "20"),

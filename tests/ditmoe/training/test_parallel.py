@@ -86,9 +86,9 @@ def test_a_process_builds_and_reads_its_own_part(tmp_path, how):
         assert group.wait() == [0, 0], group.err()
     assert group.out(0).count("built on cpu") == 1
     assert "built on cpu" not in group.out(1)
-    for rank in (0, 1):
+    for rank in (0, 1):  # a weight of one row is whole on the first
         share = float(re.search(r"read ([\d.]+) of the checkpoint", group.out(rank))[1])
-        assert 0.5 <= share < (0.55 if "--parallel.shard" in how else 0.75)
+        assert 0.49 <= share < (0.55 if "--parallel.shard" in how else 0.75)
 
 
 def test_processes_share_the_verification_of_a_checkpoint(tmp_path):
