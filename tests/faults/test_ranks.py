@@ -55,7 +55,7 @@ def test_all_refuse_what_the_first_one_finds(tmp_path):
     group = runs.training(out, "--max-steps", 2, "--train.learning-rate", 0.5, world=2)
     assert group.wait(60) == [2, 2]
     for rank in (0, 1):
-        assert "train.learning_rate: 0.002 -> 0.5" in group.err(rank)
+        assert "train.learning_rate: 0.004 -> 0.5" in group.err(rank)
         assert "Traceback" not in group.err(rank)
     config = json.loads((out / "config.json").read_text())
     assert config["train"]["learning_rate"] != 0.5
