@@ -18,19 +18,15 @@ from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
 from ditmoe.config.file import read_config
 from ditmoe.generate.draw import balanced_labels, draw
-from ditmoe.model import build
 from ditmoe.objective import Objective
-from ditmoe.run_folder import checkpoint
+from ditmoe.run_folder.network import averaged_network
 
 PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precision")
 
 
 def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipeline.DiTMoEPipeline:
     """The pipeline of a checkpoint's moving average."""
-    config = read_config(run)
-    model = build(config, len(names))
-    model.load_state_dict({name: saved.whole() for name, saved in checkpoint.opened(folder)[0]["ema"].items()})
-    return pipeline.assemble(model.eval(), config, names)
+    return pipeline.assemble(averaged_network(folder)[0].eval(), read_config(run), names)
 
 
 @torch.inference_mode()

@@ -25,9 +25,9 @@ from .data.latents import denormalize, is_normalization, read_normalization
 from .data.pixels import to_pil, to_pixels
 from .data.vae import check_vae, load_vae
 from .files import replacing
-from .guide import EXPERTS_OFF, choose
 from .launch.start import best_device
 from .model import DiTMoETransformer2DModel, check_network
+from .moe.guide import EXPERTS_OFF, choose
 from .objective import scheduler_config
 
 _DECODED_AT_ONCE = 16  # images; a VAE needs about a gigabyte for each of 256 x 256
@@ -47,7 +47,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
             "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
-        guide: A weaker network for autoguidance (`ditmoe.guide`), in the folder `guide/`; None for none.
+        guide: A weaker network for autoguidance (`ditmoe.moe.guide`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
         experts_off: The guide is the network itself without its routed experts.
 
@@ -98,7 +98,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_images: How many images of a model without labels.
             sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
             guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
-                that the model names, if any, see `ditmoe.guide.choose`. Beside classifier-free guidance.
+                that the model names, if any, see `ditmoe.moe.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.

@@ -19,7 +19,6 @@ from eval.metrics.frechet import FeatureStatistics, Gaussian, frechet_distance
 from eval.sources.arrays import Float32Array, IndexArray, UInt8Array
 
 PASSES = 60_000  # images the classifier sees in training, at most
-MOST_PIXELS = 1024  # numbers of an image whose pixels are compared as they are
 LARGEST_SIDE = 32  # pixels; larger images are averaged down
 NEIGHBOURS = 5  # training images that the copy ratio looks at
 REAL_SHARE = 0.01  # share of real images that the copy rule flags, by construction
@@ -30,7 +29,7 @@ def judge(
     held_out: tuple[UInt8Array, IndexArray] | None, names: Sequence[str], seed: int = 0, mirrored: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The answers for generated images as JSON values: "classes", None without labels; "copies"; "pixels", None where
-    an image has more than `MOST_PIXELS` numbers.
+    there are no more images than an image has numbers, too few for its covariance.
 
     Args:
         images: generated; labels (N,) are what was asked for, None of a model without classes.
@@ -55,10 +54,10 @@ def judge(
     known = np.concatenate([train, train[:, :, ::-1]]) if mirrored else train
     copies = nearest_copies(images, known, held_out[0] if held_out else None)
     numbers = {k: v for k, v in vars(copies).items() if not isinstance(v, np.ndarray)}
-    pixels = None
-    if train[0].size <= MOST_PIXELS and min(len(images), len(train)) > 1:
+    pixels, P = None, images[0].size
+    if min(len(images), len(known)) > P:
         pixels = {"value": pixel_distance(images, known), "num_train": len(known)}
-        if held_out and (n := min(len(images), len(held_out[0]))) > 1:  # fewer images are further away: equally many
+        if held_out and (n := min(len(images), len(held_out[0]))) > P:  # fewer are further away: equally many
             few = pixel_distance(images[:n], known)
             pixels |= {"few_value": few, "real_value": pixel_distance(held_out[0][:n], known), "num_real": n}
     return {"classes": classes, "copies": {**numbers, "definition": copies.definition}, "pixels": pixels}

@@ -8,6 +8,9 @@ from typing import Literal
 
 from .sections import Config, DataConfig, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig, TrainConfig
 
+_FLOW = ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal")
+_SMALL = TrainConfig(batch_size=64, optimizer="muon", learning_rate=4e-3, precision="fp32")  # on a CPU
+
 
 def _paper(depth: int, width: int, heads: int, experts: int, qk_norm: Literal["none", "layer"]) -> Config:
     """A model of DiT-MoE's Table 1: every block has experts of hidden width 4D and one shared of 2D."""
@@ -43,7 +46,7 @@ def _ours(depth: int, width: int, heads: int, experts: int, top_k: int, expert_w
             blocks="every-second", num_experts=experts, top_k=top_k, expert_width=expert_width,
             shared_width=expert_width, bias_rate=0.001, balance_weight=0.0001,
         ),
-        objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
+        objective=_FLOW,
         data=DataConfig(name="latents", num_workers=4),
         train=TrainConfig(
             batch_size=256, learning_rate=1e-4, warmup_steps=1000, beta2=0.95, ema_decay=0.9999,
@@ -58,15 +61,8 @@ PRESETS: dict[str, Config] = {
         max_steps=2200,
         model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256, refine_width=32),
         moe=MoEConfig(num_experts=8, top_k=2, expert_width=80, shared_width=96),
-        objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
-        train=TrainConfig(
-            batch_size=64,
-            optimizer="muon",
-            learning_rate=4e-3,
-            decay_steps=2200,
-            checkpoint_every=1000,
-            precision="fp32",
-        ),
+        objective=_FLOW,
+        train=replace(_SMALL, decay_steps=2200),
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.25, num=1000),
     ),
     "fashion": Config(
@@ -75,16 +71,9 @@ PRESETS: dict[str, Config] = {
             sample_size=28, patch_size=4, hidden_size=128, depth=6, ffn_width=384, positions="sincos", refine_width=32
         ),
         moe=MoEConfig(num_experts=16, expert_width=128, shared_width=128, router_input="position"),
-        objective=ObjectiveConfig(prediction_type="flow_prediction", time_sampling="logit_normal"),
+        objective=_FLOW,
         data=DataConfig(name="fashion"),
-        train=TrainConfig(
-            batch_size=64,
-            optimizer="muon",
-            learning_rate=4e-3,
-            decay_steps=3000,
-            checkpoint_every=500,
-            precision="fp32",
-        ),
+        train=replace(_SMALL, decay_steps=3000, checkpoint_every=500),
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
     ),
     "folder": Config(

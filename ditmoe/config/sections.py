@@ -140,7 +140,7 @@ class MoEConfig:
         _require(prototype or self.score != "identity", "score identity works with router prototype, not linear")
         _require(prototype or not weight, "contrastive_weight works with router prototype, not linear")
         _require(
-            prototype or self.contrastive_temperature == 0.07,
+            prototype or self.contrastive_temperature == MoEConfig.contrastive_temperature,
             "contrastive_temperature works with router prototype, not linear",
         )
 

@@ -16,7 +16,7 @@ from ..config.sample import SampleArgs
 from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
-from ..guide import EXPERTS_OFF, NONE, ExpertsOff
+from ..moe.guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..pipeline import load
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels

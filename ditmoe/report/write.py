@@ -122,8 +122,10 @@ def _summary(report: Mapping[str, Any]) -> str:
     if copies := report["copies"]:
         lines.append(f"nearest-neighbour copies: {copies['share']:.1%} ({copies['real_share']:.1%} of real images)")
     if pixels := report["pixels"]:
-        few, real = (f"{pixels.get(name, 0.0):.3g}" for name in ("few_value", "real_value"))
-        beside = f" ({pixels['num_real']} of them: {few}, held-out real images: {real})" if "num_real" in pixels else ""
+        beside = ""
+        if "num_real" in pixels:
+            few, real = (f"{pixels[name]:.3g}" for name in ("few_value", "real_value"))
+            beside = f" ({pixels['num_real']} of them: {few}, held-out real images: {real})"
         lines.append(f"Fréchet distance of the pixels: {pixels['value']:.3g}{beside}")
     if score := report["score"]:
         real = report["score_real"]

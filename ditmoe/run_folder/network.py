@@ -27,7 +27,7 @@ def load_guide(path: Path, pipe: DiTMoEPipeline) -> DiTMoETransformer2DModel:
         raise ValueError(f"guide {path} does not exist; give {kinds}")
     folder = any((place / "model_index.json").is_file() for place in (path, path / "model"))
     if (path / "state.json").is_file() or (path.name.startswith("step-") and not folder):
-        net, schedule = _of_checkpoint(path)
+        net, schedule = averaged_network(path)
     else:
         found = pipeline.load(path)
         latents = [one.config.latents for one in (found, pipe)]
@@ -43,8 +43,12 @@ def load_guide(path: Path, pipe: DiTMoEPipeline) -> DiTMoETransformer2DModel:
     return net
 
 
-def _of_checkpoint(path: Path) -> tuple[DiTMoETransformer2DModel, dict[str, Any]]:
-    """The averaged network of a checkpoint that is whole, and its noise schedule."""
+def averaged_network(path: Path) -> tuple[DiTMoETransformer2DModel, dict[str, Any]]:
+    """The averaged network of a checkpoint, in float32 on the CPU, and its noise schedule.
+
+    Raises:
+        ValueError: The checkpoint is not whole, or holds none that can be built.
+    """
     if (fault := find_fault(path)) is not None:
         raise ValueError(f"checkpoint {path} is damaged ({fault}); give another one")
     parts, state = opened(path)

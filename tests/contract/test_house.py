@@ -21,7 +21,6 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "layers": 1,
     "moe": 1,
     "model": 2,
-    "guide": 3,
     "objective": 3,
     "launch": 4,
     "data": 5,

@@ -173,18 +173,20 @@ def test_the_pixel_distance_is_that_of_two_gaussians(train: ArrayImages, held_ou
     assert 20 < pixel_distance(held_out.pixels, train.pixels) < 40
 
 
-def test_large_images_have_no_pixel_distance(train: ArrayImages, held_out: ArrayImages) -> None:
-    few = (train.pixels[:40], train.labels[:40], (held_out.pixels, held_out.labels), [])
-    samples = train.pixels[100:409]
-    found = judge(samples, None, *few)["pixels"]
-    assert found["value"] == pixel_distance(samples, train.pixels[:40])
-    assert found["few_value"] == pixel_distance(samples[:300], train.pixels[:40]) != found["value"]
-    assert found["real_value"] == pixel_distance(held_out.pixels, train.pixels[:40])
-    assert (found["num_train"], found["num_real"]) == (40, 300)
-    one = (*few[:2], (held_out.pixels[:1], held_out.labels[:1]), [])
-    assert judge(samples, None, *one)["pixels"].keys() == {"value", "num_train"}
-    mirrored = judge(samples, None, *few, mirrored=True)["pixels"]
-    both = np.concatenate([train.pixels[:40], train.pixels[:40, :, ::-1]])
-    assert (mirrored["num_train"], mirrored["value"]) == (80, pixel_distance(samples, both))
-    large = np.zeros((12, 40, 40, 1), np.uint8)
-    assert judge(large, None, large, np.zeros(12, np.int64), None, [])["pixels"] is None
+def test_samples_and_held_out_images_are_compared_at_equal_numbers(train: ArrayImages, held_out: ArrayImages) -> None:
+    known, samples = (train.pixels[:90], train.labels[:90]), train.pixels[100:409]
+    found = judge(samples, None, *known, (held_out.pixels, held_out.labels), [])["pixels"]
+    assert found["value"] == pixel_distance(samples, known[0])
+    assert found["few_value"] == pixel_distance(samples[:300], known[0]) != found["value"]
+    assert found["real_value"] == pixel_distance(held_out.pixels, known[0])
+    assert (found["num_train"], found["num_real"]) == (90, 300)
+    both = np.concatenate([known[0], known[0][:, :, ::-1]])
+    mirrored = judge(samples, None, *known, None, [], mirrored=True)["pixels"]
+    assert mirrored == {"num_train": 180, "value": pixel_distance(samples, both)}
+
+
+def test_fewer_images_than_an_image_has_pixels_have_no_distance(train: ArrayImages, held_out: ArrayImages) -> None:
+    known = (train.pixels[:90], train.labels[:90])
+    few = (held_out.pixels[:64], held_out.labels[:64])
+    assert judge(train.pixels[:65], None, *known, few, [])["pixels"].keys() == {"value", "num_train"}
+    assert judge(train.pixels[:64], None, *known, few, [])["pixels"] is None

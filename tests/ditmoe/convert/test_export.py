@@ -8,7 +8,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.sample import ExportArgs
 from ditmoe.convert.export import export
-from ditmoe.guide import ExpertsOff
+from ditmoe.moe.guide import ExpertsOff
 from tests.ditmoe.test_saved_files import SAVED
 
 RUN = SAVED / "by-token"

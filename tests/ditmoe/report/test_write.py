@@ -88,17 +88,14 @@ def test_the_page_of_a_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(run.glob("*.tmp"))
     assert made["command"] == "python train.py --out 'a run'"
     assert made["classes"]["real_accuracy"] >= 0.95
-    assert made["copies"]["num_train"] == made["pixels"]["num_train"] == 1497
-    pixels = made["pixels"]
-    assert pixels["num_real"] == 20
-    assert pixels["real_value"] < pixels["few_value"] == pixels["value"]  # no more than 20 samples were drawn
+    assert made["copies"]["num_train"] == 1497
+    assert made["pixels"] is None  # 20 samples of 64 pixels
     assert [row["layer"] for row in made["experts"]] == ["block 1"]
     shown = Page(run)
     assert shown.is_self_contained()
     assert len(shown.links) == 4
     for text in (
         "1.25",
-        "pixel distance",
         "fd_test",
         "path <ref>",
         made["copies"]["definition"],
@@ -106,6 +103,19 @@ def test_the_page_of_a_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert text in shown.text
     assert "<ref>" not in (run / "index.html").read_text()
+
+
+def test_the_pixel_distance_is_shown_beside_that_of_real_images(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tiny(sample=SAMPLE))
+    found = written(run, num_judged=70)["pixels"]
+    assert (found["num_train"], found["num_real"]) == (1497, 70)
+    assert found["real_value"] < found["few_value"] == found["value"]
+    text = Page(run).text
+    shown = r"Fréchet, of 70 samples; 70 samples: [\d,.]+, as many held-out real images: [\d,.]+ "
+    assert re.search(shown, " ".join(text.split()))
+    value = f"{found['value']:.3g}"
+    said = capsys.readouterr().out
+    assert f"Fréchet distance of the pixels: {value} (70 of them: {value}, held-out real images: " in said
 
 
 def test_judged_images_do_not_depend_on_how_they_are_drawn(tiny: Tiny) -> None:

@@ -7,11 +7,11 @@ With the scale w the sampler follows guide + w (network - guide) (Karras et al. 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .model import DiTMoETransformer2DModel, moe_layer_names
+from .layer import MoELayer
 
 EXPERTS_OFF = "experts-off"
 NONE = "none"
@@ -29,13 +29,13 @@ class ExpertsOff(nn.Module):
         ValueError: The network has no experts.
     """
 
-    def __init__(self, net: DiTMoETransformer2DModel) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        if not moe_layer_names(net):
+        if not any(isinstance(module, MoELayer) for module in net.modules()):
             raise ValueError(
                 f"guide is {EXPERTS_OFF}, but this model has no experts; give a smaller or an earlier model as guide"
             )
-        self.net, self.config = net, net.config
+        self.net, self.config = net, cast("Any", net.config)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
         """As of the network, without routing records."""
@@ -43,7 +43,7 @@ class ExpertsOff(nn.Module):
 
 
 def choose(
-    net: DiTMoETransformer2DModel, guide: nn.Module | str | None, scale: float | None,
+    net: nn.Module, guide: nn.Module | str | None, scale: float | None,
     saved: nn.Module | str | None = None, saved_scale: float | None = None,
 ) -> tuple[nn.Module | None, float]:  # fmt: skip
     """The guide of a call and its scale; (None, 1) where nothing guides.
@@ -77,7 +77,7 @@ def choose(
     return guide, w
 
 
-def _check(net: DiTMoETransformer2DModel, guide: Any) -> None:
+def _check(net: Any, guide: Any) -> None:
     """ValueError unless the guide takes the images and labels that the network takes."""
     config = getattr(guide, "config", {})
     for name in _ALIKE:
