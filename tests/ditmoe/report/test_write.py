@@ -111,7 +111,7 @@ def test_the_pixel_distance_is_shown_beside_that_of_real_images(tiny: Tiny, caps
     assert (found["num_train"], found["num_real"]) == (1497, 70)
     assert found["real_value"] < found["few_value"] == found["value"]
     text = Page(run).text
-    shown = r"Fréchet, of 70 samples; 70 samples: [\d,.]+, as many held-out real images: [\d,.]+ "
+    shown = r"Fréchet, of 70 samples; 70 samples: [\d,.]+, as many held-out real images: [\d,.]+"
     assert re.search(shown, " ".join(text.split()))
     value = f"{found['value']:.3g}"
     said = capsys.readouterr().out

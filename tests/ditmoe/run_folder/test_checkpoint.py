@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,25 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="model w is not finite at step 3"):
         writer_module.save(tmp_path, 3, {"model": {"w": torch.tensor([1.0, float("nan")])}}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_writer_starts_no_team_of_threads_of_its_own(tmp_path: Path) -> None:
+    script = """
+import os, sys, torch
+from pathlib import Path
+from ditmoe.run_folder.writer import Writer
+
+torch.set_num_threads(4)
+weights = torch.randn(1 << 20).exp()
+before = len(os.listdir("/proc/self/task"))
+writer = Writer(Path(sys.argv[1]), 2, tolerant=False)
+writer.save(3, {"model": {"w": weights}}, {"step": 3}, wait=True)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    before, after = map(int, ran.stdout.split())
+    assert before >= 4
+    assert after <= before + 1
 
 
 def test_the_writer_saves_a_state_as_it_was_and_says_what_failed(tmp_path: Path, monkeypatch, capsys) -> None:
