@@ -79,8 +79,8 @@ def contestants(args: argparse.Namespace, classes: int) -> dict[str, Contestant]
             time_sampling="uniform" if args.rival_objective == "flow-uniform" else "logit_normal",
             class_dropout_prob=objective.class_dropout_prob,
         )
-    train = replace(preset.train, beta2=args.beta2 or preset.train.beta2, optimizer="adamw", muon_on="trunk")
-    train = replace(train, batch_size=args.batch_size or train.batch_size)
+    train = replace(preset.train, optimizer="adamw", muon_on="trunk", muon_factor=1.0)
+    train = replace(train, beta2=args.beta2 or train.beta2, batch_size=args.batch_size or train.batch_size)
     config = replace(preset, objective=objective, train=train)
     for kind in OPTIONS:
         for suffix, target in zip(("", "-active"), ours, strict=True):

@@ -27,42 +27,19 @@ from safetensors.torch import load_file, save_file
 from benchmarks.curve import append
 from benchmarks.rival_models import OPTIONS
 from benchmarks.rival_training import NAMES, Contestant, Row, Training, contestants
-from benchmarks.scoring import Images, Scorer, precision
+from benchmarks.scoring import Images, Judge, precision
 from benchmarks.timing import machine, round_robin
 from ditmoe.config.presets import PRESETS
 from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
 from ditmoe.launch import start
 from ditmoe.objective import scheduler_config
-from eval.measure import Wanted, measure
-from eval.metrics.frechet import frechet_distance
-from eval.metrics.manifold import prdc
-from eval.sources.open import open_source
 from samplers import image_generators, initial_noise, sample
 from samplers.catalog import scheduler_for
 
 TUNE_SEED = 17
 FACTORS = (0.5, 1.0, 2.0)  # of the preset's rate, for it and its twin
 RATES = (5e-4, 1.4e-3, 4e-3)  # of AdamW, for the rivals
-
-
-class Judge(Scorer):
-    """Also precision and recall, against as many training images as there are samples."""
-
-    real_rows: Any = None  # their features
-
-    def judged(self, images: Images, wanted: bool) -> Row:
-        """The distance, and where wanted the other two."""
-        if not wanted:
-            return {"fd": self.distance(images)}
-        keep = Wanted(keep=len(images))
-        if self.real_rows is None or len(self.real_rows) != min(len(images), len(self.train)):
-            real = self.train.images(range(min(len(images), len(self.train))))
-            self.real_rows = measure(open_source(real), self.net, keep, batch_size=500).features
-        found = measure(open_source(images), self.net, keep, batch_size=500)
-        measures = prdc(self.real_rows, found.features)
-        fd = frechet_distance(found.gaussian, self.reference)
-        return {"fd": fd, "precision": measures.precision, "recall": measures.recall}
 
 
 class Contest:

@@ -22,7 +22,7 @@ from ditmoe import pipeline
 from ditmoe.config.file import read_config
 from ditmoe.config.sections import Config
 from ditmoe.generate.draw import balanced_labels, draw
-from samplers import SAMPLERS, network_calls, prediction_type_of
+from samplers import SAMPLERS, network_calls
 
 NFE = (5, 10, 20, 50, 100)
 MODES = ("target", "network", "both")
@@ -40,15 +40,13 @@ LAMBDAS = (0.98, 0.99, 1.01, 1.02, 1.04)
 
 def points(part: str, scheduler: Any) -> Iterator[dict[str, Any]]:
     """What to draw: sampler, steps, and further arguments of the pipeline."""
-    kind = prediction_type_of(scheduler)
-    names = [name for name, entry in SAMPLERS.items() if kind in entry.prediction_types]
     if part == "nfe":
         for calls in NFE:
-            for name in names:
+            for name in SAMPLERS:
                 steps = calls - 9 if "pndm" in name else calls // 2 if name == "flow-heun" else calls
                 if (steps > 3 or "pndm" not in name) and network_calls(name, scheduler, steps) == calls:
                     yield {"sampler": name, "steps": steps}
-        yield {"sampler": "ddpm", "steps": 250} if "ddpm" in names else {"sampler": "flow-euler", "steps": 250}
+        yield {"sampler": "ddpm", "steps": 250}
     elif part == "shift":
         for mode, variance, window, cutoff in itertools.product(MODES, ("published", "calibrated"), WINDOWS, CUTOFFS):
             yield _shifted(10, mode, variance, window, cutoff)

@@ -17,10 +17,10 @@ from samplers.time_shift import window_of
 
 Row = dict[str, Any]
 OWN = {"exposure_mode": "both", "exposure_variance": "published", "exposure_cutoff": 100}
-FLOW_SAMPLERS = {"flow-euler", "flow-heun", "flow-sde"}  # on a model of their own: the table alone
 COLOURS = {
     "ddpm": "#888888", "ddim": "#1f77b4", "pndm": "#2ca02c", "dpm++2m": "#d62728", "unipc": "#9467bd",
-    "ts-ddpm": "#888888", "ts-ddim": "#1f77b4", "ts-pndm": "#2ca02c",
+    "ts-ddpm": "#888888", "ts-ddim": "#1f77b4", "ts-pndm": "#2ca02c", "flow-euler": "#8c564b",
+    "flow-heun": "#e377c2", "flow-sde": "#bcbd22",
 }  # fmt: skip
 
 
@@ -161,8 +161,6 @@ def main() -> None:
     rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
     names = ("nfe", "shift", "refine", "window", "epsilon", "few")
     parts = {part: [row for row in rows if row["part"] == part] for part in names}
-    if {row["sampler"] for row in rows} <= FLOW_SAMPLERS:
-        return print(nfe_table(parts["nfe"]))
     print(f"{nfe_table(parts['nfe'])}\n\n{few_steps(parts['nfe'] + parts['epsilon'] + parts['few'])}\n")
     print(f"{shift_table(parts['shift'])}\n\n{shift_table(parts['refine'])}\n")
     print(f"{window_table(parts['nfe'], parts['refine'] + parts['window'])}\n")

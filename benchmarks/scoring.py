@@ -1,17 +1,27 @@
-"""Scores of many image sets against one data set, whose statistics and classifier are made once and kept on disk."""
+"""Scores of many image sets against one data set, whose statistics and classifier are made once and kept on disk.
 
+    python -m benchmarks.scoring FILE.npz ... --preset fashion
+
+prints a row a file (arr_0 images, arr_1 labels), and one of as many held-out real images: the Fréchet distance to all
+training images, precision and recall against as many of them, by each extractor, and the recognised share.
+"""
+
+import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.sets import ImageSet
 from eval.judge import Classifier, accuracy, train_classifier
 from eval.measure import Wanted, measure
 from eval.metrics.frechet import Gaussian, frechet_distance
+from eval.metrics.manifold import prdc
 from eval.networks.extractors import load_extractor
 from eval.sources.open import open_source
 
@@ -78,3 +88,51 @@ class Scorer:
         net = Classifier(shape[3], (shape[1], shape[2]), len(self.train.id2label))
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
+
+
+class Judge(Scorer):
+    """Also precision and recall, against as many training images as there are samples."""
+
+    real_rows: Any = None  # their features
+
+    def judged(self, images: Images, wanted: bool) -> dict[str, float]:
+        """The distance, and where wanted the other two."""
+        if not wanted:
+            return {"fd": self.distance(images)}
+        keep = Wanted(keep=len(images))
+        if self.real_rows is None or len(self.real_rows) != min(len(images), len(self.train)):
+            real = self.train.images(range(min(len(images), len(self.train))))
+            self.real_rows = measure(open_source(real), self.net, keep, batch_size=500).features
+        found = measure(open_source(images), self.net, keep, batch_size=500)
+        measures = prdc(self.real_rows, found.features)
+        fd = frechet_distance(found.gaussian, self.reference)
+        return {"fd": fd, "precision": measures.precision, "recall": measures.recall}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--preset", choices=list(PRESETS), default="fashion")
+    parser.add_argument("--extractors", nargs="+", default=["efficientnet-lite0", "random-conv-v1"])
+    parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
+    args = parser.parse_args()
+    judges = {name: Judge(PRESETS[args.preset], args.cache, name) for name in args.extractors}
+    columns = [f"{what} {name}" for name in judges for what in ("Fréchet distance,", "precision,", "recall,")]
+    print("| images | N | recognised | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns)))
+
+    def row(title: str, images: Images, labels: NDArray[np.int64]) -> None:
+        share = next(iter(judges.values())).recognised(images, labels)
+        found = [judge.judged(images, True) for judge in judges.values()]
+        values = [f"{each['fd']:.4g} | {each['precision']:.3f} | {each['recall']:.3f}" for each in found]
+        print(f"| {title} | {len(images)} | {share:.1%} | " + " | ".join(values) + " |", flush=True)
+
+    for file in args.files:
+        with np.load(file, allow_pickle=False) as arrays:
+            row(str(file), arrays["arr_0"], arrays["arr_1"])
+            num = len(arrays["arr_0"])
+    real = next(iter(judges.values())).test
+    row("held-out", real.images(range(num)), real.labels[:num])
+
+
+if __name__ == "__main__":
+    main()

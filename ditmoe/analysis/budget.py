@@ -128,8 +128,8 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
       and in bf16 their 8 D in float32.
     * b (1 + m) F of a dense layer or the shared expert; of routed experts K b (2 D + (1 + m) F) with grouped
       products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
-    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place has one for all images. Of
-      prototypes 8 E + 12 more: products before they are cosines, and who serves.
+    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place alone has one for all images. Of
+      prototypes 4 E + 12 more, products before they are cosines, and 4 E of a token or image that is seen: who serves.
     An image: (7 b + 8) D for adaLN; 4 D + 8 of a time or label that the router sees, in bf16 4 D more of a time. Kept:
     the block's input, the router's record. Passing: the gradients of the residual stream, and of the widest layer.
 
@@ -148,10 +148,13 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
         loop = not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16)))
         token += K * b * (D + (both - 1) * F if loop else 2 * D + both * F) + b * both * e.shared_width
         token += (4 * D if "token" in e.router_input or not half else 0) + (b * D if half and e.shared_width else 0)
-        decisions = 1.0 if tokens else (1 / T if image else 0.0)  # for each token
+        sees = 1.0 if tokens else (1 / T if image else 0.0)  # vectors that are not the places', for each token
+        decisions = 1.0 if sees and "position" in e.router_input else sees
         record = decisions * (8 * e.num_experts + 12 * K)
-        token += record + decisions * (36 * K + (8 * e.num_experts + 12 if e.router == "prototype" else 0))
-        seen = image * (4 * D + 8) + (4 * D if half and image else 0)  # every such router sees the time
+        token += record + decisions * 36 * K
+        if e.router == "prototype":
+            token += decisions * (4 * e.num_experts + 12) + sees * 4 * e.num_experts
+        seen = image * (4 * D + 8) + (4 * D if half and "time" in e.router_input else 0)
         widest = K * D if loop else K * both * F
     else:
         token += b * D + b * both * m.ffn_width

@@ -66,15 +66,23 @@ PRESETS: dict[str, Config] = {
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.25, num=1000),
     ),
     "fashion": Config(
-        max_steps=3000,
+        max_steps=3600,
         model=ModelConfig(
             sample_size=28, patch_size=4, hidden_size=128, depth=6, ffn_width=384, positions="sincos", refine_width=32
         ),
         moe=MoEConfig(num_experts=16, expert_width=128, shared_width=128, router_input="position"),
         objective=_FLOW,
         data=DataConfig(name="fashion"),
-        train=replace(_SMALL, decay_steps=3000, checkpoint_every=500),
-        sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.5),
+        train=replace(
+            _SMALL,
+            learning_rate=8e-3,
+            muon_factor=2.0,
+            clip=0.5,
+            warmup_steps=200,
+            decay_steps=3600,
+            checkpoint_every=600,
+        ),
+        sample=SampleConfig(sampler="unipc", steps=10, cfg=1.5),
     ),
     "folder": Config(
         max_steps=20_000,

@@ -13,7 +13,17 @@ from typing import Literal
 
 MOST = 1e30  # of a number; one step below what float32 cannot hold
 RouterInput = Literal[
-    "token", "plain", "token+time", "plain+time", "token+position", "plain+position", "position", "time", "time+label"
+    "token",
+    "plain",
+    "token+time",
+    "plain+time",
+    "token+position",
+    "plain+position",
+    "position",
+    "label+position",
+    "time",
+    "label",
+    "time+label",
 ]
 RouterKind = Literal["linear", "prototype"]
 RouterScore = Literal["sigmoid", "softmax", "identity"]
@@ -88,7 +98,8 @@ class MoEConfig:
     router_input: RouterInput = "token"
     """What the router looks at, which decides who shares its decision. Each token has its own with token, or plain (the
     token before adaLN modulates it), alone or with the time or its place beside it; position: a place has the same
-    experts in every image and at every noise level (for aligned images); time, time+label: an image has."""
+    experts in every image and at every noise level (for aligned images), label+position: in every image of its class;
+    time, label, time+label: all tokens of an image share theirs."""
     score: RouterScore = "sigmoid"
     """How router logits become scores; identity (ProMoE), not at all, is for a prototype router without renormalize."""
     renormalize: bool = True
@@ -214,9 +225,11 @@ class TrainConfig:
     """Micro-batches of one optimiser step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon makes the momentum of matrices orthogonal; embeddings, adaLN, routers, the final layer, convolutions, norms
-    and biases stay with adamw. Both go by the same learning rate."""
+    and biases stay with adamw."""
     muon_on: Literal["trunk", "all"] = "trunk"
     """muon: attention, dense and shared feed-forward layers (trunk), or routed experts too."""
+    muon_factor: float = 1.0
+    """muon: learning rate of its matrices, times `learning_rate`."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     warmup_steps: int = 100
@@ -251,9 +264,11 @@ class TrainConfig:
     """Also write the metrics for TensorBoard (extra: track)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "accumulation", "learning_rate", "log_every", "checkpoint_every")
+        _positive(self, "batch_size", "accumulation", "learning_rate", "muon_factor", "log_every", "checkpoint_every")
         at_least(self, 0, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
-        _require(self.muon_on == "trunk" or self.optimizer == "muon", "muon_on all needs --train.optimizer muon")
+        muon = self.optimizer == "muon"
+        _require(muon or self.muon_on == "trunk", "muon_on all needs --train.optimizer muon")
+        _require(muon or self.muon_factor == 1, f"muon_factor {self.muon_factor} needs --train.optimizer muon")
         for name in ("ema_decay", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")

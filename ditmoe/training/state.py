@@ -29,7 +29,8 @@ class State(NamedTuple):
 def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
     """A new network with the weights of the run's seed, its average, and AdamW or Muon (decay on matrices only).
 
-    The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`. Of split experts all three are this process's.
+    The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`, Muon's groups theirs. Of split experts all three
+    are this process's.
     """
     torch.manual_seed(config.seed)
     if parallel.splits:
@@ -54,7 +55,8 @@ def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
         {"params": [p for p in adams.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     for parts in sorted(set(muon.values())):
-        groups.append({"params": [p for n, p in model.named_parameters() if muon.get(n) == parts], "parts": parts})
+        own = [p for name, p in model.named_parameters() if muon.get(name) == parts]
+        groups.append({"params": own, "parts": parts, "lr_factor": train.muon_factor})
     groups, betas = [group for group in groups if group["params"]], (0.9, train.beta2)
     if muon:
         return State(model.train(), ema, Muon(groups, train.learning_rate, betas, train.weight_decay))

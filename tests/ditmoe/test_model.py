@@ -1,6 +1,7 @@
 """The transformer: published sizes, what it must not depend on, saving and loading, gradient checkpointing."""
 
 import dataclasses
+import re
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_every_router_trains_a_model(seen: str, kind: str) -> None:
     out = model(x, t, y)
     out.sample.square().mean().backward()
     assert all(block.moe.router.weight.grad.abs().sum() > 0 for block in model.blocks)
-    an_image = seen in ("time", "time+label")
+    an_image = seen in ("time", "label", "time+label")
     assert all(record.served().shape[1] == (1 if an_image else 16) for record in out.routing)
     alone = model(x[:1], t[:1], y[:1]).sample
     torch.testing.assert_close(alone, out.sample[:1], rtol=1e-4, atol=1e-5)
@@ -122,9 +123,21 @@ def test_a_prototype_router_survives_saving(tmp_path: Path, scale: float | None,
     assert 0.2 * bound < largest <= bound
 
 
-def test_a_router_of_labels_needs_labels() -> None:
-    with pytest.raises(ValueError, match=r"router_input time\+label needs a model with classes"):
-        small(router_input="time+label", num_classes=0)
+@pytest.mark.parametrize("seen", [seen for seen in get_args(RouterInput) if "label" in seen])
+def test_a_router_of_labels_needs_labels(seen: str) -> None:
+    with pytest.raises(ValueError, match=rf"router_input {re.escape(seen)} needs a model with classes"):
+        small(router_input=seen, num_classes=0)
+
+
+def test_a_class_has_its_experts_at_a_place_in_every_image_and_at_every_time() -> None:
+    model = small(router_input="label+position", moe_blocks="all", num_experts=16).eval()
+    x, _, _ = inputs()
+    x, t, y = torch.cat([x, -x])[:3], torch.tensor([10.0, 900.0, 10.0]), torch.tensor([1, 1, 2])
+    for record in model(x, t, y).routing:
+        one, other_image, other_class = record.served()
+        assert torch.equal(one, other_image)
+        assert not torch.equal(one, other_class)
+        assert len(torch.unique(one, dim=0)) > 1  # other place: others
 
 
 def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainings_own() -> None:

@@ -214,7 +214,7 @@ def test_convolutions_keep_what_is_planned(learn_sigma: bool) -> None:
     assert peaks[0] - peaks[1] == 2 * more
 
 
-@pytest.mark.parametrize("seen", ["plain", "token+position", "time+label"])
+@pytest.mark.parametrize("seen", ["plain", "token+position", "time+label", "label+position"])
 def test_prototypes_keep_what_is_planned_beside_what_a_linear_router_keeps(seen: str) -> None:
     found, planned = [], []
     for kind in get_args(RouterKind):

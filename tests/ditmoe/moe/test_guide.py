@@ -42,7 +42,7 @@ def drawn(pipe: pipeline.DiTMoEPipeline, **options: Any) -> torch.Tensor:
     return images
 
 
-@pytest.mark.parametrize("router_input", ["token", "position", "time+label"])
+@pytest.mark.parametrize("router_input", ["token", "position", "time+label", "label+position"])
 @pytest.mark.parametrize("shared_width", [16, 0])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_experts_off_is_the_network_with_zero_experts(router_input: str, shared_width: int, activation: str) -> None:

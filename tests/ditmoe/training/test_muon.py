@@ -14,6 +14,7 @@ from ditmoe.data.open import open_data
 from ditmoe.model import build
 from ditmoe.training.loop import train
 from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal, work
+from tests import checkpoints
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 24, 8), (2, 8, 40)])
@@ -137,6 +138,26 @@ def test_a_run_with_muon_is_resumed_to_the_bit(on: str, tiny: Callable[..., Conf
     assert ("blocks.1.moe.experts.w_in.momentum" in saved) == (on == "all")
 
 
+def test_matrices_go_by_their_own_rate_and_the_rest_by_adamws(tiny: Callable[..., Config]) -> None:
+    """One step of equal gradients: what Muon moves goes `muon_factor` times as far, all else is the same."""
+
+    def moved(factor: float) -> dict[str, torch.Tensor]:
+        config = tiny(max_steps=1, train={"optimizer": "muon", "muon_factor": factor, "warmup_steps": 0})
+        config = replace(config, out=config.out.with_name(f"factor-{factor}"))
+        torch.manual_seed(config.seed)
+        net = build(config, 10)
+        train(config, open_data(config.data, size=8, channels=1))
+        parts, _ = checkpoints.load(config.out / "checkpoints/step-000001")
+        return {name: parts["model"][name] - value for name, value in net.named_parameters()}
+
+    once, four = moved(1.0), moved(4.0)
+    ends = (".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight")
+    of_muon = {name for name in once if name.startswith("blocks.") and name.endswith(ends)}
+    assert of_muon
+    for name, move in once.items():
+        torch.testing.assert_close(four[name], (4 if name in of_muon else 1) * move, rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_of_another_optimiser_is_not_gone_on_with(tiny: Callable[..., Config]) -> None:
     config = tiny(max_steps=2)
     data = open_data(config.data, size=8, channels=1)
@@ -148,6 +169,10 @@ def test_a_run_of_another_optimiser_is_not_gone_on_with(tiny: Callable[..., Conf
 def test_what_does_not_go_with_muon_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="muon_on all needs --train.optimizer muon"):
         TrainConfig(muon_on="all")
+    with pytest.raises(ValueError, match=r"muon_factor 4.0 needs --train.optimizer muon"):
+        TrainConfig(muon_factor=4.0)
+    with pytest.raises(ValueError, match="muon_factor"):
+        TrainConfig(optimizer="muon", muon_factor=0)
     with pytest.raises(ValueError, match="muon_on all does not apply to a model without experts"):
         Config(train=TrainConfig(optimizer="muon", muon_on="all"), moe=MoEConfig(blocks="none"))
     with pytest.raises(ValueError, match="train.optimizer muon needs whole matrices, which parallel.shard cuts"):
