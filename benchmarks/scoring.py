@@ -2,8 +2,9 @@
 
     python -m benchmarks.scoring FILE.npz ... --preset fashion
 
-prints a row a file (arr_0 images, arr_1 labels), and one of as many held-out real images: the Fréchet distance to all
-training images, precision and recall against as many of them, by each extractor, and the recognised share.
+prints a row a file (arr_0 images, arr_1 labels), and one of as many held-out real images: the Fréchet distance to the
+training images, precision and recall against as many of them as there are samples, by each extractor, and the
+recognised share.
 """
 
 import argparse
@@ -114,9 +115,10 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--preset", choices=list(PRESETS), default="fashion")
     parser.add_argument("--extractors", nargs="+", default=["efficientnet-lite0", "random-conv-v1"])
+    parser.add_argument("--num-ref", type=int, help="of the distance's reference, the first ones; default: all")
     parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
     args = parser.parse_args()
-    judges = {name: Judge(PRESETS[args.preset], args.cache, name) for name in args.extractors}
+    judges = {name: Judge(PRESETS[args.preset], args.cache, name, args.num_ref) for name in args.extractors}
     columns = [f"{what} {name}" for name in judges for what in ("Fréchet distance,", "precision,", "recall,")]
     print("| images | N | recognised | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns)))
 

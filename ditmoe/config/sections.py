@@ -266,9 +266,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "accumulation", "learning_rate", "muon_factor", "log_every", "checkpoint_every")
         at_least(self, 0, "warmup_steps", "weight_decay", "clip", "keep", "sample_every", "max_skipped")
-        muon = self.optimizer == "muon"
-        _require(muon or self.muon_on == "trunk", "muon_on all needs --train.optimizer muon")
-        _require(muon or self.muon_factor == 1, f"muon_factor {self.muon_factor} needs --train.optimizer muon")
+        _require(self.muon_on == "trunk" or self.optimizer == "muon", "muon_on all needs --train.optimizer muon")
         for name in ("ema_decay", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")

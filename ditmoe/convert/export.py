@@ -45,8 +45,9 @@ def export(args: ExportArgs) -> None:
 
 def card(args: ExportArgs) -> str:
     """The model's page: the commands that made it, what it was trained on, and its score if the run has one."""
-    command, report = args.run / COMMAND, args.run / REPORT
-    commands = list(dict.fromkeys(command.read_text().splitlines())) if command.exists() else []
+    report, runs = args.run / REPORT, [args.run, *([Path(args.guide)] if args.guide else [])]
+    files = [run / COMMAND for run in runs if (run / COMMAND).exists()]
+    commands = dict.fromkeys(line for file in files for line in file.read_text().splitlines())
     guide = "" if args.guide is None else f" --guide {args.guide}"
     guide += "" if args.guide_scale is None else f" --guide-scale {args.guide_scale}"
     lines = [

@@ -175,6 +175,8 @@ def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precisio
     if config.train.optimizer == "muon":
         moved, count, operations = muon.work(net, experts=config.train.muon_on == "all")
         say(f"muon: {moved / 1e6:.2f} M of them in {count:,} matrices, {operations / 1e9:.3g} GFLOP a step more")
+    elif config.train.muon_factor != 1:  # of a preset, say
+        say(f"note: train.muon_factor {config.train.muon_factor} changes nothing without --train.optimizer muon")
     E = config.moe.num_experts if config.moe.blocks != "none" else 0
     if split.shard and split.experts == 1 and 0 < E < processes:
         say(

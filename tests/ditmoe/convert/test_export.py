@@ -1,5 +1,6 @@
 """A model to give away may name its guide."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_the_folder_holds_the_guide_and_its_scale(tmp_path: Path, guide: str, sc
     card = (tmp_path / "gift" / "README.md").read_text()
     assert f"--guide {guide}{'' if scale is None else ' --guide-scale 3.0'}\n" in card
     assert f"guided by {guide}; `--guide none` draws without" in card
+
+
+def test_the_page_says_how_a_guide_that_is_a_run_was_made(tmp_path: Path) -> None:
+    guide = tmp_path / "guide"
+    shutil.copytree(RUN, guide)
+    (guide / "command.txt").write_text("python train.py weaker\n")
+    export(ExportArgs(RUN, tmp_path / "gift", guide=str(guide)))
+    commands = (tmp_path / "gift" / "README.md").read_text().split("```")[1].split("\n")
+    assert commands[-3] == "python train.py weaker"
+    assert commands[-2].startswith(f"python -m ditmoe export {RUN}")
 
 
 def test_without_a_guide_there_is_none(tmp_path: Path) -> None:
