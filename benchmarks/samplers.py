@@ -3,7 +3,7 @@
     python -m benchmarks.samplers MODEL --num 5000 --seeds 0 1 2 --parts nfe shift epsilon --out samplers.jsonl
 
 Appends a line for each (point, seed); lines that are there are not made again, so it can be stopped and continued.
-MODEL is an exported model (its training.json names the data) or a run.
+MODEL is an exported model (its training.json names the data) or a run; a guide that it names stays out.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def main() -> None:
                 with precision(args.precision):
                     images = draw(
                         pipe, labels, args.num, sampler=point["sampler"], steps=point["steps"], cfg=args.cfg, seed=seed,
-                        batch_size=args.batch_size, more=more,
+                        batch_size=args.batch_size, more={"guide": "none", **more},
                     )  # fmt: skip
                 row = {
                     **key,

@@ -13,18 +13,9 @@ from typing import Literal
 
 MOST = 1e30  # of a number; one step below what float32 cannot hold
 RouterInput = Literal[
-    "token",
-    "plain",
-    "token+time",
-    "plain+time",
-    "token+position",
-    "plain+position",
-    "position",
-    "label+position",
-    "time",
-    "label",
-    "time+label",
-]
+    "token", "plain", "token+time", "plain+time", "token+position", "plain+position", "position", "label+position",
+    "time", "label", "time+label",
+]  # fmt: skip
 RouterKind = Literal["linear", "prototype"]
 RouterScore = Literal["sigmoid", "softmax", "identity"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]

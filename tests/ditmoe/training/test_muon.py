@@ -125,7 +125,7 @@ def test_a_copy_of_weights_and_state_goes_on_to_the_bit() -> None:
 
 @pytest.mark.parametrize("on", ["trunk", "all"])
 def test_a_run_with_muon_is_resumed_to_the_bit(on: str, tiny: Callable[..., Config]) -> None:
-    whole = tiny(max_steps=6, train={"optimizer": "muon", "muon_on": on, "weight_decay": 0.1})
+    whole = tiny(max_steps=6, train={"optimizer": "muon", "muon_on": on, "muon_factor": 2.0, "weight_decay": 0.1})
     data = open_data(whole.data, size=8, channels=1)
     train(whole, data)
     parts = replace(whole, out=whole.out.with_name("parts"))

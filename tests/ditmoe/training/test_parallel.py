@@ -136,7 +136,8 @@ def test_bfloat16_is_gathered_of_float32_slices_but_for_routers(tmp_path, more):
 
 
 def test_split_experts_with_muon_are_resumed_to_the_bit(tmp_path):
-    flags = [*STEPS[2:], "--train.optimizer", "muon", "--train.muon-on", "all", "--parallel.experts", 2]
+    muon = ["--train.optimizer", "muon", "--train.muon-on", "all", "--train.muon-factor", 2]
+    flags = [*STEPS[2:], *muon, "--parallel.experts", 2]
     for name, legs in (("whole", (4,)), ("parts", (2, 4))):
         for steps in legs:
             group = runs.training(tmp_path / name, *flags, "--max-steps", steps, world=2)
