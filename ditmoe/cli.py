@@ -18,6 +18,7 @@ import tyro
 from .config import PRESETS, Config
 from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
+from .config.rules import RULES, with_rule
 from .config.sample import ExportArgs as ExportArgs
 from .config.sample import ExposureArgs as ExposureArgs
 from .config.sample import SampleArgs as SampleArgs
@@ -41,11 +42,29 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
     named = bool(argv) and not argv[0].startswith("-")
     start, rest = (argv[0], argv[1:]) if named else ("digits", argv)
     base = PRESETS[start] if start in PRESETS else _load(start)
+    base, rest = _ruled(base, list(rest))
     description = (
-        f"Train a diffusion transformer with experts: {prog} [PRESET | RUN/config.json] [options]. "
-        f"Presets: {', '.join(PRESETS)}. Defaults below are those of {start}."
+        f"Train a diffusion transformer with experts: {prog} [PRESET | RUN/config.json] [--moe.preset RULE] [options]. "
+        f"Presets: {', '.join(PRESETS)}. Rules of routing: {', '.join(RULES)}. Defaults below are those of {start}."
     )
     return tyro.cli(Config, prog=f"{prog} {start}", description=description, default=base, args=list(rest))
+
+
+def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
+    """The configuration with the rule that `--moe.preset NAME` asks for, if it does, and the other options."""
+    flag = "--moe.preset"
+    at = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
+    if at is None:
+        return base, argv
+    word, _, name = argv[at].partition("=")
+    rest = argv[:at] + argv[at + 1 :] if name else argv[:at] + argv[at + 2 :]
+    name = name or "".join(argv[at + 1 : at + 2])
+    if name not in RULES:
+        stop(f"{word} is {name!r}; {near(name, RULES)}it must be one of {', '.join(RULES)}")
+    try:
+        return with_rule(base, name), rest
+    except ValueError as error:
+        stop(f"{word} {name}: {error}")
 
 
 def run(main: Callable[[], int | None]) -> int:

@@ -10,16 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config.file import check_types
-from .config.sections import Config, ModelConfig, MoEConfig, RouterInput, RouterKind, RouterScore, has_experts
+from .config.rule import Overflow, RouterScore, RoutingRule, SelectKind
+from .config.sections import Config, ModelConfig, MoEConfig, RouterInput, RouterKind, has_experts
 from .layers import (
     Attention,
     LabelEmbedder,
@@ -31,7 +35,7 @@ from .layers import (
     sincos_positions,
     unpatchify,
 )
-from .moe import Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, RoutingRule
+from .moe import Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, decide
 
 
 @dataclass
@@ -104,6 +108,13 @@ KEYS = {  # fields of the configuration that the network, and so a saved model, 
     "score": "router_score",
     "renormalize": "router_renormalize",
     "scale": "router_scale",
+    "scope": "router_scope",
+    "select": "router_select",
+    "tau": "router_tau",
+    "capacity": "router_capacity",
+    "overflow": "router_overflow",
+    "groups": "router_groups",
+    "top_groups": "router_top_groups",
 }
 
 
@@ -135,11 +146,15 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         expert_width: int = 256, shared_width: int = 256, router_kind: RouterKind = "linear",
         cosine_scale: float | None = None, router_input: RouterInput = "token",
         router_score: RouterScore = "sigmoid", router_renormalize: bool = True, router_scale: float = 1.0,
-        router_bias: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
+        router_bias: bool = False, router_scope: Literal["layer", "shared"] = "layer", jitter: float = 0.0,
+        router_select: SelectKind = "topk", router_tau: float | None = None, router_capacity: float | None = None,
+        router_overflow: Overflow = "none", router_groups: int = 1, router_top_groups: int = 1, null_experts: int = 0,
+        shared_gate: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.gradient_checkpointing = False
+        self.capacity: float | None = None
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -151,7 +166,18 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             places = nn.functional.layer_norm(table, (hidden_size,))
         if "label" in inputs and not num_classes:
             raise ValueError(f"router_input {router_input} needs a model with classes, and this one has none")
-        rule = RoutingRule(top_k, router_score, router_renormalize, router_scale)
+        self.rule = RoutingRule(
+            top_k, router_score, router_renormalize, router_scale, router_select, router_tau, router_capacity,
+            router_overflow, router_groups, router_top_groups, null_experts,
+        )  # fmt: skip
+        if cosine_scale is None and router_score == "identity":
+            cosine_scale = 1.0
+        router: Any = {
+            "kind": router_kind, "inputs": inputs, "positions": places, "with_bias": router_bias,
+            "cosine_scale": cosine_scale, "jitter": jitter,
+        }  # fmt: skip
+        shared = router_scope == "shared" and moe_blocks != "none"
+        self.router = Router(hidden_size, num_experts + null_experts, **router) if shared else None
 
         def feed_forward(i: int) -> MoELayer | FeedForward:
             if not has_experts(moe_blocks, i):
@@ -161,14 +187,12 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 num_experts=num_experts,
                 expert_width=expert_width,
                 shared_width=shared_width,
-                rule=rule,
+                rule=self.rule,
                 activation=activation,
-                kind=router_kind,
-                cosine_scale=cosine_scale,
-                inputs=inputs,
-                positions=places,
-                with_bias=router_bias,
                 backend=backend,
+                shared_gate=shared_gate,
+                own_router=not shared,
+                **router,
             )
 
         self.blocks = nn.ModuleList(
@@ -220,7 +244,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
-        return_dict: bool = True, routed: bool = True,
+        return_dict: bool = True, routed: bool = True, tau: Tensor | float | None = None,
     ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
@@ -230,16 +254,27 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             class_labels: y (N,) int64 in [0, num_classes]; None is the null label.
             return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing).
             routed: False leaves the routed experts out: of a layer with experts the shared one alone.
+            tau: Of a rule that has one, instead of it: (N,) or one for all.
 
         Raises:
-            ValueError: Labels for a model without classes, or x_t of another shape.
+            ValueError: Labels for a model without classes, x_t of another shape, or tau for a rule that has none.
         """
         self._check(hidden_states, class_labels)
         condition = self._condition(hidden_states, timestep, class_labels)
+        if tau is not None:
+            if not self.rule.has_tau:
+                raise ValueError(f"tau is {tau}, but this model selects {self.rule.kind}, which has none")
+            condition = condition._replace(
+                tau=torch.as_tensor(tau).to(hidden_states.device).float().expand(len(hidden_states))
+            )
         x = self.x_embedder(hidden_states)  # (N, T, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
         rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
+        if self.router is not None:
+            plain = nn.functional.layer_norm(x, x.shape[-1:])
+            decision = decide(self.router, self.rule, x, condition._replace(plain=plain), self.capacity)
+            condition = condition._replace(routing=decision)
         routing: list[Routing] = []
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -259,10 +294,10 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         t = torch.as_tensor(t, device=x.device).expand(N)
         time: Tensor = self.t_embedder(t.float() * (self.config.time_scale / 1000))
         if self.y_embedder is None:
-            return Condition(time, time)
+            return Condition(time, time, timestep=t)
         y = torch.full((N,), self.config.num_classes, device=x.device) if y is None else y
         label = self.y_embedder(y)
-        return Condition(time + label, time, label)
+        return Condition(time + label, time, label, timestep=t)
 
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         size = self.config.sample_size
@@ -281,7 +316,27 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
     options["router_scale"] = config.moe.routed_scale
     model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})
+    if config.moe.router == "centroid" and config.moe.blocks != "none":
+        _set_centroids(model, config.moe.centroids)
     return model
+
+
+def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
+    """Give every router its centres: the file's `blocks.3` (E, I D) is of block 3, `router` of a shared router."""
+    if file is None:
+        raise ValueError("moe.router centroid needs --moe.centroids FILE, made by python -m ditmoe centroids")
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"moe.centroids {file} cannot be read: {error}") from error
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            key, shape = name.removesuffix(".moe.router"), tuple(module.weight.shape)
+            if key not in found or tuple(found[key].shape) != shape:
+                has = tuple(found[key].shape) if key in found else "nothing"
+                raise ValueError(f"moe.centroids {file} has {has} for {key}, and this model needs {shape}")
+            if module.weight.device.type != "meta":
+                module.weight.copy_(found[key])
 
 
 def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
@@ -296,7 +351,7 @@ def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
         if isinstance(module, MoELayer):
             E = module.experts.w_in.shape[0]
             one = (module.experts.w_in.numel() + module.experts.w_out.numel()) // E
-            idle += (E - module.rule.top_k) * one
+            idle += round((E - module.rule.active(E)) * one)
     return total, total - idle
 
 

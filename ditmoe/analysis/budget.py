@@ -73,14 +73,21 @@ def flops(config: Config) -> Flops:
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
-    blocks, sums = 0, 0
+    blocks, sums, choices = 0.0, 0, e.num_experts + e.null_experts
     for routed in _routed(config):
-        width = e.top_k * e.expert_width + e.shared_width if routed else m.ffn_width
-        tokens, image = _seen(config) if routed else (0, 0)  # a router by place: once for all images
-        router = 2 * D * e.num_experts * (T * tokens + image)
+        width = e.rule.active(e.num_experts) * e.expert_width + e.shared_width if routed else m.ffn_width
+        own = routed and e.scope == "layer"
+        tokens, image = _seen(config) if own else (0, 0)  # a router by place: once for all images
+        router = 2 * D * choices * (T * tokens + image)
         sums += router if e.router == "prototype" else 0
+        router += 2 * T * D if routed and e.shared_gate else 0
         blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * D * T * both * width + router
     across, refined = _refined(config)
+    if e.scope == "shared" and any(_routed(config)):
+        tokens, image = _seen(config)
+        router = 2 * D * choices * (T * tokens + image)
+        blocks += router
+        sums += router if e.router == "prototype" else 0
     ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + T * m.patch_size**2 * across) + refined
     return Flops(blocks + sums + ends, blocks + sums, 2 * (blocks + ends) + (sums if e.contrastive_weight else 0))
 
@@ -138,19 +145,19 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     """
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
     half, (tokens, image), D = b == 2, _seen(config), m.hidden_size
-    token, record, widest = 2.0 * (8 * D + 8) + 7 * b * D + 4 * m.num_heads, 0.0, both * m.ffn_width
+    token, record, widest = 2.0 * (8 * D + 8) + 7 * b * D + 4 * m.num_heads, 0.0, float(both * m.ffn_width)
     seen = 0
     token += 2 * b * D if m.qk_norm != "none" or m.positions == "rope" else 0
     if m.qk_norm != "none":
         token += b * D + (8 * D if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
     if routed:
-        K, F = e.top_k, e.expert_width
+        K, F = e.rule.active(e.num_experts), e.expert_width
         loop = not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16)))
         token += K * b * (D + (both - 1) * F if loop else 2 * D + both * F) + b * both * e.shared_width
         token += (4 * D if "token" in e.router_input or not half else 0) + (b * D if half and e.shared_width else 0)
         sees = 1.0 if tokens else (1 / T if image else 0.0)  # vectors that are not the places', for each token
         decisions = 1.0 if sees and "position" in e.router_input else sees
-        record = decisions * (8 * e.num_experts + 12 * K)
+        record = decisions * (8 * (e.num_experts + e.null_experts) + 12 * K)
         token += record + decisions * 36 * K
         if e.router == "prototype":
             token += decisions * (4 * e.num_experts + 12) + sees * 4 * e.num_experts
@@ -226,7 +233,7 @@ def needs(
     total, (most, sent) = sum(parts, outside), _gathered(parts, outside)
     wire = most + 4 * (total["replicated"] + (total["replicated experts"] if d == 1 else 0)) * (n > 1)
 
-    rows = 0 if d == 1 else images * T * config.moe.top_k * config.model.hidden_size * b
+    rows = 0 if d == 1 else images * T * config.moe.rule.active(config.moe.num_experts) * config.model.hidden_size * b
     sizes = [[images * x for x in activations(config, experts, d > 1)] for experts in routed]
     copies = [x["copy"] + x["expert copy"] for x in parts]
     active = sum(kept if again else saved for saved, kept, _ in sizes) + images * refinement(config)

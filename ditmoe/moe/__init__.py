@@ -1,12 +1,14 @@
-"""Mixture-of-experts layers: torch only, independent of the rest of the project."""
+"""Mixture-of-experts layers: torch and the routing rule, independent of the rest of the project."""
 
+from ..config.rule import RoutingRule
 from .experts import Experts, FeedForward
-from .layer import MoELayer, Routing
-from .losses import balance_loss, balanced_bias, contrastive_loss, z_loss
+from .layer import MoELayer, Routing, decide
+from .losses import balance_loss, balanced_bias, contrastive_loss, whole_balance_loss, z_loss
 from .router import Condition, Input, Kind, Router
-from .select import Plan, RoutingRule, Score, plan_of, select
+from .select import Plan, Selection, plan_of, select
 
 __all__ = [
-    "Condition", "Experts", "FeedForward", "Input", "Kind", "MoELayer", "Plan", "Router", "Routing", "RoutingRule",
-    "Score", "balance_loss", "balanced_bias", "contrastive_loss", "plan_of", "select", "z_loss",
+    "Condition", "Experts", "FeedForward", "Input", "Kind", "MoELayer", "Plan", "Router", "Routing",
+    "RoutingRule", "Selection", "balance_loss", "balanced_bias", "contrastive_loss", "decide", "plan_of", "select",
+    "whole_balance_loss", "z_loss",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """The mixture-of-experts layer: router, selection, experts, shared expert, and a record of what was decided.
 
-Shapes: N images, T tokens of an image, D width, E experts; n images and t tokens with a decision of their own, each
-all of them or 1; R = n * t rows that share a decision, B = N T / R tokens of each; I inputs of the router.
+Shapes: N images, T tokens of an image, D width, E experts, in logits and counts with null experts behind them; n images
+and t tokens with a decision of their own, each all of them or 1; R = n * t rows that share a decision, B = N T / R
+tokens of each; I inputs of the router.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.rule import RoutingRule
 from .experts import Experts, FeedForward
 from .kernels import autocast_dtype
 from .router import Condition, Input, Kind, Router
-from .select import Plan, RoutingRule, select
+from .select import Plan, select
 
 
 class Routing(NamedTuple):
@@ -25,11 +27,12 @@ class Routing(NamedTuple):
         logits: (R, E) float32, a row a decision.
         scores: (R, E) float32, softmax or sigmoid of the logits, or they themselves.
         plan: Who serves whom: (row, expert) pairs.
-        counts: (E,) int64, tokens of each expert: its pairs times B.
+        counts: (E,) int64, tokens that chose each expert, or were chosen by it: B a row.
         images: n, images with decisions of their own: N, or 1 where all share them.
         prototypes: (E, I D) float32, of length 1, where the router has such.
         sums: (E, I D) float32, where it has: of each expert's rows the sum of what the router saw. Its direction is
             their mean's.
+        alike: Whether every batch has these rows and decisions, as where places decide.
     """
 
     logits: Tensor
@@ -39,6 +42,7 @@ class Routing(NamedTuple):
     images: int
     prototypes: Tensor | None = None
     sums: Tensor | None = None
+    alike: bool = False
 
     def served(self) -> Tensor:
         """(n, t, E) int64: 1 where an expert serves a row."""
@@ -47,12 +51,31 @@ class Routing(NamedTuple):
         return cells.view(self.images, -1, E)
 
 
+def decide(
+    router: Router, rule: RoutingRule, x: Tensor, condition: Condition | None, capacity: float | None
+) -> Routing:
+    """Who serves the tokens x (N, T, D). Changes no state. `capacity`: instead of the rule's own."""
+    N, T, _ = x.shape
+    random = rule.overflow == "random" or (router.jitter > 0 and router.training)
+    keys = condition.keys if random and condition is not None else None
+    seen = router.seen(x, condition)
+    logits, prototypes = router(seen, keys)
+    n, t, E = logits.shape
+    logits = logits.view(n * t, E)
+    tau = None if condition is None or condition.tau is None else condition.tau[:n].repeat_interleave(t).unsqueeze(1)
+    keys = None if keys is None else keys[:n]
+    scores, plan, counts = select(logits, rule, router.expert_bias, images=n, keys=keys, tau=tau, capacity=capacity)
+    sums = None if prototypes is None else _sums(seen, plan, (n, t, E))
+    shared = N * T // max(1, n * t)  # tokens that share a row's decision
+    return Routing(logits, scores, plan, counts * shared, n, prototypes, sums, not router.per_image)
+
+
 class MoELayer(nn.Module):
     """y = sum over its experts e of w_e Expert_e(x) + Shared(x), for every token x.
 
     Args:
         hidden_size: Width D.
-        num_experts: Routed experts E.
+        num_experts: Routed experts E, without null experts.
         expert_width: Hidden width of a routed expert.
         shared_width: Hidden width of the shared expert; 0 for none.
         rule: The routing rule.
@@ -64,11 +87,18 @@ class MoELayer(nn.Module):
         backend: Expert kernels, see `Experts`.
         cosine_scale: Of a prototype router; None: 1 where cosines are weights themselves (score "identity"), else the
             router's default.
+        jitter: The router's, see `Router`.
+        shared_gate: Multiply the shared expert's output by sigmoid(w x), w (D,) learnt and zero at the start.
+        own_router: False where all layers share one, whose decision then comes with the condition.
+
+    Attributes:
+        capacity: Instead of the rule's, where training anneals it.
 
     Raises:
-        ValueError: More or fewer experts a token than there are.
+        ValueError: More or fewer experts a token than there are, or groups that do not divide them.
 
-    Source: DiT-MoE (arXiv 2407.11633) eq. 3-4; shared experts: DeepSeekMoE (arXiv 2401.06066).
+    Source: DiT-MoE (arXiv 2407.11633) eq. 3-4; shared experts: DeepSeekMoE (arXiv 2401.06066), their gate: Time-MoE
+    (arXiv 2409.16040) eq. 4; one router for all layers: Read-ME (arXiv 2410.19123).
     """
 
     def __init__(
@@ -76,47 +106,58 @@ class MoELayer(nn.Module):
         activation: Literal["swiglu", "gelu"] = "swiglu", kind: Kind = "linear", inputs: Sequence[Input] = ("token",),
         positions: Tensor | None = None, with_bias: bool = False,
         backend: Literal["auto", "grouped", "loop"] = "auto", cosine_scale: float | None = None,
+        jitter: float = 0.0, shared_gate: bool = False, own_router: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not 1 <= rule.top_k <= num_experts:
-            raise ValueError(f"top_k is {rule.top_k}; it must be between 1 and num_experts {num_experts}")
+        rule.check(num_experts)
         self.rule = rule
-        self.router = Router(
-            hidden_size,
-            num_experts,
-            kind=kind,
-            inputs=inputs,
-            positions=positions,
-            with_bias=with_bias,
-            cosine_scale=1.0 if cosine_scale is None and rule.score == "identity" else cosine_scale,
-        )
+        self.capacity: float | None = None
+        self.router = None
+        if own_router:
+            self.router = Router(
+                hidden_size,
+                num_experts + rule.null_experts,
+                kind=kind,
+                inputs=inputs,
+                positions=positions,
+                with_bias=with_bias,
+                cosine_scale=1.0 if cosine_scale is None and rule.score == "identity" else cosine_scale,
+                jitter=jitter,
+            )
         active = max(1, round(rule.scale * expert_width)) if rule.renormalize else expert_width  # K F at scale K
         self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
+        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate and shared_width else None
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Routing]:
         """x (N, T, D) -> y (N, T, D) of x's dtype or autocast's, and the record. Changes no state."""
         N, T, D = x.shape
-        seen = self.router.seen(x, condition)
-        logits, prototypes = self.router(seen)
-        n, t, E = logits.shape
-        logits = logits.view(n * t, E)
-        scores, plan = select(logits, self.rule, self.router.expert_bias)
-        images, places = N // n if n else 1, T // t  # that share a decision
+        if self.router is None:
+            assert condition is not None, "the shared router's decision is missing"
+            assert condition.routing is not None, "the shared router's decision is missing"
+            routing = condition.routing
+        else:
+            routing = decide(self.router, self.rule, x, condition, self.capacity)
+        n, R = routing.images, len(routing.logits)
+        t = R // n if n else 1
+        images, places = N // n if n else 1, T // t if t else 1  # that share a decision
         tokens = x.to(autocast_dtype(x)).view(n, images, t, places, D)
-        rows = tokens.transpose(1, 2).reshape(n * t, images * places, D).contiguous()  # (R, B, D): a copy by place
-        y = self.experts(rows, plan, alike=not self.router.per_image)
+        rows = tokens.transpose(1, 2).reshape(R, images * places, D).contiguous()  # (R, B, D): a copy by place
+        y = self.experts(rows, routing.plan, alike=routing.alike)
         if self.shared is not None:
-            y = y + self.shared(rows)
-        y = y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D)
-        sums = None if prototypes is None else _sums(seen, plan, (n, t, E))
-        return y, Routing(logits, scores, plan, plan.counts * rows.shape[1], n, prototypes, sums)
+            y = y + self._shared(rows)
+        return y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D), routing
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """The shared expert's part, gated where there is a gate."""
+        assert self.shared is not None
+        y: Tensor = self.shared(x)
+        return y if self.shared_gate is None else y * self.shared_gate(x).float().sigmoid().to(y.dtype)
 
     def without_routed(self, x: Tensor) -> Tensor:
         """Shared(x) alone, x (N, T, D) -> (N, T, D): zero where there is none. Neither router nor experts are run."""
         x = x.to(autocast_dtype(x))
-        y: Tensor = torch.zeros_like(x) if self.shared is None else self.shared(x)
-        return y
+        return torch.zeros_like(x) if self.shared is None else self._shared(x)
 
 
 def _sums(seen: Sequence[Tensor], plan: Plan, shape: tuple[int, int, int]) -> Tensor:

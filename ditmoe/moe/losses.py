@@ -5,6 +5,8 @@ Shapes: E experts, K experts per token, I inputs of the router of width D.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,11 +27,31 @@ def balance_loss(routing: Routing, counts: Tensor | None = None) -> Tensor:
     Source: DiT-MoE (arXiv 2407.11633) eq. 5-6, over the batch instead of one sequence. The weight (the paper's
     alpha, 0.005) is the caller's.
     """
-    counts = routing.counts if counts is None else counts
+    return _imbalance(_mean_share(routing), routing.counts if counts is None else counts)
+
+
+def whole_balance_loss(routing: Sequence[Routing], counts: Tensor | None = None) -> Tensor:
+    """The same over L layers together, as if expert e of all of them were one: a layer may be uneven, their sum not.
+
+    Args:
+        routing: The layers' records.
+        counts: (L, E) of the global batch.
+
+    Source: Time-MoE (arXiv 2409.16040), the released code, which joins the logits of all layers.
+    """
+    counts = torch.stack([record.counts for record in routing]) if counts is None else counts
+    return _imbalance(torch.stack([*map(_mean_share, routing)]).mean(dim=0), counts.sum(dim=0))
+
+
+def _mean_share(routing: Routing) -> Tensor:
+    """(E,) mean over rows of the scores, normalised in each row: softmax scores stay as they are."""
     scores = routing.scores.clamp_min(0)
-    probs = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # softmax scores stay as they are
-    load = counts.to(probs.dtype) / counts.sum().clamp_min(1)  # (E,)
-    return probs.shape[-1] * (load * probs.mean(dim=0)).sum()
+    return (scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)).mean(dim=0)
+
+
+def _imbalance(share: Tensor, counts: Tensor) -> Tensor:
+    """E sum_e f_e P_e of mean shares P (E,) and assignments (E,)."""
+    return len(share) * (counts.to(share.dtype) / counts.sum().clamp_min(1) * share).sum()
 
 
 def contrastive_loss(
@@ -66,19 +88,25 @@ def z_loss(routing: Routing) -> Tensor:
     return routing.logits.logsumexp(dim=-1).square().mean()
 
 
-def balanced_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
-    """The balancing bias after one optimiser step, (E,) float32 with mean 0.
+def balanced_bias(bias: Tensor, counts: Tensor, rate: float, wanted: float | None = None) -> Tensor:
+    """The balancing bias after one optimiser step, (E,) float32, with mean 0 unless a load is `wanted`.
 
-    b_e <- b_e + rate * sign(mean load - load_e), then minus the mean of b.
+    b_e <- b_e + rate * sign(mean load - load_e), then minus the mean of b. Where a load is wanted, as of experts that
+    take all scores above a threshold, it stands for the mean, and nothing is subtracted: threshold - b_e then tracks
+    the quantile that lets so many pass.
 
     Args:
         bias: (E,) the bias now.
         counts: (E,) assignments of the whole global batch of the step.
         rate: Step size (DeepSeek-V3: 0.001).
+        wanted: Assignments that each expert is to have, or None: as many as the others.
 
     Source: Auxiliary-loss-free load balancing (arXiv 2408.15664), Algorithm 1; the zero mean is ours, it leaves the
-    choice unchanged and keeps the numbers small.
+    choice unchanged and keeps the numbers small. Thresholds that follow the load: DiffMoE (arXiv 2503.14487), whose
+    running quantile this is, without the choice over a batch.
     """
     load = counts.to(bias.dtype)
+    if wanted is not None:
+        return bias + rate * torch.sign(wanted - load)
     moved = bias + rate * torch.sign(load.mean() - load)
     return moved - moved.mean()

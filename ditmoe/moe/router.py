@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .noise import keys_of, uniform
+
+if TYPE_CHECKING:
+    from .layer import Routing
+
 Input = Literal["token", "plain", "time", "label", "position"]
-Kind = Literal["linear", "prototype"]
+Kind = Literal["linear", "prototype", "centroid"]
 
 
 class Condition(NamedTuple):
@@ -25,12 +30,24 @@ class Condition(NamedTuple):
         t: (N, D) the time's embedding.
         y: (N, D) the label's embedding, None for a model without labels.
         plain: (N, T, D) the tokens before they were modulated, normalised.
+        timestep: (N,) the time itself, 0..1000, on which random choices depend.
+        tau: (N,) float32, instead of the routing rule's own.
+        routing: The decision of a router that all layers share.
     """
 
     c: Tensor
     t: Tensor
     y: Tensor | None = None
     plain: Tensor | None = None
+    timestep: Tensor | None = None
+    tau: Tensor | None = None
+    routing: Routing | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """(N,) int64, of random numbers that are the image's own."""
+        assert self.timestep is not None, "random choices depend on the time itself"
+        return keys_of(self.timestep)
 
 
 class Router(nn.Module):
@@ -39,6 +56,8 @@ class Router(nn.Module):
     * linear: z W^T.
     * prototype: cosine_scale * cos(z, w_e), w_e being expert e's prototype: the length of neither counts. With the
       default scale it starts as a linear router does.
+    * centroid: -|z - w_e|^2 / (2 (I D)^1/2), w_e being a centre of what a trained network's router would see; not
+      trained. The nearest has the largest logit.
 
     What the inputs differ in decides who shares a decision: with "token" or "plain" (the token before modulation) each
     token has its own; with "position" alone a place, in every image and at every noise level; with "time" and "label"
@@ -50,14 +69,16 @@ class Router(nn.Module):
 
     Args:
         hidden_size: Width D of a token.
-        num_experts: Experts E.
+        num_experts: Experts E, null experts included.
         kind: What logits are.
         inputs: What it looks at.
         positions: (T, D) one vector a place, of about unit variance, for the input "position".
         with_bias: Keep a balancing bias (see `losses.balanced_bias`) as the buffer `expert_bias`.
         cosine_scale: Of the kind prototype; None: (I D)^1/2.
+        jitter: In training what it sees is multiplied by numbers in 1 - jitter .. 1 + jitter, an image's own.
 
-    Source: prototypes: ProMoE (arXiv 2510.24711), which has cosine_scale 1.
+    Source: prototypes: ProMoE (arXiv 2510.24711), which has cosine_scale 1; centroids: Moirai-MoE (arXiv 2410.10469);
+    jitter: Switch Transformer (arXiv 2101.03961).
     """
 
     expert_bias: Tensor | None
@@ -66,12 +87,18 @@ class Router(nn.Module):
     def __init__(
         self, hidden_size: int, num_experts: int, *, kind: Kind = "linear", inputs: Sequence[Input] = ("token",),
         positions: Tensor | None = None, with_bias: bool = False, cosine_scale: float | None = None,
+        jitter: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         assert ("position" in inputs) == (positions is not None), "positions belong to the input position"
         self.hidden_size, self.kind, self.inputs = hidden_size, kind, tuple(inputs)
         self.cosine_scale = cosine_scale or (len(self.inputs) * hidden_size) ** 0.5
-        self.weight = nn.Parameter(torch.empty(num_experts, len(self.inputs) * hidden_size))
+        self.jitter = jitter
+        weight = torch.empty(num_experts, len(self.inputs) * hidden_size)
+        if kind == "centroid":
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if with_bias else None)
         self.reset_parameters()
@@ -85,19 +112,33 @@ class Router(nn.Module):
         """Normal weights of variance 1 / (I D)."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, seen: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def forward(self, seen: Sequence[Tensor], keys: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What `seen` gives -> logits (n, t, E) of its dtype, and the prototypes (E, I D), vectors of length 1, if any.
 
-        n is N, or 1 where all images share a decision; t is T, or 1 where all tokens of an image do.
+        n is N, or 1 where all images share a decision; t is T, or 1 where all tokens of an image do. `keys` (N,) are of
+        the jitter.
         """
         with torch.autocast(seen[0].device.type, enabled=False):
             weight = self.weight.to(seen[0].dtype)
+            if self.jitter and self.training:
+                assert keys is not None, "jitter needs keys"
+                seen = [z * self._jitter(keys, z, i) for i, z in enumerate(seen)]
             if self.kind == "linear":
                 return self._products(seen, weight), None
+            if self.kind == "centroid":
+                squares = reduce(torch.add, (z.square().sum(dim=-1, keepdim=True) for z in seen))
+                far = squares - 2 * self._products(seen, weight) + weight.square().sum(dim=1)
+                return far / (-2 * weight.shape[1] ** 0.5), None
             prototypes = F.normalize(weight, dim=1)
             squares = reduce(torch.add, (z.square().sum(dim=-1, keepdim=True) for z in seen))  # of the length of z
             shrink = self.cosine_scale * squares.clamp_min(1e-12).rsqrt()
             return self._products(seen, prototypes) * shrink, prototypes
+
+    def _jitter(self, keys: Tensor, z: Tensor, salt: int) -> Tensor:
+        """Factors of z (n, t, D) of their shape, or 1 where images share z."""
+        if len(z) != len(keys):
+            return z.new_ones(())
+        return 1 + self.jitter * (2 * uniform(keys, tuple(z.shape[1:]), salt).to(z.dtype) - 1)
 
     def _products(self, seen: Sequence[Tensor], weight: Tensor) -> Tensor:
         """z W^T (n, t, E), part by part: an input that many share is multiplied once."""

@@ -2,43 +2,20 @@
 
 A row is what shares one decision: a token, or all tokens of a place, of an image, of a batch.
 
-Shapes: R rows, E experts, P (row, expert) pairs; K experts of a row where all have as many, P = R * K.
+Shapes: R rows, n images with t rows each; E experts and Z null experts behind them; P (row, expert) pairs; K experts of
+a row where all have as many, P = R * K; C rows that an expert takes of one image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Score = Literal["softmax", "sigmoid", "identity"]
-
-
-@dataclass(frozen=True)
-class RoutingRule:
-    """Token-choice top-K routing.
-
-    Args:
-        top_k: Experts that serve one row, K.
-        score: How logits become scores: "softmax" over the experts, an independent "sigmoid" each, or "identity", not
-            at all: for cosines, which are bounded.
-        renormalize: Divide a row's K chosen scores by their sum.
-        scale: Factor on the weights.
-
-    Raises:
-        ValueError: Renormalised logits, whose sum may be 0 or below.
-    """
-
-    top_k: int
-    score: Score = "softmax"
-    renormalize: bool = False
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.score == "identity" and self.renormalize:
-            raise ValueError("score identity cannot be renormalised: the sum of K logits may be 0 or below")
+from ..config.rule import RoutingRule
+from .noise import uniform
 
 
 class Plan(NamedTuple):
@@ -63,34 +40,126 @@ class Plan(NamedTuple):
     starts: Tensor
     per_row: int | None = None
 
+    @property
+    def unserved(self) -> Tensor:
+        """Share of the rows that have no pair, a float32 scalar."""
+        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.row)])])
+        return (ends == self.starts).float().mean()
 
-def select(logits: Tensor, rule: RoutingRule, bias: Tensor | None = None) -> tuple[Tensor, Plan]:
-    """Scores (R, E) float32, and the plan: the K experts of every row and their weights.
 
-    w_k = scale * s_k / (sum_j s_j if renormalize else 1), with s = softmax(logits), sigmoid(logits) or the logits, and
-    the K largest s + bias chosen. The bias moves the choice, never the weights.
+class Selection(NamedTuple):
+    """What became of logits.
+
+    Attributes:
+        scores: (R, E + Z) float32.
+        plan: Who serves whom.
+        counts: (E + Z,) int64, rows that chose each, those included that overflow and null experts leave unserved.
+    """
+
+    scores: Tensor
+    plan: Plan
+    counts: Tensor
+
+
+def select(
+    logits: Tensor, rule: RoutingRule, bias: Tensor | None = None, *, images: int = 1, keys: Tensor | None = None,
+    tau: Tensor | None = None, capacity: float | None = None,
+) -> Selection:  # fmt: skip
+    """Scores and plan: the experts of every row and their weights.
+
+    w_e = scale * s_e / (sum of the row's chosen s if renormalize else 1), with s = softmax(logits), sigmoid(logits) or
+    the logits. The bias moves the choice, never the weights.
 
     Args:
-        logits: (R, E) float32.
+        logits: (R, E + Z) float32, the t rows of each image one after the other.
         rule: The routing rule.
-        bias: (E,) float32 added to the scores for the choice alone, or None.
+        bias: (E + Z,) float32 added to the scores for the choice alone, or None.
+        images: n. What compares rows does so inside one of them.
+        keys: (n,) int64, what the random overflow of an image depends on.
+        tau: (R, 1), instead of the rule's.
+        capacity: Instead of the rule's.
 
     Source: DiT-MoE (arXiv 2407.11633) eq. 4: softmax, not renormalised; DeepSeek-V3 (arXiv 2412.19437) eq. 12-16:
     sigmoid, renormalised, scaled, with a bias; ProMoE (arXiv 2510.24711) Table 8: identity, of cosines.
     """
-    R, E = logits.shape
+    R, E = logits.shape[0], logits.shape[1] - rule.null_experts
     scores = logits
     if rule.score != "identity":
         scores = logits.softmax(dim=-1) if rule.score == "softmax" else logits.sigmoid()
     choice = scores.detach() if bias is None else scores.detach() + bias
-    experts = choice.topk(rule.top_k, dim=-1).indices  # (R, K), best first
-    weights = scores.gather(-1, experts)
+    if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
+        experts = _best(choice, rule)  # (R, K), best first
+        weights = scores.gather(-1, experts)
+        if rule.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        if rule.scale != 1.0:
+            weights = weights * rule.scale
+        starts = torch.arange(0, R * rule.top_k, rule.top_k, device=logits.device)
+        plan = plan_of(experts.flatten(), weights.flatten(), starts, E, rule.top_k)
+        return Selection(scores, plan, plan.counts)
+    chosen = _chosen(choice, rule, images, tau, capacity)
+    counts = chosen.sum(dim=0)
+    chosen = chosen[:, :E]
+    weights = scores[:, :E] * rule.scale if rule.scale != 1.0 else scores[:, :E]
     if rule.renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    if rule.scale != 1.0:
-        weights = weights * rule.scale
-    starts = torch.arange(0, R * rule.top_k, rule.top_k, device=logits.device)
-    return scores, plan_of(experts.flatten(), weights.flatten(), starts, E, rule.top_k)
+        weights = weights / (scores[:, :E] * chosen).sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    if rule.overflow != "none":
+        chosen = chosen & _within_capacity(chosen, rule, images, keys, capacity)
+    _, expert = chosen.nonzero(as_tuple=True)  # row after row
+    starts = chosen.sum(dim=1).cumsum(0).roll(1)
+    starts[:1] = 0
+    return Selection(scores, plan_of(expert, weights[chosen], starts, E), counts)
+
+
+def _best(choice: Tensor, rule: RoutingRule) -> Tensor:
+    """The K best experts of every row (R, K), best first, of the best groups where there are some."""
+    if rule.groups > 1:
+        parts = choice.view(len(choice), rule.groups, -1)
+        value = parts.topk(min(2, parts.shape[2]), dim=-1).values.sum(dim=-1)  # (R, G)
+        seen = torch.zeros_like(value, dtype=torch.bool)
+        seen.scatter_(1, value.topk(rule.top_groups, dim=-1).indices, True)
+        choice = parts.masked_fill(~seen.unsqueeze(-1), -math.inf).flatten(1)
+    return choice.topk(rule.top_k, dim=-1).indices
+
+
+def _chosen(choice: Tensor, rule: RoutingRule, images: int, tau: Tensor | None, capacity: float | None) -> Tensor:
+    """Who is chosen before any capacity cuts, bool (R, E + Z)."""
+    R, E = choice.shape
+    if rule.kind == "topk":
+        return torch.zeros_like(choice, dtype=torch.bool).scatter_(1, _best(choice, rule), True)
+    if rule.kind == "expert_choice":
+        by_expert = choice.view(images, R // max(1, images), E).transpose(1, 2)  # (n, E, t)
+        C = rule.rows_taken(by_expert.shape[2], E, capacity)
+        taken = torch.zeros_like(by_expert, dtype=torch.bool).scatter_(2, by_expert.topk(C, dim=-1).indices, True)
+        return taken.transpose(1, 2).reshape(R, E)
+    if rule.kind == "threshold":
+        return choice >= (rule.least(E - rule.null_experts) if tau is None else tau)
+    share = rule.share if tau is None else tau
+    if rule.kind == "relative":
+        return choice >= (1 - share) * choice.amax(dim=-1, keepdim=True)
+    ordered, experts = choice.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered  # what those before it have
+    wanted = before < share * ordered.sum(dim=-1, keepdim=True)
+    wanted[:, :1] = True
+    return torch.zeros_like(wanted).scatter_(1, experts, wanted)
+
+
+def _within_capacity(
+    chosen: Tensor, rule: RoutingRule, images: int, keys: Tensor | None, capacity: float | None
+) -> Tensor:
+    """Of the chosen (R, E) those that an expert takes, bool: C of each image."""
+    R, E = chosen.shape
+    grid = chosen.view(images, R // max(1, images), E)
+    n, t, _ = grid.shape
+    if rule.overflow == "order":
+        first = torch.arange(t, 0, -1.0, device=chosen.device).view(1, t, 1).expand(n, t, E)
+    else:
+        assert keys is not None, "overflow random needs keys"
+        first = uniform(keys, (t, E)) + 1.0
+    first = first.masked_fill(~grid, 0.0)
+    C = rule.rows_taken(t, E, capacity)
+    kept = torch.zeros_like(grid).scatter_(1, first.topk(C, dim=1).indices, True)
+    return kept.view(R, E)
 
 
 def plan_of(expert: Tensor, weight: Tensor, starts: Tensor, num_experts: int, per_row: int | None = None) -> Plan:

@@ -46,7 +46,7 @@ def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
         block.compile(dynamic=False)
     muon = muons(model, experts=train.muon_on == "all") if train.optimizer == "muon" else {}
     adams = {name: p for name, p in model.named_parameters() if name not in muon}
-    routers = [m.weight for m in model.modules() if isinstance(m, Router)]
+    routers = [p for m in model.modules() if isinstance(m, Router) for p in m.parameters()]  # centroids are none
     known = {id(p) for p in routers}
     groups: list[dict[str, Any]] = [
         {"params": routers, "lr_factor": config.model.hidden_size**-0.5},

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config.sections import Config, TrainConfig
+from ..config.sections import Config, MoEConfig, TrainConfig
 from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
-from ..model import DiTMoETransformer2DModel
-from ..moe import MoELayer, Routing, balance_loss, balanced_bias, contrastive_loss, z_loss
+from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..moe import MoELayer, Router, Routing, balance_loss, balanced_bias, contrastive_loss, whole_balance_loss, z_loss
 from ..objective import Objective
 from .exchange import all_sum
 from .feed import Watch
@@ -78,6 +78,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
     The rate of a parameter group is the step's, times its `lr_factor` if it has one.
     """
     config, accelerator = run.config, run.parallel.accelerator
+    anneal(run.raw, config.moe, step / config.max_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
@@ -99,7 +100,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
     if not faults:
         run.optimizer.step()
         if assigned is not None and config.moe.bias_rate:
-            _move_biases(run.raw, assigned, config.moe.bias_rate)
+            _move_biases(run.raw, assigned, config.moe, config.train.batch_size * tokens_per_image(run.raw))
     run.optimizer.zero_grad()
     return StepResult(sums, norm, assigned, faults)
 
@@ -125,24 +126,39 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
     if counts is not None:
         moe, L = config.moe, len(routing)
-        balance = torch.stack([*map(balance_loss, routing, counts)]).mean()
+        together = moe.balance_over == "model"
+        layers = [whole_balance_loss(routing, counts)] if together else map(balance_loss, routing, counts)
+        balance = torch.stack([*layers]).mean()
         z = torch.stack([*map(z_loss, routing)]).mean()
         parts += [("balance", L * moe.balance_weight, balance), ("z", L * moe.z_weight, z)]
         if sums := [record.sums for record in routing if record.sums is not None]:
             whole = zip(routing, all_sum(torch.stack(sums)), counts, strict=True)
             contrastive = torch.stack([contrastive_loss(r, moe.contrastive_temperature, s, c) for r, s, c in whole])
             parts.append(("contrastive", L * moe.contrastive_weight, contrastive.mean()))
+        if any(record.plan.per_row is None for record in routing):
+            parts.append(("unserved", 0.0, torch.stack([record.plan.unserved for record in routing]).mean()))
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
     return {"total": total, **{name: value for name, _, value in parts}}, routing, counts
 
 
 @torch.no_grad()
-def _move_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    for layer, load in zip(layers, counts, strict=True):
-        bias = layer.router.expert_bias
-        assert bias is not None
-        bias.copy_(balanced_bias(bias, load, rate))
+def _move_biases(model: nn.Module, counts: Tensor, moe: MoEConfig, tokens: int) -> None:
+    """Of every router, by the (L, E) assignments of a step's tokens; one that all layers share has the first's."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    wanted = moe.top_k * tokens / moe.num_experts if moe.select == "threshold" else None
+    for router, load in zip(routers, counts, strict=moe.scope == "layer"):
+        assert router.expert_bias is not None
+        router.expert_bias.copy_(balanced_bias(router.expert_bias, load, moe.bias_rate, wanted))
+
+
+def anneal(model: DiTMoETransformer2DModel, moe: MoEConfig, done: float) -> None:
+    """Set the capacity of all layers for the share of a run that is done, 0..1, where it starts elsewhere."""
+    if moe.capacity_start is None:
+        return
+    end = moe.rule.usual_capacity
+    for module in model.modules():
+        if isinstance(module, MoELayer | DiTMoETransformer2DModel):
+            module.capacity = moe.capacity_start + (end - moe.capacity_start) * min(1.0, done)
 
 
 def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_autocast_runs_the_experts_in_bfloat16_and_the_router_in_float32() -> No
 
 def test_plan_lists_every_pair_once_sorted_by_expert() -> None:
     logits = torch.randn(40, E)
-    scores, plan = select(logits, RoutingRule(2))
+    scores, plan, _ = select(logits, RoutingRule(2))
     wanted = scores.topk(2).indices
     pairs = {(int(r), int(e)) for r, e in zip(plan.row, plan.expert, strict=True)}
     assert pairs == {(r, int(e)) for r, e in itertools.product(range(40), range(E)) if e in wanted[r]}
@@ -264,7 +264,7 @@ def expert_rows(made: MoELayer, e: int, x: torch.Tensor) -> torch.Tensor:
 def test_the_bias_moves_the_choice_and_not_the_weights() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -1.0, -1.0]])
     bias = torch.tensor([0.0, 0, 0, 0, 0, 5.0])
-    _, plan = select(logits, RoutingRule(2, "sigmoid"), bias)
+    _, plan, _ = select(logits, RoutingRule(2, "sigmoid"), bias)
     assert plan.expert.tolist() == [0, 5]
     torch.testing.assert_close(plan.weight, logits.sigmoid()[0, [0, 5]])
 

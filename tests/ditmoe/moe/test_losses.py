@@ -18,7 +18,7 @@ from tests.reference import moe_layer as reference
 
 
 def record(logits: torch.Tensor, top_k: int, score: str = "softmax") -> Routing:
-    scores, plan = select(logits, RoutingRule(top_k, score))  # type: ignore[arg-type]
+    scores, plan, _ = select(logits, RoutingRule(top_k, score))  # type: ignore[arg-type]
     return Routing(logits, scores, plan, plan.counts, 1)
 
 

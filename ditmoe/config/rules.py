@@ -1,0 +1,61 @@
+"""Named rules of routing, `--moe.preset NAME`: what a paper's experts are, in terms of our options.
+
+Each is what it changes of a configuration's experts, and keeps how many parameters a token activates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from .sections import Config, MoEConfig
+
+Changes = Mapping[str, Any]
+
+
+def _constant(**changes: Any) -> Callable[[MoEConfig], Changes]:
+    return lambda moe: changes
+
+
+RULES: dict[str, Callable[[MoEConfig], Changes]] = {
+    # DiT-MoE (arXiv 2407.11633): softmax, its K largest as they are
+    "dit-moe": _constant(router_input="token", score="softmax", renormalize=False, scale=None, balance_weight=0.005),
+    # DeepSeek-V3 (arXiv 2412.19437): sigmoids, biases for balance, groups of experts
+    "deepseek": _constant(router_input="token", bias_rate=0.001, balance_weight=0.0001, groups=4, top_groups=2),
+    # Switch Transformer (arXiv 2101.03961): jitter; DeepSpeed-MoE (arXiv 2109.10465): overflow at random
+    "switch": _constant(router_input="token", jitter=0.01, overflow="random", capacity=1.25),
+    "overflow-order": _constant(router_input="token", overflow="order", capacity=1.25),
+    # Expert Choice (arXiv 2202.09368) inside one image, as EC-DiT (arXiv 2410.02098)
+    "expert-choice": _constant(router_input="token", select="expert_choice", balance_weight=0.0),
+    # Nucleus-Image (arXiv 2604.12163): expert choice by [unmodulated token, time], capacity falling to its end
+    "nucleus": lambda moe: {
+        "select": "expert_choice",
+        "router_input": "plain+time",
+        "balance_weight": 0.0,
+        "capacity_start": 2.0 * moe.top_k,
+    },
+    # D2DMoE (arXiv 2310.04361), rule dynk_max, and its variant by cumulative share
+    "relative": _constant(router_input="token", select="relative", tau=0.12),
+    "top-p": _constant(router_input="token", select="top_p", score="softmax", tau=0.45),
+    "threshold": _constant(router_input="token", select="threshold"),
+    # DiffMoE (arXiv 2503.14487): thresholds that follow the load, without its choice over a batch
+    "diffmoe": _constant(router_input="token", select="threshold", bias_rate=0.01, balance_weight=0.0),
+    # AdaMoE (arXiv 2406.13233): as many null experts as experts, twice as many choices
+    "null": lambda moe: {"router_input": "token", "null_experts": moe.num_experts, "top_k": 2 * moe.top_k},
+    # RAPHAEL (arXiv 2305.18295), time-MoE: the experts of an image are those of its time
+    "time": _constant(router_input="time"),
+    # Read-ME (arXiv 2410.19123): one decision for all layers, known before the first step
+    "pre-gate": _constant(router_input="time+label", scope="shared"),
+    # Moirai-MoE (arXiv 2410.10469): centres of a trained model's tokens; needs --moe.centroids FILE
+    "centroid": _constant(router="centroid", router_input="plain", score="softmax", balance_weight=0.0),
+    # Time-MoE (arXiv 2409.16040): the shared expert is gated, balance is of all layers together
+    "time-moe": _constant(router_input="token", shared_gate=True, balance_over="model", score="softmax"),
+    # ProMoE (arXiv 2510.24711): prototypes, held at their experts' tokens by a contrastive loss
+    "promoe": _constant(router="prototype", router_input="plain", contrastive_weight=1.0, balance_weight=0.0),
+}
+
+
+def with_rule(config: Config, name: str) -> Config:
+    """The configuration with the named rule. ValueError where it cannot go with the rest."""
+    return replace(config, moe=replace(config.moe, **RULES[name](config.moe)))

@@ -1,0 +1,223 @@
+"""What every rule of routing must keep, whatever it chooses: one contract for all of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.rules import RULES, with_rule
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig
+from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.moe import Experts, MoELayer, Router
+from tests.checkpoints import load, newest
+from tests.faults import runs
+
+MODEL = ModelConfig(sample_size=8, patch_size=2, hidden_size=32, depth=4, num_heads=2, ffn_width=64)
+BASE = Config(model=MODEL, moe=MoEConfig(num_experts=8, top_k=2, expert_width=16, shared_width=16))
+
+
+@pytest.fixture(scope="module")
+def centroids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("centroids") / "centroids.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({f"blocks.{i}": torch.randn(8, 32, generator=generator) for i in (1, 3)}, file)
+    return file
+
+
+def network(name: str, centroids: Path, **changes: object) -> DiTMoETransformer2DModel:
+    torch.manual_seed(0)
+    config = with_rule(BASE, name)
+    moe = replace(config.moe, centroids=centroids if name == "centroid" else None, **changes)
+    model = build(replace(config, moe=moe), 5)
+    for name_, p in model.named_parameters():  # adaLN-Zero starts as a constant: move every weight
+        torch.nn.init.normal_(p, std=0.3 if "router" in name_ else 0.1)
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(4, 1, 8, 8, generator=g), torch.tensor([10.25, 500.5, 990.0, 300.1]), torch.tensor([0, 3, 5, 5])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_two_backends_are_equal_in_value_and_gradient(name: str, centroids: Path) -> None:
+    found = []
+    for backend in ("grouped", "loop"):
+        model = network(name, centroids, backend=backend).train()
+        sample = model(*inputs()).sample
+        sample.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        found.append((sample, grads))
+    (one, grads), (other, theirs) = found
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for key, grad in grads.items():
+        if grad is None or theirs[key] is None:
+            assert grad is theirs[key], key
+        else:
+            torch.testing.assert_close(grad, theirs[key], rtol=1e-4, atol=1e-6, msg=key)
+    learnt = [g for n, g in grads.items() if n.endswith("router.weight")]
+    assert all(g is not None and float(g.abs().sum()) > 0 for g in learnt)
+    assert bool(learnt) == (name != "centroid")
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_mates_and_guidances_other_half_change_nothing(name: str, train: bool, centroids: Path) -> None:
+    model = network(name, centroids).train(train)
+    x, t, y = inputs()
+    together = model(x, t, y)
+    for i in range(4):
+        alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1]).sample
+        torch.testing.assert_close(alone, together.sample[i : i + 1], rtol=1e-4, atol=1e-5)
+    null = torch.full_like(y, 5)
+    both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).sample
+    torch.testing.assert_close(both[:4], together.sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both[4:], model(x, t, null).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_evaluation_changes_no_state_and_a_saved_model_is_the_same(name: str, centroids: Path, tmp_path: Path) -> None:
+    model = network(name, centroids).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, second = model(*inputs()).sample, model(*inputs()).sample
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()(*inputs()).sample, first)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_activates_what_the_default_does_and_starts_as_loud(name: str, centroids: Path) -> None:
+    config = with_rule(BASE, name)
+    if name == "centroid":
+        config = replace(config, moe=replace(config.moe, centroids=centroids))
+    sizes = [count_parameters(build(c, 5))[1] for c in (BASE, config)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+    if config.moe.renormalize and config.moe.overflow == "none":
+        record = network(name, centroids)(*inputs()).routing[0]
+        served = torch.zeros(len(record.logits)).index_add_(0, record.plan.row, record.plan.weight.detach())
+        torch.testing.assert_close(served[served > 0], torch.full_like(served[served > 0], config.moe.routed_scale))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_described_by_its_flags_too(name: str) -> None:
+    """A preset is nothing but options: its configuration survives config.json and says what it is."""
+    from ditmoe.config.file import from_dict, to_dict
+
+    config = with_rule(BASE, name)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert with_rule(config, name).moe.top_k == config.moe.top_k or name == "null"
+
+
+FLAGS = {name: ["--moe.preset", name] for name in RULES}
+SHAPE = [
+    *("--moe.blocks", "all", "--moe.num-experts", 8, "--moe.expert-width", 16, "--moe.shared-width", 16),
+    *("--model.hidden-size", 32, "--model.depth", 2, "--max-steps", 4, "--train.warmup-steps", 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RULES if name != "centroid"])
+def test_two_processes_and_split_experts_train_what_one_does(name: str, tmp_path: Path) -> None:
+    outs = {}
+    for key, world, more in (("one", 1, []), ("two", 2, []), ("split", 2, ["--parallel.experts", 2])):
+        outs[key] = tmp_path / key
+        group = runs.training(outs[key], *FLAGS[name], *SHAPE, *more, world=world)
+        assert group.wait() == [0] * world, group.err()
+    wanted = load(newest(outs["one"] / "checkpoints"))[0]
+    for key in ("two", "split"):
+        found = load(newest(outs[key] / "checkpoints"))[0]
+        for part in ("model", "ema"):
+            for value_name, value in wanted[part].items():
+                torch.testing.assert_close(found[part][value_name], value, rtol=0, atol=2e-4, msg=f"{key} {value_name}")
+
+
+def test_a_shared_router_decides_once_for_all_layers(centroids: Path) -> None:
+    model = network("pre-gate", centroids).eval()
+    assert sum(isinstance(m, Router) for m in model.modules()) == 1
+    records = model(*inputs()).routing
+    assert len(records) == 2
+    assert records[0] is records[1]
+    x, t, y = inputs()
+    ahead = model(x.flip(0), t, y).routing[0]  # known before the image: other images, same decision
+    assert torch.equal(ahead.plan.expert, records[0].plan.expert)
+
+
+def test_the_gate_of_the_shared_expert_halves_it_at_the_start() -> None:
+    torch.manual_seed(0)
+    model = build(with_rule(BASE, "time-moe"), 5)
+    layer = next(m for m in model.modules() if isinstance(m, MoELayer))
+    assert layer.shared_gate is not None
+    x = torch.randn(2, 16, 32)
+    torch.nn.init.zeros_(layer.shared_gate.weight)
+    torch.testing.assert_close(layer.without_routed(x), 0.5 * layer.shared(x))
+    off = build(BASE, 5)
+    assert all(m.shared_gate is None for m in off.modules() if isinstance(m, MoELayer))
+
+
+def test_tau_may_change_when_a_model_draws(centroids: Path) -> None:
+    model = network("relative", centroids).eval()
+    x, t, y = inputs()
+    few, many = (model(x, t, y, tau=tau).routing[0].plan for tau in (0.0, 1.0))
+    assert len(few.row) == 4 * 16
+    assert len(many.row) == 4 * 16 * 8
+    each = model(x, t, y, tau=torch.tensor([0.0, 1.0, 0.0, 1.0])).routing[0].served().sum(dim=(1, 2)).tolist()
+    assert each == [16, 128, 16, 128]
+    assert torch.equal(model(x, t, y, tau=0.12).sample, model(x, t, y).sample)
+    with pytest.raises(ValueError, match="this model selects topk, which has none"):
+        network("dit-moe", centroids)(x, t, y, tau=0.5)
+
+
+def test_centroids_are_nearest_first_and_do_not_learn(centroids: Path) -> None:
+    model = network("centroid", centroids)
+    router = model.blocks[1].moe.router
+    assert "blocks.1.moe.router.weight" not in dict(model.named_parameters())
+    z = router.weight[3:4] + 0.01 * torch.randn(1, 32)
+    logits = router([z.unsqueeze(0)])[0]
+    distances = (z - router.weight).norm(dim=1)
+    assert int(logits.argmax()) == int(distances.argmin()) == 3
+    torch.testing.assert_close(logits.flatten(), -distances.square() / (2 * 32**0.5), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scope": "shared"}, "cannot look at router_input token; add --moe.router-input plain"),
+        ({"select": "expert_choice", "router_input": "time"}, "which with router_input time share a decision"),
+        ({"overflow": "order", "router_input": "label"}, "which with router_input label share a decision"),
+        ({"overflow": "random", "router_input": "position"}, "overflow random needs a router that sees images"),
+        ({"jitter": 0.1, "router_input": "position"}, "jitter needs a router that sees images"),
+        ({"jitter": 1.0}, "jitter is 1.0; it must lie"),
+        ({"capacity_start": 2.0}, "capacity_start works with select expert_choice"),
+        ({"shared_gate": True, "shared_width": 0}, "shared_gate needs a shared expert"),
+        ({"centroids": Path("x")}, "centroids work with router centroid, not linear"),
+        ({"router": "centroid", "score": "identity", "renormalize": False}, "score identity works with router proto"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        replace(BASE.moe, **changes)  # type: ignore[arg-type]
+
+
+def test_centroids_that_are_missing_or_do_not_fit_are_refused(tmp_path: Path, centroids: Path) -> None:
+    config = with_rule(BASE, "centroid")
+    with pytest.raises(ValueError, match="needs --moe.centroids FILE"):
+        build(config, 5)
+    for file, sentence in ((tmp_path / "none", "cannot be read"), (centroids, r"has \(8, 32\) for blocks.1")):
+        moe = replace(config.moe, centroids=file, num_experts=4 if file == centroids else 8)
+        with pytest.raises(ValueError, match=sentence):
+            build(replace(config, moe=moe), 5)
+
+
+def test_presets_keep_their_own_choice_of_rule() -> None:
+    assert all(config.moe.select == "topk" for config in PRESETS.values())
+
+
+def test_no_expert_starts_louder_than_its_share(centroids: Path) -> None:
+    """Experts start by the width that is active, null experts not counted."""
+    widths = {name: next(m for m in network(name, centroids).modules() if isinstance(m, Experts)) for name in RULES}
+    assert {name: m.active_width for name, m in widths.items() if m.active_width != 32} == {"dit-moe": 16}
