@@ -108,6 +108,9 @@ class MoEConfig:
     their experts' tokens together, and apart from the others."""
     contrastive_temperature: float = 0.07
     """Of that loss (ProMoE: 0.07)."""
+    domain_weight: float = 0.0
+    """data.mixture: weight of the domain loss, a mean over layers (DAMEX: 0.1, with balance_weight 0). Experts are cut
+    into as many equal sets as there are data sets, and each row's router is told to choose of its own data set's."""
     bias_rate: float = 0.0
     """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out."""
     backend: Literal["auto", "grouped", "loop"] = "auto"
@@ -117,6 +120,7 @@ class MoEConfig:
         _positive(self, "num_experts", "top_k", "expert_width")
         _positive(self, "contrastive_temperature")
         at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate", "contrastive_weight")
+        at_least(self, 0, "domain_weight")
         _require(self.top_k <= self.num_experts, f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         _require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
         self._check_router()
@@ -138,6 +142,9 @@ class MoEConfig:
             raise ValueError("score identity cannot be renormalised: cosines may be negative; add --moe.no-renormalize")
         if weight and self.router_input == "position":
             raise ValueError("contrastive_weight needs a router that sees images, and router_input position sees none")
+        if self.domain_weight and self.router_input in ("position", "time"):
+            why = f"router_input {self.router_input} sees neither"
+            raise ValueError(f"domain_weight needs a router that sees images or their labels, and {why}; try token")
         prototype = self.router == "prototype"
         _require(prototype or scale is None, "cosine_scale works with router prototype, not linear")
         _require(prototype or self.score != "identity", "score identity works with router prototype, not linear")
@@ -403,10 +410,25 @@ class Config:
             raise ValueError(
                 "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
             )
+        self._check_domains()
         if decay is not None and self.max_steps > decay:
             raise ValueError(
                 f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
                 f"a longer run is another run: give --train.decay-steps too, and another --out"
+            )
+
+    def _check_domains(self) -> None:
+        weight, domains, experts = self.moe.domain_weight, len(self.data.mixture), self.moe.num_experts
+        if not weight:
+            return
+        if self.moe.blocks == "none":
+            raise ValueError("moe.domain_weight does not apply to a model without experts (moe.blocks none)")
+        if not domains:
+            raise ValueError(f"moe.domain_weight {weight} needs several data sets; give them as --data.mixture SET SET")
+        if experts < domains:
+            raise ValueError(
+                f"moe.num_experts {experts} cannot be shared among {domains} data sets, as moe.domain_weight asks for; "
+                f"set --moe.num-experts {domains} or more"
             )
 
 
