@@ -222,11 +222,11 @@ class DataConfig:
         _require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")
         _require(self.vae is None or name == "latents", f"vae works with latents, not {name}")
 
-    def sets(self) -> list[tuple[DataConfig, Fraction]]:
-        """The sets of the run, a configuration of each alone, with their shares of the samples, which add up to 1."""
+    def sets(self) -> list[tuple[DataConfig, int]]:
+        """The sets of the run, a configuration of each alone, with whole numbers in proportion to their weights."""
         entries = [_weighted(entry) for entry in self.mixture]
-        total = sum(weight for _, weight in entries)
-        return [(self._alone(word), weight / total) for word, weight in entries] or [(self, Fraction(1))]
+        whole = math.lcm(*(weight.denominator for _, weight in entries))
+        return [(self._alone(word), int(weight * whole)) for word, weight in entries] or [(self, 1)]
 
     def _alone(self, word: str) -> DataConfig:
         named = word in ("digits", "fashion")

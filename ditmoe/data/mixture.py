@@ -6,9 +6,9 @@ Shapes: n images asked for, C channels, H W size; pixels are uint8 (n, H, W, C).
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,11 @@ class Mixture(ImageSet):
     Args:
         sets: The sets; the number of one, from 0, is its domain.
         names: Theirs; equal ones are told apart by their numbers.
-        shares: Of training samples that are of each set; they add up to 1.
+        weights: Whole numbers above 0: training samples are of a set in proportion to its weight.
     """
 
-    def __init__(self, sets: Sequence[ImageSet], names: Sequence[str], shares: Sequence[Fraction]) -> None:
-        self.sets, self.shares = tuple(sets), tuple(shares)
+    def __init__(self, sets: Sequence[ImageSet], names: Sequence[str], weights: Sequence[int]) -> None:
+        self.sets, self.weights = tuple(sets), tuple(weight // math.gcd(*weights) for weight in weights)
         self._ends = np.cumsum(self.sizes)
         labelled = any(one.id2label for one in sets)
         names = [f"{name} {number}" if names.count(name) > 1 else name for number, name in enumerate(names)]
@@ -38,7 +38,8 @@ class Mixture(ImageSet):
         starts = np.cumsum([0, *map(len, classes)])
         self.labels = np.concatenate([one.labels + start for one, start in zip(sets, starts, strict=False)])
         self.in_memory = all(one.in_memory for one in sets)
-        parts = [f"{float(share):.3g} of samples: {one.source}" for one, share in zip(sets, shares, strict=True)]
+        shares = [weight / sum(weights) for weight in weights]
+        parts = [f"{share:.3g} of samples: {one.source}" for one, share in zip(sets, shares, strict=True)]
         self.source = f"a mixture of {len(sets)} sets ({'; '.join(parts)})"
 
     @property
@@ -58,13 +59,14 @@ class Mixture(ImageSet):
         return np.concatenate(parts)[back]
 
     def contents(self) -> bytes:
-        """The fingerprints of the sets, with their shares."""
-        return json.dumps([[one.fingerprint(), str(p)] for one, p in zip(self.sets, self.shares, strict=True)]).encode()
+        """The fingerprints of the sets, with their weights."""
+        return json.dumps([[one.fingerprint(), w] for one, w in zip(self.sets, self.weights, strict=True)]).encode()
 
     def in_proportion(self, order: Sequence[int], most: int) -> list[int]:
         """The first rows of an order, at most so many, as many of each set as its share and the smallest set allow."""
-        whole = min([most, *(int(size / share) for size, share in zip(self.sizes, self.shares, strict=True))])
-        left = [int(whole * share) for share in self.shares]
+        total = sum(self.weights)
+        whole = min([most, *(size * total // weight for size, weight in zip(self.sizes, self.weights, strict=True))])
+        left = [whole * weight // total for weight in self.weights]
         chosen = []
         for row, domain in zip(order, self._domains(order), strict=True):
             if left[domain]:
@@ -106,17 +108,16 @@ def _side_by_side(names: Sequence[str], classes: Sequence[Sequence[str]]) -> dic
     return dict(enumerate(words))
 
 
-def turn(number: int, shares: Sequence[Fraction]) -> tuple[int, int]:
+def turn(number: int, weights: Sequence[int]) -> tuple[int, int]:
     """Which of several sets sample `number` is of, and how many of the samples before it were.
 
     Set 0 has ceil(n p) of the first n samples, p its share; the others share what is left by the same rule. So each has
-    its share of any stretch of samples to within a few of them, exactly; equal shares take turns.
+    its share of any stretch of samples to within a few of them, exactly; equal weights take turns.
     """
-    left = Fraction(1)
-    for domain, share in enumerate(shares):
-        p = share / left
-        before, after = (-(-n * p.numerator // p.denominator) for n in (number, number + 1))
+    left = sum(weights)
+    for domain, weight in enumerate(weights):
+        before, after = (-(-n * weight // left) for n in (number, number + 1))
         if after > before:
             return domain, before
-        number, left = number - before, left - share
-    raise AssertionError(f"shares {shares} do not add up to 1")
+        number, left = number - before, left - weight
+    raise AssertionError("the last set takes all that is left")

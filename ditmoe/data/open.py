@@ -97,8 +97,8 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
 
 def _open_mixture(config: DataConfig, size: int, channels: int, split: str) -> Mixture:
     """The sets one after another. ValueError where one of them is not of images, or does not fit the model."""
-    sets, names, shares = [], [], []
-    for part, share in config.sets():
+    sets, names, weights = [], [], []
+    for part, weight in config.sets():
         if part.path and not part.path.is_dir():
             raise ValueError(
                 f"data.mixture has {part.path}, which is neither digits nor fashion nor a folder of images"
@@ -107,10 +107,10 @@ def _open_mixture(config: DataConfig, size: int, channels: int, split: str) -> M
             raise ValueError(f"data.mixture takes images, and {part.path} holds latents; encode the images of all sets")
         sets.append(open_data(part, size=size, channels=channels, split=split))
         names.append(part.path.resolve().name if part.path else part.name)
-        shares.append(share)
+        weights.append(weight)
     bad = [sentence for one in sets if isinstance(one, ArrayImages) for sentence in one.bad.values()]
     check_bad(bad, config.max_bad)
-    return Mixture(sets, names, shares)
+    return Mixture(sets, names, weights)
 
 
 def _fitted(arrays: ArrayImages, size: int, channels: int) -> ArrayImages:

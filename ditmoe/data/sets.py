@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -42,8 +41,8 @@ class ImageSet(ABC):
     """True when many images can be asked for at once: none is read from a file."""
     eval_name: str | None = None
     """The name by which `eval` knows the same images, if it does."""
-    shares: tuple[Fraction, ...] = (Fraction(1),)
-    """Of training samples, for each of the sets that this one is a mixture of."""
+    weights: tuple[int, ...] = (1,)
+    """Of the sets that this one is a mixture of, in lowest terms: their shares of the training samples."""
     normalization: dict[str, Any] | None = None
     """Of latents that say so: `mean` and `std` (C values each), with x = (latents - mean) / std, and which `vae`."""
 

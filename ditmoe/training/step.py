@@ -57,7 +57,7 @@ class Run(NamedTuple):
         health = Health(accelerator, config.train.max_skipped, saved)
         objective = Objective(config.objective)
         ours = (state.model, model, state.ema, optimizer, objective, batches, watch, health)
-        return cls(config, parallel, *ours, domains=len(data.shares))
+        return cls(config, parallel, *ours, domains=len(data.weights))
 
 
 class StepResult(NamedTuple):
