@@ -324,7 +324,8 @@ def _cell(value: float, digits: int = 3) -> str:
 def describe(config: Config) -> str:
     """The configuration as JSON and the parameter counts; allocates nothing, reads no images."""
     with torch.device("meta"):
-        known = {"digits": 10, "fashion": 10}.get(config.data.name, 0)
+        classes = [{"digits": 10, "fashion": 10}.get(part.name, 0) for part, _ in config.data.sets()]
+        known = sum(classes) if all(classes) else 0
         model = build(config, known if config.model.num_classes is None else config.model.num_classes)
     pipeline.assemble(model, config, {})  # what the samplers refuse is refused here too
     total, activated = count_parameters(model)

@@ -72,7 +72,7 @@ def _built(section: type[Section], values: Mapping[str, Any]) -> Section:
         raise ValueError(f"it has {unknown[0]}, which is unknown" + (f"; did you mean {near[0]}?" if near else ""))
     found = {name: _value(value, hints[name]) for name, value in values.items()}
     check_types(found, hints)
-    return section(**found)
+    return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 def _value(value: Any, hint: Any) -> Any:
@@ -91,6 +91,8 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 def _has_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:  # a list in JSON
+        return isinstance(value, list | tuple) and all(_has_type(each, get_args(hint)[0]) for each in value)
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if hint in (int, float):
@@ -121,6 +123,8 @@ def as_flags(path: Path) -> list[str]:
                 yield from flags(value, f"{prefix}{name}.")
             elif isinstance(value, bool):
                 yield f"{prefix}{'' if value else 'no-'}{name}"
+            elif isinstance(value, list):
+                yield from (f"{prefix}{name}", *map(str, value))
             else:
                 yield from (f"{prefix}{name}", str(value))
 

@@ -7,9 +7,10 @@ batch sizes are global (over all processes and accumulation).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .rule import Overflow, RouterScore, RoutingRule, SelectKind
 
@@ -139,6 +140,9 @@ class MoEConfig:
     their experts' tokens together, and apart from the others."""
     contrastive_temperature: float = 0.07
     """Of that loss (ProMoE: 0.07)."""
+    domain_weight: float = 0.0
+    """data.mixture: weight of the domain loss, a mean over layers (DAMEX: 0.1, with balance_weight 0). Experts are cut
+    into as many equal sets as there are data sets, and each row's router is told to choose of its own data set's."""
     bias_rate: float = 0.0
     """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out. With select
     threshold each expert's load goes to its share of K experts a token (as DiffMoE's running thresholds do)."""
@@ -149,6 +153,7 @@ class MoEConfig:
         _positive(self, "num_experts", "top_k", "expert_width")
         _positive(self, "contrastive_temperature")
         at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate", "contrastive_weight")
+        at_least(self, 0, "domain_weight")
         _require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
         _require(self.top_k <= self.num_experts, f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         self.rule.check(self.num_experts)
@@ -179,6 +184,9 @@ class MoEConfig:
         _require(scale is None or 0 < scale <= MOST, f"cosine_scale is {scale}; it must be above 0, and finite")
         if weight and self.router_input == "position":
             raise ValueError("contrastive_weight needs a router that sees images, and router_input position sees none")
+        if self.domain_weight and self.router_input in ("position", "time"):
+            why = f"router_input {self.router_input} sees neither"
+            raise ValueError(f"domain_weight needs a router that sees images or their labels, and {why}; try token")
         _require(not (weight and self.null_experts), "contrastive_weight has no means of null_experts; leave one out")
         if self.router != "prototype":
             usual = MoEConfig.contrastive_temperature
@@ -259,22 +267,64 @@ class DataConfig:
     download: bool = False
     """Let torchvision download Fashion-MNIST into ./data when it is nowhere else."""
     fit: Literal["exact", "crop"] = "exact"
-    """folder: images must have sample_size and in_channels exactly, or are resized, centre-cropped and converted."""
+    """Images (not latents) must have sample_size and in_channels exactly, or are resized, centre-cropped and converted:
+    halved while twice too large, then bicubic, as in ADM."""
     flip: bool = False
     """Mirror images left-right at random; of latents, take those of the mirrored images."""
     num_workers: int = 0
     """Processes that read images; 0 reads in the training process."""
     max_bad: int = 0
     """folder: files that cannot be used and are skipped, each named, before the run stops."""
+    mixture: tuple[str, ...] = ()
+    """Several sets in one run, instead of `name`: SET or SET=WEIGHT each, where SET is digits, fashion or a folder of
+    images, and samples are of a set in proportion to its weight (1 if not given). The number of a set, from 0, is its
+    domain; classes are put side by side."""
+    alternate: bool = False
+    """mixture: each optimiser step is of one set, in turn (IMP); otherwise every step has samples of all."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "num_workers", "max_bad")
-        name = self.name
-        _require(not self.max_bad or name == "folder", f"max_bad works with folder, not {name}")
-        _require(not self.download or name == "fashion", f"download works with the data set fashion, not {name}")
+        self._check_mixture()
+        names = [part.name for part, _ in self.sets()] if self.mixture else [self.name]
+        name = " and ".join(dict.fromkeys(names))
+        _require(not self.max_bad or "folder" in names, f"max_bad works with folder, not {name}")
+        _require(not self.download or "fashion" in names, f"download works with the data set fashion, not {name}")
         _require(self.path is None or name != "digits", "path does not apply to digits, which are bundled")
-        _require(self.fit == "exact" or name == "folder", f"fit crop works with folder, not {name}")
+        _require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")
         _require(self.vae is None or name == "latents", f"vae works with latents, not {name}")
+
+    def sets(self) -> list[tuple[DataConfig, int]]:
+        """The sets of the run, a configuration of each alone, with whole numbers in proportion to their weights."""
+        entries = [_weighted(entry) for entry in self.mixture]
+        whole = math.lcm(*(weight.denominator for _, weight in entries))
+        return [(self._alone(word), int(weight * whole)) for word, weight in entries] or [(self, 1)]
+
+    def _alone(self, word: str) -> DataConfig:
+        named = word in ("digits", "fashion")
+        kind: Any = word if named else "folder"
+        path, bad, download = None if named else Path(word), 0 if named else self.max_bad, self.download
+        return replace(
+            self,
+            mixture=(),
+            alternate=False,
+            name=kind,
+            path=path,
+            max_bad=bad,
+            download=download and kind == "fashion",
+        )
+
+    def _check_mixture(self) -> None:
+        entries = [_weighted(entry) for entry in self.mixture]
+        places = [Path(word) for word, _ in entries]
+        again = next((place for n, place in enumerate(places) if place in places[:n]), None)
+        _require(again is None, f"mixture has {again} twice; give it a weight, as in {again}=2")
+        _require(len(places) != 1, f"mixture has one set, {', '.join(self.mixture)}; add another, or give --data.name")
+        _require(not places or self.path is None, "path does not apply to a mixture, in which folders are named")
+        _require(
+            bool(places) or not self.alternate, "alternate needs several sets; give them as --data.mixture SET SET"
+        )
+        if self.alternate and len({weight for _, weight in entries}) > 1:
+            raise ValueError("alternate takes the sets in turn, so it does not go with weights; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,11 +481,42 @@ class Config:
             raise ValueError(
                 "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
             )
+        self._check_domains()
         if decay is not None and self.max_steps > decay:
             raise ValueError(
                 f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
                 f"a longer run is another run: give --train.decay-steps too, and another --out"
             )
+
+    def _check_domains(self) -> None:
+        weight, domains, experts = self.moe.domain_weight, len(self.data.mixture), self.moe.num_experts
+        if not weight:
+            return
+        if self.moe.blocks == "none":
+            raise ValueError("moe.domain_weight does not apply to a model without experts (moe.blocks none)")
+        if not domains:
+            raise ValueError(f"moe.domain_weight {weight} needs several data sets; give them as --data.mixture SET SET")
+        if experts < domains:
+            raise ValueError(
+                f"moe.num_experts {experts} cannot be shared among {domains} data sets, as moe.domain_weight asks for; "
+                f"set --moe.num-experts {domains} or more"
+            )
+
+
+def _weighted(entry: str) -> tuple[str, Fraction]:
+    """SET or SET=WEIGHT of a mixture. ValueError where the weight is none."""
+    word, equals, text = entry.rpartition("=")
+    if not equals:
+        word, text = entry, "1"
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not word or not 1 / MOST <= weight <= MOST:
+        raise ValueError(
+            f"mixture has {entry!r}; give SET or SET=WEIGHT with a weight above 0, such as {word or 'SET'}=2"
+        )
+    return word, Fraction(str(weight))
 
 
 def _require(condition: bool, message: str) -> None:

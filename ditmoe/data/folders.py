@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
+from .pixels import to_pil
 from .sets import BadImage, ImageSet
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -135,6 +136,13 @@ def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = No
                 upright = Image.alpha_composite(white, upright.convert("RGBA"))
             fitted = _centre_crop(upright.convert(mode), size)
             return np.asarray(fitted, dtype=np.uint8).reshape(size, size, -1)
+
+
+def cropped(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
+    """Images (n, H, W, C) as `read_cropped` makes those of files: uint8 (n, size, size, channels)."""
+    mode = "L" if channels == 1 else "RGB"
+    made = [np.asarray(_centre_crop(to_pil(image).convert(mode), size), dtype=np.uint8) for image in pixels]
+    return np.stack(made).reshape(len(pixels), size, size, channels)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..config.sections import DataConfig
 from ..rng import sample_rng
-from .folders import FolderImages
+from .folders import FolderImages, cropped
 from .latents import open_latents
+from .mixture import Mixture
 from .named import open_digits, open_fashion
 from .sets import ArrayImages, BadImage, ImageSet, check_bad
 
@@ -31,6 +34,8 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it must be train or test")
+    if config.mixture:
+        return _open_mixture(config, size, channels, split)
     if config.name in _WITHOUT_TEST and config.path is None:
         raise ValueError(f"the data set {config.name} needs --data.path FOLDER")
     if config.name in _WITHOUT_TEST and split == "test":
@@ -45,9 +50,13 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
         found = tuple(data.tensors([0]).shape[1:])
     else:
         data = arrays = open_digits(split) if config.name == "digits" else open_fashion(config, split)
+        if config.fit == "crop" and channels in (1, 3):
+            data = arrays = _fitted(arrays, size, channels)
         found = (arrays.pixels.shape[3], *arrays.pixels.shape[1:3])
     if found != (wanted := (channels, size, size)):
         fix = f"set --model.in-channels {found[0]} --model.sample-size {found[1]}"
+        if config.fit == "exact" and config.name != "latents" and channels in (1, 3):
+            fix += ", or add --data.fit crop to resize them"
         raise ValueError(f"{config.name} has images of (C, H, W) = {found}, the model takes {wanted}; {fix}")
     data.check_labels()
     return data
@@ -55,14 +64,20 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
 
 def open_held_out(config: DataConfig, *, size: int, channels: int) -> ImageSet | None:
     """The test split of a configuration's set; None of one that has none. Raises ValueError as `open_data`."""
-    return None if config.name in _WITHOUT_TEST else open_data(config, size=size, channels=channels, split="test")
+    if any(part.name in _WITHOUT_TEST for part, _ in config.sets()):
+        return None
+    return open_data(config, size=size, channels=channels, split="test")
 
 
 def reference(data: ImageSet, seed: int) -> str | NDArray[np.uint8]:
-    """What samples are scored against: a name that `eval` knows, or training images (at random, at most 10,000)."""
+    """What samples are scored against: a name that `eval` knows, or training images (at random, at most 10,000).
+
+    Of a mixture, images of each set in proportion to its share, as many as the smallest set allows.
+    """
     if data.eval_name is not None:
         return data.eval_name
-    return data.images(data.readable(sample_rng(seed, 5, 0).permutation(len(data))[:10_000].tolist()))
+    order = sample_rng(seed, 5, 0).permutation(len(data)).tolist()
+    return data.images(data.readable(data.in_proportion(order, 10_000)))
 
 
 def pixel_variance(data: ImageSet, seed: int) -> float:
@@ -71,12 +86,40 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
     Images with values that are not finite are left out; where there are no others it is 0. Noise of level 1 - alpha_bar
     makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
     """
-    rows = data.readable(sample_rng(seed, 6, 0).permutation(len(data))[:2000].tolist())
+    order = sample_rng(seed, 6, 0).permutation(len(data)).tolist()
+    rows = data.readable(data.in_proportion(order, 2000))
     if not rows:
         return 0.0
     parts = [data.tensors(rows[i : i + 100]) for i in range(0, len(rows), 100)]
     variances = torch.cat([x.flatten(1).double().var(dim=1) for x in parts])
     return float(variances[variances.isfinite()].mean().nan_to_num())
+
+
+def _open_mixture(config: DataConfig, size: int, channels: int, split: str) -> Mixture:
+    """The sets one after another. ValueError where one of them is not of images, or does not fit the model."""
+    sets, names, weights = [], [], []
+    for part, weight in config.sets():
+        if part.path and not part.path.is_dir():
+            raise ValueError(
+                f"data.mixture has {part.path}, which is neither digits nor fashion nor a folder of images"
+            )
+        if part.path and next(part.path.glob("*.safetensors"), None):
+            raise ValueError(f"data.mixture takes images, and {part.path} holds latents; encode the images of all sets")
+        sets.append(open_data(part, size=size, channels=channels, split=split))
+        names.append(part.path.resolve().name if part.path else part.name)
+        weights.append(weight)
+    bad = [sentence for one in sets if isinstance(one, ArrayImages) for sentence in one.bad.values()]
+    check_bad(bad, config.max_bad)
+    return Mixture(sets, names, weights)
+
+
+def _fitted(arrays: ArrayImages, size: int, channels: int) -> ArrayImages:
+    """Images resized and converted for the model; the same ones where they are of its size."""
+    if arrays.pixels.shape[1:] == (size, size, channels):
+        return arrays
+    height, width = arrays.pixels.shape[1:3]
+    source = f"{arrays.source}, resized from {height}x{width} to {size}x{size}"
+    return replace(arrays, pixels=cropped(arrays.pixels, size, channels), source=source, eval_name=None)
 
 
 def _open_folder(config: DataConfig, size: int, channels: int) -> ArrayImages | FolderImages:

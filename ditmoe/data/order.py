@@ -9,33 +9,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config.sections import Config, micro_batch_size
 from ..launch.signals import ignored_here
 from ..rng import sample_rng
+from .mixture import turn
 from .sets import BadImage, ImageSet
 
 
 class Batch(NamedTuple):
-    """A micro-batch: running numbers of its samples, x (n, C, H, W) float32, y (n,) int64, and what was skipped."""
+    """A micro-batch: running numbers of its samples, x (n, C, H, W) float32, y (n,) int64, what was skipped, and the
+    sets that its images are of, domain (n,) int64: 0 but of a mixture."""
 
     indices: list[int]
     x: Tensor
     y: Tensor
     bad: list[str]
+    domain: Tensor
 
 
 class _Stream(Dataset[Batch]):
     """The `size` samples of a run from a number on; i is image `permutation(epoch)[position]`, perhaps mirrored.
 
-    In the place of an image that cannot be used comes the next one of the permutation that can.
+    Of a mixture, `unit` samples in a row are of one set, each set with epochs and permutations of its own. In the place
+    of an image that cannot be used comes the next one of the permutation that can.
     """
 
-    def __init__(self, data: ImageSet, seed: int, flip: bool, size: int) -> None:
-        self.data, self.seed, self.flip, self.size = data, seed, flip, size
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+    def __init__(self, data: ImageSet, seed: int, flip: bool, size: int, unit: int) -> None:
+        self.data, self.seed, self.flip, self.size, self.unit = data, seed, flip, size, unit
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # by set: its epoch, and the rows in order
         self._bad: set[int] = set()
 
     def __getitem__(self, start: int) -> Batch:
@@ -48,18 +53,29 @@ class _Stream(Dataset[Batch]):
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))
-        return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad)
+        domain = torch.tensor([self.turn_of(i)[0] for i in indices])
+        return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad, domain)
+
+    def turn_of(self, index: int) -> tuple[int, int]:
+        """The set that a sample is of, and how many samples of that set were before it."""
+        unit, place = divmod(index, self.unit)
+        domain, before = turn(unit, self.data.weights)
+        return domain, before * self.unit + place
 
     def image_of(self, index: int) -> int:
-        """The row of the set that a sample is."""
-        epoch, position = divmod(index, len(self.data))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, sample_rng(self.seed, 4, epoch).permutation(len(self.data))
-        if len(self._bad) == len(self._order):
+        """The row of the data that a sample is."""
+        sizes, (domain, number) = self.data.sizes, self.turn_of(index)
+        epoch, position = divmod(number, sizes[domain])
+        known, order = self._orders.get(domain, (-1, None))
+        if order is None or known != epoch:
+            drawn = sample_rng(self.seed, 4, epoch * len(sizes) + domain).permutation(sizes[domain])
+            order = drawn + sum(sizes[:domain])
+            self._orders[domain] = epoch, order
+        if len(self._bad) >= len(order) and self._bad.issuperset(order.tolist()):
             raise ValueError(f"none of the images can be used: {self.data.source}")
-        while int(self._order[position]) in self._bad:
-            position = (position + 1) % len(self._order)
-        return int(self._order[position])
+        while int(order[position]) in self._bad:
+            position = (position + 1) % len(order)
+        return int(order[position])
 
 
 class Batches:
@@ -74,7 +90,8 @@ class Batches:
         size = micro_batch_size(train, num_processes)
         first, end = (step * train.batch_size + rank * size for step in (first_step, config.max_steps))
         self._starts = range(first, end, num_processes * size)  # of this process's micro-batches
-        self._stream = _Stream(data, config.seed, config.data.flip, size)
+        unit = train.batch_size if config.data.alternate else 1
+        self._stream = _Stream(data, config.seed, config.data.flip, size, unit)
         self._ahead = max(1, 2 * workers)  # micro-batches that the readers may be at
         self._given = 0
         self._batches: Any = iter(DataLoader(

@@ -41,11 +41,18 @@ class ImageSet(ABC):
     """True when many images can be asked for at once: none is read from a file."""
     eval_name: str | None = None
     """The name by which `eval` knows the same images, if it does."""
+    weights: tuple[int, ...] = (1,)
+    """Of the sets that this one is a mixture of, in lowest terms: their shares of the training samples."""
     normalization: dict[str, Any] | None = None
     """Of latents that say so: `mean` and `std` (C values each), with x = (latents - mean) / std, and which `vae`."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Images of each of the sets that this one is a mixture of, in the order of its rows."""
+        return (len(self),)
 
     @abstractmethod
     def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
@@ -77,6 +84,10 @@ class ImageSet(ABC):
                 self.images([row])
                 good.append(row)
         return good
+
+    def in_proportion(self, order: Sequence[int], most: int) -> list[int]:
+        """The first rows of an order, at most so many: what stands for the images that training shows."""
+        return [int(row) for row in order[:most]]
 
     def name(self, row: int) -> str:
         """The file of an image, or its number in the set."""

@@ -5,6 +5,7 @@ Shapes: E experts, K experts per token, I inputs of the router of width D.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +79,27 @@ def contrastive_loss(
     cosines = routing.prototypes @ F.normalize(sums, dim=1).T  # (E, E): prototype, mean
     right = (cosines / temperature).masked_fill(~served, -1e30).log_softmax(dim=1).diagonal()
     return -torch.where(served, right, 0.0).sum() / served.sum().clamp_min(1)
+
+
+def domain_loss(routing: Routing, domain: Tensor, num_domains: int) -> Tensor:
+    """Domain loss of one layer, a float32 scalar: 0 where routers are sure of experts of their own domain's set.
+
+    L = mean over rows of -log sum_{e in set(d)} softmax(logits)_e, where expert e is in set(d) if e D // E = d: the E
+    experts cut into D equal sets, if D divides E. It is log D while the logits are even. Bias and score play no part.
+
+    Args:
+        routing: The layer's record, of a router whose decisions are not shared by images.
+        domain: (N,) int64 in 0..D-1, of each image.
+        num_domains: D, at most E.
+
+    Source: DAMEX (arXiv 2311.04894), whose domains have one expert each; its weight, 0.1, is the caller's.
+    """
+    R, E = routing.logits.shape
+    assert routing.images == len(domain), "images share decisions, which then cannot know their domains"
+    owner = torch.arange(E, device=domain.device) * num_domains // E  # (E,)
+    own = owner == domain.repeat_interleave(R // len(domain))[:, None]  # (R, E): rows of an image follow each other
+    log_probs = routing.logits.log_softmax(dim=-1)
+    return -log_probs.masked_fill(~own, -math.inf).logsumexp(dim=-1).mean()
 
 
 def z_loss(routing: Routing) -> Tensor:

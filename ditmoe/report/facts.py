@@ -50,7 +50,7 @@ def describe(
             "python": platform.python_version(), "torch": str(torch.__version__), "ditmoe": __version__,
         },
         "data": {
-            "name": config.data.name, "source": data.source, "num_train": len(data),
+            "name": " + ".join(config.data.mixture) or config.data.name, "source": data.source, "num_train": len(data),
             "num_held_out": 0 if held_out is None else len(held_out), "num_classes": len(data.id2label),
             "is_latent": data.is_latent,
         },

@@ -203,7 +203,8 @@ def _score(score: Score | None, images: Images, held_out: ImageSet | None) -> di
     """The parts "score" and "score_real" of the report; latents have no score."""
     if score is None or images.shape[-1] not in (1, 3):
         return {"score": None, "score_real": None}
-    real = None if held_out is None else held_out.images(range(min(len(images), len(held_out))))
+    rows = [] if held_out is None else held_out.in_proportion(range(len(held_out)), len(images))
+    real = None if held_out is None else held_out.images(rows)
     return {"score": dict(score(images)), "score_real": None if real is None else dict(score(real))}
 
 

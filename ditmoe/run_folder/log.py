@@ -26,6 +26,7 @@ class Log:
     def __init__(self, config: Config, first_step: int, *, shown: bool) -> None:
         self.config, self.first_step, self.shown = config, first_step, shown
         self.every = 1 if config.max_steps <= 200 else config.train.log_every
+        self.turns = len(config.data.mixture) if config.data.alternate else 1  # rows in a row: of each set one
 
     def __enter__(self) -> Log:
         config, hidden = self.config, None if self.shown else True
@@ -51,10 +52,14 @@ class Log:
         self.mark += time.perf_counter() - start
 
     def count(self, step: int) -> bool:
-        """Count a step that is done; whether its row is due, as that of every `log_every`-th and the last one is."""
+        """Count a step that is done; whether its row is due, as that of every `log_every`-th and the last one is.
+
+        Where steps are of one set in turn, those that make up the turn are due.
+        """
         self.images += self.config.train.batch_size
         self.bar.update()
-        return step % self.every == 0 or step == self.config.max_steps
+        since = step % self.every
+        return since < min(step, self.turns) or step == self.config.max_steps
 
     def write(self, row: dict[str, Any]) -> None:
         """One row: JSON values with "step" and "loss", which is null for a step that was skipped.

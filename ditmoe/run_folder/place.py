@@ -25,9 +25,9 @@ REPORT = "report.json"
 PAGE = "index.html"
 
 # What may change between the parts of one run: it has no influence on the weights at a given step.
-# (data.path has: the data's fingerprint is checked instead.)
+# (data.path and data.mixture have: the data's fingerprint is checked instead.)
 _FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard", "parallel.gather"}
-_FREE |= {f"data.{name}" for name in ("path", "vae", "download", "num_workers", "max_bad")}
+_FREE |= {f"data.{name}" for name in ("path", "mixture", "vae", "download", "num_workers", "max_bad")}
 _FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard")}
 _FREE |= {"train.max_skipped", "train.on_save_error"}
 

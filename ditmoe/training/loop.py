@@ -102,7 +102,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
 def _common(config: Config) -> dict[str, Any]:
     """What has to be alike on all processes: their machines may differ in paths and in numbers of readers."""
     options = to_dict(config)
-    for name in ("path", "vae", "download", "num_workers"):
+    for name in ("path", "mixture", "vae", "download", "num_workers"):
         del options["data"][name]
     split = config.parallel.shard or config.parallel.experts > 1  # then all of them write into the run folder
     return {name: value for name, value in options.items() if name != "plan" and (split or name != "out")}

@@ -124,7 +124,7 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
     if lacking:
         raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
     if meta["data"] != facts["data"]:
-        other = f"the one that {path} was trained on (other images, order, classes or VAE)"
+        other = f"the one that {path} was trained on (other images, order, weights, classes or VAE)"
         raise ValueError(f"the data set is not {other}; restore it, or give another --out")
     parts = parallel.own(saved)
     wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.sections import Config, MoEConfig, TrainConfig
@@ -14,7 +15,17 @@ from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
 from ..model import DiTMoETransformer2DModel, tokens_per_image
-from ..moe import MoELayer, Router, Routing, balance_loss, balanced_bias, contrastive_loss, whole_balance_loss, z_loss
+from ..moe import (
+    MoELayer,
+    Router,
+    Routing,
+    balance_loss,
+    balanced_bias,
+    contrastive_loss,
+    domain_loss,
+    whole_balance_loss,
+    z_loss,
+)
 from ..objective import Objective
 from .exchange import all_sum
 from .feed import Watch
@@ -24,7 +35,10 @@ from .state import State
 
 
 class Run(NamedTuple):
-    """What a step needs. `raw` is the network, `model` what Accelerate made of it, `ema` its average."""
+    """What a step needs. `raw` is the network, `model` what Accelerate made of it, `ema` its average.
+
+    `domains` is the number of sets that the data are a mixture of, 1 of none.
+    """
 
     config: Config
     parallel: Parallel
@@ -36,6 +50,7 @@ class Run(NamedTuple):
     batches: Batches
     watch: Watch
     health: Health
+    domains: int
 
     @classmethod
     def of(
@@ -51,7 +66,8 @@ class Run(NamedTuple):
         watch = Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", [])))
         health = Health(accelerator, config.train.max_skipped, saved)
         objective = Objective(config.objective)
-        return cls(config, parallel, state.model, model, state.ema, optimizer, objective, batches, watch, health)
+        ours = (state.model, model, state.ema, optimizer, objective, batches, watch, health)
+        return cls(config, parallel, *ours, domains=len(data.weights))
 
 
 class StepResult(NamedTuple):
@@ -60,6 +76,7 @@ class StepResult(NamedTuple):
     losses: dict[str, Tensor]  # means over its micro-batches, "total" among them
     grad_norm: Tensor  # of the whole gradient, before clipping
     counts: Tensor | None  # (L, E) assignments over all processes
+    domains: Tensor | None  # (2, domains) of this process: sums of its samples' "mse", and how many there were
     faults: Sequence[str]  # what was not finite, in words; the step was then skipped
 
 
@@ -82,19 +99,21 @@ def optimise(run: Run, step: int) -> StepResult | None:
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
-    assigned, evidence = None, []
+    assigned, domains, evidence = None, None, []
     for _ in range(config.train.accumulation):
         batch = run.watch.take(run.batches)
         if batch is None:
             return None
         with accelerator.accumulate(run.model):
-            losses, routing, counts = _forward(run, batch)
+            losses, routing, counts, own = _forward(run, batch)
             accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
             assigned = counts if assigned is None else assigned + counts
+        if own is not None:
+            domains = own if domains is None else domains + own
     norm = run.parallel.clip(run.raw, config.train.clip or math.inf)
     faults = run.health.faults(step + 1, evidence, norm, run.raw)
     if not faults:
@@ -102,15 +121,17 @@ def optimise(run: Run, step: int) -> StepResult | None:
         if assigned is not None and config.moe.bias_rate:
             _move_biases(run.raw, assigned, config.moe, config.train.batch_size * tokens_per_image(run.raw))
     run.optimizer.zero_grad()
-    return StepResult(sums, norm, assigned, faults)
+    return StepResult(sums, norm, assigned, domains, faults)
 
 
-def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], Tensor | None]:
-    """The losses of one micro-batch, the routers' records, and the (L, E) assignments of all processes.
+def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], Tensor | None, Tensor | None]:
+    """The losses of one micro-batch, the routers' records, the (L, E) assignments of all processes, and of a mixture
+    the (2, domains) sums by set, see `StepResult`.
 
     The total is the weighted sum of the other losses. Each layer's own balance loss has the weight, as in the paper;
     "balance", "z" and "contrastive" (of prototype routers) are means over the L layers, so that 1 is even load whatever
-    the depth. Loads and the means of experts' tokens are those of the micro-batch of all processes together.
+    the depth; so is "domain", whose weight is that of the mean. Loads and the means of experts' tokens are those of the
+    micro-batch of all processes together.
     """
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device, (C, H, W) = accelerator.device, batch.x.shape[1:]
@@ -137,8 +158,21 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
             parts.append(("contrastive", L * moe.contrastive_weight, contrastive.mean()))
         if any(record.plan.per_row is None for record in routing):
             parts.append(("unserved", 0.0, torch.stack([record.plan.unserved for record in routing]).mean()))
+        if moe.domain_weight:
+            domain = batch.domain.to(device)
+            values = [domain_loss(record, domain, run.domains) for record in routing]
+            parts.append(("domain", moe.domain_weight, torch.stack(values).mean()))
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
-    return {"total": total, **{name: value for name, _, value in parts}}, routing, counts
+    domains = None if run.domains == 1 else _by_domain(sample[:, :C], target, batch.domain.to(device), run.domains)
+    return {"total": total, **{name: value for name, _, value in parts}}, routing, counts, domains
+
+
+@torch.no_grad()
+def _by_domain(sample: Tensor, target: Tensor, domain: Tensor, num_domains: int) -> Tensor:
+    """(2, domains) float32: by set, the sum of its samples' mean squared errors, and how many there are."""
+    errors = (sample.float() - target).square().mean(dim=(1, 2, 3))
+    of_set = F.one_hot(domain, num_domains).float()  # (n, domains)
+    return torch.stack([errors @ of_set, of_set.sum(dim=0)])
 
 
 @torch.no_grad()
@@ -164,7 +198,8 @@ def anneal(model: DiTMoETransformer2DModel, moe: MoEConfig, done: float) -> None
 def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:
     """What the log says of a step, losses as means over the processes, which all must call it.
 
-    The row of the step that was just skipped has the loss null, and why.
+    The row of the step that was just skipped has the loss null, and why. Of a mixture it has each set's "mse", as
+    "loss_domain_0" and so on, where the step had samples of the set.
     """
     skipped = {"skipped_steps": run.health.skipped}
     if result.faults:
@@ -173,7 +208,14 @@ def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:
     losses = dict(zip(result.losses, values.tolist(), strict=True))
     rate = learning_rate(run.config.train, step - 1)
     known = {"step": step, "loss": losses.pop("total"), **losses, "grad_norm": float(result.grad_norm), "lr": rate}
-    return {**known, **skipped, **expert_load(result.counts)}
+    return {**known, **_domain_losses(run, result.domains), **skipped, **expert_load(result.counts)}
+
+
+def _domain_losses(run: Run, domains: Tensor | None) -> dict[str, float]:
+    if domains is None:
+        return {}
+    sums: Any = run.parallel.accelerator.reduce(domains, "sum")
+    return {f"loss_domain_{d}": s / n for d, (s, n) in enumerate(zip(*sums.tolist(), strict=True)) if n}
 
 
 def expert_load(counts: Tensor | None) -> dict[str, list[float]]:

@@ -53,18 +53,18 @@ def test_what_an_older_version_did_not_write_has_its_default(tmp_path: Path) -> 
 
 
 def test_every_field_of_every_section_is_checked(tmp_path: Path) -> None:
-    """No value of a file is a list: in its place each field is refused by its name."""
+    """No value of a file is a list of lists: in its place each field is refused by its name."""
     sections = [
         (None, Config()),
         *((f.name, v) for f in fields(Config) if is_dataclass(v := getattr(Config(), f.name))),
     ]
     for section, values in sections:
         for field in fields(values):  # type: ignore[arg-type]
-            wrong = {field.name: ["x"]} if section is None else {section: {field.name: ["x"]}}
+            wrong = {field.name: [["x"]]} if section is None else {section: {field.name: [["x"]]}}
             file = written(tmp_path, {**OLD, **wrong})
             with pytest.raises(
                 ValueError,
-                match=re.escape(f"{file} is not a configuration that can be read: {field.name} is ['x'], which"),
+                match=re.escape(f"{file} is not a configuration that can be read: {field.name} is [['x']], which"),
             ):
                 read_file(file)
 

@@ -222,7 +222,14 @@ def test_the_reference_of_a_folder_holds_every_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"path": "x"}, {"fit": "crop"}, {"download": True}, {"vae": "x"}, {"name": "latents", "max_bad": 1}]
+    "options",
+    [
+        {"path": "x"},
+        {"name": "latents", "fit": "crop"},
+        {"download": True},
+        {"vae": "x"},
+        {"name": "latents", "max_bad": 1},
+    ],
 )
 def test_options_that_cannot_apply_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="apply|works with"):

@@ -1,5 +1,7 @@
 """Balance losses as values: what they are worth, and that their gradient survives scaling and accumulation."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from ditmoe.moe import (
     balance_loss,
     balanced_bias,
     contrastive_loss,
+    domain_loss,
     select,
     z_loss,
 )
@@ -114,6 +117,34 @@ def test_contrastive_loss_of_global_sums_is_the_whole_batchs() -> None:
             contrastive_loss(half, 0.1, sums, whole.counts), contrastive_loss(whole, 0.1), rtol=1e-9, atol=1e-12
         )
         assert abs(contrastive_loss(half, 0.1) - contrastive_loss(whole, 0.1)) > 1e-3
+
+
+def test_domain_loss_and_its_gradient_have_known_values() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], [0.5, -0.5, 0.0, 2.0], [0.0, 0.0, 9.0, 9.0]])
+    logits.requires_grad_()
+    routing = record(logits, 2, "sigmoid")._replace(images=2)  # 2 images of 2 rows
+    domain = torch.tensor([0, 1])
+    loss = domain_loss(routing, domain, 2)
+    p = logits.detach().softmax(dim=1)
+    mine = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
+    own = (p * mine).sum(1, keepdim=True)
+    assert loss.item() == pytest.approx(-own.log().mean().item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, (p - p * mine / own) / 4)
+    assert domain_loss(routing, 1 - domain, 2) > loss
+
+
+@pytest.mark.parametrize(
+    ("experts", "domains", "owner"), [(4, 4, [0, 1, 2, 3]), (5, 2, [0, 0, 0, 1, 1]), (3, 1, [0] * 3)]
+)
+def test_domain_loss_is_zero_for_routers_that_are_sure_of_their_own(experts, domains, owner) -> None:
+    logits = 60.0 * torch.eye(experts)
+    routing = record(logits, 1)._replace(images=experts)  # a row an image, as of a router by label
+    assert domain_loss(routing, torch.tensor(owner), domains) == pytest.approx(0, abs=1e-6)
+    even = record(torch.zeros(6, 4), 1)._replace(images=3)
+    assert domain_loss(even, torch.tensor([0, 1, 1]), 2).item() == pytest.approx(math.log(2))
+    with pytest.raises(AssertionError, match="images share decisions"):
+        domain_loss(even, torch.tensor([0, 1]), 2)
 
 
 def test_z_loss() -> None:
