@@ -44,10 +44,10 @@ def layer_row(name: str, tally: Tally, seed: int) -> Row:
 
     Returns:
         `entropy` of the expert, bits; `choice`, how many of them a condition may explain; `place`, `time` and `class`,
-        how many each does beyond chance (nan: there is one class), and what `chance` gives; `load_entropy` (1: even),
-        `busiest`, `idle`; `load` and `contribution` (E,), over even shares, of the tokens and of the norm of what is
-        added up; `lift` (E, E); `entropy_by_time` (B,), and `given` (B,) place and class, nan where the images of a
-        class are too few to tell.
+        how many each does beyond chance (nan: there is one class), and what `chance` gives; `all`, how many the three
+        do together; `load_entropy` (1: even), `busiest`, `idle`; `load` and `contribution` (E,), over even shares, of
+        the tokens and of the norm of what is added up; `lift` (E, E); `entropy_by_time` (B,), and `given` (B,) place
+        and class: this and `all` are nan where the images of a class are too few to tell.
     """
     (B, Y, _, E), images, rng = tally.counts.shape, tally.by_place.sum(axis=1), np.random.default_rng(seed)
     n, total = len(images) // Y, images.sum(axis=0)
@@ -60,15 +60,16 @@ def layer_row(name: str, tally: Tally, seed: int) -> Row:
     whole = float(entropy(total))
     choice = round(max(0.0, whole - tally.undecided), 9)
     by_time = entropy(tally.counts.sum(axis=(1, 2)))
-    known = entropy_given(tally.counts.reshape(B, -1, E), n)
-    enough = total.sum() / tally.counts[..., 0].size >= 2 * E  # assignments of a place and class at a noise level
+    known = np.minimum(entropy_given(tally.counts.reshape(B, -1, E), n), by_time)
+    enough = total.sum() / tally.counts[..., 0].size >= 4 * E  # assignments of a place and class at a noise level
     return {
         "layer": name, "entropy": whole, "choice": choice,
         **{key: beyond_chance(bits[key], by_chance[key], choice) for key in CONDITIONS}, "chance": by_chance,
+        "all": round(whole - float(known.mean()), 9) if enough else math.nan,
         "load_entropy": whole / math.log2(E) if E > 1 else math.nan,
         "busiest": summary["busiest"], "idle": summary["idle"],
         "load": relative_load(total), "contribution": relative_load(tally.norms), "lift": lift(tally.pairs),
-        "entropy_by_time": by_time, "given": np.minimum(known, by_time) if enough else np.full(B, math.nan),
+        "entropy_by_time": by_time, "given": known if enough else np.full(B, math.nan),
     }  # fmt: skip
 
 
@@ -134,8 +135,9 @@ def tables(rows: Sequence[Row], timesteps: Sequence[float]) -> str:
     bins = [len(timesteps) - 1 - b for b in spread(len(timesteps), SHOWN_BINS)]
     return "\n".join([
         "What the choice of experts depends on, in bits (and of the choice) beyond chance", "",
-        *_table(["layer", "entropy", "choice", *CONDITIONS], [
-            [row["layer"], _number(row["entropy"]), _number(row["choice"]), *(_share(row, key) for key in CONDITIONS)]
+        *_table(["layer", "entropy", "choice", *CONDITIONS, "all three"], [
+            [row["layer"], _number(row["entropy"]), _number(row["choice"]),
+             *(_share(row, key) for key in (*CONDITIONS, "all"))]
             for row in rows
         ]), "",
         "How even it is: entropy of the load (1: even), busiest expert and largest contribution over the mean", "",
