@@ -88,7 +88,15 @@ def exposure(argv: Sequence[str], prog: str) -> None:
     exposure.run(args)
 
 
-COMMANDS = {command.__name__: command for command in (train, sample, score, encode, export, exposure)}
+def analyze(argv: Sequence[str], prog: str) -> None:
+    """Say which experts serve what, how evenly, and at which noise."""
+    args = cli.parse(cli.AnalyzeArgs, argv, prog)
+    from .report import analyze
+
+    analyze.run(args)
+
+
+COMMANDS = {command.__name__: command for command in (train, sample, score, encode, export, exposure, analyze)}
 
 
 def main() -> int:

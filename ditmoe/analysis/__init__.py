@@ -1,1 +1,1 @@
-"""Routing counted, exposure bias, the budget of a run."""
+"""Routing counted and what it specialises in, exposure bias, the budget of a run."""

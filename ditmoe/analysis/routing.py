@@ -5,7 +5,7 @@ Shapes: L layers with experts, B time bins, Y classes, n images of each, T token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config.sections import ObjectiveConfig
+from ..data.sets import ImageSet
+from ..generate.pictures import spread
 from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..moe import Routing
 from ..objective import Objective
 
 Array = NDArray[Any]
@@ -22,7 +25,41 @@ Array = NDArray[Any]
 FORWARD = 128  # images in one forward pass of the count
 
 
+def chosen_classes(data: ImageSet, most: int) -> list[int]:
+    """At most so many classes that have images, evenly spaced; [0] of a set without labels."""
+    present = [c for c in range(max(1, len(data.id2label))) if (data.labels == c).any()]
+    return [present[k] for k in spread(len(present), most)]
+
+
+def batch_a_class(data: ImageSet, classes: Sequence[int], n: int, seed: int) -> tuple[list[int], Tensor]:
+    """Those of the classes that have images, and n of each, (Y, n, C, H, W), repeated where there are fewer."""
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(data.labels == c) for c in classes]
+    rows = [data.readable(rng.permutation(m)[: 2 * n].tolist()) for m in members]
+    kept = [(label, (r * n)[:n]) for label, r in zip(classes, rows, strict=True) if r]
+    return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
+
+
 @torch.no_grad()
+def passes(
+    net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, classes: Sequence[int], num_bins: int, seed: int
+) -> Iterator[tuple[int, Tensor, list[Routing]]]:
+    """Clean images pass through the network, noised to every time bin: (bin, images, a record a layer), a batch a time.
+
+    Images are numbers in 0..Y n - 1. The arguments are those of `count_experts`.
+    """
+    (Y, n, *size), objective = x.shape, Objective(config)
+    noise = torch.randn((Y, n, *size), generator=torch.Generator().manual_seed(seed))
+    y = torch.arange(Y).repeat_interleave(n)
+    labels = torch.tensor(classes)[y].to(net.device) if net.null_label is not None else None
+    for b in range(num_bins):
+        t = ((b + (torch.arange(n) + 0.5) / n) * (1000 / num_bins)).floor().clamp_min(1).repeat(Y)
+        x_t, _ = objective.corrupt(x.flatten(0, 1), t, noise.flatten(0, 1))
+        for rows in torch.arange(Y * n).split(FORWARD):
+            some = None if labels is None else labels[rows.to(net.device)]
+            yield b, rows, net(x_t[rows].to(net.device), t[rows].to(net.device), some, return_dict=False)[1]
+
+
 def count_experts(
     net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, classes: Sequence[int], num_bins: int, seed: int
 ) -> Array:
@@ -39,23 +76,14 @@ def count_experts(
     Returns:
         int64 (L, B, Y, T, E); every (l, b, y, t) sums to n * K.
     """
-    (Y, n, *size), objective = x.shape, Objective(config)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((Y, n, *size), generator=generator)
+    (Y, n), T, total = x.shape[:2], tokens_per_image(net), list[Tensor]()
     y = torch.arange(Y).repeat_interleave(n)
-    labels = torch.tensor(classes)[y].to(net.device) if net.null_label is not None else None
-    T, total = tokens_per_image(net), list[Tensor]()
-    for b in range(num_bins):
-        t = ((b + (torch.arange(n) + 0.5) / n) * (1000 / num_bins)).floor().clamp_min(1).repeat(Y)
-        x_t, _ = objective.corrupt(x.flatten(0, 1), t, noise.flatten(0, 1))
-        for rows in torch.arange(Y * n).split(FORWARD):
-            some = None if labels is None else labels[rows.to(net.device)]
-            _, routing = net(x_t[rows].to(net.device), t[rows].to(net.device), some, return_dict=False)
-            for layer, record in enumerate(routing):
-                served = record.served().cpu().expand(len(rows), T, -1)  # (rows, T, E)
-                if layer == len(total):
-                    total.append(torch.zeros(num_bins, Y, *served.shape[1:], dtype=torch.int64))
-                total[layer][b].index_add_(0, y[rows], served)
+    for b, rows, routing in passes(net, config, x, classes, num_bins, seed):
+        for layer, record in enumerate(routing):
+            served = record.served().cpu().expand(len(rows), T, -1)  # (rows, T, E)
+            if layer == len(total):
+                total.append(torch.zeros(num_bins, Y, *served.shape[1:], dtype=torch.int64))
+            total[layer][b].index_add_(0, y[rows], served)
     return torch.stack(total).numpy()
 
 

@@ -64,6 +64,18 @@ def read_config(run: Path, name: str = "config.json") -> Config:
     return read_file(run / name, "the configuration of a run", needed=("out", "data"))
 
 
+def trained_by(model: Path) -> Config:
+    """The configuration that trained what is in a run folder, in its model/, or in an exported folder.
+
+    Raises:
+        ValueError: There is none, or it is none of ours.
+    """
+    for folder, name in ((model, "config.json"), (model, "training.json"), (model.parent, "config.json")):
+        if (folder / name).is_file():
+            return read_config(folder, name)
+    raise ValueError(f"{model} has neither config.json nor training.json, which say how it was trained; give a run")
+
+
 def _built(section: type[Section], values: Mapping[str, Any]) -> Section:
     """A section of the configuration, itself checked, of what a file holds."""
     hints = get_type_hints(section)

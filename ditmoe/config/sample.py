@@ -1,4 +1,4 @@
-"""What the commands that take a trained model are asked: sample, exposure, export. Imports no torch."""
+"""What the commands that take a trained model are asked: sample, exposure, analyze, export. Imports no torch."""
 
 from __future__ import annotations
 
@@ -148,6 +148,42 @@ class ExposureArgs:
 
 
 @dataclass(frozen=True)
+class AnalyzeArgs:
+    """Who serves what: what the choice of experts depends on, how even it is, and how it changes with the noise.
+
+    Held-out images of the model's own data set (training images where it has none) are noised to every time step and
+    pass through the network once. Prints tables; writes analysis.json and analysis.png.
+    """
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, or pipeline folders such as models/fashion; of several, such as seeds of one configuration, means
+    with 95 % intervals."""
+    num: int = 500
+    """Number of images, as many of every class; fewer where a class has fewer."""
+    bins: int = 10
+    """Bins of the time axis; every image passes once in each."""
+    seed: int = 0
+    """Which images, and their noise."""
+    data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
+    """Folder of the images, where it is not that of the training."""
+    out: Path = Path("analysis")
+    """Folder of analysis.json and analysis.png, made if it is not there."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "num", "bins")
+        at_least(self, 0, "seed")
+        if not self.models:
+            raise ValueError("models is empty; give a run folder or a model folder, or several")
+        if twice := [model for i, model in enumerate(self.models) if model.resolve() in _resolved(self.models[:i])]:
+            raise ValueError(f"models has {twice[0]} twice; give every run once")
+        if self.bins > 1000:
+            raise ValueError(f"bins is {self.bins}; the time axis has 1000 steps")
+        parent = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
+        if not parent.is_dir():
+            raise ValueError(f"out {self.out} cannot be a folder: {parent} is a file")
+
+
+@dataclass(frozen=True)
 class ExportArgs:
     """Write the averaged weights of a finished run as a pipeline folder to share."""
 
@@ -173,6 +209,10 @@ class ExportArgs:
             )
         if self.guide == "none":
             raise ValueError("guide is none, which a model without --guide has; leave it out")
+
+
+def _resolved(paths: tuple[Path, ...]) -> list[Path]:
+    return [path.resolve() for path in paths]
 
 
 def _is_number(text: str | None) -> bool:

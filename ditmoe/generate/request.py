@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.file import read_config
+from ..config.file import trained_by
 from ..config.sample import SampleArgs
 from ..config.sections import Config
 from ..data.pixels import QUANTIZE
@@ -140,7 +140,6 @@ def _trained(model: Path) -> dict[str, Any]:
 
 def _configuration(model: Path) -> Config | None:
     """What trained a model, None where it is not there."""
-    for folder, name in ((model, "config.json"), (model, "training.json"), (model.parent, "config.json")):
-        with suppress(ValueError):
-            return read_config(folder, name)
+    with suppress(ValueError):
+        return trained_by(model)
     return None

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..analysis.routing import count_experts, routing_summary
+from ..analysis.routing import batch_a_class, chosen_classes, count_experts, routing_summary
 from ..config.file import read_config, to_dict
 from ..config.sections import Config
 from ..data.open import open_data, open_held_out
@@ -171,15 +170,9 @@ def _draw_experts(net: DiTMoETransformer2DModel, config: Config, data: ImageSet,
 
 def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int) -> tuple[list[int], Tensor]:
     """Evenly chosen classes, and as many training images of each as the budget allows: x (Y, n, C, H, W)."""
-    rng = np.random.default_rng(seed)
-    present = [c for c in range(max(1, len(data.id2label))) if (data.labels == c).any()]
-    classes = [present[k] for k in pictures.spread(len(present), SHOWN_CLASSES)]
+    classes = chosen_classes(data, SHOWN_CLASSES)
     cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS
-    members = [np.flatnonzero(data.labels == c) for c in classes]
-    n = int(np.clip(ROUTING_FLOPS / cost, 2, 32))
-    rows = [data.readable(rng.permutation(m)[: 2 * n].tolist()) for m in members]
-    kept = [(label, (r * n)[:n]) for label, r in zip(classes, rows, strict=True) if r]
-    return [label for label, _ in kept], torch.stack([data.tensors(r) for _, r in kept])
+    return batch_a_class(data, classes, int(np.clip(ROUTING_FLOPS / cost, 2, 32)), seed)
 
 
 def _judge(

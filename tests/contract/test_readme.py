@@ -10,7 +10,7 @@ import tyro
 from ditmoe import cli
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sample import ExportArgs, ExposureArgs, SampleArgs
+from ditmoe.config.sample import AnalyzeArgs, ExportArgs, ExposureArgs, SampleArgs
 from eval import compare, sweep
 from eval.fid import Arguments
 from samplers import SAMPLERS
@@ -57,6 +57,8 @@ def test_other_commands() -> None:
     tyro.cli(sweep.Arguments, args=shlex.split(swept)[3:])
     (meter,) = (c for c in COMMANDS if c.startswith("python -m ditmoe exposure"))
     assert set(cli.parse(ExposureArgs, shlex.split(meter)[4:]).samplers) <= SAMPLERS.keys()
+    for looked in (c for c in COMMANDS if c.startswith("python -m ditmoe analyze")):
+        cli.parse(AnalyzeArgs, shlex.split(looked)[4:])
     (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe export"))
     cli.parse(ExportArgs, shlex.split(gift)[4:])
 
