@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .config.experts import RouterInput, RouterKind, has_experts
 from .config.file import check_types
 from .config.rule import Overflow, RouterScore, RoutingRule, SelectKind
-from .config.sections import Config, ModelConfig, MoEConfig, RouterInput, RouterKind, has_experts
+from .config.sections import Config, ModelConfig, MoEConfig
 from .layers import (
     Attention,
     LabelEmbedder,

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import pipeline
+from ..config.experts import has_experts
 from ..config.file import to_dict
-from ..config.sections import Config, has_experts, micro_batch_size
+from ..config.sections import Config, micro_batch_size
 from ..layers import Refiner
 from ..model import DiTMoETransformer2DModel, build, count_parameters
 from ..training.muon import matrices

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .sections import at_least
+from .checks import at_least
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..files import read_object, write_json
-from .sections import MOST, Config
+from .checks import MOST
+from .sections import Config
 
 Section = TypeVar("Section")
 

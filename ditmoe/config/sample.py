@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .sections import at_least
+from .checks import at_least
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class _Stream(Dataset[Batch]):
     def turn_of(self, index: int) -> tuple[int, int]:
         """The set that a sample is of, and how many samples of that set were before it."""
         unit, place = divmod(index, self.unit)
-        domain, before = turn(unit, self.data.weights)
+        domain, before = turn(unit, self.data.weights) if len(self.data.weights) > 1 else (0, unit)
         return domain, before * self.unit + place
 
     def image_of(self, index: int) -> int:

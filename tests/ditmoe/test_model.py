@@ -10,8 +10,9 @@ from typing import get_args
 import pytest
 import torch
 
+from ditmoe.config.experts import RouterInput, RouterKind
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, RouterInput, RouterKind
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.layers import rotary_positions, rotate, sincos_positions, unpatchify
 from ditmoe.model import KEYS, DiTMoETransformer2DModel, build, count_parameters
 from ditmoe.moe import contrastive_loss

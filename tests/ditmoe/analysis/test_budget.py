@@ -22,9 +22,10 @@ from benchmarks import plan_check, train_step
 from ditmoe import layers
 from ditmoe.analysis import budget
 from ditmoe.analysis.budget import describe
+from ditmoe.config.experts import RouterInput
 from ditmoe.config.file import save, to_dict
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, RouterInput, TrainConfig
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
 from ditmoe.launch.start import shutdown
 from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
 from ditmoe.moe import Experts

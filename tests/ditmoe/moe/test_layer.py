@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from ditmoe.config.experts import RouterInput
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, RouterInput
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import build
 from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, Router, RoutingRule, plan_of, select
 from tests.reference.moe_layer import expert

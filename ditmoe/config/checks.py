@@ -1,0 +1,24 @@
+"""Checks that the sections of a configuration share, each a sentence that names the field and the value."""
+
+MOST = 1e30  # of a number; one step below what float32 cannot hold
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with this sentence unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def positive(section: object, *names: str) -> None:
+    """ValueError where one of these values of a section is not above 0, or not finite."""
+    for name in names:
+        value = getattr(section, name)
+        require(0 < value <= MOST, f"{name} is {value}; it must be above 0, and finite")
+
+
+def at_least(section: object, least: int, *names: str) -> None:
+    """ValueError where one of these values of a section is below the least; None is no value."""
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or value >= least, f"{name} is {value}; it must be {least} or more")
+        require(value is None or value <= MOST, f"{name} is {value}; it must be finite")

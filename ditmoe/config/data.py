@@ -1,0 +1,99 @@
+"""The section `data` of a configuration: one set of images, or several. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from .checks import MOST, at_least, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from."""
+
+    name: Literal["digits", "fashion", "folder", "latents"] = "digits"
+    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards, made by
+    python -m ditmoe encode)."""
+    path: Path | None = None
+    """Folder of the images, of the IDX files, or of the latent shards."""
+    vae: Path | None = None
+    """latents: folder of the VAE that made them, saved with the model so that it draws pictures."""
+    download: bool = False
+    """Let torchvision download Fashion-MNIST into ./data when it is nowhere else."""
+    fit: Literal["exact", "crop"] = "exact"
+    """Images (not latents) must have sample_size and in_channels exactly, or are resized, centre-cropped and converted:
+    halved while twice too large, then bicubic, as in ADM."""
+    flip: bool = False
+    """Mirror images left-right at random; of latents, take those of the mirrored images."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads in the training process."""
+    max_bad: int = 0
+    """folder: files that cannot be used and are skipped, each named, before the run stops."""
+    mixture: tuple[str, ...] = ()
+    """Several sets in one run, instead of `name`: SET or SET=WEIGHT each, where SET is digits, fashion or a folder of
+    images, and samples are of a set in proportion to its weight (1 if not given). The number of a set, from 0, is its
+    domain; classes are put side by side."""
+    alternate: bool = False
+    """mixture: each optimiser step is of one set, in turn (IMP); otherwise every step has samples of all."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "num_workers", "max_bad")
+        self._check_mixture()
+        names = [part.name for part, _ in self.sets()] if self.mixture else [self.name]
+        name = " and ".join(dict.fromkeys(names))
+        require(not self.max_bad or "folder" in names, f"max_bad works with folder, not {name}")
+        require(not self.download or "fashion" in names, f"download works with the data set fashion, not {name}")
+        require(self.path is None or name != "digits", "path does not apply to digits, which are bundled")
+        require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")
+        require(self.vae is None or name == "latents", f"vae works with latents, not {name}")
+
+    def sets(self) -> list[tuple[DataConfig, int]]:
+        """The sets of the run, a configuration of each alone, with whole numbers in proportion to their weights."""
+        entries = [_weighted(entry) for entry in self.mixture]
+        whole = math.lcm(*(weight.denominator for _, weight in entries))
+        return [(self._alone(word), int(weight * whole)) for word, weight in entries] or [(self, 1)]
+
+    def _alone(self, word: str) -> DataConfig:
+        named = word in ("digits", "fashion")
+        kind: Any = word if named else "folder"
+        path, bad, download = None if named else Path(word), 0 if named else self.max_bad, self.download
+        return replace(
+            self,
+            mixture=(),
+            alternate=False,
+            name=kind,
+            path=path,
+            max_bad=bad,
+            download=download and kind == "fashion",
+        )
+
+    def _check_mixture(self) -> None:
+        entries = [_weighted(entry) for entry in self.mixture]
+        places = [Path(word) for word, _ in entries]
+        again = next((place for n, place in enumerate(places) if place in places[:n]), None)
+        require(again is None, f"mixture has {again} twice; give it a weight, as in {again}=2")
+        require(len(places) != 1, f"mixture has one set, {', '.join(self.mixture)}; add another, or give --data.name")
+        require(not places or self.path is None, "path does not apply to a mixture, in which folders are named")
+        require(bool(places) or not self.alternate, "alternate needs several sets; give them as --data.mixture SET SET")
+        if self.alternate and len({weight for _, weight in entries}) > 1:
+            raise ValueError("alternate takes the sets in turn, so it does not go with weights; leave one of them out")
+
+
+def _weighted(entry: str) -> tuple[str, Fraction]:
+    """SET or SET=WEIGHT of a mixture. ValueError where the weight is none."""
+    word, equals, text = entry.rpartition("=")
+    if not equals:
+        word, text = entry, "1"
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not word or not 1 / MOST <= weight <= MOST:
+        raise ValueError(
+            f"mixture has {entry!r}; give SET or SET=WEIGHT with a weight above 0, such as {word or 'SET'}=2"
+        )
+    return word, Fraction(str(weight))
