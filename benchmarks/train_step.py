@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,15 +48,23 @@ def variants(preset: str, batch: int | None) -> dict[str, Config]:
 
 def one_step(config: Config) -> Callable[[], object]:
     """A function that makes one training step of a configuration."""
-    return prepared(config)[0]
+    return prepared(config).step
 
 
-def prepared(config: Config) -> tuple[Callable[[], object], State, Run]:
-    """The same, what it trains, and with what."""
+class Prepared(NamedTuple):
+    """A function that makes a training step, what it trains, and with what."""
+
+    step: Callable[[], object]
+    state: State
+    run: Run
+
+
+def prepared(config: Config, data: ImageSet | None = None) -> Prepared:
+    """What trains on these images, or on the configuration's own."""
+    data = images(config) if data is None else data
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # one process holds steps of both precisions
-    data = images(config)
     parallel = Parallel(start.launched(config.train), config.parallel, config.moe.num_experts)
     state = new_state(config, len(data.id2label), parallel)
     run = Run.of(config, data, parallel, state, Signals(), {})
@@ -64,7 +73,7 @@ def prepared(config: Config) -> tuple[Callable[[], object], State, Run]:
         optimise(run, 0)
         update_ema(state.ema, state.model, 0.999)
 
-    return step, state, run
+    return Prepared(step, state, run)
 
 
 def images(config: Config) -> ImageSet:

@@ -49,6 +49,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
         guide: A weaker network for autoguidance (`ditmoe.moe.guide`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
+        guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
         experts_off: The guide is the network itself without its routed experts.
 
     Raises:
@@ -63,6 +64,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         id2label: dict[str, str] | None = None, sampler: str = "ddim", num_inference_steps: int = 50,
         guidance_scale: float = 1.5, trained_steps: int | None = None, latents: dict[str, Any] | None = None,
         guide: DiTMoETransformer2DModel | None = None, guide_scale: float | None = None, experts_off: bool = False,
+        guidance_interval: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if guide is not None and experts_off:
@@ -71,7 +73,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(
             id2label=id2label or {}, sampler=sampler, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, trained_steps=trained_steps, latents=latents, guide_scale=guide_scale,
-            experts_off=experts_off,
+            experts_off=experts_off, guidance_interval=guidance_interval,
         )  # fmt: skip
 
     @property
@@ -100,6 +102,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
                 that the model names, if any, see `ditmoe.moe.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
+            guidance_interval: Default: the saved one, where anything guides; (0, 1000) is all.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.
             indices: Running numbers of the images; default 0, 1, 2, ...
@@ -118,6 +121,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
         guide, w = self.guide_for(guide, guide_scale)
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
+        guidance_interval = self.interval_for(guidance_interval, guidance_scale, w, scheduler.timesteps)
         net, generators = self.transformer, image_generators(seed, indices)
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
         x = self.decode(sample(
@@ -146,6 +150,16 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """What guides a call with these arguments, and its scale: (None, 1) for nothing. Raises as `choose`."""
         saved = EXPERTS_OFF if self.config.experts_off else self.guide
         return choose(self.transformer, guide, guide_scale, saved, self.config.guide_scale)
+
+    def interval_for(
+        self, asked: Sequence[float] | None, guidance_scale: float, guide_scale: float, timesteps: Tensor
+    ) -> tuple[float, float] | None:
+        """Between which timesteps a call guides: as asked, or as saved if anything guides and one of them is within."""
+        saved = self.config.guidance_interval
+        if asked is not None or saved is None or guidance_scale == guide_scale == 1:
+            return None if asked is None else (asked[0], asked[1])
+        within = bool(((timesteps >= saved[0]) & (timesteps <= saved[1])).any())
+        return (saved[0], saved[1]) if within else None
 
     def network_calls(self, sampler: str | None = None, num_inference_steps: int | None = None) -> int:
         """NFE: network calls an image; each is two passes where guidance applies."""
@@ -205,11 +219,16 @@ def _check(folder: Path) -> dict[str, Any]:
     """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
     network = DiTMoETransformer2DModel
     settings = {"latents": is_normalization, "guide_scale": _is_scale, "experts_off": lambda x: isinstance(x, bool)}
+    settings["guidance_interval"] = _is_interval
     return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, settings)
 
 
 def _is_scale(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_scale, value)) and value[0] < value[1]
 
 
 def assemble(
@@ -231,7 +250,10 @@ def assemble(
     if latents is None and config.data.name == "latents":
         latents = read_normalization(config.data.path)
     vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
-    return DiTMoEPipeline(model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents)
+    interval = config.sample.guidance_interval if guidance != 1 else None
+    return DiTMoEPipeline(
+        model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents, guidance_interval=interval
+    )
 
 
 def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:

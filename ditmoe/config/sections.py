@@ -162,6 +162,8 @@ class SampleConfig:
     """Sampling steps."""
     cfg: float = 1.5
     """Classifier-free guidance scale; 1 is no guidance."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide between these two timesteps alone (lowest, highest, of 0..1000); None: at all."""
     num: int = 500
     """Images that the report makes, judges and scores."""
     batch_size: int = 250
@@ -172,6 +174,9 @@ class SampleConfig:
         require(self.steps <= 1000, f"steps is {self.steps}; the training schedule has 1000")
         require(self.num >= 2, f"num is {self.num}; a score needs 2 images or more")
         require(0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be 0 or more, and finite")
+        span = self.guidance_interval
+        if span is not None and not 0 <= span[0] < span[1] <= 1000:
+            raise ValueError(f"guidance_interval is {span}; it must be (lowest, highest) timestep within 0..1000")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,8 @@ def requested(args: SampleArgs) -> RequestedSet:
     scheduler = pipe.scheduler_for(name, steps, of_sampler)
     guide = args.guide if args.guide in (None, NONE, EXPERTS_OFF) else load_guide(Path(args.guide), pipe)
     guided, scale = pipe.guide_for(guide, args.guide_scale)
+    asked, timesteps = more["guidance_interval"], scheduler.timesteps
+    more["guidance_interval"] = pipe.interval_for(asked, 1.0 if cfg is None else cfg, scale, timesteps)
     options = {
         "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
         "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale,

@@ -196,3 +196,41 @@ def test_a_refused_guide_makes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the guide has sample_size 28, but the model has 8"):
         run(args, Alone())
     assert not (tmp_path / "many").exists()
+
+
+def test_the_interval_that_a_model_names_is_its_default_and_is_noted(tmp_path: Path) -> None:
+    pipe = make()
+    torch.nn.init.normal_(pipe.transformer.final_layer.linear.weight)
+    torch.nn.init.normal_(pipe.transformer.y_embedder.embedding_table.weight)
+    pipe.register_to_config(guidance_scale=3.0)
+    pipeline.save(pipe, tmp_path / "all" / "model")
+    pipe.register_to_config(guidance_interval=[0.0, 400.0])
+    pipeline.save(pipe, tmp_path / "some" / "model")
+    args = SampleArgs(tmp_path / "some", num=2, steps=4)
+    cases = {
+        "saved": args, "asked": replace(args, model=tmp_path / "all", guidance_interval=(0, 400)),
+        "everywhere": replace(args, guidance_interval=(0, 1000)), "without": replace(args, model=tmp_path / "all"),
+        "unguided": replace(args, cfg=1.0), "one step": replace(args, steps=1),
+    }  # fmt: skip
+    images = {name: requested(case).batch(range(2)) for name, case in cases.items()}
+    noted = {name: facts(case, requested(case))["sampler"]["guidance_interval"] for name, case in cases.items()}
+    assert noted == {
+        "saved": [0.0, 400.0], "asked": [0, 400], "everywhere": [0, 1000], "without": None, "unguided": None,
+        "one step": None,
+    }  # fmt: skip
+    assert np.array_equal(images["saved"], images["asked"])
+    assert np.array_equal(images["everywhere"], images["without"])
+    assert not np.array_equal(images["saved"], images["without"])
+    assert not np.array_equal(images["saved"], images["unguided"])
+    trained = Config(sample=SampleConfig(guidance_interval=(0.0, 400.0)))
+    again = pipeline.assemble(pipe.transformer, trained, {0: "a"})
+    assert tuple(again.config.guidance_interval) == (0.0, 400.0)
+
+
+@pytest.mark.parametrize("span", [[400.0, 0.0], [0.0], "all", [0, "x"], [-1.0, 5.0], [True, 2]])
+def test_an_interval_of_a_foreign_folder_is_looked_at(tmp_path: Path, span: Any) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    file = tmp_path / "model" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "guidance_interval": span}))
+    with pytest.raises(ValueError, match="model_index.json has guidance_interval"):
+        pipeline.load(tmp_path)

@@ -1,0 +1,288 @@
+"""Every rule of routing against the dense twin and the default: equal activated parameters, steps, data and seeds.
+
+    python -m benchmarks.rules --out runs/rules [--steps 600] [--seeds 0 1 2] [--shifts 0 4] [--only dense topk ...]
+
+The preset is `fashion` with its router on the token, unless the rule says otherwise; with a shift of 4 each image is
+moved by up to 4 pixels in each direction, once and for all, so that routing by place cannot help. All see the same
+batches, noise and times. A line of `rows.jsonl` is one (phase, rule, shift, seed); lines that are there are not made
+again. The phase `speed` times steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the
+table and the plot into docs/rules.md.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.curve import append
+from benchmarks.scoring import Scorer
+from benchmarks.timing import machine, round_robin
+from benchmarks.train_step import Prepared, prepared
+from ditmoe import pipeline
+from ditmoe.analysis.findings import layer_row
+from ditmoe.analysis.routing import batch_a_class
+from ditmoe.analysis.tally import tally
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.rules import RULES, with_rule
+from ditmoe.config.sections import Config
+from ditmoe.data.open import open_data
+from ditmoe.data.sets import ArrayImages
+from ditmoe.generate.draw import balanced_labels, draw
+from ditmoe.model import DiTMoETransformer2DModel, count_parameters
+from ditmoe.objective import Objective
+from ditmoe.training.state import update_ema
+from ditmoe.training.step import optimise
+
+Row = dict[str, Any]
+OURS = ("dense", "topk", "place", "label+place")
+MARK = ("<!-- made by benchmarks.rules -->", "<!-- end -->")
+
+
+def configuration(name: str, steps: int, seed: int, centroids: Path | None) -> Config:
+    """A rule's run. ValueError for an unknown one."""
+    preset = PRESETS["fashion"]
+    train = replace(preset.train, decay_steps=steps, warmup_steps=min(200, steps // 6))
+    base = replace(preset, max_steps=steps, seed=seed, train=train)
+    changes = {"dense": {"blocks": "none"}, "place": {}, "label+place": {"router_input": "label+position"}}
+    if name in changes:
+        return replace(base, moe=replace(base.moe, **changes[name]))
+    base = replace(base, moe=replace(base.moe, router_input="token"))
+    if name == "topk":
+        return base
+    config = with_rule(base, name)
+    return replace(config, moe=replace(config.moe, centroids=centroids)) if name == "centroid" else config
+
+
+def shifted(data: ArrayImages, most: int, seed: int) -> ArrayImages:
+    """Its images, each moved by up to so many pixels in each direction; what comes in is black."""
+    if not most:
+        return data
+    moves = np.random.default_rng(seed).integers(-most, most + 1, (len(data), 2))
+    padded = np.pad(data.pixels, ((0, 0), (most, most), (most, most), (0, 0)))
+    H, W = data.pixels.shape[1:3]
+    pixels = np.stack([
+        image[most + dy : most + dy + H, most + dx : most + dx + W]
+        for image, (dy, dx) in zip(padded, moves, strict=True)
+    ])  # fmt: skip
+    return replace(data, pixels=pixels, eval_name=None)
+
+
+class Benchmark:
+    """The phases, each of which finds in the file what it has done before."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.path = args, args.out / "rows.jsonl"
+        self.rows: list[Row] = [json.loads(v) for v in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.names = args.only or [n for n in (*OURS, *RULES) if n != "centroid" or args.centroids]
+        preset = PRESETS["fashion"]
+        self.sets = {
+            split: open_data(preset.data, size=preset.model.sample_size, channels=1, split=split)
+            for split in ("train", "test")
+        }
+
+    def once(self, key: Row, make: Callable[[], Row]) -> Row:
+        """The line of this key, made unless it is there."""
+        row = next((row for row in self.rows if key.items() <= row.items()), None)
+        if row is None:
+            row = {**key, **make()}
+            append(self.path, row, self.rows)
+        return row
+
+    def data(self, split: str, shift: int) -> ArrayImages:
+        """The training or held-out images, as shifted."""
+        found = self.sets[split]
+        assert isinstance(found, ArrayImages)
+        return shifted(found, shift, 0 if split == "train" else 1)
+
+    def train(self, name: str, shift: int, seed: int) -> Row:
+        """One run: errors, distances, what was chosen."""
+        config = configuration(name, self.args.steps, seed, self.args.centroids)
+        made = prepared(config, self.data("train", shift))
+        losses = []
+        for step in range(self.args.steps):
+            result = optimise(made.run, step)
+            assert result is not None
+            update_ema(made.state.ema, made.state.model, min(0.98, (1 + step) / (10 + step)))
+            losses.append(result.losses["mse"].detach())
+        net = made.state.ema.eval()
+        errors = self.held_out(net, config, shift)
+        total, active = count_parameters(net)
+        found: Row = {
+            "mse": errors.mean().item(), "se": (errors.std() / len(errors) ** 0.5).item(), "total": total,
+            "active": active, "train_mse": torch.stack(losses[-100:]).mean().item(),
+        }  # fmt: skip
+        found |= self.choices(net, config, shift) if config.moe.blocks != "none" else {}
+        return found | self.pictures(net, config, shift)
+
+    @torch.inference_mode()
+    def held_out(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Tensor:
+        """Mean squared errors of 5,000 held-out images, with the same noise and times for every rule."""
+        data, objective, errors = self.data("test", shift), Objective(config.objective), []
+        for first in range(0, 5000, 250):
+            rows = list(range(first, first + 250))
+            x = data.tensors(rows)
+            draws = objective.draw(12345, rows, tuple(x.shape[1:]))
+            x_t, target = objective.corrupt(x, draws.t, draws.noise)
+            sample = net(x_t, draws.t, torch.from_numpy(data.labels[rows])).sample
+            errors.append((sample - target).square().mean(dim=(1, 2, 3)))
+        return torch.cat(errors)
+
+    def choices(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
+        """Means over layers: experts a token, load, and bits that place, time and class explain."""
+        data = self.data("test", shift)
+        classes = sorted(data.id2label)
+        _, x = batch_a_class(data, classes, 20, 0)
+        layers = [layer_row("", t, 0) for t in tally(net, config.objective, x, classes, 10, 0)]
+        with torch.inference_mode():
+            t = torch.linspace(10, 990, len(x[0])).repeat(len(classes))
+            records = net(x.flatten(0, 1), t, torch.arange(len(classes)).repeat_interleave(len(x[0]))).routing
+        experts = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
+        idle = mean(float(r.plan.unserved) for r in records)
+        numbers = {key: mean(row[key] for row in layers) for key in layers[0] if isinstance(layers[0][key], float)}
+        return {"experts": experts, "unserved": idle, "choice": numbers}
+
+    def pictures(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
+        """Distances and the recognised share of images drawn as the preset draws."""
+        if not self.args.num or shift:
+            return {}
+        pipe = pipeline.assemble(net, config, self.sets["train"].id2label)
+        labels = balanced_labels(pipe, self.args.num)
+        images = draw(pipe, labels, self.args.num, sampler="unipc", steps=10, cfg=1.25, seed=3, batch_size=250)
+        found: Row = {}
+        for name in ("efficientnet-lite0", "random-conv-v1"):
+            scorer = Scorer(PRESETS["fashion"], self.args.cache, name, 10_000)
+            found |= {f"fd {name}": scorer.distance(images), "recognised": scorer.recognised(images, np.array(labels))}
+        return found
+
+    def speed(self) -> Row:
+        """Images a second in training and in drawing, of all rules in turns."""
+        made: dict[str, Prepared] = {}
+        for name in self.names:
+            made[name] = prepared(configuration(name, 600, 0, self.args.centroids), self.data("train", 0))
+        steps = {name: each.step for name, each in made.items()}
+        x, t, y = torch.randn(250, 1, 28, 28), torch.full((250,), 500.0), torch.arange(250) % 10
+
+        def forward(net: DiTMoETransformer2DModel) -> Callable[[], object]:
+            return torch.inference_mode()(lambda: net(x, t, y))
+
+        drawing = {name: forward(each.state.ema) for name, each in made.items()}
+        batch = PRESETS["fashion"].train.batch_size
+        train, pictures = round_robin(steps, self.args.rounds), round_robin(drawing, self.args.rounds)
+        return {
+            "machine": machine(), "train": {n: batch / s for n, s in train.items()},
+            "passes": {n: 250 / s for n, s in pictures.items()},
+        }  # fmt: skip
+
+
+def table(rows: list[Row], steps: int) -> str:
+    """Markdown of what there is, means over seeds."""
+    runs = [row for row in rows if row["phase"] == "train" and row["steps"] == steps]
+    speed = next((row for row in reversed(rows) if row["phase"] == "speed"), {"train": {}, "passes": {}})
+    head = (
+        "rule", "experts a token", "held-out error", "against the twin", "shifted by 4", "against the twin",
+        "distance, efficientnet", "distance, random conv", "recognised", "place / time / class, % of the choice",
+        "training", "drawing",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in dict.fromkeys(row["rule"] for row in runs):
+        own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
+        cells = [name, _mean([r.get("experts") for r in own[0]], 2)]
+        for shift in (0, 4):
+            cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, own[shift], shift)]
+        cells += [_mean([r.get(f"fd {n}") for r in own[0]], 4) for n in ("efficientnet-lite0", "random-conv-v1")]
+        cells += [_mean([r.get("recognised") for r in own[0]], 3), _explained(own[0])]
+        for kind in ("train", "passes"):
+            base = speed[kind].get("dense")
+            cells.append(f"{speed[kind][name] / base:.2f}" if base and name in speed[kind] else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    known = [v for v in values if v is not None]
+    return f"{mean(known):.{digits}f}" if known else ""
+
+
+def _against(runs: list[Row], own: list[Row], shift: int) -> str:
+    """Mean difference to the twin of the same seed in percent, its standard error over seeds, and how often it won."""
+    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense" and r["shift"] == shift}
+    found = [100 * (r["mse"] / twins[r["seed"]] - 1) for r in own if r["seed"] in twins]
+    if not found or own[0]["rule"] == "dense":
+        return ""
+    spread = f" ± {stdev(found) / math.sqrt(len(found)):.2f}" if len(found) > 1 else ""
+    return f"{mean(found):+.2f} %{spread}, {sum(v < 0 for v in found)} of {len(found)}"
+
+
+def _explained(own: list[Row]) -> str:
+    chosen = [row["choice"] for row in own if row.get("choice", {}).get("choice")]
+    shares = [[each[what] / each["choice"] for what in ("place", "time", "class")] for each in chosen]
+    if not shares:
+        return ""
+    return " / ".join(f"{100 * mean(values):.0f}" for values in zip(*shares, strict=True))
+
+
+def plot(rows: list[Row], steps: int, path: Path) -> None:
+    """Held-out error against speed of training, both against the dense twin."""
+    from matplotlib.figure import Figure
+
+    runs = [r for r in rows if r["phase"] == "train" and r["steps"] == steps and r["shift"] == 0]
+    speed = next((row for row in reversed(rows) if row["phase"] == "speed"), None)
+    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense"}
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(r["rule"] for r in runs):
+        errors = [100 * (r["mse"] / twins[r["seed"]] - 1) for r in runs if r["rule"] == name and r["seed"] in twins]
+        if not errors or speed is None or name not in speed["train"]:
+            continue
+        x = speed["train"][name] / speed["train"]["dense"]
+        axes.plot(x, mean(errors), "o", color="black" if name == "dense" else "tab:blue")
+        axes.annotate(name, (x, mean(errors)), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axes.axhline(0, color="0.8", zorder=0)
+    axes.set(xlabel="training speed, of the dense twin", ylabel="held-out error against the twin, %")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/rules"))
+    parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shifts", type=int, nargs="+", default=[0, 4])
+    parser.add_argument("--num", type=int, default=1000, help="images drawn of each run, 0 for none")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *RULES])
+    parser.add_argument("--centroids", type=Path, help="of the dense twin, for the rule centroid")
+    parser.add_argument("--phases", nargs="+", choices=["train", "speed"], default=["speed", "train"])
+    parser.add_argument("--page", type=Path, help="docs/rules.md: its table is replaced, the plot written beside it")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    benchmark = Benchmark(args)
+    if "speed" in args.phases:
+        benchmark.once({"phase": "speed", "rules": benchmark.names}, benchmark.speed)
+    if "train" in args.phases:
+        for seed in args.seeds:
+            for shift in args.shifts:
+                for name in benchmark.names:
+                    key = {"phase": "train", "rule": name, "shift": shift, "seed": seed, "steps": args.steps}
+                    row = benchmark.once(key, lambda n=name, s=shift, k=seed: benchmark.train(n, s, k))  # type: ignore[misc]
+                    print(name, shift, seed, f"{row['mse']:.5f}", flush=True)
+    text = table(benchmark.rows, args.steps)
+    print(text)
+    if args.page is not None:
+        before, _, rest = args.page.read_text().partition(MARK[0])
+        after = rest.partition(MARK[1])[2]
+        args.page.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{after}")
+        plot(benchmark.rows, args.steps, args.page.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
