@@ -28,6 +28,7 @@ from .files import replacing
 from .launch.start import best_device
 from .model import DiTMoETransformer2DModel, check_network
 from .moe.guide import EXPERTS_OFF, choose
+from .moe.tau import Spans, WithTau
 from .objective import scheduler_config
 
 _DECODED_AT_ONCE = 16  # images; a VAE needs about a gigabyte for each of 256 x 256
@@ -86,7 +87,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int | None = None, guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
         guidance_rule: str = "cfg", guide: nn.Module | str | None = None, guide_scale: float | None = None,
-        epsilon_scale: float = 1.0, eta: float = 0.0,
+        epsilon_scale: float = 1.0, eta: float = 0.0, tau: Spans | float | None = None,
         sampler_options: Mapping[str, Any] | None = None, seed: int = 0, indices: Sequence[int] | None = None,
         output_type: str = "pil", callback: Callable[..., None] | None = None,
     ) -> ImagePipelineOutput:  # fmt: skip
@@ -103,6 +104,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
                 that the model names, if any, see `ditmoe.moe.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             guidance_interval: Default: the saved one, where anything guides; (0, 1000) is all.
+            tau: Of a model with such a rule, instead of its own: a number, or spans (lowest, highest time, tau).
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.
             indices: Running numbers of the images; default 0, 1, 2, ...
@@ -123,9 +125,11 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
         guidance_interval = self.interval_for(guidance_interval, guidance_scale, w, scheduler.timesteps)
         net, generators = self.transformer, image_generators(seed, indices)
+        spans = [(0.0, 1000.0, float(tau))] if isinstance(tau, int | float) else tau
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
         x = self.decode(sample(
-            net, scheduler, initial_noise(generators, shape, net.device), class_labels=labels,
+            net if spans is None else WithTau(net, spans), scheduler,
+            initial_noise(generators, shape, net.device), class_labels=labels,
             num_inference_steps=scheduler.num_inference_steps, null_label=net.null_label, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, guidance_rule=guidance_rule,
             guide=guide, guide_scale=w, epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,

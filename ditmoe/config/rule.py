@@ -64,7 +64,7 @@ class RoutingRule:
         _refuse(identity and self.renormalize, negative)
         _refuse(identity and by_share, f"select {self.kind} compares scores above 0, and score identity has others")
         _refuse(tau is not None and not self.has_tau, f"tau does not apply to select {self.kind}")
-        _refuse(by_share and not 0 <= self.share <= 1, f"tau is {tau}; with select {self.kind} it lies in [0, 1]")
+        _refuse(by_share and not self.allows(self.share), f"tau is {tau}; with select {self.kind} it lies in [0, 1]")
         no_default = self.kind == "threshold" and tau is None and self.score != "sigmoid"
         _refuse(no_default, f"select threshold needs a tau with score {self.score}")
         _refuse(tau is not None and not math.isfinite(tau), f"tau is {tau}; it must be finite")
@@ -100,6 +100,10 @@ class RoutingRule:
     def active(self, num_experts: int) -> float:
         """Experts that serve a token on average, at even load."""
         return self.top_k * num_experts / (num_experts + self.null_experts)
+
+    def allows(self, tau: float) -> bool:
+        """Whether the rule takes this tau."""
+        return math.isfinite(tau) and (self.kind == "threshold" or 0 <= tau <= 1)
 
     @property
     def has_tau(self) -> bool:

@@ -59,6 +59,9 @@ class SampleArgs:
     model, if any."""
     guide_scale: float | None = None
     """Scale of the guide, 1 for none; default: saved with the model, 2 for a guide that is given."""
+    tau: tuple[str, ...] | None = None
+    """Of models that select relative, top_p or threshold, instead of their own: a number, or LOW-HIGH=TAU for each span
+    of the network's time (0..1000)."""
     epsilon_scale: float = 1.0
     """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
     exposure_window: int | None = None
@@ -96,6 +99,10 @@ class SampleArgs:
         if variance not in (None, "published", "calibrated") and not _is_number(variance):
             raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
         at_least(self, 1, "num", "steps", "batch_size")
+
+    def tau_spans(self) -> list[tuple[float, float, float]] | None:
+        """(lowest time, highest time, tau) of each span. ValueError for a word that is none."""
+        return None if self.tau is None else [_span(word) for word in self.tau]
 
     def score_options(self) -> dict[str, Any]:
         """What `eval.fid.score` is told."""
@@ -213,6 +220,14 @@ class ExportArgs:
 
 def _resolved(paths: tuple[Path, ...]) -> list[Path]:
     return [path.resolve() for path in paths]
+
+
+def _span(word: str) -> tuple[float, float, float]:
+    times, found, tau = word.rpartition("=")
+    low, _, high = times.partition("-") if found else ("0", "", "1000")
+    if not all(map(_is_number, (low, high, tau))):
+        raise ValueError(f"tau has {word!r}; give a number, or LOW-HIGH=TAU such as 0-500=0.3")
+    return float(low), float(high), float(tau)
 
 
 def _is_number(text: str | None) -> bool:

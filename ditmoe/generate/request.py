@@ -17,6 +17,7 @@ from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
 from ..moe.guide import EXPERTS_OFF, NONE, ExpertsOff
+from ..moe.tau import WithTau
 from ..pipeline import load
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
@@ -78,10 +79,13 @@ def requested(args: SampleArgs) -> RequestedSet:
     more["guidance_interval"] = pipe.interval_for(asked, 1.0 if cfg is None else cfg, scale, timesteps)
     options = {
         "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
-        "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale,
+        "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale, "tau": args.tau_spans(),
     }  # fmt: skip
     noted = {"name": name, "steps": steps, "nfe": len(scheduler.timesteps), "cfg": cfg, **more, **of_sampler}
     noted |= {} if guided is None else {"guide_scale": scale}
+    noted |= {} if args.tau is None else {"tau": args.tau_spans()}
+    if args.tau is not None:
+        WithTau(pipe.transformer, args.tau_spans() or ())  # refused before a folder is made
     return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
 
 
