@@ -36,7 +36,7 @@ class MoEConfig:
     """expert_choice: experts of a token on average, None: top_k. With overflow: an expert takes at most so many times
     its even share of an image's tokens, None: 1."""
     capacity_start: float | None = None
-    """The capacity at the first step, from which it goes linearly to `capacity` at max_steps; None keeps it."""
+    """The capacity at the first step, from which it goes linearly to `capacity` at the last; None keeps it."""
     overflow: Overflow = "none"
     """topk: who goes without an expert that too many of an image's tokens chose: none, the last, or some at random."""
     groups: int = 1

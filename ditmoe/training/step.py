@@ -95,7 +95,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
     The rate of a parameter group is the step's, times its `lr_factor` if it has one.
     """
     config, accelerator = run.config, run.parallel.accelerator
-    anneal(run.raw, config.moe, step / config.max_steps)
+    anneal(run.raw, config.moe, step / max(1, config.max_steps - 1))
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}

@@ -113,7 +113,9 @@ def test_every_rule_is_described_by_its_flags_too(name: str) -> None:
     assert with_rule(config, name).moe.top_k == config.moe.top_k or name == "null"
 
 
-FLAGS = {name: ["--moe.preset", name] for name in RULES}
+FLAGS = {name: ["--moe.preset", name] for name in RULES if name != "centroid"}
+FLAGS |= {seen: ["--moe.router-input", seen] for seen in ("label", "label+position")}
+FLAGS |= {"muon": ["--train.optimizer", "muon", "--train.muon-factor", 2]}
 SHAPE = [
     *("--moe.blocks", "all", "--moe.num-experts", 8, "--moe.expert-width", 16, "--moe.shared-width", 16),
     *("--model.hidden-size", 32, "--model.depth", 2, "--max-steps", 4, "--train.warmup-steps", 1),
@@ -121,7 +123,7 @@ SHAPE = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RULES if name != "centroid"])
+@pytest.mark.parametrize("name", FLAGS)
 def test_two_processes_and_split_experts_train_what_one_does(name: str, tmp_path: Path) -> None:
     outs = {}
     for key, world, more in (("one", 1, []), ("two", 2, []), ("split", 2, ["--parallel.experts", 2])):

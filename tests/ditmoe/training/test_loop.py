@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ditmoe.config.rules import RULES
 from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
@@ -18,6 +19,7 @@ from ditmoe.model import build
 from ditmoe.training.loop import train
 from ditmoe.training.state import update_ema
 from tests import checkpoints
+from tests.ditmoe.conftest import TINY_MOE
 
 Tiny = Callable[..., Config]
 
@@ -56,6 +58,41 @@ def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, accumulation: in
                 for run in (straight.out, tmp_path / "cut")]  # fmt: skip
     assert timeless[0] == timeless[1]
     assert [row["step"] for row in timeless[0]] == list(range(1, 9))
+
+
+RULED = {name: {**RULES[name](TINY_MOE)} for name in RULES if name != "centroid"}
+OTHERS = {
+    "label": {"router_input": "label"}, "label+place": {"router_input": "label+position"},
+    "annealed": {"overflow": "order", "capacity_start": 4.0, "capacity": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*RULED, *OTHERS, "muon"])
+def test_every_rule_is_resumed_to_the_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    moe, section = {**RULED, **OTHERS}.get(name, {}), {"optimizer": "muon"} if name == "muon" else {}
+    straight = tiny(out=tmp_path / "straight", max_steps=4, train=section, moe=moe)
+    assert go(straight)
+    stopped = tiny(out=tmp_path / "cut", max_steps=4, train={**section, "sample_every": 2}, moe=moe)
+
+    def stop(step: int, _: Any) -> None:
+        if step == 2 and not (tmp_path / "seen").exists():
+            (tmp_path / "seen").touch()
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        go(stopped, on_sample=stop)
+    assert go(stopped, on_sample=stop)
+    last = Path("checkpoints/step-000004")
+    same_checkpoint(straight.out / last, tmp_path / "cut" / last)
+
+
+def test_a_capacity_is_annealed_to_its_end(tiny: Tiny) -> None:
+    """Early steps leave nobody out, the last ones do: the log has the share."""
+    moe = {"overflow": "order", "capacity_start": 8.0, "capacity": 0.01, "num_experts": 2}
+    go(tiny(max_steps=6, moe=moe))
+    shares = [row["unserved"] for row in rows(tiny().out)]
+    assert shares[0] == 0
+    assert shares[-1] == 0.75  # of four tokens the first alone has room
 
 
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tiny: Tiny) -> None:
