@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samplers import image_generators, initial_noise, make_scheduler, sample
-from samplers.catalog import LIBRARY_ERRORS, scheduler_for
+from samplers.catalog import LIBRARY_ERRORS, scheduler_for, shift_field
 
 from . import handed_in
 from .config.sections import Config
@@ -246,7 +246,11 @@ def assemble(
     data does; the VAE is in it where `data.vae` gives one. Raises ValueError where there is no such sampler,
     or the VAE is not that of the latents.
     """
-    known = {} if data_variance is None else {"data_variance": data_variance}
+    known: dict[str, Any] = {} if data_variance is None else {"data_variance": data_variance}
+    if config.sample.flow_shift is not None:
+        if (field := shift_field(config.sample.sampler)) is None:
+            raise ValueError(f"sample.flow_shift does not apply to sample.sampler {config.sample.sampler}")
+        known[field] = config.sample.flow_shift
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
     names = {str(label): name for label, name in id2label.items()}
     guidance = config.sample.cfg if model.null_label is not None else 1.0

@@ -119,6 +119,12 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
     return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
 
 
+def shift_field(name: str) -> str | None:
+    """What the sampler's scheduler calls the warping of its grid towards noise; None where it has no such thing."""
+    known = signature(SAMPLERS[name].scheduler.__init__).parameters if name in SAMPLERS else {}
+    return next((field for field in ("shift", "grid_shift") if field in known), None)
+
+
 _CHAIN = (
     "num_train_timesteps",
     "beta_start",

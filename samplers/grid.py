@@ -116,6 +116,25 @@ def timestep_grid(spacing: str, steps: int, num_train_timesteps: int, offset: in
     return grid
 
 
+def flow_grid(steps: int, alpha_bar: Tensor, shift: float) -> list[int]:
+    """``steps`` descending timesteps, evenly spread over the flow's time and warped towards noise.
+
+    s = noise / (signal + noise), which is a flow's time, goes from 1 down in equal steps to 0, which is clean data, and
+    s' = shift s / (1 + (shift - 1) s) (SD3, arXiv 2403.03206, eq. 23); each becomes the timestep of ``alpha_bar`` (T,)
+    nearest to it. A linear chain spends four of ten even timesteps where nothing but noise is to be seen, s > 0.87.
+    """
+    signal, noise = alpha_bar.double().sqrt(), (1 - alpha_bar.double()).sqrt()
+    times = noise / (signal + noise)  # ascending
+    wanted = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    wanted = shift * wanted / (1 + (shift - 1) * wanted)
+    grid, last = [], len(times)
+    for k, s in enumerate(wanted):
+        nearest = int((times - s).abs().argmin())
+        last = max(steps - 1 - k, min(nearest, last - 1)) if k else len(times) - 1  # room for those to come
+        grid.append(last)
+    return grid
+
+
 class ExplicitGrid:
     """What DDPM, DDIM and every later scheduler over the same chain share: levels and a grid.
 

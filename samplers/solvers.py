@@ -9,6 +9,7 @@ Shapes: images (N, C, H, W) in any float dtype, returned in the dtype of ``sampl
 0..num_train_timesteps-1.
 """
 
+import math
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -21,7 +22,15 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from samplers import gaussian
-from samplers.grid import check_chain, check_steps, checked_timestep, refuse_lost, stock_config, timestep_grid
+from samplers.grid import (
+    check_chain,
+    check_steps,
+    checked_timestep,
+    flow_grid,
+    refuse_lost,
+    stock_config,
+    timestep_grid,
+)
 from samplers.noise import Generators
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
@@ -39,6 +48,8 @@ class SolverOutput(BaseOutput):  # type: ignore[misc]
 class _Solver:
     """What the two share, in front of a stock class: fewer fields, of which none is obeyed unseen, and the grid.
 
+    With ``grid_shift``, a number, the grid is `samplers.grid.flow_grid` instead of ``timestep_spacing``.
+
     Raises ValueError for another prediction type than those of `samplers.gaussian` and for an unknown spacing.
     """
 
@@ -52,10 +63,13 @@ class _Solver:
         beta_schedule: str = "linear", trained_betas: list[float] | None = None, solver_order: int = 2,
         prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0, timestep_spacing: str = "trailing", steps_offset: int = 0,
-        data_variance: float | None = None,
+        data_variance: float | None = None, grid_shift: float | None = None,
     ) -> None:  # fmt: skip
         check_chain(type(self).__name__, self.config)
-        super().__init__(**stock_config(self.config))  # as registered just now: the stock class registers again
+        if grid_shift is not None and not (isinstance(grid_shift, int | float) and 0 < grid_shift < math.inf):
+            raise ValueError(f"grid_shift is {grid_shift!r}; it must be above 0, and finite")
+        known = {key: value for key, value in stock_config(self.config).items() if key != "grid_shift"}
+        super().__init__(**known)  # as registered just now: the stock class registers again
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -76,9 +90,12 @@ class _Solver:
         config = self.config
         check_steps(num_inference_steps, config.num_train_timesteps)
         super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
-        grid = timestep_grid(
-            config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
-        )
+        if config.grid_shift is None:
+            grid = timestep_grid(
+                config.timestep_spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+            )
+        else:
+            grid = flow_grid(num_inference_steps, self.alphas_cumprod, config.grid_shift)
         alpha_bar = self.alphas_cumprod.double()[grid]
         ratio = ((1 - alpha_bar) / alpha_bar).sqrt()  # noise over signal, the solvers' sigma
         self.sigmas = torch.cat([ratio, ratio.new_zeros(1)]).float()

@@ -75,7 +75,8 @@ class SampleArgs:
     exposure_min_snr: float | None = None
     """ts-*: noise guard; 0 is as published."""
     flow_shift: float | None = None
-    """flow-*: warps the grid of timesteps towards noise (above 1); not time-shift sampling."""
+    """Warps the steps towards noise (above 1) where they are even in the flow's time, as those of flow-* are, and of
+    dpm++2m and unipc where this is given; not time-shift sampling. Default: saved with the model."""
 
     def __post_init__(self) -> None:
         if self.classes is not None and self.num is not None:
@@ -114,7 +115,7 @@ class SampleArgs:
         options = {name: value for name, value in vars(self).items() if name.startswith("exposure_")}
         if _is_number(self.exposure_variance):
             options["exposure_variance"] = float(options["exposure_variance"])
-        return {name: x for name, x in {**options, "shift": self.flow_shift}.items() if x is not None}
+        return {name: x for name, x in options.items() if x is not None}
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ class SampleConfig:
     """Sampling steps."""
     cfg: float = 1.5
     """Classifier-free guidance scale; 1 is no guidance."""
+    flow_shift: float | None = None
+    """flow-*, dpm++2m, unipc: steps evenly spread over the flow's time, warped towards noise by this; saved too."""
     guidance_interval: tuple[float, float] | None = None
     """Guide between these two timesteps alone (lowest, highest, of 0..1000); None: at all."""
     num: int = 500
@@ -174,6 +176,8 @@ class SampleConfig:
         require(self.steps <= 1000, f"steps is {self.steps}; the training schedule has 1000")
         require(self.num >= 2, f"num is {self.num}; a score needs 2 images or more")
         require(0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be 0 or more, and finite")
+        shift = self.flow_shift
+        require(shift is None or 0 < shift < math.inf, f"flow_shift is {shift}; it must be above 0, and finite")
         span = self.guidance_interval
         if span is not None and not 0 <= span[0] < span[1] <= 1000:
             raise ValueError(f"guidance_interval is {span}; it must be (lowest, highest) timestep within 0..1000")

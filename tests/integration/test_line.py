@@ -179,7 +179,10 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
         (["sample", "{run}", "--extractor", "dinov2-vitl14"], "give --score REF too"),
         (["sample", "{run}", "--score", "digits:test", "--out", "{new}.png"], "goes to an .npz file or a folder"),
         (["sample", "{run}", "--exposure-window", "40"], "'dpm++2m' has no exposure_window; it belongs to ts-ddpm"),
-        (["sample", "{run}", "--flow-shift", "3"], "'dpm++2m' has no flow_shift; it belongs to flow-euler"),
+        (
+            ["sample", "{run}", "--sampler", "ddim", "--flow-shift", "3"],
+            "'ddim' has no flow_shift; it belongs to dpm++2m",
+        ),
         (["sample", "{run}", "--guide", "{new}"], "does not exist; give a model folder, a run folder, RUN/checkpoints"),
         (["sample", "{run}", "--guide-scale", "3"], "guide_scale is 3.0, but there is no guide; give one, a model or"),
         (["sample", "{run}", "--guide", "none", "--guide-scale", "3"], "guide_scale is 3.0, but guide is none"),

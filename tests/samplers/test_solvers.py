@@ -216,3 +216,37 @@ def test_mistakes_are_refused_in_a_sentence(cls):
         make(cls, 1, timestep_spacing="leading")
     with pytest.raises(ValueError, match="timestep_spacing is 'even'"):
         cls(timestep_spacing="even")
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverScheduler, UniPCScheduler])
+@pytest.mark.parametrize("steps", [1, 2, 10, 60, 400, 1000])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 1.7, 9.0])
+def test_a_grid_even_in_the_flows_time(scheduler, steps, shift):
+    made = scheduler(grid_shift=shift)
+    made.set_timesteps(steps)
+    grid = made.timesteps.tolist()
+    assert len(grid) == steps
+    assert grid[0] == 999
+    assert grid == sorted(set(grid), reverse=True)
+    assert grid[-1] >= 0
+    signal, noise = made.alphas_cumprod.double().sqrt(), (1 - made.alphas_cumprod.double()).sqrt()
+    times = (noise / (signal + noise))[grid]
+    even = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    if steps <= 10:
+        torch.testing.assert_close(times, shift * even / (1 + (shift - 1) * even), rtol=0, atol=8e-3)
+    again = type(made).from_config(made.config)
+    again.set_timesteps(steps)
+    assert again.timesteps.tolist() == grid
+
+
+def test_a_grid_shift_is_a_number_above_0():
+    for wrong in (0, -1.0, float("nan"), float("inf"), "big"):
+        with pytest.raises(ValueError, match="grid_shift is"):
+            UniPCScheduler(grid_shift=wrong)
+
+
+def test_a_grid_shift_is_left_behind_by_samplers_without_one():
+    saved = UniPCScheduler(grid_shift=2.0).config
+    assert "grid_shift" not in make_scheduler("ddim", saved).config
+    assert make_scheduler("dpm++2m", saved).config.grid_shift == 2
+    assert make_scheduler("unipc", saved, {"grid_shift": 3.0}).config.grid_shift == 3

@@ -234,3 +234,22 @@ def test_an_interval_of_a_foreign_folder_is_looked_at(tmp_path: Path, span: Any)
     file.write_text(json.dumps({**json.loads(file.read_text()), "guidance_interval": span}))
     with pytest.raises(ValueError, match="model_index.json has guidance_interval"):
         pipeline.load(tmp_path)
+
+
+def test_a_flow_shift_is_asked_for_or_saved(tmp_path: Path) -> None:
+    model = ModelConfig(sample_size=8, hidden_size=32, depth=2, num_heads=2)
+    saved = Config(model=model, sample=SampleConfig(sampler="unipc", steps=3, flow_shift=2.0))
+    torch.manual_seed(0)
+    net = build(saved, 2)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)
+    for name, config in (("saved", saved), ("plain", replace(saved, sample=SampleConfig(sampler="unipc", steps=3)))):
+        pipeline.save(pipeline.assemble(net, config, {0: "a", 1: "b"}), tmp_path / name / "model")
+    plain, asked = SampleArgs(tmp_path / "plain", num=2), SampleArgs(tmp_path / "plain", num=2, flow_shift=2.0)
+    images = [requested(a).batch(range(2)) for a in (SampleArgs(tmp_path / "saved", num=2), asked, plain)]
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+    assert facts(asked, requested(asked))["sampler"]["grid_shift"] == 2.0
+    with pytest.raises(ValueError, match="'ddim' has no flow_shift; it belongs to dpm"):
+        requested(replace(asked, sampler="ddim"))
+    with pytest.raises(ValueError, match="does not apply to sample.sampler ddpm"):
+        pipeline.assemble(net, replace(saved, sample=SampleConfig(sampler="ddpm", flow_shift=2.0)), {})
