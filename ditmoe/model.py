@@ -36,7 +36,7 @@ from .layers import (
     sincos_positions,
     unpatchify,
 )
-from .moe import Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, decide
+from .moe import AttentionExperts, Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, decide
 
 
 @dataclass
@@ -150,7 +150,8 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         router_bias: bool = False, router_scope: Literal["layer", "shared"] = "layer", jitter: float = 0.0,
         router_select: SelectKind = "topk", router_tau: float | None = None, router_capacity: float | None = None,
         router_overflow: Overflow = "none", router_groups: int = 1, router_top_groups: int = 1, null_experts: int = 0,
-        shared_gate: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
+        shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
+        backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -196,9 +197,12 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 **router,
             )
 
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, Attention(hidden_size, num_heads, qk_norm), feed_forward(i)) for i in range(depth)
-        )
+        def attention() -> Attention:
+            some = attention_experts, attention_top_k, backend
+            maps = AttentionExperts(hidden_size, num_heads, *some) if attention_experts else None
+            return Attention(hidden_size, num_heads, qk_norm, maps)
+
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, attention(), feed_forward(i)) for i in range(depth))
         self.refiner = Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
         features = 0 if self.refiner is None else self.refiner.FEATURES
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features)
@@ -221,7 +225,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, (Experts, FeedForward, Router)):
+            if isinstance(module, (AttentionExperts, Experts, FeedForward, Router)):
                 module.reset_parameters()
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         assert self.x_embedder.proj.bias is not None
@@ -331,7 +335,7 @@ def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"moe.centroids {file} cannot be read: {error}") from error
     for name, module in model.named_modules():
-        if isinstance(module, Router):
+        if isinstance(module, Router) and module.kind == "centroid":
             key, shape = name.removesuffix(".moe.router"), tuple(module.weight.shape)
             if key not in found or tuple(found[key].shape) != shape:
                 has = tuple(found[key].shape) if key in found else "nothing"
@@ -353,6 +357,9 @@ def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
             E = module.experts.w_in.shape[0]
             one = (module.experts.w_in.numel() + module.experts.w_out.numel()) // E
             idle += round((E - module.rule.active(E)) * one)
+        elif isinstance(module, AttentionExperts):
+            E, K = module.num_experts, module.top_k
+            idle += (module.w_v.numel() + module.w_o.numel()) * (E - K) // E
     return total, total - idle
 
 
