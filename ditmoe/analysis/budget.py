@@ -70,13 +70,13 @@ def flops(config: Config) -> Flops:
     A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection (with experts of attention 4 T D^2 (1 + K), and 4 T D H E
     for the gates of H heads), 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward layers of width w (K F
     + shared in an MoE layer), 2 T D E for a token that a router sees, 2 D E for a time or label; for the sums of a
-    prototype router as much again. Then the convolutions that refine.
+    prototype router as much again. Then the final layer's heads with their gate, and the convolutions that refine.
     Backward, each product has two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
     maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
-    maps = maps if e.attention_experts else 8 * T * D**2
+    maps, heads = maps if e.attention_experts else 8 * T * D**2, max(1, m.head_experts)
     blocks, sums, choices = 0.0, 0, e.num_experts + e.null_experts
     for routed in _routed(config):
         width = e.rule.active(e.num_experts) * e.expert_width + e.shared_width if routed else m.ffn_width
@@ -92,7 +92,8 @@ def flops(config: Config) -> Flops:
         router = 2 * D * choices * (T * tokens + image)
         blocks += router
         sums += router if e.router == "prototype" else 0
-    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + T * m.patch_size**2 * across) + refined
+    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + heads * T * m.patch_size**2 * across) + refined
+    ends += 2 * D * heads if heads > 1 else 0
     return Flops(blocks + sums + ends, blocks + sums, 2 * (blocks + ends) + (sums if e.contrastive_weight else 0))
 
 

@@ -95,6 +95,8 @@ ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
         {"moe": {"router": "prototype", "num_experts": 64, "contrastive_weight": 1.0}},
         {"moe": {"attention_experts": 4}},
         {"moe": {"attention_experts": 3, "attention_top_k": 1, "blocks": "none"}, "model": {"num_heads": 2}},
+        {"model": {"head_experts": 4, "refine_width": 8}},
+        {"model": {"head_experts": 3}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("again", [False, True])
