@@ -142,26 +142,39 @@ class Attention(nn.Module):
         hidden_size: Width D.
         num_heads: Heads; head_dim = D / num_heads.
         qk_norm: "rms" or "layer" normalises each query and key over head_dim; "none" does not.
+        maps: Instead of dense maps to values and to the output: x (N, T, D) -> values (N, heads, T, head_dim), and a
+            function that makes of attended ones y (N, T, D).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: Literal["rms", "layer", "none"]) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: Literal["rms", "layer", "none"], maps: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        if maps is None:
+            self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        else:
+            self.qk = nn.Linear(hidden_size, 2 * hidden_size)
         self.q_norm, self.k_norm = (_head_norm(qk_norm, head_dim) for _ in range(2))
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.maps = maps
+        if maps is None:
+            self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """x (N, T, D) -> (N, T, D); rotary: cos and sin of the positions, or None."""
         N, T, D = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+        heads = self.num_heads, D // self.num_heads
+        if self.maps is None:
+            q, k, v = self.qkv(x).view(N, T, 3, *heads).permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+        else:
+            q, k = self.qk(x).view(N, T, 2, *heads).permute(2, 0, 3, 1, 4)
+            v, project = self.maps(x)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = attend(q, k, v)
-        y: Tensor = self.proj(out.transpose(1, 2).reshape(N, T, D))
+        y: Tensor = self.proj(out.transpose(1, 2).reshape(N, T, D)) if self.maps is None else project(out)
         return y
 
 

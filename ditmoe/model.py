@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, Literal, NamedTuple, cast, get_type_hints
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -36,7 +36,7 @@ from .layers import (
     sincos_positions,
     unpatchify,
 )
-from .moe import Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, decide
+from .moe import AttentionExperts, Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, decide
 
 
 @dataclass
@@ -46,10 +46,12 @@ class DiTMoEOutput(BaseOutput):  # type: ignore[misc]
     Attributes:
         sample: (N, C, H, W) the prediction; (N, 2C, H, W) with `learn_sigma`: prediction, then variance values.
         routing: One record for every block with experts, in order; none where they are left out.
+        heads: What each head of the final layer says, where there are several.
     """
 
     sample: Tensor
     routing: list[Routing]
+    heads: Heads | None = None
 
 
 class DiTBlock(nn.Module):
@@ -87,20 +89,42 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, gate2.unsqueeze(1), y), routing
 
 
-class FinalLayer(nn.Module):
-    """Modulated norm and a linear map from tokens to patches."""
+class Heads(NamedTuple):
+    """What the K heads of a final layer say: `gates` (N, K), float32, and `predictions` (N, K, C or 2C, H, W).
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    The prediction is the sum of g_k p_k; what refines it, if anything does, comes after.
+    """
+
+    gates: Tensor
+    predictions: Tensor
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map from tokens to patches, or several, K heads: sum_k g_k p_k of their p_k.
+
+    g = softmax(W c) of the normalised condition c, one for all tokens of an image, by a `Router`: it starts with logits
+    of about 1, without which all heads, which start at zero, would stay alike.
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, heads: int = 0) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear = nn.Linear(hidden_size, max(1, heads) * patch_size * patch_size * out_channels)
+        self.router = Router(hidden_size, heads) if heads > 1 else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (N, T, D), c (N, D) -> (N, T, patch_size^2 * out_channels)."""
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x (N, T, D), c (N, D) -> (N, T, patch_size^2 * out_channels); of several heads gates (N, K), each's likewise.
+
+        The sum is float32, of the dtype of what is summed.
+        """
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         y: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
-        return y
+        if self.router is None:
+            return y, None
+        logits, _ = self.router([nn.functional.layer_norm(c.float(), c.shape[-1:]).unsqueeze(1)])
+        gates, each = logits[:, 0].softmax(dim=-1), y.unflatten(-1, (logits.shape[-1], -1)).transpose(1, 2)
+        return (gates[..., None, None] * each.float()).sum(dim=1).to(y.dtype), (gates, each)
 
 
 KEYS = {  # fields of the configuration that the network, and so a saved model, knows by another name
@@ -142,7 +166,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, sample_size: int = 32, in_channels: int = 4, num_classes: int = 1000, patch_size: int = 2,
         hidden_size: int = 384, depth: int = 12, num_heads: int = 6, ffn_width: int = 1024,
         activation: Literal["swiglu", "gelu"] = "swiglu", positions: Literal["rope", "sincos"] = "rope",
-        qk_norm: Literal["rms", "layer", "none"] = "rms", refine_width: int = 0,
+        qk_norm: Literal["rms", "layer", "none"] = "rms", refine_width: int = 0, head_experts: int = 0,
         moe_blocks: Literal["all", "every-second", "none"] = "every-second", num_experts: int = 16, top_k: int = 3,
         expert_width: int = 256, shared_width: int = 256, router_kind: RouterKind = "linear",
         cosine_scale: float | None = None, router_input: RouterInput = "token",
@@ -150,7 +174,8 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         router_bias: bool = False, router_scope: Literal["layer", "shared"] = "layer", jitter: float = 0.0,
         router_select: SelectKind = "topk", router_tau: float | None = None, router_capacity: float | None = None,
         router_overflow: Overflow = "none", router_groups: int = 1, router_top_groups: int = 1, null_experts: int = 0,
-        shared_gate: bool = False, backend: Literal["auto", "grouped", "loop"] = "auto",
+        shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
+        backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -196,12 +221,15 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 **router,
             )
 
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, Attention(hidden_size, num_heads, qk_norm), feed_forward(i)) for i in range(depth)
-        )
+        def attention() -> Attention:
+            some = attention_experts, attention_top_k, backend
+            maps = AttentionExperts(hidden_size, num_heads, *some) if attention_experts else None
+            return Attention(hidden_size, num_heads, qk_norm, maps)
+
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, attention(), feed_forward(i)) for i in range(depth))
         self.refiner = Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
         features = 0 if self.refiner is None else self.refiner.FEATURES
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features, head_experts)
         self._initialise()
 
     def _add_positions(self, kind: str, hidden_size: int, head_dim: int, side: int) -> None:
@@ -221,7 +249,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, (Experts, FeedForward, Router)):
+            if isinstance(module, (AttentionExperts, Experts, FeedForward, Router)):
                 module.reset_parameters()
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         assert self.x_embedder.proj.bias is not None
@@ -246,14 +274,14 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
         return_dict: bool = True, routed: bool = True, tau: Tensor | float | None = None,
-    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]]:  # fmt: skip
+    ) -> DiTMoEOutput | tuple[Tensor, list[Routing], Heads | None]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
         Args:
             hidden_states: x_t (N, C, H, W).
             timestep: t on the 0..1000 scale, (N,) or one for all; whole numbers or fractions.
             class_labels: y (N,) int64 in [0, num_classes]; None is the null label.
-            return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing).
+            return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing, heads).
             routed: False leaves the routed experts out: of a layer with experts the shared one alone.
             tau: Of a rule that has one, instead of it: (N,) or one for all.
 
@@ -284,11 +312,20 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 x, record = block(x, condition, rotary, routed)
             if record is not None:
                 routing.append(record)
-        x = self.final_layer(x, condition.c)
-        sample = unpatchify(x, self.config.patch_size, x.shape[-1] // self.config.patch_size**2)
+        x, several = self.final_layer(x, condition.c)
+        sample = self._drawn(x)
         if self.refiner is not None:
             sample = self.refiner(sample, hidden_states)
-        return DiTMoEOutput(sample=sample, routing=routing) if return_dict else (sample, routing)
+        heads = None
+        if several is not None:
+            gates, each = several  # (N, K), (N, K, T, ...)
+            heads = Heads(gates, self._drawn(each.flatten(0, 1)).unflatten(0, gates.shape)[:, :, : self.out_channels])
+        return DiTMoEOutput(sample=sample, routing=routing, heads=heads) if return_dict else (sample, routing, heads)
+
+    def _drawn(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T, patch_size^2 * channels) as images (N, channels, H, W)."""
+        p: int = self.config.patch_size
+        return unpatchify(tokens, p, tokens.shape[-1] // p**2)
 
     def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
         N = x.shape[0]
@@ -331,7 +368,7 @@ def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"moe.centroids {file} cannot be read: {error}") from error
     for name, module in model.named_modules():
-        if isinstance(module, Router):
+        if isinstance(module, Router) and module.kind == "centroid":
             key, shape = name.removesuffix(".moe.router"), tuple(module.weight.shape)
             if key not in found or tuple(found[key].shape) != shape:
                 has = tuple(found[key].shape) if key in found else "nothing"
@@ -353,6 +390,9 @@ def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
             E = module.experts.w_in.shape[0]
             one = (module.experts.w_in.numel() + module.experts.w_out.numel()) // E
             idle += round((E - module.rule.active(E)) * one)
+        elif isinstance(module, AttentionExperts):
+            E, K = module.num_experts, module.top_k
+            idle += (module.w_v.numel() + module.w_o.numel()) * (E - K) // E
     return total, total - idle
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from samplers.gaussian import ddpm_posterior, noisy_image, per_image, velocity
 
 from .config.sections import ObjectiveConfig
+from .model import Heads
 from .rng import sample_rng
 
 NUM_TIMESTEPS = 1000
@@ -123,6 +124,18 @@ class Objective:
         first = -_discretised_log_likelihood(x_0, mean, 0.5 * log_var)
         nats = torch.where((t == 0).to(kl.device).view(-1, 1, 1, 1), first, kl).mean(dim=(1, 2, 3))
         return nats.mean() / math.log(2.0)
+
+
+def expert_loss(heads: Heads, target: Tensor) -> Tensor:
+    """mean over images of sum_k g_k mean((p_k - target)^2), a float32 scalar: 0 where each head is right by itself.
+
+    `target` is (N, C, H, W); of heads with 2C channels the first C count. It is the loss of sum_k g_k p_k plus what the
+    heads differ by, sum_k g_k mean((p_k - sum_j g_j p_j)^2), so it pulls them together where a gate lets several speak.
+
+    Source: Expert Loss Integration (arXiv 2605.10330), of which the abstract alone was seen.
+    """
+    errors = (heads.predictions[:, :, : target.shape[1]].float() - target.unsqueeze(1)).square().mean(dim=(2, 3, 4))
+    return (heads.gates * errors).sum(dim=1).mean()
 
 
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

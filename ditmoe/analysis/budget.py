@@ -67,13 +67,16 @@ class Needs(NamedTuple):
 def flops(config: Config) -> Flops:
     """Matrix products of one image: a token's weights twice, and attention.
 
-    A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection, 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward
-    layers of width w (K F + shared in an MoE layer), 2 T D E for a token that a router sees, 2 D E for a time or
-    label; for the sums of a prototype router as much again. Then the convolutions that refine. Backward, each product
-    has two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
+    A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection (with experts of attention 4 T D^2 (1 + K), and 4 T D H E
+    for the gates of H heads), 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward layers of width w (K F
+    + shared in an MoE layer), 2 T D E for a token that a router sees, 2 D E for a time or label; for the sums of a
+    prototype router as much again. Then the final layer's heads with their gate, and the convolutions that refine.
+    Backward, each product has two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
+    maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
+    maps, heads = maps if e.attention_experts else 8 * T * D**2, max(1, m.head_experts)
     blocks, sums, choices = 0.0, 0, e.num_experts + e.null_experts
     for routed in _routed(config):
         width = e.rule.active(e.num_experts) * e.expert_width + e.shared_width if routed else m.ffn_width
@@ -82,14 +85,15 @@ def flops(config: Config) -> Flops:
         router = 2 * D * choices * (T * tokens + image)
         sums += router if e.router == "prototype" else 0
         router += 2 * T * D if routed and e.shared_gate else 0
-        blocks += 12 * D**2 + 8 * T * D**2 + 4 * T**2 * D + 2 * D * T * both * width + router
+        blocks += 12 * D**2 + maps + 4 * T**2 * D + 2 * D * T * both * width + router
     across, refined = _refined(config)
     if e.scope == "shared" and any(_routed(config)):
         tokens, image = _seen(config)
         router = 2 * D * choices * (T * tokens + image)
         blocks += router
         sums += router if e.router == "prototype" else 0
-    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + T * m.patch_size**2 * across) + refined
+    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + heads * T * m.patch_size**2 * across) + refined
+    ends += 2 * D * heads if heads > 1 else 0
     return Flops(blocks + sums + ends, blocks + sums, 2 * (blocks + ends) + (sums if e.contrastive_weight else 0))
 
 
@@ -138,6 +142,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
       products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
     * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place alone has one for all images. Of
       prototypes 4 E + 12 more, products before they are cosines, and 4 E of a token or image that is seen: who serves.
+    * With experts of attention what `_attending` says.
     An image: (7 b + 8) D for adaLN; 4 D + 8 of a time or label that the router sees, in bf16 4 D more of a time. Kept:
     the block's input, the router's record. Passing: the gradients of the residual stream, and of the widest layer.
 
@@ -147,7 +152,8 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
     half, (tokens, image), D = b == 2, _seen(config), m.hidden_size
     token, record, widest = 2.0 * (8 * D + 8) + 7 * b * D + 4 * m.num_heads, 0.0, float(both * m.ffn_width)
-    seen = 0
+    seen, (more, pairs) = 0, _attending(config)
+    token += more
     token += 2 * b * D if m.qk_norm != "none" or m.positions == "rope" else 0
     if m.qk_norm != "none":
         token += b * D + (8 * D if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
@@ -166,7 +172,24 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
         widest = K * D if loop else K * both * F
     else:
         token += b * D + b * both * m.ffn_width
-    return T * token + (7 * b + 8) * D + seen, T * (b * D + record), T * b * (2 * D + max(3 * D, widest))
+    return T * token + (7 * b + 8) * D + seen, T * (b * D + record), T * b * (2 * D + max(3 * D, widest, pairs))
+
+
+def _attending(config: Config) -> tuple[float, int]:
+    """Bytes that experts of attention keep of a token beside what dense maps do, and the numbers of its widest pairs.
+
+    2 b K D (H + 1) of H K pairs that go into both products and come out; 72 H K + 8 (H E + H + 1) of their plans; in
+    bf16 4 D for the gates. Less what of qkv is kept for the values alone, 2 b D where queries and keys are turned or in
+    bf16 normalised, and the b D of another layout where they are normalised.
+    """
+    m, e, b = config.model, config.moe, _sizes(config)[1]
+    D, H, K, E = m.hidden_size, m.num_heads, e.attention_top_k, e.attention_experts
+    if not E:
+        return 0.0, 0
+    half, normed = b == 2, m.qk_norm != "none"
+    less = b * D * (normed + 2 * (half if normed else m.positions == "rope"))
+    more = 2 * b * K * D * (H + 1) + 72 * H * K + 8 * (H * E + H + 1) + (4 * D if half else 0)
+    return float(more - less), H * K * D
 
 
 def _share(parameters: Iterable[tuple[str, Tensor]], config: Config, way: Way, d: int) -> Counter[str]:

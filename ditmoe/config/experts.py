@@ -76,6 +76,11 @@ class MoEConfig:
     """Factor on the routed experts' weights, after renormalisation. None: where they are renormalised the experts that
     serve a token on average, top_k unless there are null_experts, so that K
     experts of width F have the output and the learning speed of a dense layer of width K F; else 1."""
+    attention_experts: int = 0
+    """Experts of each head of attention, in every block, for its values and as many for its outputs (SwitchHead: 4 or
+    5); 0: dense maps. A head's width is hidden_size / num_heads, so fewer heads are wider ones."""
+    attention_top_k: int = 2
+    """Of which so many serve a token, with values and with outputs."""
     balance_weight: float = 0.005
     """Weight of each layer's balance loss (DiT-MoE's alpha: 0.005)."""
     balance_over: Literal["layer", "model"] = "layer"
@@ -106,6 +111,7 @@ class MoEConfig:
         self.rule.check(self.num_experts)
         self._check_router()
         self._check_select()
+        self._check_attention()
         if self.top_k == 1 and self.renormalize and self.select == "topk" and self.blocks != "none":
             raise ValueError(
                 "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize"
@@ -171,6 +177,13 @@ class MoEConfig:
         require(
             not self.shared_gate or self.shared_width > 0, "shared_gate needs a shared expert, and shared_width is 0"
         )
+
+    def _check_attention(self) -> None:
+        at_least(self, 0, "attention_experts")
+        E, K = self.attention_experts, self.attention_top_k
+        usual = MoEConfig.attention_top_k
+        require(E > 0 or usual == K, f"attention_top_k {K} needs --moe.attention-experts, and there are none")
+        require(E == 0 or 1 <= K <= E, f"attention_top_k is {K}; it must be between 1 and attention_experts {E}")
 
 
 def has_experts(blocks: str, index: int) -> bool:

@@ -47,12 +47,14 @@ class ModelConfig:
     refine_width: int = 0
     """Channels of three 3x3 convolutions over pixels that end the network, across the seams of patches; 0 leaves them
     out, as DiT does."""
+    head_experts: int = 0
+    """Linear heads that end the network, weighed by a gate that sees time and label; 0 or 1: the one of DiT."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "ffn_width")
-        at_least(self, 0, "refine_width")
+        at_least(self, 0, "refine_width", "head_experts")
         size, patch, width, quarters = self.sample_size, self.patch_size, self.hidden_size, 4 * self.num_heads
         if self.num_classes is not None and self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")
@@ -79,7 +81,11 @@ class ObjectiveConfig:
     class_dropout_prob: float = 0.1
     """Share of training samples whose label is replaced by the null label, for guidance."""
 
+    expert_weight: float = 0.0
+    """model.head_experts: weight of each head's own squared error, by its gate (expert loss integration)."""
+
     def __post_init__(self) -> None:
+        at_least(self, 0, "expert_weight")
         kind, share = self.prediction_type, self.class_dropout_prob
         flow = kind == "flow_prediction"
         require(0 <= share <= 1, f"class_dropout_prob is {share}; it must lie in [0, 1]")
@@ -253,6 +259,11 @@ class Config:
         if self.train.optimizer == "muon" and self.parallel.shard:
             raise ValueError(
                 "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
+            )
+        if self.objective.expert_weight and self.model.head_experts < 2:
+            raise ValueError(
+                f"objective.expert_weight {self.objective.expert_weight} is of several heads, and model.head_experts "
+                f"is {self.model.head_experts}; add --model.head-experts 4"
             )
         self._check_domains()
         if decay is not None and self.max_steps > decay:

@@ -1,6 +1,7 @@
 """Mixture-of-experts layers: torch and the routing rule, independent of the rest of the project."""
 
 from ..config.rule import RoutingRule
+from .attention import AttentionExperts
 from .experts import Experts, FeedForward
 from .layer import MoELayer, Routing, decide
 from .losses import balance_loss, balanced_bias, contrastive_loss, domain_loss, whole_balance_loss, z_loss
@@ -8,7 +9,7 @@ from .router import Condition, Input, Kind, Router
 from .select import Plan, Selection, plan_of, select
 
 __all__ = [
-    "Condition", "Experts", "FeedForward", "Input", "Kind", "MoELayer", "Plan", "Router", "Routing",
+    "AttentionExperts", "Condition", "Experts", "FeedForward", "Input", "Kind", "MoELayer", "Plan", "Router", "Routing",
     "RoutingRule", "Selection", "balance_loss", "balanced_bias", "contrastive_loss", "decide", "domain_loss", "plan_of",
     "select", "whole_balance_loss", "z_loss",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Attention
-from ..moe import Experts, FeedForward
+from ..moe import AttentionExperts, Experts, FeedForward
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values of 0.01 to 1 end in 0.68 to 1.13
@@ -90,13 +90,17 @@ def orthogonal(u: Tensor) -> Tensor:
 def matrices(model: nn.Module, *, experts: bool) -> dict[str, int]:
     """Names of the weights that Muon moves, and of how many matrices, stacked in its rows, each is made up.
 
-    Those of attention and of dense and shared feed-forward layers, with `experts` of routed experts too. Embeddings,
-    adaLN, routers, the final layer, convolutions, norms and biases are AdamW's.
+    Those of attention (of its experts too, which are never split) and of dense and shared feed-forward layers, with
+    `experts` of routed experts too. Embeddings, adaLN, routers, the final layer, convolutions, norms and biases are
+    AdamW's.
     """
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            found |= {f"{name}.qkv.weight": 3, f"{name}.proj.weight": 1}
+            dense = module.maps is None
+            found |= {f"{name}.qkv.weight": 3, f"{name}.proj.weight": 1} if dense else {f"{name}.qk.weight": 2}
+        elif isinstance(module, AttentionExperts):
+            found |= {f"{name}.w_v": 1, f"{name}.w_o": 1}
         elif isinstance(module, FeedForward):
             found |= {f"{name}.fc1.weight": 2 if module.activation == "swiglu" else 1, f"{name}.fc2.weight": 1}
         elif isinstance(module, Experts) and experts:

@@ -26,7 +26,7 @@ from ..moe import (
     whole_balance_loss,
     z_loss,
 )
-from ..objective import Objective
+from ..objective import Objective, expert_loss
 from .exchange import all_sum
 from .feed import Watch
 from .health import Evidence, Health
@@ -142,9 +142,11 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
     with accelerator.autocast():
-        sample, routing = run.model(x_t, t, labels, return_dict=False)
+        sample, routing, heads = run.model(x_t, t, labels, return_dict=False)
     counts = accelerator.reduce(torch.stack([record.counts for record in routing]), "sum") if routing else None
     parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
+    if heads is not None:
+        parts.append(("expert", config.objective.expert_weight, expert_loss(heads, target)))
     if counts is not None:
         moe, L = config.moe, len(routing)
         together = moe.balance_over == "model"
@@ -178,7 +180,7 @@ def _by_domain(sample: Tensor, target: Tensor, domain: Tensor, num_domains: int)
 @torch.no_grad()
 def _move_biases(model: nn.Module, counts: Tensor, moe: MoEConfig, tokens: int) -> None:
     """Of every router, by the (L, E) assignments of a step's tokens; one that all layers share has the first's."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = [module for module in model.modules() if isinstance(module, Router) and module.expert_bias is not None]
     wanted = moe.top_k * tokens / moe.num_experts if moe.select == "threshold" else None
     for router, load in zip(routers, counts, strict=moe.scope == "layer"):
         assert router.expert_bias is not None

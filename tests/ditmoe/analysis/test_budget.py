@@ -93,6 +93,10 @@ ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
         {"model": {"refine_width": 8}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
         *({"moe": {"router_input": seen, "num_experts": 64, "router": kind}} for kind, seen in ROUTERS),
         {"moe": {"router": "prototype", "num_experts": 64, "contrastive_weight": 1.0}},
+        {"moe": {"attention_experts": 4}},
+        {"moe": {"attention_experts": 3, "attention_top_k": 1, "blocks": "none"}, "model": {"num_heads": 2}},
+        {"model": {"head_experts": 4, "refine_width": 8}},
+        {"model": {"head_experts": 3}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("again", [False, True])
@@ -172,6 +176,8 @@ KINDS: list[dict[str, Any]] = [
     {"moe": {"router": "prototype", "score": "identity", "renormalize": False}},
     {"model": {"qk_norm": "none", "positions": "sincos"}, "moe": {"score": "softmax", "renormalize": False}},
     {"model": {"qk_norm": "layer", "positions": "rope"}},
+    {"moe": {"attention_experts": 4}},
+    {"moe": {"attention_experts": 3, "attention_top_k": 1}, "model": {"num_heads": 2, "qk_norm": "none"}},
 ]
 
 
@@ -220,6 +226,21 @@ def test_prototypes_keep_what_is_planned_beside_what_a_linear_router_keeps(seen:
     found, planned = [], []
     for kind in ("linear", "prototype"):
         config = changed(SMALL, moe={"router": kind, "router_input": seen, "num_experts": 64})
+
+        def measure(depth: int, n: int, config: Config = config) -> int:
+            return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cpu")
+
+        found.append(a_block_and_an_image(measure))
+        planned.append(saved_by_two(config))
+    assert found[1] - found[0] == pytest.approx(planned[1] - planned[0], rel=1e-3)
+    assert planned[1] > planned[0]
+
+
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+def test_experts_of_attention_keep_what_is_planned(backend: str) -> None:
+    found, planned = [], []
+    for many in (0, 4):
+        config = changed(SMALL, moe={"attention_experts": many, "backend": backend})
 
         def measure(depth: int, n: int, config: Config = config) -> int:
             return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cpu")

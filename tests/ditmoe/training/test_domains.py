@@ -114,7 +114,7 @@ def accuracy(config: Config, held_out: Path, labelled: bool, below: float) -> fl
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     x_t, _ = Objective(config.objective).corrupt(x, t, noise)
     with torch.no_grad():
-        _, routing = net(x_t, t, y if labelled else None, return_dict=False)
+        routing = net(x_t, t, y if labelled else None).routing
     own = (torch.arange(4) // 2)[None] == domain[:, None]  # 2 sets of 2 experts
     served = torch.stack([record.served().double() for record in routing])  # (L, N, T, E)
     return float((served * own[:, None]).sum() / served.sum())
