@@ -274,14 +274,14 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
         return_dict: bool = True, routed: bool = True, tau: Tensor | float | None = None,
-    ) -> DiTMoEOutput | tuple[Tensor, list[Routing], Heads | None]:  # fmt: skip
+    ) -> DiTMoEOutput | tuple[Tensor, list[Routing]] | tuple[Tensor, list[Routing], Heads]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
         Args:
             hidden_states: x_t (N, C, H, W).
             timestep: t on the 0..1000 scale, (N,) or one for all; whole numbers or fractions.
             class_labels: y (N,) int64 in [0, num_classes]; None is the null label.
-            return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing, heads).
+            return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing), or with heads those too.
             routed: False leaves the routed experts out: of a layer with experts the shared one alone.
             tau: Of a rule that has one, instead of it: (N,) or one for all.
 
@@ -320,7 +320,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if several is not None:
             gates, each = several  # (N, K), (N, K, T, ...)
             heads = Heads(gates, self._drawn(each.flatten(0, 1)).unflatten(0, gates.shape)[:, :, : self.out_channels])
-        return DiTMoEOutput(sample=sample, routing=routing, heads=heads) if return_dict else (sample, routing, heads)
+        if return_dict:
+            return DiTMoEOutput(sample=sample, routing=routing, heads=heads)
+        return (sample, routing) if heads is None else (sample, routing, heads)
 
     def _drawn(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, patch_size^2 * channels) as images (N, channels, H, W)."""

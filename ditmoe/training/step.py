@@ -142,11 +142,11 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
     with accelerator.autocast():
-        sample, routing, heads = run.model(x_t, t, labels, return_dict=False)
+        sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
     counts = accelerator.reduce(torch.stack([record.counts for record in routing]), "sum") if routing else None
     parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
-    if heads is not None:
-        parts.append(("expert", config.objective.expert_weight, expert_loss(heads, target)))
+    if heads:
+        parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
     if counts is not None:
         moe, L = config.moe, len(routing)
         together = moe.balance_over == "model"
