@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samplers import image_generators, initial_noise, make_scheduler, sample
-from samplers.catalog import LIBRARY_ERRORS, scheduler_for, shift_field
+from samplers.catalog import LIBRARY_ERRORS, SAMPLERS, scheduler_for, shift_field
 
 from . import handed_in
 from .config.sections import Config
@@ -247,10 +247,7 @@ def assemble(
     or the VAE is not that of the latents.
     """
     known: dict[str, Any] = {} if data_variance is None else {"data_variance": data_variance}
-    if config.sample.flow_shift is not None:
-        if (field := shift_field(config.sample.sampler)) is None:
-            raise ValueError(f"sample.flow_shift does not apply to sample.sampler {config.sample.sampler}")
-        known[field] = config.sample.flow_shift
+    known |= shift_option(config.sample.sampler, config.sample.flow_shift)
     scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
     names = {str(label): name for label, name in id2label.items()}
     guidance = config.sample.cfg if model.null_label is not None else 1.0
@@ -262,6 +259,15 @@ def assemble(
     return DiTMoEPipeline(
         model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents, guidance_interval=interval
     )
+
+
+def shift_option(sampler: str, flow_shift: float | None) -> dict[str, float]:
+    """The field of a sampler's scheduler that warps its steps towards noise, if it is to; ValueError if it has none."""
+    field = shift_field(sampler)
+    if flow_shift is not None and field is None:
+        having = ", ".join(other for other in SAMPLERS if shift_field(other))
+        raise ValueError(f"sampler {sampler!r} has no flow_shift; it belongs to {having}")
+    return {} if flow_shift is None or field is None else {field: flow_shift}
 
 
 def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:

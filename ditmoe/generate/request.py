@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from samplers.catalog import SAMPLERS, shift_field
-
 from ..config.file import trained_by
 from ..config.sample import SampleArgs
 from ..config.sections import Config
@@ -20,7 +18,7 @@ from ..data.pixels import QUANTIZE
 from ..files import digest
 from ..moe.guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..moe.tau import WithTau
-from ..pipeline import load
+from ..pipeline import load, shift_option
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
@@ -72,11 +70,7 @@ def requested(args: SampleArgs) -> RequestedSet:
     name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
     cfg = args.cfg if args.cfg is not None or labels is None else pipe.config.guidance_scale
     more, of_sampler = {option: getattr(args, option) for option in PIPELINE_OPTIONS}, args.sampler_options()
-    if args.flow_shift is not None:
-        if (field := shift_field(name)) is None:
-            having = ", ".join(other for other in SAMPLERS if shift_field(other))
-            raise ValueError(f"sampler {name!r} has no flow_shift; it belongs to {having}")
-        of_sampler[field] = args.flow_shift
+    of_sampler |= shift_option(name, args.flow_shift)
     scheduler = pipe.scheduler_for(name, steps, of_sampler)
     guide = args.guide if args.guide in (None, NONE, EXPERTS_OFF) else load_guide(Path(args.guide), pipe)
     guided, scale = pipe.guide_for(guide, args.guide_scale)
