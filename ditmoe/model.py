@@ -17,8 +17,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config.experts import RouterInput, RouterKind, has_experts
@@ -332,9 +331,14 @@ def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
     if file is None:
         raise ValueError("moe.router centroid needs --moe.centroids FILE, made by python -m ditmoe centroids")
     try:
-        found = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            seen = (opened.metadata() or {}).get("router_input", model.config.router_input)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"moe.centroids {file} cannot be read: {error}") from error
+    if seen != model.config.router_input:
+        what = f"was made for router_input {seen}, not {model.config.router_input}"
+        raise ValueError(f"moe.centroids {file} {what}; add --moe.router-input {seen}, or make another file")
     for name, module in model.named_modules():
         if isinstance(module, Router):
             key, shape = name.removesuffix(".moe.router"), tuple(module.weight.shape)
