@@ -96,7 +96,17 @@ def analyze(argv: Sequence[str], prog: str) -> None:
     analyze.run(args)
 
 
-COMMANDS = {command.__name__: command for command in (train, sample, score, encode, export, exposure, analyze)}
+def centroids(argv: Sequence[str], prog: str) -> None:
+    """Fit the centres of centroid routers to a trained model's tokens."""
+    args = cli.parse(cli.CentroidsArgs, argv, prog)
+    from .convert import centroids
+
+    centroids.run(args)
+
+
+COMMANDS = {
+    command.__name__: command for command in (train, sample, score, encode, export, exposure, analyze, centroids)
+}
 
 
 def main() -> int:

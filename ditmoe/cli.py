@@ -20,6 +20,7 @@ from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
 from .config.rules import RULES, with_rule
 from .config.sample import AnalyzeArgs as AnalyzeArgs
+from .config.sample import CentroidsArgs as CentroidsArgs
 from .config.sample import ExportArgs as ExportArgs
 from .config.sample import ExposureArgs as ExposureArgs
 from .config.sample import SampleArgs as SampleArgs

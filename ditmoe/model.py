@@ -17,8 +17,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config.experts import RouterInput, RouterKind, has_experts
@@ -36,7 +35,18 @@ from .layers import (
     sincos_positions,
     unpatchify,
 )
-from .moe import AttentionExperts, Condition, Experts, FeedForward, Input, MoELayer, Router, Routing, decide
+from .moe import (
+    AttentionExperts,
+    Condition,
+    Experts,
+    FactorisedExperts,
+    FeedForward,
+    Input,
+    MoELayer,
+    Router,
+    Routing,
+    decide,
+)
 
 
 @dataclass
@@ -140,6 +150,7 @@ KEYS = {  # fields of the configuration that the network, and so a saved model, 
     "overflow": "router_overflow",
     "groups": "router_groups",
     "top_groups": "router_top_groups",
+    "rank": "expert_rank",
 }
 
 
@@ -149,6 +160,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Args: the fields of `ditmoe.config.ModelConfig`, `MoEConfig` and `ObjectiveConfig` of the same names, or of those in
         `KEYS`; num_classes is a number here, 0 for a model without labels, and the null label is `num_classes`.
         router_bias: Keep a balancing bias in every router.
+        expert_rank: Factors of factorised experts; None for stacked ones.
         time_scale: Length of the time axis that the embedding was trained on. `forward` takes t on 0..1000 and
             embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
 
@@ -175,7 +187,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         router_select: SelectKind = "topk", router_tau: float | None = None, router_capacity: float | None = None,
         router_overflow: Overflow = "none", router_groups: int = 1, router_top_groups: int = 1, null_experts: int = 0,
         shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
-        backend: Literal["auto", "grouped", "loop"] = "auto",
+        expert_rank: int | None = None, backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -218,6 +230,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 backend=backend,
                 shared_gate=shared_gate,
                 own_router=not shared,
+                rank=expert_rank,
                 **router,
             )
 
@@ -249,7 +262,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, (AttentionExperts, Experts, FeedForward, Router)):
+            if isinstance(module, (AttentionExperts, Experts, FactorisedExperts, FeedForward, Router)):
                 module.reset_parameters()
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         assert self.x_embedder.proj.bias is not None
@@ -355,6 +368,8 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     options = {KEYS.get(name, name): value for name, value in fields.items()}
     options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
     options["router_scale"] = config.moe.routed_scale
+    if config.moe.experts == "factorised":
+        options["expert_rank"] = config.moe.factors(config.model.hidden_size, config.model.activation)
     model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})
     if config.moe.router == "centroid" and config.moe.blocks != "none":
         _set_centroids(model, config.moe.centroids)
@@ -366,9 +381,14 @@ def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
     if file is None:
         raise ValueError("moe.router centroid needs --moe.centroids FILE, made by python -m ditmoe centroids")
     try:
-        found = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            seen = (opened.metadata() or {}).get("router_input", model.config.router_input)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"moe.centroids {file} cannot be read: {error}") from error
+    if seen != model.config.router_input:
+        what = f"was made for router_input {seen}, not {model.config.router_input}"
+        raise ValueError(f"moe.centroids {file} {what}; add --moe.router-input {seen}, or make another file")
     for name, module in model.named_modules():
         if isinstance(module, Router) and module.kind == "centroid":
             key, shape = name.removesuffix(".moe.router"), tuple(module.weight.shape)
@@ -388,7 +408,7 @@ def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
     total += 0 if model.pos_embed is None else model.pos_embed.numel()
     idle = 0
     for module in model.modules():
-        if isinstance(module, MoELayer):
+        if isinstance(module, MoELayer) and isinstance(module.experts, Experts):
             E = module.experts.w_in.shape[0]
             one = (module.experts.w_in.numel() + module.experts.w_out.numel()) // E
             idle += round((E - module.rule.active(E)) * one)
@@ -413,6 +433,7 @@ def check_network(values: Mapping[str, Any]) -> None:
     make = DiTMoETransformer2DModel.__init__
     check_types(values, get_type_hints(make))
     c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values, "router_renormalize": False}
+    c |= {"balance_weight": 0.0, "experts": "factorised" if c["expert_rank"] is not None else "stacked"}
     for section in (ModelConfig, MoEConfig):
         keys = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(section)}
         section(**{name: c[key] for name, key in keys.items() if key in c})

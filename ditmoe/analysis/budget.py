@@ -27,6 +27,7 @@ from ..layers import Refiner
 from ..model import DiTMoETransformer2DModel, build, count_parameters
 from ..training.muon import matrices
 from ..training.muon import work as muon_work
+from . import factors
 
 Way = Literal["DDP", "FSDP2"]  # of all but split experts; FSDP2 on two devices or more
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
@@ -68,18 +69,21 @@ def flops(config: Config) -> Flops:
     """Matrix products of one image: a token's weights twice, and attention.
 
     A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection (with experts of attention 4 T D^2 (1 + K), and 4 T D H E
-    for the gates of H heads), 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward layers of width w (K F
-    + shared in an MoE layer), 2 T D E for a token that a router sees, 2 D E for a time or label; for the sums of a
-    prototype router as much again. Then the final layer's heads with their gate, and the convolutions that refine.
-    Backward, each product has two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
+    for the gates of H heads), 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward layers of width w (K F + shared
+    in an MoE layer; factorised experts: see `factors`), 2 T D E for a token that a router sees, 2 D E for a time or
+    label; for the sums of a prototype router as much again. Then the final layer's heads with their gate, and the
+    convolutions that refine. Backward, each product has two, sums one where there is a contrastive loss. Source: as
+    torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
     maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
     maps, heads = maps if e.attention_experts else 8 * T * D**2, max(1, m.head_experts)
-    blocks, sums, choices = 0.0, 0, e.num_experts + e.null_experts
+    blocks, sums, choices, factorised = 0.0, 0, e.num_experts + e.null_experts, e.experts == "factorised"
+    active = 0 if factorised else e.rule.active(e.num_experts) * e.expert_width
     for routed in _routed(config):
-        width = e.rule.active(e.num_experts) * e.expert_width + e.shared_width if routed else m.ffn_width
+        width = active + e.shared_width if routed else m.ffn_width
+        blocks += factors.operations(config, T, T * _decisions(config)) if routed and factorised else 0
         own = routed and e.scope == "layer"
         tokens, image = _seen(config) if own else (0, 0)  # a router by place: once for all images
         router = 2 * D * choices * (T * tokens + image)
@@ -129,6 +133,13 @@ def _seen(config: Config) -> tuple[int, int]:
     return sum(x in found for x in ("token", "plain")), sum(x in found for x in ("time", "label"))
 
 
+def _decisions(config: Config) -> float:
+    """Decisions a token of an image: 1, or one an image; 0 where those of places are all images'."""
+    tokens, image = _seen(config)
+    sees = 1.0 if tokens else (1 / _sizes(config)[0] if image else 0.0)
+    return 1.0 if sees and "position" in config.moe.router_input else sees
+
+
 def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[float, float, float]:
     """Bytes of one image in one block: saved for the backward pass; kept by checkpointing; passing in it, at most.
 
@@ -140,8 +151,9 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
       and in bf16 their 8 D in float32.
     * b (1 + m) F of a dense layer or the shared expert; of routed experts K b (2 D + (1 + m) F) with grouped
       products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
-    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place alone has one for all images. Of
-      prototypes 4 E + 12 more, products before they are cosines, and 4 E of a token or image that is seen: who serves.
+    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place alone has one for all images.
+      Of prototypes 4 E + 12 more, products before they are cosines, and 4 E of a token or image that is seen: who
+      serves. Of factorised experts instead of K's: see `factors`.
     * With experts of attention what `_attending` says.
     An image: (7 b + 8) D for adaLN; 4 D + 8 of a time or label that the router sees, in bf16 4 D more of a time. Kept:
     the block's input, the router's record. Passing: the gradients of the residual stream, and of the widest layer.
@@ -160,16 +172,18 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     if routed:
         K, F = e.rule.active(e.num_experts), e.expert_width
         loop = not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16)))
-        token += K * b * (D + (both - 1) * F if loop else 2 * D + both * F) + b * both * e.shared_width
-        token += (4 * D if "token" in e.router_input or not half else 0) + (b * D if half and e.shared_width else 0)
+        decisions, factorised = _decisions(config), e.experts == "factorised"
+        experts, listed = K * b * (D + (both - 1) * F if loop else 2 * D + both * F), 0 if factorised else K
+        token += (factors.kept(config, b, decisions) if factorised else experts) + b * both * e.shared_width
+        copied = half and (factorised or e.shared_width > 0)
+        token += (4 * D if "token" in e.router_input or not half else 0) + b * D * copied
         sees = 1.0 if tokens else (1 / T if image else 0.0)  # vectors that are not the places', for each token
-        decisions = 1.0 if sees and "position" in e.router_input else sees
-        record = decisions * (8 * (e.num_experts + e.null_experts) + 12 * K)
-        token += record + decisions * 36 * K
+        record = decisions * (8 * (e.num_experts + e.null_experts) + 12 * listed)
+        token += record + decisions * 36 * listed
         if e.router == "prototype":
             token += decisions * (4 * e.num_experts + 12) + sees * 4 * e.num_experts
         seen = image * (4 * D + 8) + (4 * D if half and "time" in e.router_input else 0)
-        widest = K * D if loop else K * both * F
+        widest = factors.widest(config) if factorised else (K * D if loop else K * both * F)
     else:
         token += b * D + b * both * m.ffn_width
     return T * token + (7 * b + 8) * D + seen, T * (b * D + record), T * b * (2 * D + max(3 * D, widest, pairs))
@@ -201,10 +215,11 @@ def _share(parameters: Iterable[tuple[str, Tensor]], config: Config, way: Way, d
     slices are held, but not of those gathered in bf16. Source: torch.distributed.fsdp, `_fsdp_param_group.py` (2.14).
     """
     n, size = config.plan.devices, 2 if config.parallel.gather == "bfloat16" else 4
+    stacked = config.moe.experts == "stacked"
     cast = 0 if _sizes(config)[1] == 4 else 2
     found: Counter[str] = Counter()
     for name, p in parameters:
-        values, kind = p.numel(), " experts" if ".experts." in name else ""
+        values, kind = p.numel(), " experts" if stacked and ".experts." in name else ""
         mine = values // d if kind else values
         if way == "FSDP2" and (d == 1 or not kind):
             mine = -(-p.shape[0] // n) * (values // p.shape[0])
@@ -332,7 +347,7 @@ def _degrees(config: Config) -> list[int]:
         raise ValueError("parallel.shard needs several devices, but plan.devices is 1")
     if config.parallel.gather == "bfloat16" and config.train.precision == "fp32":
         raise ValueError("parallel.gather bfloat16 needs --train.precision bf16, not fp32")
-    common = math.gcd(n, E) if any(_routed(config)) else 1
+    common = math.gcd(n, E) if any(_routed(config)) and config.moe.experts == "stacked" else 1
     return [asked] if asked > 1 else [d for d in range(2, common + 1) if common % d == 0]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config.sections import ObjectiveConfig
 from ..model import DiTMoETransformer2DModel, tokens_per_image
-from ..moe import Experts, MoELayer, Plan, plan_of
+from ..moe import Experts, FactorisedExperts, MoELayer, plan_of
 from .routing import Array, passes
 
 
@@ -76,12 +76,18 @@ def tally(
 
 @contextmanager
 def norms_of(layers: Sequence[MoELayer]) -> Iterator[list[Array]]:
-    """For each layer (E,) float64, the sum over tokens of |w_e Expert_e(x)|, of all that passes while this is open."""
-    sums = [np.zeros(len(layer.experts.w_in)) for layer in layers]
+    """For each layer (E,) float64, the sum over tokens of |w_e Expert_e(x)|, of all that passes while this is open.
+
+    Of factorised experts it is their parts of the second layer's sum, as the output is none (`FactorisedExperts`).
+    """
+    sums = [np.zeros(layer.experts.num_experts) for layer in layers]
 
     def noting(total: Array) -> Callable[..., None]:
-        def note(experts: Experts, given: tuple[Tensor, Plan], _options: dict[str, Any]) -> None:
+        def note(experts: Experts | FactorisedExperts, given: tuple[Tensor, Any], _options: dict[str, Any]) -> None:
             x, plan = given
+            if isinstance(experts, FactorisedExperts):
+                total[:] += experts.norms(x, plan).cpu().numpy()
+                return
             some = torch.arange(len(plan.row), device=x.device)
             alone = plan_of(plan.expert, plan.weight, some, len(total), 1)  # every pair a row of its own
             parts = experts.forward(x[plan.row], alone).double().norm(dim=-1).sum(dim=-1)  # (P,)

@@ -26,10 +26,17 @@ class MoEConfig:
     """Routed experts E in a layer."""
     top_k: int = 2
     """Experts K that serve one token; on average, where `select` lets tokens differ."""
+    experts: Literal["stacked", "factorised"] = "stacked"
+    """Each expert has matrices of its own (stacked), or all have factors in common, which with select dense serve
+    every token with any number of experts at nearly the same cost (factorised; muMoE)."""
+    rank: int | None = None
+    """factorised: factors R of each of the two layers; None: so that all experts together have the parameters of one
+    stacked expert."""
     select: SelectKind = "topk"
     """Who serves whom: a token's K best experts (topk); each expert takes its best tokens of an image (expert_choice);
     of a token all experts whose score is (1 - tau) of its best or more (relative), the fewest with the share tau of its
-    scores (top_p), all whose score is tau or more (threshold; with bias_rate the biases make it K on average)."""
+    scores (top_p), all whose score is tau or more (threshold; with bias_rate the biases make it K on average); or all
+    experts serve all tokens by their scores (dense, for experts factorised)."""
     tau: float | None = None
     """relative, top_p, threshold: see select. None: 0.5; threshold: what K of E sigmoids reach at the start."""
     capacity: float | None = None
@@ -69,7 +76,8 @@ class MoEConfig:
     experts in every image and at every noise level (for aligned images), label+position: in every image of its class;
     time, label, time+label: all tokens of an image share theirs."""
     score: RouterScore = "sigmoid"
-    """How router logits become scores; identity (ProMoE), not at all, is for a prototype router without renormalize."""
+    """How router logits become scores; entmax is a softmax that gives many experts 0 exactly (1.5-entmax); identity
+    (ProMoE), not at all, is for a prototype router without renormalize."""
     renormalize: bool = True
     """Divide the K chosen scores by their sum."""
     scale: float | None = None
@@ -112,6 +120,7 @@ class MoEConfig:
         self._check_router()
         self._check_select()
         self._check_attention()
+        self._check_experts()
         if self.top_k == 1 and self.renormalize and self.select == "topk" and self.blocks != "none":
             raise ValueError(
                 "renormalize with top_k 1 makes every weight 1, so the router would not learn; add --moe.no-renormalize"
@@ -184,6 +193,26 @@ class MoEConfig:
         usual = MoEConfig.attention_top_k
         require(E > 0 or usual == K, f"attention_top_k {K} needs --moe.attention-experts, and there are none")
         require(E == 0 or 1 <= K <= E, f"attention_top_k is {K}; it must be between 1 and attention_experts {E}")
+
+    def factors(self, hidden_size: int, activation: str) -> int:
+        """R of factorised experts for tokens of width D: `rank`, or what has the parameters of a stacked expert."""
+        D, F, inner = hidden_size, self.expert_width, (2 if activation == "swiglu" else 1) * self.expert_width
+        sides = 2 * self.num_experts + (D + 1 + inner) + (F + 1 + D)  # parameters a factor of both layers has
+        return self.rank or max(1, round((D * inner + F * D) / sides))
+
+    def _check_experts(self) -> None:
+        positive(self, *(["rank"] if self.rank is not None else []))
+        dense, factorised = self.select == "dense", self.experts == "factorised"
+        together = f"serve a token all together, and select is {self.select}; add --moe.select dense"
+        require(dense or not factorised, f"experts factorised {together}, or take --moe.preset mumoe")
+        require(factorised or not dense, "select dense works with experts factorised; take --moe.preset mumoe")
+        require(factorised or self.rank is None, "rank works with experts factorised, not stacked")
+        if factorised:
+            require(self.backend == "auto", f"backend {self.backend} does not apply to experts factorised")
+            for name in ("balance_weight", "bias_rate"):
+                flag, value = name.replace("_", "-"), getattr(self, name)
+                why = f"{name} is {value}, but with experts factorised there is no load to balance"
+                require(not value, f"{why}; add --moe.{flag} 0")
 
 
 def has_experts(blocks: str, index: int) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-RouterScore = Literal["sigmoid", "softmax", "identity"]
-SelectKind = Literal["topk", "expert_choice", "relative", "top_p", "threshold"]
+RouterScore = Literal["sigmoid", "softmax", "entmax", "identity"]
+SelectKind = Literal["topk", "expert_choice", "relative", "top_p", "threshold", "dense"]
 Overflow = Literal["none", "order", "random"]
 
 
@@ -18,8 +18,8 @@ class RoutingRule:
 
     Args:
         top_k: Experts that serve one row, K; on average, where rows may differ.
-        score: How logits become scores s: "softmax" over the experts, an independent "sigmoid" each, or "identity", not
-            at all: for cosines, which are bounded.
+        score: How logits become scores s: "softmax" over the experts, "entmax" over them (1.5-entmax, of which many are
+            0), an independent "sigmoid" each, or "identity", not at all: for cosines, which are bounded.
         renormalize: Divide a row's chosen scores by their sum.
         scale: Factor on the weights.
         kind: Who is chosen, of scores to which the balancing bias is added:
@@ -28,6 +28,7 @@ class RoutingRule:
             "relative": of a row those with s_e >= (1 - tau) max s, one at least.
             "top_p": the fewest best ones whose scores make up the share tau of their sum.
             "threshold": those with s_e >= tau: any number, none too.
+            "dense": nobody is, all experts serve every row with their scores as weights, see `FactorisedExperts`.
         tau: See kind; None: 0.5, and for "threshold" what lets K of E logits of variance 1 pass.
         capacity: expert_choice: experts of a row on average, None: K. With `overflow`: an expert takes at most
             C = ceil(capacity K t / E) rows of an image, None: 1.
@@ -83,6 +84,8 @@ class RoutingRule:
         _refuse(ungrouped, "null_experts belong to no group; leave out one of groups and null_experts")
         idle = self.null_experts > 0 and self.kind == "expert_choice"
         _refuse(idle, "null_experts choose no tokens, so they do not apply to select expert_choice")
+        if self.kind == "dense":
+            self._check_dense()
 
     def check(self, num_experts: int) -> None:
         """ValueError unless the rule can be followed with so many experts."""
@@ -97,8 +100,18 @@ class RoutingRule:
             f"top_k is {self.top_k}, but top_groups {self.top_groups} hold {self.top_groups * size} experts",
         )
 
+    def _check_dense(self) -> None:
+        sums = self.score in ("softmax", "entmax")
+        _refuse(not sums, f"select dense needs scores that sum to 1, and score is {self.score}; add --moe.score entmax")
+        _refuse(self.renormalize, "select dense weighs by scores that sum to 1 already; add --moe.no-renormalize")
+        _refuse(self.scale != 1, f"scale is {self.scale}; select dense weighs by scores that sum to 1; leave it out")
+        _refuse(self.top_k != 1, f"top_k is {self.top_k}, but select dense has nobody chosen; add --moe.top-k 1")
+        _refuse(self.null_experts > 0, "null_experts are for choices, and select dense makes none; leave them out")
+
     def active(self, num_experts: int) -> float:
         """Experts that serve a token on average, at even load."""
+        if self.kind == "dense":
+            return num_experts
         return self.top_k * num_experts / (num_experts + self.null_experts)
 
     def allows(self, tau: float) -> bool:

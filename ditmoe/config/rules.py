@@ -56,6 +56,20 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     "switchhead": _constant(attention_experts=4, attention_top_k=2),
     # ProMoE (arXiv 2510.24711): prototypes, held at their experts' tokens by a contrastive loss
     "promoe": _constant(router="prototype", router_input="plain", contrastive_weight=1.0, balance_weight=0.0),
+    # muMoE (arXiv 2402.12550), CP form: all experts at once, in factors with the parameters of the K that were active
+    "mumoe": lambda moe: {
+        "experts": "factorised",
+        "select": "dense",
+        "score": "entmax",
+        "renormalize": False,
+        "scale": None,
+        "router_input": "token",
+        "expert_width": moe.top_k * moe.expert_width,
+        "top_k": 1,
+        "balance_weight": 0.0,
+        "bias_rate": 0.0,
+        "backend": "auto",
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""What the commands that take a trained model are asked: sample, exposure, analyze, export. Imports no torch."""
+"""What the commands that take a trained model are asked: sample, exposure, analyze, centroids, export. No torch."""
 
 from __future__ import annotations
 
@@ -189,6 +189,39 @@ class AnalyzeArgs:
         parent = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise ValueError(f"out {self.out} cannot be a folder: {parent} is a file")
+
+
+@dataclass(frozen=True)
+class CentroidsArgs:
+    """Fit the centres of --moe.router centroid to the tokens of a trained model, dense or with experts.
+
+    Training images of its own data set are noised to every time and pass through it with their labels. Of every block
+    as many centres are found (k-means), and moved until about as many tokens are nearest to each (3 times at most,
+    where the tokens allow). `train.py PRESET --moe.preset centroid --moe.centroids FILE` trains with them.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, or a pipeline folder such as models/fashion."""
+    experts: int
+    """Centres of a block: moe.num_experts of the model that is to be trained."""
+    out: Path
+    """The file, FILE.safetensors; replaced if it is there."""
+    router_input: Literal["plain", "token"] = "plain"
+    """What the routers look at: tokens before adaLN modulates them (plain), as the preset centroid has it, or after."""
+    num: int = 1000
+    """Number of images; a smaller set is gone through again, with other noise."""
+    seed: int = 0
+    """Which images and tokens, their noise, and where the fit starts."""
+    data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
+    """Folder of the images, where it is not that of the training."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "experts", "num")
+        at_least(self, 0, "seed")
+        if self.num > 20_000:
+            raise ValueError(f"num is {self.num}; it must be at most 20000, as many tokens are looked at")
+        if self.out.suffix != ".safetensors" or self.out.is_dir() or not self.out.absolute().parent.is_dir():
+            raise ValueError(f"out {self.out} must be a .safetensors file in a folder that exists")
 
 
 @dataclass(frozen=True)

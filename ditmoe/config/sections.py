@@ -256,6 +256,11 @@ class Config:
             raise ValueError(f"parallel.experts {split} does not apply to a model without experts (moe.blocks none)")
         if self.train.muon_on == "all" and self.moe.blocks == "none":
             raise ValueError("train.muon_on all does not apply to a model without experts (moe.blocks none)")
+        factorised = self.moe.experts == "factorised" and self.moe.blocks != "none"
+        if split > 1 and factorised:
+            raise ValueError(f"parallel.experts {split} does not apply to moe.experts factorised, which are one piece")
+        if self.train.muon_on == "all" and factorised:
+            raise ValueError("train.muon_on all is for stacked experts, and moe.experts is factorised; leave it out")
         if self.train.optimizer == "muon" and self.parallel.shard:
             raise ValueError(
                 "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"

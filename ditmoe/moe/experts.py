@@ -75,7 +75,7 @@ class Experts(nn.Module):
         backend: Literal["auto", "grouped", "loop"] = "auto", active_width: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.activation = activation
+        self.num_experts, self.activation = num_experts, activation
         self.backend = backend
         self.active_width = active_width or width
         # Under expert parallelism the weights are those of this process's experts, and this brings it their rows:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config.rule import RoutingRule
 from .experts import Experts, FeedForward
+from .factorised import FactorisedExperts
 from .kernels import autocast_dtype
 from .router import Condition, Input, Kind, Router
 from .select import Plan, select
@@ -25,9 +26,9 @@ class Routing(NamedTuple):
 
     Attributes:
         logits: (R, E) float32, a row a decision.
-        scores: (R, E) float32, softmax or sigmoid of the logits, or they themselves.
-        plan: Who serves whom: (row, expert) pairs.
-        counts: (E,) int64, tokens that chose each expert, or were chosen by it: B a row.
+        scores: (R, E) float32, softmax, entmax or sigmoid of the logits, or they themselves.
+        plan: Who serves whom: (row, expert) pairs. None where nobody is chosen and the scores are all experts' weights.
+        counts: (E,) int64, tokens that chose each expert, or were chosen by it, or give it a weight above 0: B a row.
         images: n, images with decisions of their own: N, or 1 where all share them.
         prototypes: (E, I D) float32, of length 1, where the router has such.
         sums: (E, I D) float32, where it has: of each expert's rows the sum of what the router saw. Its direction is
@@ -37,7 +38,7 @@ class Routing(NamedTuple):
 
     logits: Tensor
     scores: Tensor
-    plan: Plan
+    plan: Plan | None
     counts: Tensor
     images: int
     prototypes: Tensor | None = None
@@ -45,8 +46,10 @@ class Routing(NamedTuple):
     alike: bool = False
 
     def served(self) -> Tensor:
-        """(n, t, E) int64: 1 where an expert serves a row."""
+        """(n, t, E) int64: 1 where an expert serves a row, by a weight above 0 where all do."""
         R, E = self.logits.shape
+        if self.plan is None:
+            return (self.scores > 0).long().view(self.images, -1, E)
         cells = torch.bincount(self.plan.row * E + self.plan.expert, minlength=R * E)
         return cells.view(self.images, -1, E)
 
@@ -65,9 +68,9 @@ def decide(
     tau = None if condition is None or condition.tau is None else condition.tau[:n].repeat_interleave(t).unsqueeze(1)
     keys = None if keys is None else keys[:n]
     scores, plan, counts = select(logits, rule, router.expert_bias, images=n, keys=keys, tau=tau, capacity=capacity)
-    sums = None if prototypes is None else _sums(seen, plan, (n, t, E))
     shared = N * T // max(1, n * t)  # tokens that share a row's decision
-    return Routing(logits, scores, plan, counts * shared, n, prototypes, sums, not router.per_image)
+    routing = Routing(logits, scores, plan, counts * shared, n, prototypes, alike=not router.per_image)
+    return routing if prototypes is None else routing._replace(sums=_sums(seen, routing, (n, t, E)))
 
 
 class MoELayer(nn.Module):
@@ -90,6 +93,7 @@ class MoELayer(nn.Module):
         jitter: The router's, see `Router`.
         shared_gate: Multiply the shared expert's output by sigmoid(w x), w (D,) learnt and zero at the start.
         own_router: False where all layers share one, whose decision then comes with the condition.
+        rank: Of factorised experts, see `FactorisedExperts`, which the rule `dense` has; None for stacked ones.
 
     Attributes:
         capacity: Instead of the rule's, where training anneals it.
@@ -106,10 +110,12 @@ class MoELayer(nn.Module):
         activation: Literal["swiglu", "gelu"] = "swiglu", kind: Kind = "linear", inputs: Sequence[Input] = ("token",),
         positions: Tensor | None = None, with_bias: bool = False,
         backend: Literal["auto", "grouped", "loop"] = "auto", cosine_scale: float | None = None,
-        jitter: float = 0.0, shared_gate: bool = False, own_router: bool = True,
+        jitter: float = 0.0, shared_gate: bool = False, own_router: bool = True, rank: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         rule.check(num_experts)
+        if (rule.kind == "dense") != (rank is not None):
+            raise ValueError(f"rank is {rank} and the rule {rule.kind}; dense has one, as for factorised experts alone")
         self.rule = rule
         self.capacity: float | None = None
         self.router = None
@@ -124,8 +130,12 @@ class MoELayer(nn.Module):
                 cosine_scale=1.0 if cosine_scale is None and rule.score == "identity" else cosine_scale,
                 jitter=jitter,
             )
-        active = max(1, round(rule.scale * expert_width)) if rule.renormalize else expert_width  # K F at scale K
-        self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active)
+        self.experts: Experts | FactorisedExperts
+        if rank is None:
+            active = max(1, round(rule.scale * expert_width)) if rule.renormalize else expert_width  # K F at scale K
+            self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active)
+        else:
+            self.experts = FactorisedExperts(hidden_size, num_experts, expert_width, rank, activation)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None
         self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate and shared_width else None
 
@@ -143,7 +153,10 @@ class MoELayer(nn.Module):
         images, places = N // n if n else 1, T // t if t else 1  # that share a decision
         tokens = x.to(autocast_dtype(x)).view(n, images, t, places, D)
         rows = tokens.transpose(1, 2).reshape(R, images * places, D).contiguous()  # (R, B, D): a copy by place
-        y = self.experts(rows, routing.plan, alike=routing.alike)
+        if routing.plan is None:
+            y = self.experts(rows, routing.scores)
+        else:
+            y = self.experts(rows, routing.plan, alike=routing.alike)
         if self.shared is not None:
             y = y + self._shared(rows)
         return y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D), routing
@@ -160,10 +173,13 @@ class MoELayer(nn.Module):
         return torch.zeros_like(x) if self.shared is None else self._shared(x)
 
 
-def _sums(seen: Sequence[Tensor], plan: Plan, shape: tuple[int, int, int]) -> Tensor:
+def _sums(seen: Sequence[Tensor], routing: Routing, shape: tuple[int, int, int]) -> Tensor:
     """Of each expert's rows, the sum of what the router saw (each (n or 1, t or 1, D)): (E, I D)."""
     n, t, E = shape
-    chosen = seen[0].new_zeros(n * t, E)
-    chosen[plan.row, plan.expert] = 1.0
+    chosen, plan = seen[0].new_zeros(n * t, E), routing.plan
+    if plan is None:
+        chosen += routing.scores > 0
+    else:
+        chosen[plan.row, plan.expert] = 1.0
     with torch.autocast(chosen.device.type, enabled=False):
         return torch.cat([torch.einsum("nte,ntd->ed", chosen.view(shape), z) for z in seen], dim=1)

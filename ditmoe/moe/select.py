@@ -9,12 +9,13 @@ a row where all have as many, P = R * K; C rows that an expert takes of one imag
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..config.rule import RoutingRule
+from ..config.rule import RouterScore, RoutingRule
 from .noise import uniform
 
 
@@ -52,13 +53,48 @@ class Selection(NamedTuple):
 
     Attributes:
         scores: (R, E + Z) float32.
-        plan: Who serves whom.
+        plan: Who serves whom; None where all experts serve all rows by their scores, which no list of pairs need say.
         counts: (E + Z,) int64, rows that chose each, those included that overflow and null experts leave unserved.
     """
 
     scores: Tensor
-    plan: Plan
+    plan: Plan | None
     counts: Tensor
+
+
+class _Entmax(torch.autograd.Function):
+    """1.5-entmax over the last dimension: p = max(z / 2 - tau, 0)^2 with tau such that sum p = 1, found by sorting.
+
+    For every size k of the support tau_k = m - ((1 / k) - v)^1/2, with the mean m and the variance v of the k largest
+    z / 2; the largest k whose smallest is above tau_k is right. Source: Peters et al. 2019 (arXiv 1905.05702), alg. 2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        half = (logits - logits.amax(dim=-1, keepdim=True)) / 2
+        best = half.sort(dim=-1, descending=True).values
+        k = torch.arange(1, best.shape[-1] + 1, device=best.device, dtype=best.dtype)
+        mean = best.cumsum(dim=-1) / k
+        variance = best.square().cumsum(dim=-1) / k - mean.square()
+        tau = mean - (1 / k - variance).clamp_min(0).sqrt()
+        size = (tau <= best).sum(dim=-1, keepdim=True)
+        p = (half - tau.gather(-1, size - 1)).clamp_min(0).square()
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        root: Tensor = p.sqrt()
+        mean = (grad * root).sum(dim=-1, keepdim=True) / root.sum(dim=-1, keepdim=True)
+        return (grad - mean) * root
+
+
+def entmax(logits: Tensor) -> Tensor:
+    """(..., E) -> 1.5-entmax over the last dimension: sums to 1, and is exactly 0 for logits far below the largest."""
+    p: Tensor = _Entmax.apply(logits)
+    return p
 
 
 def select(
@@ -67,8 +103,8 @@ def select(
 ) -> Selection:  # fmt: skip
     """Scores and plan: the experts of every row and their weights.
 
-    w_e = scale * s_e / (sum of the row's chosen s if renormalize else 1), with s = softmax(logits), sigmoid(logits) or
-    the logits. The bias moves the choice, never the weights.
+    w_e = scale * s_e / (sum of the row's chosen s if renormalize else 1), with s = softmax, 1.5-entmax or sigmoid of
+    the logits, or they themselves. The bias moves the choice, never the weights.
 
     Args:
         logits: (R, E + Z) float32, the t rows of each image one after the other.
@@ -83,9 +119,9 @@ def select(
     sigmoid, renormalised, scaled, with a bias; ProMoE (arXiv 2510.24711) Table 8: identity, of cosines.
     """
     R, E = logits.shape[0], logits.shape[1] - rule.null_experts
-    scores = logits
-    if rule.score != "identity":
-        scores = logits.softmax(dim=-1) if rule.score == "softmax" else logits.sigmoid()
+    scores = _scores(logits, rule.score)
+    if rule.kind == "dense":
+        return Selection(scores, None, (scores > 0).sum(dim=0))
     choice = scores.detach() if bias is None else scores.detach() + bias
     if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
         experts = _best(choice, rule)  # (R, K), best first
@@ -109,6 +145,14 @@ def select(
     starts = chosen.sum(dim=1).cumsum(0).roll(1)
     starts[:1] = 0
     return Selection(scores, plan_of(expert, weights[chosen], starts, E), counts)
+
+
+def _scores(logits: Tensor, score: RouterScore) -> Tensor:
+    if score == "identity":
+        return logits
+    if score == "entmax":
+        return entmax(logits)
+    return torch.softmax(logits, dim=-1) if score == "softmax" else torch.sigmoid(logits)
 
 
 def _best(choice: Tensor, rule: RoutingRule) -> Tensor:

@@ -99,7 +99,8 @@ def _shape(net: DiTMoETransformer2DModel, model: Path) -> tuple[list[str], int, 
     """What runs that are compared have in common: layers, experts, experts a token."""
     if not (layers := moe_layer_names(net)):
         raise ValueError(f"{model} has no experts (a dense model); give one with experts")
-    return layers, net.config.num_experts, net.config.top_k
+    E = net.config.num_experts
+    return layers, E, E if net.rule.kind == "dense" else net.config.top_k
 
 
 def _said(shape: tuple[Sequence[str], int, int]) -> str:

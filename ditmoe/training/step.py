@@ -158,8 +158,9 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
             whole = zip(routing, all_sum(torch.stack(sums)), counts, strict=True)
             contrastive = torch.stack([contrastive_loss(r, moe.contrastive_temperature, s, c) for r, s, c in whole])
             parts.append(("contrastive", L * moe.contrastive_weight, contrastive.mean()))
-        if any(record.plan.per_row is None for record in routing):
-            parts.append(("unserved", 0.0, torch.stack([record.plan.unserved for record in routing]).mean()))
+        plans = [record.plan for record in routing if record.plan is not None and record.plan.per_row is None]
+        if plans:
+            parts.append(("unserved", 0.0, torch.stack([plan.unserved for plan in plans]).mean()))
         if moe.domain_weight:
             domain = batch.domain.to(device)
             values = [domain_loss(record, domain, run.domains) for record in routing]

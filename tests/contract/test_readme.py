@@ -10,7 +10,7 @@ import tyro
 from ditmoe import cli
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sample import AnalyzeArgs, ExportArgs, ExposureArgs, SampleArgs
+from ditmoe.config.sample import AnalyzeArgs, CentroidsArgs, ExportArgs, ExposureArgs, SampleArgs
 from eval import compare, sweep
 from eval.fid import Arguments
 from samplers import SAMPLERS
@@ -59,6 +59,8 @@ def test_other_commands() -> None:
     assert set(cli.parse(ExposureArgs, shlex.split(meter)[4:]).samplers) <= SAMPLERS.keys()
     for looked in (c for c in COMMANDS if c.startswith("python -m ditmoe analyze")):
         cli.parse(AnalyzeArgs, shlex.split(looked)[4:])
+    (fit,) = (c for c in COMMANDS if c.startswith("python -m ditmoe centroids"))
+    cli.parse(CentroidsArgs, shlex.split(fit)[4:])
     (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe export"))
     cli.parse(ExportArgs, shlex.split(gift)[4:])
 

@@ -25,6 +25,7 @@ from ditmoe.analysis.budget import describe
 from ditmoe.config.experts import RouterInput
 from ditmoe.config.file import save, to_dict
 from ditmoe.config.presets import PRESETS
+from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
 from ditmoe.launch.start import shutdown
 from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
@@ -77,6 +78,7 @@ def split(config: Config) -> tuple[int, int]:
     return experts, sum(sizes.values()) - experts
 
 
+DENSE = dict(RULES["mumoe"](SMALL.moe))
 ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
 
 
@@ -97,11 +99,16 @@ ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
         {"moe": {"attention_experts": 3, "attention_top_k": 1, "blocks": "none"}, "model": {"num_heads": 2}},
         {"model": {"head_experts": 4, "refine_width": 8}},
         {"model": {"head_experts": 3}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
+        *({"moe": {**DENSE, "num_experts": 64, "router_input": x}} for x in ("token", "time+label", "label+position")),
+        {"moe": {**DENSE, "blocks": "every-second", "num_experts": 64, "rank": 24}, "model": {"activation": "gelu"}},
+        {"moe": {**DENSE, "router": "prototype", "num_experts": 64, "contrastive_weight": 1.0}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("again", [False, True])
 def test_flops_are_those_that_torch_counts(changes: dict[str, Any], again: bool) -> None:
-    config = changed(changed(SMALL, **changes), moe={"backend": "loop"})  # torch does not count grouped_mm
+    config = changed(SMALL, **changes)
+    if config.moe.experts == "stacked":
+        config = changed(config, moe={"backend": "loop"})  # torch does not count grouped_mm
     model, n = build(config, 10), 2
     if again:
         model.enable_gradient_checkpointing()
@@ -174,6 +181,8 @@ KINDS: list[dict[str, Any]] = [
     {"moe": {"blocks": "every-second", "shared_width": 0}, "model": {"activation": "gelu"}},
     *({"moe": {"router_input": seen, "router": kind}} for kind, seen in ROUTERS),
     {"moe": {"router": "prototype", "score": "identity", "renormalize": False}},
+    *({"moe": {**DENSE, "score": score}} for score in ("softmax", "entmax")),
+    {"moe": {**DENSE, "router_input": "time", "shared_width": 0, "rank": 40}, "model": {"activation": "gelu"}},
     {"model": {"qk_norm": "none", "positions": "sincos"}, "moe": {"score": "softmax", "renormalize": False}},
     {"model": {"qk_norm": "layer", "positions": "rope"}},
     {"moe": {"attention_experts": 4}},
@@ -265,6 +274,21 @@ def test_activations_are_what_autograd_keeps_in_fp32(backend: str, qk_norm: str,
         return saved_bytes(model, n, "cpu")
 
     assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config, exchanged), rel=0.01)
+
+
+def test_factorised_experts_keep_what_is_planned_in_fp32() -> None:
+    config = changed(SMALL, moe=DENSE, model={"qk_norm": "layer"})
+
+    def measure(depth: int, n: int) -> int:
+        return saved_bytes(build(changed(config, model={"depth": depth}), 10), n, "cpu")
+
+    assert a_block_and_an_image(measure) == pytest.approx(saved_by_two(config), rel=0.01)
+
+
+def test_factorised_experts_are_never_split() -> None:
+    config = changed(ADAMW, plan={"devices": 4})
+    assert cells(describe(with_rule(config, "mumoe")), "parallel.experts") == ["1"] * 4
+    assert cells(describe(config), "parallel.experts") == ["1"] * 4 + ["4"] * 4
 
 
 PEAKS = {

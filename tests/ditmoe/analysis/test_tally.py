@@ -10,6 +10,7 @@ import torch
 
 from ditmoe.analysis.routing import count_experts
 from ditmoe.analysis.tally import norms_of, tally
+from ditmoe.config.rules import with_rule
 from ditmoe.config.sections import Config, ObjectiveConfig
 from ditmoe.model import DiTMoETransformer2DModel, build
 from ditmoe.moe import Condition, MoELayer, RoutingRule
@@ -39,6 +40,17 @@ def test_a_tally_agrees_with_the_counts(tiny: Tiny, router_input: str) -> None:
         assert one.pairs.diagonal() == pytest.approx(layer.sum(axis=(0, 1, 2)))
         assert one.pairs.sum() == pytest.approx(2 * layer.sum())  # a token has two experts, and so four pairs
         assert one.undecided == pytest.approx(1)
+        assert (one.norms > 0).tolist() == (layer.sum(axis=(0, 1, 2)) > 0).tolist()
+
+
+def test_a_tally_of_experts_that_all_serve_counts_weights_above_0(tiny: Tiny) -> None:
+    config = with_rule(tiny(moe={"blocks": "all", "z_weight": 0.0}), "mumoe")
+    net, objective, x = network(config), ObjectiveConfig(), torch.randn(3, 5, 1, 8, 8)
+    counts, found = count_experts(net, objective, x, [0, 1, 2], 4, 7), tally(net, objective, x, [0, 1, 2], 4, 7)
+    for layer, one in zip(counts, found, strict=True):
+        assert (one.counts == layer).all()
+        assert 60 * 4 <= layer.sum() < 60 * 4 * 4
+        assert one.pairs.diagonal() == pytest.approx(layer.sum(axis=(0, 1, 2)))
         assert (one.norms > 0).tolist() == (layer.sum(axis=(0, 1, 2)) > 0).tolist()
 
 

@@ -18,6 +18,7 @@ from tests.faults import runs
 
 MODEL = ModelConfig(sample_size=8, patch_size=2, hidden_size=32, depth=4, num_heads=2, ffn_width=64)
 BASE = Config(model=MODEL, moe=MoEConfig(num_experts=8, top_k=2, expert_width=16, shared_width=16))
+CHOOSING = [name for name in RULES if name != "mumoe"]  # whose experts are stacked
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(4, 1, 8, 8, generator=g), torch.tensor([10.25, 500.5, 990.0, 300.1]), torch.tensor([0, 3, 5, 5])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", CHOOSING)
 def test_two_backends_are_equal_in_value_and_gradient(name: str, centroids: Path) -> None:
     found = []
     for backend in ("grouped", "loop"):
@@ -98,8 +99,10 @@ def test_it_activates_what_the_default_does_and_starts_as_loud(name: str, centro
     sizes = [count_parameters(build(c, 5))[1] for c in (BASE, config)]
     more = 4 * 2 * 32**2 if name == "switchhead" else 0  # two of four maps to values and outputs, as wide as the one
     assert sizes[1] == pytest.approx(sizes[0] + more, rel=0.03)
-    if config.moe.renormalize and config.moe.overflow == "none":
-        record = network(name, centroids)(*inputs()).routing[0]
+    record = network(name, centroids)(*inputs()).routing[0]
+    if config.moe.select == "dense":
+        torch.testing.assert_close(record.scores.sum(dim=1), torch.ones(len(record.scores)))
+    elif config.moe.renormalize and config.moe.overflow == "none":
         served = torch.zeros(len(record.logits)).index_add_(0, record.plan.row, record.plan.weight.detach())
         torch.testing.assert_close(served[served > 0], torch.full_like(served[served > 0], config.moe.routed_scale))
 
@@ -114,7 +117,9 @@ def test_every_rule_is_described_by_its_flags_too(name: str) -> None:
     assert with_rule(config, name).moe.top_k == config.moe.top_k or name == "null"
 
 
+DENSE = dict(RULES["mumoe"](BASE.moe))
 FLAGS = {name: ["--moe.preset", name] for name in RULES if name != "centroid"}
+FLAGS["mumoe"] += ["--moe.bias-rate", 0]  # which tiny runs have
 FLAGS |= {seen: ["--moe.router-input", seen] for seen in ("label", "label+position")}
 FLAGS |= {"muon": ["--train.optimizer", "muon", "--train.muon-factor", 2]}
 SHAPE = [
@@ -127,12 +132,13 @@ SHAPE = [
 @pytest.mark.parametrize("name", FLAGS)
 def test_two_processes_and_split_experts_train_what_one_does(name: str, tmp_path: Path) -> None:
     outs = {}
-    for key, world, more in (("one", 1, []), ("two", 2, []), ("split", 2, ["--parallel.experts", 2])):
+    ways = [("one", 1, []), ("two", 2, []), ("split", 2, ["--parallel.experts", 2])]
+    for key, world, more in ways if name != "mumoe" else ways[:2]:
         outs[key] = tmp_path / key
         group = runs.training(outs[key], *FLAGS[name], *SHAPE, *more, world=world)
         assert group.wait() == [0] * world, group.err()
     wanted = load(newest(outs["one"] / "checkpoints"))[0]
-    for key in ("two", "split"):
+    for key in outs.keys() - {"one"}:
         found = load(newest(outs[key] / "checkpoints"))[0]
         for part in ("model", "ema"):
             for value_name, value in wanted[part].items():
@@ -199,6 +205,26 @@ def test_centroids_are_nearest_first_and_do_not_learn(centroids: Path) -> None:
         ({"shared_gate": True, "shared_width": 0}, "shared_gate needs a shared expert"),
         ({"centroids": Path("x")}, "centroids work with router centroid, not linear"),
         ({"router": "centroid", "score": "identity", "renormalize": False}, "score identity works with router proto"),
+        ({"experts": "factorised"}, "experts factorised serve a token all together, and select is topk; add --moe.sel"),
+        ({"rank": 8}, "rank works with experts factorised, not stacked"),
+        ({"rank": 0}, "rank is 0; it must be above 0"),
+        ({"select": "dense"}, "select dense needs scores that sum to 1, and score is sigmoid; add --moe.score entmax"),
+        ({"select": "dense", "score": "softmax"}, "by scores that sum to 1 already; add --moe.no-renormalize"),
+        ({**DENSE, "top_k": 2}, "top_k is 2, but select dense has nobody chosen; add --moe.top-k 1"),
+        ({**DENSE, "scale": 2.0}, "scale is 2.0; select dense weighs by scores that sum to 1; leave it out"),
+        ({**DENSE, "null_experts": 1}, "null_experts are for choices, and select dense makes none"),
+        ({**DENSE, "capacity": 2.0}, "capacity works with select expert_choice, or with overflow"),
+        ({**DENSE, "overflow": "order"}, "overflow works with select topk, not dense"),
+        ({**DENSE, "groups": 2}, "groups work with select topk, not dense"),
+        ({**DENSE, "tau": 0.5}, "tau does not apply to select dense"),
+        ({**DENSE, "capacity_start": 2.0}, "capacity_start works with select expert_choice"),
+        ({**DENSE, "experts": "stacked"}, "select dense works with experts factorised; take --moe.preset mumoe"),
+        ({**DENSE, "backend": "loop"}, "backend loop does not apply to experts factorised"),
+        (
+            {**DENSE, "balance_weight": 0.1},
+            "balance_weight is 0.1, but .* no load to balance; add --moe.bal",
+        ),
+        ({**DENSE, "bias_rate": 0.1}, "bias_rate is 0.1, but .* no load to balance; add --moe.bias-rate 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(changes: dict[str, object], sentence: str) -> None:
@@ -222,5 +248,5 @@ def test_presets_keep_their_own_choice_of_rule() -> None:
 
 def test_no_expert_starts_louder_than_its_share(centroids: Path) -> None:
     """Experts start by the width that is active, null experts not counted."""
-    widths = {name: next(m for m in network(name, centroids).modules() if isinstance(m, Experts)) for name in RULES}
+    widths = {name: next(m for m in network(name, centroids).modules() if isinstance(m, Experts)) for name in CHOOSING}
     assert {name: m.active_width for name, m in widths.items() if m.active_width != 32} == {"dit-moe": 16}

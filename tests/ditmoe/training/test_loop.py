@@ -61,6 +61,7 @@ def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, accumulation: in
 
 
 RULED = {name: {**RULES[name](TINY_MOE)} for name in RULES if name != "centroid"}
+RULED["mumoe"]["bias_rate"] = 0.0
 OTHERS = {
     "label": {"router_input": "label"}, "label+place": {"router_input": "label+position"},
     "annealed": {"overflow": "order", "capacity_start": 4.0, "capacity": 1.0},

@@ -1,0 +1,200 @@
+"""The command centroids: where the tokens of a trained model are, block by block, for routers that take the nearest.
+
+Shapes: n images, T tokens of one, m of them looked at, C channels, D width; S = n m tokens of a block, E centres.
+
+Source: Moirai-MoE (arXiv 2410.10469), whose centres are k-means of a dense model's tokens; even loads are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..config.file import trained_by
+from ..config.sample import CentroidsArgs
+from ..config.sections import Config, ObjectiveConfig
+from ..data.open import open_data
+from ..data.sets import ImageSet
+from ..files import whole
+from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..objective import NUM_TIMESTEPS, Objective
+from ..pipeline import load
+
+TOKENS = 20_000  # of a block that centres are fitted to, about
+FORWARD = 128  # images in one forward pass
+EVEN = 2.5  # largest load over the smallest that a fit looks for; other tokens then have 3 at most, about
+LLOYD, PRICED, MOVES = 30, 40, 10  # steps of k-means, of making loads even, and moves of a centre at most
+RATE = 0.05  # of prices, in mean distances^2 for each time that a centre has what it should
+
+
+class Fit(NamedTuple):
+    """The centres (E, D) float32 of some tokens, the tokens that are nearest to each (E,), and their mean distance."""
+
+    centres: Tensor
+    loads: Tensor
+    distance: float
+
+    @property
+    def ratio(self) -> float:
+        """Largest load over the smallest; infinite where a centre has no tokens."""
+        least, most = self.loads.aminmax()
+        return float(most / least) if least else math.inf
+
+
+def run(args: CentroidsArgs) -> None:
+    """Write the centres of every block, `blocks.0` (E, D) float32 and so on, with metadata on what they are of.
+
+    Raises:
+        ValueError: The folder holds no model of ours, its data are gone, or a block has fewer tokens than centres.
+    """
+    config, net = trained_by(args.model), load(args.model, fast=True).transformer.eval()
+    data = _data(args, config, net)
+    generator = torch.Generator().manual_seed(args.seed)
+    x, y, t = _images(data, args.num, generator)
+    print(f"{args.model}: {len(x)} images, {data.source}", flush=True)
+    seen = tokens_seen(net, config.objective, x, y, t, args.router_input, generator)
+    print(f"{len(seen[0])} tokens a block, {args.experts} centres", flush=True)
+    fits: dict[str, Fit] = {}
+    for i, tokens in enumerate(seen):
+        name = f"blocks.{i}"
+        fits[name] = fitted(tokens, args.experts, generator, name)
+        uneven = "" if fits[name].ratio <= 3 else ", the most even that was found"
+        print(f"{name}: mean distance {fits[name].distance:.3g}, busiest over idlest {fits[name].ratio:.2f}{uneven}")
+    facts = {
+        "model": str(args.model), "data": data.source, "router_input": args.router_input, "images": str(len(x)),
+        "tokens": str(len(seen[0])), "seed": str(args.seed),
+        "loads": json.dumps({name: fit.loads.tolist() for name, fit in fits.items()}),
+    }  # fmt: skip
+    with whole(args.out) as file:
+        file.write(save({name: fit.centres for name, fit in fits.items()}, facts))
+    wanted = f"--moe.num-experts {args.experts} --moe.router-input {args.router_input}"
+    print(f"wrote {args.out}; python train.py ... --moe.preset centroid --moe.centroids {args.out} {wanted}")
+
+
+def _data(args: CentroidsArgs, config: Config, net: DiTMoETransformer2DModel) -> ImageSet:
+    where = config.data if args.data_path is None else replace(config.data, path=args.data_path)
+    data = open_data(where, size=net.config.sample_size, channels=net.config.in_channels)
+    if net.null_label is not None and len(data.id2label) > net.null_label:
+        raise ValueError(f"{data.source}: {len(data.id2label)} classes, but the model knows {net.null_label}")
+    return data
+
+
+def _images(data: ImageSet, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean images (n, C, H, W), their labels (n,) and times (n,) all over the axis; a small set is gone through again.
+
+    Images that cannot be used are left out.
+    """
+    order = data.in_proportion(torch.randperm(len(data), generator=generator).tolist(), num)
+    if not (rows := data.readable(order)):
+        raise ValueError(f"{data.source}: none of {len(order)} images can be used")
+    rows = (rows * -(-num // len(rows)))[:num]
+    x = torch.cat([data.tensors(rows[i : i + FORWARD]) for i in range(0, num, FORWARD)])
+    t = ((torch.arange(num) + 0.5) * (NUM_TIMESTEPS / num)).floor().clamp_min(1)
+    return x, torch.from_numpy(data.labels[rows]), t
+
+
+@torch.no_grad()
+def tokens_seen(
+    net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, y: Tensor, t: Tensor, router_input: str,
+    generator: torch.Generator,
+) -> list[Tensor]:  # fmt: skip
+    """What a router of each block sees of images noised to their times: of every block the same m of a image, (S, D).
+
+    Args:
+        net: in eval mode; its blocks may hold experts or not.
+        config: how x_t is made.
+        x: (n, C, H, W), y: (n,) int64, t: (n,): clean images, their labels and times.
+        router_input: "plain": before adaLN modulates them; "token": after.
+        generator: of noise, and of which tokens are looked at.
+    """
+    noise, T = torch.randn(x.shape, generator=generator), tokens_per_image(net)
+    x_t, _ = Objective(config).corrupt(x, t, noise)
+    some = torch.rand(len(x), T, generator=generator).argsort(dim=1)[:, : -(-TOKENS // len(x))].unsqueeze(-1)
+    seen: list[list[Tensor]] = [[] for _ in net.blocks]
+    rows: Tensor
+
+    def note(kept: list[Tensor]) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def keep(_module: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
+            z = (out if router_input == "plain" else given[0]).float().cpu()
+            kept.append(z.gather(1, some[rows].expand(-1, -1, z.shape[2])).flatten(0, 1))
+
+        return keep
+
+    with ExitStack() as stack:
+        for block, kept in zip(net.blocks, seen, strict=True):
+            feed_forward = block.moe if hasattr(block, "moe") else block.mlp
+            watched: Any = block.norm2 if router_input == "plain" else feed_forward
+            stack.callback(watched.register_forward_hook(note(kept)).remove)
+        for rows in torch.arange(len(x)).split(FORWARD):
+            labels = None if net.null_label is None else y[rows].to(net.device)
+            net(x_t[rows].to(net.device), t[rows].to(net.device), labels)
+    return [torch.cat(kept) for kept in seen]
+
+
+def fitted(tokens: Tensor, num: int, generator: torch.Generator, name: str = "tokens") -> Fit:
+    """Centres of tokens (S, D) with loads that differ by `EVEN` at most, or as little as was found.
+
+    k-means (k-means++, then Lloyd's steps). Then steps in which a busy centre has its price added to the distance^2, so
+    that others take tokens of it and move there; loads are those without prices. Where that is not enough, the centre
+    with the fewest tokens moves to a random one of the centre with the most, and all begins anew. ValueError where
+    fewer tokens are different than `num`.
+    """
+    centres = _spread(tokens, num, generator, name)
+    for _ in range(LLOYD):
+        centres = _means(tokens, _distances(tokens, centres).argmin(dim=1), centres)
+    best = Fit(centres, torch.zeros(num, dtype=torch.int64), math.inf)
+    for _ in range(MOVES):
+        price = torch.zeros(num)
+        for _ in range(PRICED):
+            squares = _distances(tokens, centres)
+            least, nearest = squares.min(dim=1)
+            fit = Fit(centres, torch.bincount(nearest, minlength=num), float(least.sqrt().mean()))
+            if fit.ratio <= best.ratio:
+                best = fit
+            if fit.ratio <= EVEN:
+                return fit
+            nearest = (squares + price).argmin(dim=1)
+            over = torch.bincount(nearest, minlength=num) * (num / len(tokens)) - 1
+            price += RATE * least.mean() * over.clamp_max(1)
+            centres = _means(tokens, nearest, centres)
+        crowd = (_distances(tokens, best.centres).argmin(dim=1) == best.loads.argmax()).nonzero().flatten()
+        chosen = crowd[torch.randint(len(crowd), (1,), generator=generator)]
+        centres = best.centres.index_copy(0, best.loads.argmin().view(1), tokens[chosen])
+    return best
+
+
+def _spread(tokens: Tensor, num: int, generator: torch.Generator, name: str) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii, 2007): each next centre (num, D) a token, by its distance^2 to them."""
+    far = torch.ones(len(tokens))
+    chosen: list[Tensor] = []
+    for _ in range(num):
+        if not far.any():
+            raise ValueError(
+                f"{name}: {num} centres were asked for, and only {len(chosen)} of its {len(tokens)} tokens differ; "
+                f"give fewer --experts, or more images with --num"
+            )
+        chosen.append(tokens[torch.multinomial(far, 1, generator=generator)])
+        away = (tokens - chosen[-1]).square().sum(dim=1)
+        far = away if len(chosen) == 1 else torch.minimum(far, away)
+    return torch.cat(chosen)
+
+
+def _means(tokens: Tensor, owner: Tensor, centres: Tensor) -> Tensor:
+    """The mean of each centre's tokens, which owner (S,) says; a centre without tokens stays."""
+    count = torch.bincount(owner, minlength=len(centres)).unsqueeze(1)
+    sums = torch.zeros_like(centres).index_add_(0, owner, tokens)
+    return torch.where(count > 0, sums / count.clamp_min(1), centres)
+
+
+def _distances(tokens: Tensor, centres: Tensor) -> Tensor:
+    """(S, E), the squares of the distances."""
+    squares = tokens.square().sum(dim=1, keepdim=True) - 2 * tokens @ centres.T + centres.square().sum(dim=1)
+    return squares.clamp_min_(0)
