@@ -266,7 +266,7 @@ def shift_option(sampler: str, flow_shift: float | None) -> dict[str, float]:
     field = shift_field(sampler)
     if flow_shift is not None and field is None:
         having = ", ".join(other for other in SAMPLERS if shift_field(other))
-        raise ValueError(f"sampler {sampler!r} has no flow_shift; it belongs to {having}")
+        raise ValueError(f"sampler {sampler!r} has no flow_shift, leave it out (None); it belongs to {having}")
     return {} if flow_shift is None or field is None else {field: flow_shift}
 
 

@@ -82,7 +82,7 @@ PRESETS: dict[str, Config] = {
             decay_steps=3600,
             checkpoint_every=600,
         ),
-        sample=SampleConfig(sampler="unipc", steps=10, cfg=1.5),
+        sample=SampleConfig(sampler="unipc", steps=10, cfg=1.6, flow_shift=1.7, guidance_interval=(0.0, 800.0)),
     ),
     "folder": Config(
         max_steps=20_000,

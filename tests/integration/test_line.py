@@ -181,7 +181,7 @@ def test_a_sweep_draws_scores_plots_and_goes_on(
         (["sample", "{run}", "--exposure-window", "40"], "'dpm++2m' has no exposure_window; it belongs to ts-ddpm"),
         (
             ["sample", "{run}", "--sampler", "ddim", "--flow-shift", "3"],
-            "'ddim' has no flow_shift; it belongs to dpm++2m",
+            "'ddim' has no flow_shift, leave it out (None); it",
         ),
         (["sample", "{run}", "--guide", "{new}"], "does not exist; give a model folder, a run folder, RUN/checkpoints"),
         (["sample", "{run}", "--guide-scale", "3"], "guide_scale is 3.0, but there is no guide; give one, a model or"),
