@@ -6,16 +6,18 @@ Two dense rivals have the FLOPs of the K experts a token visits:
 * `twin`: one FeedForward(D, K * F) over S tokens: what the layer replaces in a model.
 
     python -m benchmarks.moe_layer [--rounds 9] [--tokens 4096]
+    python -m benchmarks.moe_layer --rules          # ways to choose, against the twin: 16 images of 256 tokens
 """
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, round_robin
-from ditmoe.moe import FeedForward, MoELayer, RoutingRule
+from ditmoe.moe import Condition, FeedForward, Input, MoELayer, RoutingRule
 
 WIDTH = 384
 CASES = [(8, 2, 1536), (16, 2, 1536), (64, 8, 384)]  # E, K, F
@@ -34,12 +36,38 @@ def rivals(E: int, K: int, F: int, S: int, dtype: torch.dtype) -> dict[str, Call
     }
 
 
+RULES: dict[str, tuple[RoutingRule, tuple[Input, ...]]] = {
+    "top-K of a token": (RoutingRule(2, "sigmoid", True, 2.0), ("token",)),
+    "expert choice": (RoutingRule(2, "sigmoid", True, 2.0, "expert_choice"), ("token",)),
+    "threshold": (RoutingRule(2, "sigmoid", True, 2.0, "threshold"), ("token",)),
+    "capacity 1.25, at random": (RoutingRule(2, "sigmoid", True, 2.0, capacity=1.25, overflow="random"), ("token",)),
+    "top-K of a time": (RoutingRule(2, "sigmoid", True, 2.0), ("time",)),
+    "top-K of a place": (RoutingRule(2, "sigmoid", True, 2.0), ("position",)),
+}
+
+
+def rules(dtype: torch.dtype, images: int = 16, tokens: int = 256, E: int = 8, F: int = 768) -> dict[str, Any]:
+    """Forward and backward of a layer a rule, and of the dense layer of equal active width."""
+    torch.manual_seed(0)
+    embedded = torch.randn(images, WIDTH, device=DEVICE)
+    condition = Condition(embedded, embedded, timestep=torch.linspace(1, 999, images, device=DEVICE))
+    steps = {}
+    for name, (rule, inputs) in RULES.items():
+        places = torch.randn(tokens, WIDTH) if "position" in inputs else None
+        made = MoELayer(
+            WIDTH, num_experts=E, expert_width=F, shared_width=0, rule=rule, inputs=inputs, positions=places
+        ).to(DEVICE, dtype)
+        steps[name] = backward_of(lambda x, m=made: m(x, condition)[0], made, tokens, dtype, images)  # type: ignore[misc]
+    wide = FeedForward(WIDTH, 2 * F, "swiglu").to(DEVICE, dtype)
+    return {"dense": backward_of(wide, wide, tokens, dtype, images), **steps}
+
+
 def backward_of(
-    forward: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, dtype: torch.dtype
+    forward: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, dtype: torch.dtype, images: int = 1
 ) -> Callable[[], object]:
     """Forward and backward, gradients of the input included; old gradients are dropped first, as in training."""
-    x = torch.randn(1, tokens, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
-    g = torch.randn(1, tokens, WIDTH, device=DEVICE, dtype=dtype)
+    x = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
+    g = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=dtype)
 
     def step() -> None:
         x.grad = None
@@ -53,7 +81,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rules", action="store_true", help="the ways to choose instead")
     args = parser.parse_args()
+    if args.rules:
+        print(f"{machine()}; D {WIDTH}, 16 images of 256 tokens, top-2 of 8, F 768, medians of {args.rounds} rounds\n")
+        print("| rule | fp32 ms | of the dense layer | bf16 ms | of the dense layer |\n|---|---|---|---|---|")
+        both = [round_robin(rules(dtype), args.rounds) for dtype in (torch.float32, torch.bfloat16)]
+        for name in both[0]:
+            cells = [f"{t[name] * 1e3:.0f} | {t[name] / t['dense']:.2f}" for t in both]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        return
     print(f"{machine()}; D {WIDTH}, {args.tokens} tokens, forward + backward, medians of {args.rounds} rounds\n")
     print("| E | K | F | dtype | MoE ms | bound ms | twin ms | bound / MoE | twin / MoE |")
     print("|---|---|---|---|---|---|---|---|---|")
