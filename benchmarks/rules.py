@@ -145,7 +145,7 @@ class Benchmark:
             t = torch.linspace(10, 990, len(x[0])).repeat(len(classes))
             records = net(x.flatten(0, 1), t, torch.arange(len(classes)).repeat_interleave(len(x[0]))).routing
         experts = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
-        idle = mean(float(r.plan.unserved) for r in records)
+        idle = mean(0.0 if r.plan is None else float(r.plan.unserved) for r in records)
         numbers = {key: mean(row[key] for row in layers) for key in layers[0] if isinstance(layers[0][key], float)}
         return {"experts": experts, "unserved": idle, "choice": numbers}
 
