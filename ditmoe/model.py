@@ -264,6 +264,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for module in self.modules():
             if isinstance(module, (AttentionExperts, Experts, FactorisedExperts, FeedForward, Router)):
                 module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, MoELayer) and module.shared_gate is not None:
+                nn.init.zeros_(module.shared_gate.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         assert self.x_embedder.proj.bias is not None
         nn.init.zeros_(self.x_embedder.proj.bias)

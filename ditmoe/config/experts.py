@@ -146,6 +146,8 @@ class MoEConfig:
         require(scale is None or 0 < scale <= MOST, f"cosine_scale is {scale}; it must be above 0, and finite")
         if weight and self.router_input == "position":
             raise ValueError("contrastive_weight needs a router that sees images, and router_input position sees none")
+        nulls = "gives data sets experts of their own, and null_experts are none; leave one out"
+        require(not (self.domain_weight and self.null_experts), f"domain_weight {nulls}")
         if self.domain_weight and self.router_input in ("position", "time"):
             why = f"router_input {self.router_input} sees neither"
             raise ValueError(f"domain_weight needs a router that sees images or their labels, and {why}; try token")

@@ -105,7 +105,10 @@ def _has_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return any(_has_type(value, each) for each in get_args(hint))
     if get_origin(hint) is tuple:  # a list in JSON
-        return isinstance(value, list | tuple) and all(_has_type(each, get_args(hint)[0]) for each in value)
+        parts = get_args(hint)
+        if not isinstance(value, list | tuple) or (parts[-1] is not Ellipsis and len(value) != len(parts)):
+            return False
+        return all(_has_type(each, parts[0]) for each in value)
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if hint in (int, float):

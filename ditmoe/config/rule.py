@@ -82,6 +82,9 @@ class RoutingRule:
         _refuse(few, f"top_groups is {self.top_groups}; it must be between 1 and groups {self.groups}")
         ungrouped = self.groups > 1 and self.null_experts > 0
         _refuse(ungrouped, "null_experts belong to no group; leave out one of groups and null_experts")
+        beside = self.null_experts > 0 and (self.kind == "threshold" or limited)
+        what = "select threshold" if self.kind == "threshold" else f"overflow {self.overflow}"
+        _refuse(beside, f"null_experts take no room from experts under {what}; leave one of them out")
         idle = self.null_experts > 0 and self.kind == "expert_choice"
         _refuse(idle, "null_experts choose no tokens, so they do not apply to select expert_choice")
         if self.kind == "dense":

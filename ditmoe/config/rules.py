@@ -22,7 +22,9 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     # DiT-MoE (arXiv 2407.11633): softmax, its K largest as they are
     "dit-moe": _constant(router_input="token", score="softmax", renormalize=False, scale=None, balance_weight=0.005),
     # DeepSeek-V3 (arXiv 2412.19437): sigmoids, biases for balance, groups of experts
-    "deepseek": _constant(router_input="token", bias_rate=0.001, balance_weight=0.0001, groups=4, top_groups=2),
+    "deepseek": _constant(
+        router_input="token", score="sigmoid", bias_rate=0.001, balance_weight=0.0001, groups=4, top_groups=2
+    ),
     # Switch Transformer (arXiv 2101.03961): jitter; DeepSpeed-MoE (arXiv 2109.10465): overflow at random
     "switch": _constant(router_input="token", jitter=0.01, overflow="random", capacity=1.25),
     "overflow-order": _constant(router_input="token", overflow="order", capacity=1.25),
@@ -38,9 +40,9 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     # D2DMoE (arXiv 2310.04361), rule dynk_max, and its variant by cumulative share
     "relative": _constant(router_input="token", select="relative", tau=0.12),
     "top-p": _constant(router_input="token", select="top_p", score="softmax", tau=0.45),
-    "threshold": _constant(router_input="token", select="threshold"),
+    "threshold": _constant(router_input="token", score="sigmoid", select="threshold"),
     # DiffMoE (arXiv 2503.14487): thresholds that follow the load, without its choice over a batch
-    "diffmoe": _constant(router_input="token", select="threshold", bias_rate=0.01, balance_weight=0.0),
+    "diffmoe": _constant(router_input="token", score="sigmoid", select="threshold", bias_rate=0.01, balance_weight=0.0),
     # AdaMoE (arXiv 2406.13233): as many null experts as experts, twice as many choices
     "null": lambda moe: {"router_input": "token", "null_experts": moe.num_experts, "top_k": 2 * moe.top_k},
     # RAPHAEL (arXiv 2305.18295), time-MoE: the experts of an image are those of its time

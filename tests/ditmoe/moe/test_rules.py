@@ -162,7 +162,7 @@ def test_the_gate_of_the_shared_expert_halves_it_at_the_start() -> None:
     layer = next(m for m in model.modules() if isinstance(m, MoELayer))
     assert layer.shared_gate is not None
     x = torch.randn(2, 16, 32)
-    torch.nn.init.zeros_(layer.shared_gate.weight)
+    assert not layer.shared_gate.weight.any()
     torch.testing.assert_close(layer.without_routed(x), 0.5 * layer.shared(x))
     off = build(BASE, 5)
     assert all(m.shared_gate is None for m in off.modules() if isinstance(m, MoELayer))
@@ -201,6 +201,9 @@ def test_centroids_are_nearest_first_and_do_not_learn(centroids: Path) -> None:
         ({"overflow": "random", "router_input": "position"}, "overflow random needs a router that sees images"),
         ({"jitter": 0.1, "router_input": "position"}, "jitter needs a router that sees images"),
         ({"jitter": 1.0}, "jitter is 1.0; it must lie"),
+        ({"null_experts": 4, "domain_weight": 0.1}, "domain_weight gives data sets experts of their own"),
+        ({"null_experts": 4, "select": "threshold"}, "take no room from experts under select threshold"),
+        ({"null_experts": 4, "overflow": "order"}, "take no room from experts under overflow order"),
         ({"capacity_start": 2.0}, "capacity_start works with select expert_choice"),
         ({"shared_gate": True, "shared_width": 0}, "shared_gate needs a shared expert"),
         ({"centroids": Path("x")}, "centroids work with router centroid, not linear"),
@@ -250,3 +253,17 @@ def test_no_expert_starts_louder_than_its_share(centroids: Path) -> None:
     """Experts start by the width that is active, null experts not counted."""
     widths = {name: next(m for m in network(name, centroids).modules() if isinstance(m, Experts)) for name in CHOOSING}
     assert {name: m.active_width for name, m in widths.items() if m.active_width != 32} == {"dit-moe": 16}
+
+
+@pytest.mark.parametrize("base", [name for name in PRESETS if name != "dit-moe-g/2-16e2a"])
+@pytest.mark.parametrize("name", ["deepseek", "threshold", "diffmoe"])
+def test_a_rule_of_sigmoids_has_them_on_every_preset(base: str, name: str) -> None:
+    assert with_rule(PRESETS[base], name).moe.score == "sigmoid"
+
+
+@pytest.mark.parametrize("span", [[1], [], [1, 2, 3]])
+def test_a_pair_in_a_file_has_two_values(span: list[int]) -> None:
+    from ditmoe.config.file import from_dict
+
+    with pytest.raises(ValueError, match="guidance_interval"):
+        from_dict({"sample": {"guidance_interval": span}})
