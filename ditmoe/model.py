@@ -240,6 +240,8 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return Attention(hidden_size, num_heads, qk_norm, maps)
 
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, attention(), feed_forward(i)) for i in range(depth))
+        for i, module in enumerate(m for m in self.modules() if isinstance(m, Router)):
+            module.salt = i
         self.refiner = Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
         features = 0 if self.refiner is None else self.refiner.FEATURES
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features, head_experts)

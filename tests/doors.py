@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from subprocess import CompletedProcess
 
+from ditmoe import __main__, cli
 from tests.processes import ROOT, door, start
 
 
@@ -25,3 +26,11 @@ def _there(cwd, name, argv):
     os.chdir(cwd)
     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # the fork server imported it
     door(name, argv)
+
+
+def command(name, *argv):
+    """The exit code of `ditmoe NAME ARGV`, in this process."""
+    try:
+        return cli.run(lambda: __main__.COMMANDS[name]([*map(str, argv)], f"ditmoe {name}"))
+    except SystemExit as end:
+        return int(end.code or 0)

@@ -43,7 +43,7 @@ class MoEConfig:
     """expert_choice: experts of a token on average, None: top_k. With overflow: an expert takes at most so many times
     its even share of an image's tokens, None: 1."""
     capacity_start: float | None = None
-    """The capacity at the first step, from which it goes linearly to `capacity` at the last; None keeps it."""
+    """The capacity at the first step, from which it goes linearly to `capacity` at train.decay_steps; None keeps it."""
     overflow: Overflow = "none"
     """topk: who goes without an expert that too many of an image's tokens chose: none, the last, or some at random."""
     groups: int = 1
@@ -115,7 +115,6 @@ class MoEConfig:
         at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate", "contrastive_weight")
         at_least(self, 0, "domain_weight")
         require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
-        require(self.top_k <= self.num_experts, f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         self.rule.check(self.num_experts)
         self._check_router()
         self._check_select()
@@ -170,6 +169,12 @@ class MoEConfig:
 
     def _check_select(self) -> None:
         at_least(self, 0, "jitter")
+        even = self.select == "expert_choice"
+        require(not (even and self.bias_rate), "bias_rate does not apply to select expert_choice, whose loads are even")
+        alike = self.tau == 0 and self.renormalize and self.select in ("relative", "top_p")
+        require(not alike, "renormalize with tau 0 makes every weight alike, so the router would not learn; raise tau")
+        beyond = self.select == "threshold" and self.tau is not None and self.tau >= 1 and self.score != "identity"
+        require(not beyond or self.bias_rate > 0, f"tau is {self.tau}, which no score of {self.score} reaches")
         seen, by_place = self.router_input.split("+"), self.router_input == "position"
         require(self.jitter < 1, f"jitter is {self.jitter}; it must lie in [0, 1)")
         limited, unseen = self.overflow != "none", "needs a router that sees images, and router_input position does not"

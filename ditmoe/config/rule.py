@@ -92,10 +92,10 @@ class RoutingRule:
 
     def check(self, num_experts: int) -> None:
         """ValueError unless the rule can be followed with so many experts."""
-        _refuse(
-            not 1 <= self.top_k <= num_experts,
-            f"top_k is {self.top_k}; it must be between 1 and num_experts {num_experts}",
-        )
+        _refuse(self.top_k < 1, f"top_k is {self.top_k}; it must be 1 or more")
+        _refuse(self.top_k > num_experts, f"top_k {self.top_k} is more than num_experts {num_experts}")
+        beyond = self.kind == "expert_choice" and self.usual_capacity > num_experts
+        _refuse(beyond, f"capacity is {self.usual_capacity:g}; a token has at most num_experts {num_experts}")
         size, rest = divmod(num_experts, self.groups)
         _refuse(rest > 0, f"groups is {self.groups}; it must divide num_experts {num_experts}")
         _refuse(
@@ -115,6 +115,8 @@ class RoutingRule:
         """Experts that serve a token on average, at even load."""
         if self.kind == "dense":
             return num_experts
+        if self.kind == "expert_choice":
+            return self.usual_capacity
         return self.top_k * num_experts / (num_experts + self.null_experts)
 
     def allows(self, tau: float) -> bool:

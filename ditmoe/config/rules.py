@@ -29,12 +29,13 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     "switch": _constant(router_input="token", jitter=0.01, overflow="random", capacity=1.25),
     "overflow-order": _constant(router_input="token", overflow="order", capacity=1.25),
     # Expert Choice (arXiv 2202.09368) inside one image, as EC-DiT (arXiv 2410.02098)
-    "expert-choice": _constant(router_input="token", select="expert_choice", balance_weight=0.0),
+    "expert-choice": _constant(router_input="token", select="expert_choice", bias_rate=0.0, balance_weight=0.0),
     # Nucleus-Image (arXiv 2604.12163): expert choice by [unmodulated token, time], capacity falling to its end
     "nucleus": lambda moe: {
         "select": "expert_choice",
         "router_input": "plain+time",
         "balance_weight": 0.0,
+        "bias_rate": 0.0,
         "capacity_start": 2.0 * moe.top_k,
     },
     # D2DMoE (arXiv 2310.04361), rule dynk_max, and its variant by cumulative share

@@ -107,6 +107,8 @@ class Experts(nn.Module):
         image's last bits would depend on how many others there are.
         """
         x = x.to(autocast_dtype(x))
+        if not x.numel() and self.exchange is None:  # else the others wait for this process
+            return x
         if alike and plan.per_row and self.joins(len(x), plan.per_row):
             return self._joined(x, plan.expert[plan.slot].view(len(x), -1), plan.weight[plan.slot].view(len(x), -1))
         if torch.compiler.is_compiling() and (self.exchange or x.dtype == torch.float32 or not self._use_grouped(x)):
@@ -128,7 +130,7 @@ class Experts(nn.Module):
             return y
         R, B, D = x.shape
         counts = plan.counts * B
-        rows = _Dispatch.apply(x.reshape(R, B * D), *way).view(-1, D)  # (P * B, D)
+        rows = _Dispatch.apply(x.reshape(R, B * D), *way).view(-1, D)
         exchange = self.exchange
         out = self._products(rows, counts) if exchange is None else exchange(rows, counts, self._products)
         y = _Combine.apply(out.view(-1, B * D), plan.weight, *way)

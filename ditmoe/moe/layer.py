@@ -60,16 +60,18 @@ def decide(
     """Who serves the tokens x (N, T, D). Changes no state. `capacity`: instead of the rule's own."""
     N, T, _ = x.shape
     random = rule.overflow == "random" or (router.jitter > 0 and router.training)
-    keys = condition.keys if random and condition is not None else None
+    keys = condition.keys(router.salt) if random and condition is not None else None
     seen = router.seen(x, condition)
     logits, prototypes = router(seen, keys)
+    tau = None if condition is None else condition.tau
+    if tau is not None:  # which may differ where images share their logits
+        logits = logits.expand(N, -1, -1)
     n, t, E = logits.shape
-    logits = logits.view(n * t, E)
-    tau = None if condition is None or condition.tau is None else condition.tau[:n].repeat_interleave(t).unsqueeze(1)
-    keys = None if keys is None else keys[:n]
+    logits = logits.reshape(n * t, E)
+    tau = None if tau is None else tau.repeat_interleave(t).unsqueeze(1)
     scores, plan, counts = select(logits, rule, router.expert_bias, images=n, keys=keys, tau=tau, capacity=capacity)
     shared = N * T // max(1, n * t)  # tokens that share a row's decision
-    routing = Routing(logits, scores, plan, counts * shared, n, prototypes, alike=not router.per_image)
+    routing = Routing(logits, scores, plan, counts * shared, n, prototypes, alike=not router.per_image and tau is None)
     return routing if prototypes is None else routing._replace(sums=_sums(seen, routing, (n, t, E)))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 _MASK = 2**31 - 1  # products of two 31-bit numbers fit into 64 bits
 
 
-def keys_of(timestep: Tensor) -> Tensor:
-    """(n,) int64, the bits of times (n,) as float32: in training each image draws its own."""
-    return timestep.float().contiguous().view(torch.int32).to(torch.int64) & _MASK
+def keys_of(timestep: Tensor, salt: int = 0) -> Tensor:
+    """(n,) int64, of the bits of times (n,) as float32, others for every salt: in training each image draws its own."""
+    return (timestep.float().contiguous().view(torch.int32).to(torch.int64) + salt * 0x9E3779B1) & _MASK
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:

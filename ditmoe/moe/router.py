@@ -43,11 +43,10 @@ class Condition(NamedTuple):
     tau: Tensor | None = None
     routing: Routing | None = None
 
-    @property
-    def keys(self) -> Tensor:
-        """(N,) int64, of random numbers that are the image's own."""
+    def keys(self, salt: int) -> Tensor:
+        """(N,) int64, of random numbers that are the image's own, others for every salt."""
         assert self.timestep is not None, "random choices depend on the time itself"
-        return keys_of(self.timestep)
+        return keys_of(self.timestep, salt)
 
 
 class Router(nn.Module):
@@ -79,6 +78,9 @@ class Router(nn.Module):
 
     Source: prototypes: ProMoE (arXiv 2510.24711), which has cosine_scale 1; centroids: Moirai-MoE (arXiv 2410.10469);
     jitter: Switch Transformer (arXiv 2101.03961).
+
+    Attributes:
+        salt: What random choices depend on beside an image's time: the network gives each layer another.
     """
 
     expert_bias: Tensor | None
@@ -93,7 +95,7 @@ class Router(nn.Module):
         assert ("position" in inputs) == (positions is not None), "positions belong to the input position"
         self.hidden_size, self.kind, self.inputs = hidden_size, kind, tuple(inputs)
         self.cosine_scale = cosine_scale or (len(self.inputs) * hidden_size) ** 0.5
-        self.jitter = jitter
+        self.jitter, self.salt = jitter, 0
         weight = torch.empty(num_experts, len(self.inputs) * hidden_size)
         if kind == "centroid":
             self.register_buffer("weight", weight)

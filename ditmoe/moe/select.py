@@ -158,7 +158,7 @@ def _scores(logits: Tensor, score: RouterScore) -> Tensor:
 def _best(choice: Tensor, rule: RoutingRule) -> Tensor:
     """The K best experts of every row (R, K), best first, of the best groups where there are some."""
     if rule.groups > 1:
-        parts = choice.view(len(choice), rule.groups, -1)
+        parts = choice.view(len(choice), rule.groups, choice.shape[1] // rule.groups)
         value = parts.topk(min(2, parts.shape[2]), dim=-1).values.sum(dim=-1)  # (R, G)
         seen = torch.zeros_like(value, dtype=torch.bool)
         seen.scatter_(1, value.topk(rule.top_groups, dim=-1).indices, True)

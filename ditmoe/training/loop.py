@@ -67,6 +67,8 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     images, processes = data.fingerprint(), accelerator.num_processes
     agree.check_alike(accelerator, {**_common(config), "images": images})
     micro_batch_size(config.train, processes)  # refused before anything is written
+    if config.moe.capacity_start is not None and config.train.decay_steps is None:
+        raise ValueError("moe.capacity_start needs --train.decay-steps N, the step at which capacity ends its way")
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
     state = new_state(config, num_classes(config, data), parallel)
     pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too

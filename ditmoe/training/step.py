@@ -95,7 +95,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
     The rate of a parameter group is the step's, times its `lr_factor` if it has one.
     """
     config, accelerator = run.config, run.parallel.accelerator
-    anneal(run.raw, config.moe, step / max(1, config.max_steps - 1))
+    anneal(run.raw, config, step)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
@@ -188,14 +188,16 @@ def _move_biases(model: nn.Module, counts: Tensor, moe: MoEConfig, tokens: int) 
         router.expert_bias.copy_(balanced_bias(router.expert_bias, load, moe.bias_rate, wanted))
 
 
-def anneal(model: DiTMoETransformer2DModel, moe: MoEConfig, done: float) -> None:
-    """Set the capacity of all layers for the share of a run that is done, 0..1, where it starts elsewhere."""
+def anneal(model: DiTMoETransformer2DModel, config: Config, step: int) -> None:
+    """Set the capacity of all layers for a step, where it starts elsewhere than it ends: linear, to `decay_steps`."""
+    moe, decay = config.moe, config.train.decay_steps
     if moe.capacity_start is None:
         return
-    end = moe.rule.usual_capacity
+    assert decay is not None, "train refuses it"
+    done = min(1.0, step / (decay - 1)) if decay > 1 else 1.0
     for module in model.modules():
         if isinstance(module, MoELayer | DiTMoETransformer2DModel):
-            module.capacity = moe.capacity_start + (end - moe.capacity_start) * min(1.0, done)
+            module.capacity = moe.capacity_start + (moe.rule.usual_capacity - moe.capacity_start) * done
 
 
 def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:

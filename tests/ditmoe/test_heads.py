@@ -1,18 +1,15 @@
 """A final layer of several heads: their gate, their loss, what it leaves alone."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ditmoe.config.sections import Config, ModelConfig, ObjectiveConfig
-from ditmoe.data.open import open_data
 from ditmoe.layers import unpatchify
 from ditmoe.model import DiTMoETransformer2DModel, FinalLayer, Heads
 from ditmoe.objective import expert_loss
-from ditmoe.training.loop import train
+from tests.checkpoints import resumed_to_the_bit
 from tests.ditmoe.test_model import inputs, small
 from tests.ditmoe.training.test_step import first_row
 
@@ -112,13 +109,7 @@ def test_the_loss_is_a_part_of_its_own_and_adds_up(tiny: Tiny) -> None:
 
 def test_a_run_is_resumed_to_the_bit_and_its_model_says_that_it_has_heads(tiny: Tiny) -> None:
     whole = tiny(max_steps=6, objective={"expert_weight": 0.1}, **HEADS)
-    data = open_data(whole.data, size=8, channels=1)
-    train(whole, data)
-    parts = replace(whole, out=whole.out.with_name("parts"))
-    train(replace(parts, max_steps=3), data)
-    train(parts, data)
-    first, second = (load_file(c.out / "model/transformer/diffusion_pytorch_model.safetensors") for c in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    resumed_to_the_bit(whole, 3)
     assert DiTMoETransformer2DModel.from_pretrained(whole.out / "model/transformer").config.head_experts == 3
 
 

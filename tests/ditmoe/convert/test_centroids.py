@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditmoe import __main__, cli, pipeline
+from ditmoe import pipeline
 from ditmoe.config.file import save
 from ditmoe.config.sections import Config
 from ditmoe.convert.centroids import fitted, tokens_seen
 from ditmoe.model import build
 from tests import checkpoints
+from tests.doors import command
 from tests.faults import runs
 from tests.faults.halts import save_run
 
+centroids = partial(command, "centroids")
 Tiny = Callable[..., Config]
-
-
-def typed(*argv: object) -> int:
-    """The exit code of `ditmoe centroids ARGV`."""
-    try:
-        return cli.run(lambda: __main__.centroids([*map(str, argv)], "ditmoe centroids"))
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -124,7 +119,7 @@ def test_a_file_has_centres_of_every_block_and_says_what_they_are(
     run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], moe: dict[str, Any]
 ) -> None:
     model, out = run("a", moe=moe), tmp_path / "c.safetensors"
-    assert typed(model, "--experts", 8, "--num", 100, "--out", out) == 0
+    assert centroids(model, "--experts", 8, "--num", 100, "--out", out) == 0
     text = capsys.readouterr().out
     assert "a: 100 images, 1497 real 8x8 digits (train), bundled" in text
     assert "--moe.preset centroid --moe.centroids" in text
@@ -138,19 +133,19 @@ def test_a_file_has_centres_of_every_block_and_says_what_they_are(
     assert facts["tokens"] == "400"
     assert all(sum(loads) == 400 for loads in json.loads(facts["loads"]).values())
     again = tmp_path / "again.safetensors"
-    assert typed(model / "model", "--experts", 8, "--num", 100, "--out", again) == 0
+    assert centroids(model / "model", "--experts", 8, "--num", 100, "--out", again) == 0
     assert all(torch.equal(c, centres[name]) for name, c in load_file(again).items())
     other = tmp_path / "other.safetensors"
-    assert typed(model, "--experts", 8, "--num", 100, "--seed", 1, "--out", other) == 0
+    assert centroids(model, "--experts", 8, "--num", 100, "--seed", 1, "--out", other) == 0
     assert not torch.equal(load_file(other)["blocks.0"], centres["blocks.0"])
 
 
 def test_a_small_folder_is_gone_through_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = save_run(tmp_path / "run", ("cat", "dog"), "python train.py"), tmp_path / "c.safetensors"
-    assert typed(model, "--experts", 4, "--num", 20, "--out", out) == 0
+    assert centroids(model, "--experts", 4, "--num", 20, "--out", out) == 0
     (tmp_path / "photos").rename(tmp_path / "moved")
-    assert typed(model, "--experts", 4, "--num", 20, "--out", out) == 2
-    assert typed(model, "--experts", 4, "--num", 20, "--data.path", tmp_path / "moved", "--out", out) == 0
+    assert centroids(model, "--experts", 4, "--num", 20, "--out", out) == 2
+    assert centroids(model, "--experts", 4, "--num", 20, "--data.path", tmp_path / "moved", "--out", out) == 0
 
 
 def test_mistakes_are_one_sentence(
@@ -167,7 +162,7 @@ def test_mistakes_are_one_sentence(
         ([good, "--experts", 50, "--num", 10, *out], "50 centres were asked for, and only 40 of its 40 tokens differ"),
         ([good, "--experts", 4, "--data.path", tmp_path, *out], "path does not apply to digits"),
     ):
-        assert typed(*argv) == 2
+        assert centroids(*argv) == 2
         error = capsys.readouterr().err
         assert sentence in error, error
         assert error.startswith("error: ")
@@ -183,13 +178,13 @@ def test_mistakes_are_one_sentence(
         ),
         ([good, *out], "--experts"),
     ):
-        assert typed(*argv) == 2
+        assert centroids(*argv) == 2
         assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").replace("|", " ").split())
 
 
 def test_a_file_for_other_routers_is_refused(run: Callable[..., Path], tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "c.safetensors"
-    assert typed(run("a"), "--experts", 4, "--num", 50, "--router-input", "token", "--out", out) == 0
+    assert centroids(run("a"), "--experts", 4, "--num", 50, "--router-input", "token", "--out", out) == 0
     centroid = {"router": "centroid", "centroids": out, "bias_rate": 0.0}
     build(tiny(moe={**centroid, "router_input": "token"}), 10)
     with pytest.raises(ValueError, match=r"made for router_input token, not plain; add --moe.router-input token"):
@@ -201,7 +196,7 @@ def test_from_a_dense_run_to_one_with_its_centres_resumed_to_the_bit(tmp_path: P
     dense, out = tmp_path / "dense", tmp_path / "c.safetensors"
     group = runs.training(dense, "--moe.blocks", "none", "--moe.bias-rate", 0, "--max-steps", 30, *steps, name="d")
     assert group.wait() == [0], group.err()
-    assert typed(dense, "--experts", 4, "--num", 300, "--out", out) == 0
+    assert centroids(dense, "--experts", 4, "--num", 300, "--out", out) == 0
     with safe_open(out, framework="pt") as opened:
         loads = json.loads(opened.metadata()["loads"])
     assert all(max(found) <= 3 * min(found) for found in loads.values())

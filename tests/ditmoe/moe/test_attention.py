@@ -5,18 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from ditmoe.config.rules import with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
-from ditmoe.data.open import open_data
 from ditmoe.layers import Attention, rotary_positions
 from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
 from ditmoe.moe import AttentionExperts, Condition, Router
-from ditmoe.training.loop import train
 from ditmoe.training.muon import matrices
 from ditmoe.training.parallel import expert_names
+from tests.checkpoints import resumed_to_the_bit
 from tests.reference.attention import attention as reference
 
 D, H = 16, 2
@@ -160,13 +158,7 @@ def test_centres_and_biases_are_the_feed_forward_layers_own() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_is_resumed_to_the_bit(optimizer: str, tiny: Callable[..., Config]) -> None:
     whole = tiny(max_steps=6, train={"optimizer": optimizer}, moe={"attention_experts": 3})
-    data = open_data(whole.data, size=8, channels=1)
-    train(whole, data)
-    parts = replace(whole, out=whole.out.with_name("parts"))
-    train(replace(parts, max_steps=3), data)
-    train(parts, data)
-    first, second = (load_file(c.out / "model/transformer/diffusion_pytorch_model.safetensors") for c in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first = resumed_to_the_bit(whole, 3)
     assert "blocks.0.attn.maps.w_v" in first
     again = DiTMoETransformer2DModel.from_pretrained(whole.out / "model/transformer")
     assert isinstance(again.blocks[0].attn.maps, AttentionExperts)

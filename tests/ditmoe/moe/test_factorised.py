@@ -1,20 +1,16 @@
 """Factorised experts against the explicit sum over experts, and 1.5-entmax against a search for its threshold."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from ditmoe import pipeline
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import with_rule
 from ditmoe.config.sections import Config, MoEConfig, ParallelConfig, TrainConfig
 from ditmoe.model import build, check_network, count_parameters
 from ditmoe.moe import Condition, FactorisedExperts, MoELayer, RoutingRule, entmax
 from ditmoe.moe.factorised import FactorisedLayer
-from tests import checkpoints
-from tests.faults import runs
 
 D, E, F, C, R, B = 12, 5, 6, 7, 9, 3
 DENSE = RoutingRule(1, "entmax", kind="dense")
@@ -199,23 +195,6 @@ def test_it_compiles_into_one_graph() -> None:
             torch.randn(4, 16, width, requires_grad=True), Condition(*torch.randn(2, 4, width)), None
         )
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
-
-
-def test_a_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    flags = ["--moe.preset", "mumoe", "--moe.bias-rate", 0, "--train.optimizer", "muon", "--train.checkpoint-every", 2]
-    for name, parts in (("once", [4]), ("twice", [2, 4])):
-        for part in parts:
-            group = runs.training(tmp_path / name, *flags, "--max-steps", part, name=f"{name}{part}")
-            assert group.wait() == [0], group.err()
-    once, twice = (checkpoints.load(checkpoints.newest(tmp_path / n / "checkpoints"))[0] for n in ("once", "twice"))
-    for part, found in once.items():
-        assert all(torch.equal(value, twice[part][key]) for key, value in found.items())
-    assert "blocks.1.moe.experts.first.expert.weight" in once["model"]
-    pipe = pipeline.load(tmp_path / "once")
-    assert torch.equal(
-        pipe.transformer.blocks[1].moe.experts.second.output.weight,
-        once["ema"]["blocks.1.moe.experts.second.output.weight"],
-    )
 
 
 def test_a_network_with_it_is_known_by_its_settings() -> None:

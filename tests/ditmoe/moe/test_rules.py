@@ -12,7 +12,7 @@ from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
-from ditmoe.moe import Experts, MoELayer, Router
+from ditmoe.moe import Condition, Experts, MoELayer, Router, decide
 from tests.checkpoints import load, newest
 from tests.faults import runs
 
@@ -119,7 +119,9 @@ def test_every_rule_is_described_by_its_flags_too(name: str) -> None:
 
 DENSE = dict(RULES["mumoe"](BASE.moe))
 FLAGS = {name: ["--moe.preset", name] for name in RULES if name != "centroid"}
-FLAGS["mumoe"] += ["--moe.bias-rate", 0]  # which tiny runs have
+FLAGS["nucleus"] += ["--train.decay-steps", 4]
+for even in ("mumoe", "nucleus", "expert-choice"):
+    FLAGS[even] += ["--moe.bias-rate", 0]  # which tiny runs have
 FLAGS |= {seen: ["--moe.router-input", seen] for seen in ("label", "label+position")}
 FLAGS |= {"muon": ["--train.optimizer", "muon", "--train.muon-factor", 2]}
 SHAPE = [
@@ -201,6 +203,9 @@ def test_centroids_are_nearest_first_and_do_not_learn(centroids: Path) -> None:
         ({"overflow": "random", "router_input": "position"}, "overflow random needs a router that sees images"),
         ({"jitter": 0.1, "router_input": "position"}, "jitter needs a router that sees images"),
         ({"jitter": 1.0}, "jitter is 1.0; it must lie"),
+        ({"select": "expert_choice", "bias_rate": 0.001}, "bias_rate does not apply to select expert_choice"),
+        ({"select": "relative", "tau": 0.0}, "renormalize with tau 0 makes every weight alike"),
+        ({"select": "threshold", "tau": 1.0}, "tau is 1.0, which no score of sigmoid reaches"),
         ({"null_experts": 4, "domain_weight": 0.1}, "domain_weight gives data sets experts of their own"),
         ({"null_experts": 4, "select": "threshold"}, "take no room from experts under select threshold"),
         ({"null_experts": 4, "overflow": "order"}, "take no room from experts under overflow order"),
@@ -267,3 +272,39 @@ def test_a_pair_in_a_file_has_two_values(span: list[int]) -> None:
 
     with pytest.raises(ValueError, match="guidance_interval"):
         from_dict({"sample": {"guidance_interval": span}})
+
+
+def test_an_images_tau_is_its_own_where_places_decide(centroids: Path) -> None:
+    model = network("relative", centroids, router_input="position").eval()
+    x, t, y = inputs()
+    tau = torch.tensor([0.0, 1.0, 0.3, 0.0])
+    together = model(x, t, y, tau=tau)
+    assert together.routing[0].served().sum(dim=(1, 2))[:2].tolist() == [16, 128]
+    for i in range(4):
+        torch.testing.assert_close(
+            model(x[i : i + 1], t[i : i + 1], y[i : i + 1], tau=tau[i]).sample[0], together.sample[i]
+        )
+
+
+def test_layers_draw_lots_of_their_own(centroids: Path) -> None:
+    """The same logits and times: other rows overflow in every layer."""
+    model = network("switch", centroids).eval()
+    routers = [m for m in model.modules() if isinstance(m, Router)]
+    assert [router.salt for router in routers] == [0, 1]
+    condition = Condition(torch.zeros(2, 32), torch.zeros(2, 32), timestep=torch.tensor([10.0, 700.0]))
+    x = torch.ones(2, 16, 32)
+    plans = []
+    for router in routers:
+        torch.nn.init.constant_(router.weight, 0.1)
+        plans.append(decide(router, model.rule, x, condition, None).served())
+    assert plans[0].sum() == plans[1].sum()
+    assert not torch.equal(*plans)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "mumoe"])
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+def test_an_empty_batch_gives_nothing(name: str, backend: str, centroids: Path) -> None:
+    for more in ({}, {"router_input": "position"} if name in ("deepseek", "expert-choice", "relative") else {}):
+        model = network(name, centroids, backend=backend, **more).eval()
+        nothing = torch.zeros(0)
+        assert model(torch.zeros(0, 1, 8, 8), nothing, nothing.long()).sample.shape == (0, 1, 8, 8)

@@ -30,7 +30,7 @@ def check_bags(plan, rows: int = n * t) -> None:
     assert plan.counts.tolist() == [int((plan.expert == e).sum()) for e in range(len(plan.counts))]
 
 
-@pytest.mark.parametrize(("capacity", "wanted"), [(None, 4), (1.0, 2), (3.0, 6), (0.01, 1), (99.0, 12)])
+@pytest.mark.parametrize(("capacity", "wanted"), [(None, 4), (1.0, 2), (3.0, 6), (0.01, 1), (6.0, 12)])
 def test_every_expert_takes_its_best_rows_of_each_image(capacity: float | None, wanted: int) -> None:
     rule = RoutingRule(2, "softmax", kind="expert_choice", capacity=capacity)
     logits = logits_of()
@@ -186,7 +186,8 @@ def test_what_cannot_go_together_is_refused(values: dict[str, object], sentence:
 @pytest.mark.parametrize(
     ("values", "experts", "sentence"),
     [
-        ({}, 1, "top_k is 2; it must be between 1 and num_experts 1"),
+        ({}, 1, "top_k 2 is more than num_experts 1"),
+        ({"kind": "expert_choice", "capacity": 7.0}, 6, "capacity is 7; a token has at most num_experts 6"),
         ({"groups": 4}, 6, "groups is 4; it must divide num_experts 6"),
         ({"groups": 8, "top_groups": 1}, 8, "top_k is 2, but top_groups 1 hold 1 experts"),
     ],

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ditmoe import __main__, cli, pipeline
+from ditmoe import pipeline
 from ditmoe.config.file import save
 from ditmoe.config.sections import Config
 from ditmoe.model import build
+from tests.doors import command
 from tests.faults.halts import save_run
 
+analyze = partial(command, "analyze")
 Make = Callable[..., Path]
-
-
-def typed(*argv: object) -> int:
-    """The exit code of `ditmoe analyze ARGV`."""
-    try:
-        return cli.run(lambda: __main__.analyze([*map(str, argv)], "ditmoe analyze"))
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 @pytest.fixture
@@ -48,7 +43,7 @@ def run(tiny: Callable[..., Config], tmp_path: Path) -> Make:
 
 def test_one_run(run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = run("a", model={"depth": 4}), tmp_path / "new" / "folder"
-    assert typed(model, "--num", 60, "--bins", 4, "--out", out) == 0
+    assert analyze(model, "--num", 60, "--bins", 4, "--out", out) == 0
     text = capsys.readouterr().out
     assert "a: 60 images, 6 of each of 10 classes, held out: 300 real 8x8 digits (test), bundled" in text
     assert "2 of 4 experts a token in blocks 1, 3; 4 time bins, seed 0" in text
@@ -63,14 +58,14 @@ def test_one_run(run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert np.shape(one["layers"][0]["lift"]) == (4, 4)
     assert one["layers"][0]["lift"][0][0] is None
     assert found["findings"][0]["interval"] == [None, None]
-    assert typed(model / "model", "--num", 60, "--bins", 4, "--out", tmp_path / "again") == 0
+    assert analyze(model / "model", "--num", 60, "--bins", 4, "--out", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again/analysis.json").read_text())
     assert again["runs"][0]["layers"] == one["layers"]
 
 
 def test_several_runs_have_intervals(run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [run(f"s{seed}", seed, model={"depth": 4}) for seed in range(3)]
-    assert typed(*runs, "--num", 40, "--bins", 2, "--out", tmp_path / "out") == 0
+    assert analyze(*runs, "--num", 40, "--bins", 2, "--out", tmp_path / "out") == 0
     text = capsys.readouterr().out
     assert "| finding of DiT-MoE | value | 95 % interval | verdict |" in text
     found = json.loads((tmp_path / "out/analysis.json").read_text())
@@ -94,7 +89,7 @@ def test_several_runs_have_intervals(run: Make, tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_every_kind_of_router(run: Make, tmp_path: Path, moe: dict[str, Any], classes: int, what: str | None) -> None:
-    assert typed(run("a", classes=classes, moe=moe), "--num", 60, "--bins", 4, "--out", tmp_path / "out") == 0
+    assert analyze(run("a", classes=classes, moe=moe), "--num", 60, "--bins", 4, "--out", tmp_path / "out") == 0
     row = json.loads((tmp_path / "out/analysis.json").read_text())["runs"][0]["layers"][0]
     explained = {key: row[key] for key in ("place", "time", "class")}
     if what == "time":  # two times in one bin may have different experts
@@ -107,21 +102,21 @@ def test_every_kind_of_router(run: Make, tmp_path: Path, moe: dict[str, Any], cl
 
 def test_a_folder_of_images_has_none_that_were_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_run(tmp_path / "run", ("cat", "dog"), "python train.py")
-    assert typed(model, "--num", 100, "--bins", 2, "--out", tmp_path / "out") == 0
+    assert analyze(model, "--num", 100, "--bins", 2, "--out", tmp_path / "out") == 0
     assert "8 images, 4 of each of 2 classes, training: " in capsys.readouterr().out
     (tmp_path / "photos").rename(tmp_path / "moved")
-    assert typed(model, "--out", tmp_path / "out") == 2
+    assert analyze(model, "--out", tmp_path / "out") == 2
     moved = ("--data.path", tmp_path / "moved", "--out", tmp_path / "out")
-    assert typed(model, "--num", 8, "--bins", 2, *moved) == 0
-    assert typed(model, "--num", 3, *moved) == 2
+    assert analyze(model, "--num", 8, "--bins", 2, *moved) == 0
+    assert analyze(model, "--num", 3, *moved) == 2
     assert "num is 3; 2 classes need 4 images or more" in capsys.readouterr().err
     for i in range(1, 4):
         (tmp_path / "moved/cat" / f"{i}.png").unlink()
-    assert typed(model, *moved) == 2
+    assert analyze(model, *moved) == 2
     assert "class 0 has one image, and two are needed" in capsys.readouterr().err
     (tmp_path / "moved/cow").mkdir()
     (tmp_path / "moved/dog/0.png").rename(tmp_path / "moved/cow/0.png")
-    assert typed(model, *moved) == 2
+    assert analyze(model, *moved) == 2
     assert "3 classes, but the model knows 2" in capsys.readouterr().err
 
 
@@ -142,7 +137,7 @@ def test_mistakes_are_one_sentence(run: Make, tmp_path: Path, capsys: pytest.Cap
         ([good, "--num", 19], "num is 19; 10 classes need 20 images or more"),
         ([good, "--data.path", tmp_path], "path does not apply to digits"),
     ):
-        assert typed(*argv, "--out", tmp_path / "out") == 2
+        assert analyze(*argv, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert sentence in error
         assert error.startswith("error: ")
@@ -167,5 +162,5 @@ def test_mistakes_are_found_before_anything_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert typed(*argv) == 2
+    assert analyze(*argv) == 2
     assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -70,7 +70,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", [*RULED, *OTHERS, "muon"])
 def test_every_rule_is_resumed_to_the_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
-    moe, section = {**RULED, **OTHERS}.get(name, {}), {"optimizer": "muon"} if name == "muon" else {}
+    moe, section = {**RULED, **OTHERS}.get(name, {}), {"decay_steps": 4}
+    section |= {"optimizer": "muon"} if name == "muon" else {}
     straight = tiny(out=tmp_path / "straight", max_steps=4, train=section, moe=moe)
     assert go(straight)
     stopped = tiny(out=tmp_path / "cut", max_steps=4, train={**section, "sample_every": 2}, moe=moe)
@@ -89,8 +90,13 @@ def test_every_rule_is_resumed_to_the_bit(tiny: Tiny, tmp_path: Path, name: str)
 
 def test_a_capacity_is_annealed_to_its_end(tiny: Tiny) -> None:
     """Early steps leave nobody out, the last ones do: the log has the share."""
-    moe = {"overflow": "order", "capacity_start": 8.0, "capacity": 0.01, "num_experts": 2}
-    go(tiny(max_steps=6, moe=moe))
+    moe, section = {"overflow": "order", "capacity_start": 8.0, "capacity": 0.01, "num_experts": 2}, {"decay_steps": 6}
+    for stop in (3, 6):  # what a longer run has yet to come changes nothing
+        go(tiny(max_steps=stop, train=section, moe=moe))
+    go(tiny(max_steps=6, train=section, moe=moe, out=tiny().out.with_name("straight")))
+    assert [r["unserved"] for r in rows(tiny().out)] == [r["unserved"] for r in rows(tiny().out.with_name("straight"))]
+    with pytest.raises(ValueError, match="capacity_start needs --train.decay-steps N"):
+        go(tiny(max_steps=6, moe=moe, out=tiny().out.with_name("endless")))
     shares = [row["unserved"] for row in rows(tiny().out)]
     assert shares[0] == 0
     assert shares[-1] == 0.75  # of four tokens the first alone has room

@@ -15,6 +15,7 @@ from ditmoe.model import build
 from ditmoe.training.loop import train
 from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal, work
 from tests import checkpoints
+from tests.checkpoints import resumed_to_the_bit
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 24, 8), (2, 8, 40)])
@@ -126,13 +127,7 @@ def test_a_copy_of_weights_and_state_goes_on_to_the_bit() -> None:
 @pytest.mark.parametrize("on", ["trunk", "all"])
 def test_a_run_with_muon_is_resumed_to_the_bit(on: str, tiny: Callable[..., Config]) -> None:
     whole = tiny(max_steps=6, train={"optimizer": "muon", "muon_on": on, "muon_factor": 2.0, "weight_decay": 0.1})
-    data = open_data(whole.data, size=8, channels=1)
-    train(whole, data)
-    parts = replace(whole, out=whole.out.with_name("parts"))
-    train(replace(parts, max_steps=3), data)
-    train(parts, data)
-    first, second = (load_file(c.out / "model/transformer/diffusion_pytorch_model.safetensors") for c in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    resumed_to_the_bit(whole, 3)
     saved = load_file(whole.out / "checkpoints/step-000006/optimizer.safetensors")
     assert "blocks.1.attn.qkv.weight.momentum" in saved
     assert ("blocks.1.moe.experts.w_in.momentum" in saved) == (on == "all")
