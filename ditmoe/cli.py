@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ import tyro
 from .config import PRESETS, Config
 from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
-from .config.rules import RULES, with_rule
+from .config.rules import NUMBERS, RULES, with_rule
 from .config.sample import AnalyzeArgs as AnalyzeArgs
 from .config.sample import CentroidsArgs as CentroidsArgs
 from .config.sample import ExportArgs as ExportArgs
@@ -53,7 +54,10 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
 
 
 def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
-    """The configuration with the rule that `--moe.preset NAME` asks for, if it does, and the other options."""
+    """The configuration with the rule that `--moe.preset NAME` asks for, if it does, and the other options.
+
+    The rule goes by the numbers of experts that they ask for; as options they then have the last word.
+    """
     flag = "--moe.preset"
     at = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
     if at is None:
@@ -63,8 +67,9 @@ def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
     name = name or "".join(argv[at + 1 : at + 2])
     if name not in RULES:
         stop(f"{word} is {name!r}; {near(name, RULES)}it must be one of {', '.join(RULES)}")
+    asked = {key: re.findall(rf"--moe\.{key.replace('_', '.')}[ =](\d+)\b", " ".join(rest)) for key in NUMBERS}
     try:
-        return with_rule(base, name), rest
+        return with_rule(base, name, **{key: int(found[-1]) for key, found in asked.items() if found}), rest
     except ValueError as error:
         stop(f"{word} {name}: {error}")
 

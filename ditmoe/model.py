@@ -376,6 +376,15 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     if config.moe.experts == "factorised":
         options["expert_rank"] = config.moe.factors(config.model.hidden_size, config.model.activation)
     model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})
+    return model
+
+
+def initial(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
+    """What training begins from: a new model, with the centres of its centroid routers, which `build` leaves at 0.
+
+    ValueError where the file of the centres cannot be read, or is not for this model.
+    """
+    model = build(config, num_classes)
     if config.moe.router == "centroid" and config.moe.blocks != "none":
         _set_centroids(model, config.moe.centroids)
     return model
@@ -400,8 +409,7 @@ def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
             if key not in found or tuple(found[key].shape) != shape:
                 has = tuple(found[key].shape) if key in found else "nothing"
                 raise ValueError(f"moe.centroids {file} has {has} for {key}, and this model needs {shape}")
-            if module.weight.device.type != "meta":
-                module.weight.copy_(found[key])
+            module.weight.copy_(found[key])
 
 
 def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:

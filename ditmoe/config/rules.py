@@ -1,6 +1,6 @@
 """Named rules of routing, `--moe.preset NAME`: what a paper's experts are, in terms of our options.
 
-Each is what it changes of a configuration's experts, and keeps how many parameters a token activates.
+Each is what it changes of E experts of width F, K a token, and keeps how many parameters a token activates.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .sections import Config, MoEConfig
+from .sections import Config
 
 Changes = Mapping[str, Any]
+Rule = Callable[[int, int, int], Changes]
+NUMBERS = ("num_experts", "top_k", "expert_width")  # E, K, F
 
 
-def _constant(**changes: Any) -> Callable[[MoEConfig], Changes]:
-    return lambda moe: changes
+def _constant(**changes: Any) -> Rule:
+    return lambda E, K, F: changes
 
 
-RULES: dict[str, Callable[[MoEConfig], Changes]] = {
+RULES: dict[str, Rule] = {
     # DiT-MoE (arXiv 2407.11633): softmax, its K largest as they are
     "dit-moe": _constant(router_input="token", score="softmax", renormalize=False, scale=None, balance_weight=0.005),
     # DeepSeek-V3 (arXiv 2412.19437): sigmoids, biases for balance, groups of experts
@@ -29,14 +31,16 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     "switch": _constant(router_input="token", jitter=0.01, overflow="random", capacity=1.25),
     "overflow-order": _constant(router_input="token", overflow="order", capacity=1.25),
     # Expert Choice (arXiv 2202.09368) inside one image, as EC-DiT (arXiv 2410.02098)
-    "expert-choice": _constant(router_input="token", select="expert_choice", bias_rate=0.0, balance_weight=0.0),
+    "expert-choice": _constant(
+        router_input="token", select="expert_choice", score="softmax", bias_rate=0.0, balance_weight=0.0
+    ),
     # Nucleus-Image (arXiv 2604.12163): expert choice by [unmodulated token, time], capacity falling to its end
-    "nucleus": lambda moe: {
+    "nucleus": lambda E, K, F: {
         "select": "expert_choice",
         "router_input": "plain+time",
         "balance_weight": 0.0,
         "bias_rate": 0.0,
-        "capacity_start": 2.0 * moe.top_k,
+        "capacity_start": 2.0 * K,
     },
     # D2DMoE (arXiv 2310.04361), rule dynk_max, and its variant by cumulative share
     "relative": _constant(router_input="token", select="relative", tau=0.12),
@@ -45,7 +49,7 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     # DiffMoE (arXiv 2503.14487): thresholds that follow the load, without its choice over a batch
     "diffmoe": _constant(router_input="token", score="sigmoid", select="threshold", bias_rate=0.01, balance_weight=0.0),
     # AdaMoE (arXiv 2406.13233): as many null experts as experts, twice as many choices
-    "null": lambda moe: {"router_input": "token", "null_experts": moe.num_experts, "top_k": 2 * moe.top_k},
+    "null": lambda E, K, F: {"router_input": "token", "null_experts": E, "top_k": 2 * K},
     # RAPHAEL (arXiv 2305.18295), time-MoE: the experts of an image are those of its time
     "time": _constant(router_input="time"),
     # Read-ME (arXiv 2410.19123): one decision for all layers, known before the first step
@@ -60,14 +64,14 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
     # ProMoE (arXiv 2510.24711): prototypes, held at their experts' tokens by a contrastive loss
     "promoe": _constant(router="prototype", router_input="plain", contrastive_weight=1.0, balance_weight=0.0),
     # muMoE (arXiv 2402.12550), CP form: all experts at once, in factors with the parameters of the K that were active
-    "mumoe": lambda moe: {
+    "mumoe": lambda E, K, F: {
         "experts": "factorised",
         "select": "dense",
         "score": "entmax",
         "renormalize": False,
         "scale": None,
         "router_input": "token",
-        "expert_width": moe.top_k * moe.expert_width,
+        "expert_width": K * F,
         "top_k": 1,
         "balance_weight": 0.0,
         "bias_rate": 0.0,
@@ -76,6 +80,13 @@ RULES: dict[str, Callable[[MoEConfig], Changes]] = {
 }
 
 
-def with_rule(config: Config, name: str) -> Config:
-    """The configuration with the named rule. ValueError where it cannot go with the rest."""
-    return replace(config, moe=replace(config.moe, **RULES[name](config.moe)))
+def with_rule(config: Config, name: str, **numbers: int) -> Config:
+    """The configuration with the named rule. ValueError where it cannot go with the rest.
+
+    Args:
+        config: Whose num_experts, top_k and expert_width the rule goes by.
+        name: One of RULES.
+        numbers: Of the same names, instead of the configuration's.
+    """
+    known = {key: numbers.get(key, getattr(config.moe, key)) for key in NUMBERS}
+    return replace(config, moe=replace(config.moe, **{**known, **RULES[name](*known.values())}))

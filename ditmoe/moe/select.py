@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..config.rule import RouterScore, RoutingRule
 from .noise import uniform
@@ -104,7 +105,8 @@ def select(
     """Scores and plan: the experts of every row and their weights.
 
     w_e = scale * s_e / (sum of the row's chosen s if renormalize else 1), with s = softmax, 1.5-entmax or sigmoid of
-    the logits, or they themselves. The bias moves the choice, never the weights.
+    the logits, or they themselves; dense of the logits with mean 0 and variance 1 in every row, as muMoE's released
+    code has it. The bias moves the choice, never the weights.
 
     Args:
         logits: (R, E + Z) float32, the t rows of each image one after the other.
@@ -119,9 +121,10 @@ def select(
     sigmoid, renormalised, scaled, with a bias; ProMoE (arXiv 2510.24711) Table 8: identity, of cosines.
     """
     R, E = logits.shape[0], logits.shape[1] - rule.null_experts
-    scores = _scores(logits, rule.score)
     if rule.kind == "dense":
+        scores = _scores(F.layer_norm(logits, logits.shape[-1:]), rule.score)
         return Selection(scores, None, (scores > 0).sum(dim=0))
+    scores = _scores(logits, rule.score)
     choice = scores.detach() if bias is None else scores.detach() + bias
     if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
         experts = _best(choice, rule)  # (R, K), best first

@@ -22,7 +22,7 @@ from ..launch import agree, start
 from ..launch.signals import Interrupted, Signals
 from ..model import build, count_parameters
 from ..run_folder import place
-from ..run_folder.checkpoint import check_begins
+from ..run_folder.checkpoint import check_begins, newest_first
 from ..run_folder.log import Log
 from . import muon
 from .parallel import Parallel
@@ -70,7 +70,8 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     if config.moe.capacity_start is not None and config.train.decay_steps is None:
         raise ValueError("moe.capacity_start needs --train.decay-steps N, the step at which capacity ends its way")
     parallel = Parallel(accelerator, config.parallel, config.moe.num_experts)
-    state = new_state(config, num_classes(config, data), parallel)
+    begun = bool(newest_first(config.out / place.CHECKPOINTS))
+    state = new_state(config, num_classes(config, data), parallel, begun)
     pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
     with ExitStack() as stack:
         agree.decided_by_first(accelerator, lambda: stack.enter_context(place.locked(config)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config.sections import Config
 from ..data.sets import ImageSet
-from ..model import DiTMoETransformer2DModel, build
+from ..model import DiTMoETransformer2DModel, build, initial
 from ..moe import Router
 from .exchange import local
 from .muon import Muon
@@ -26,17 +26,18 @@ class State(NamedTuple):
     optimizer: torch.optim.AdamW
 
 
-def new_state(config: Config, num_classes: int, parallel: Parallel) -> State:
+def new_state(config: Config, num_classes: int, parallel: Parallel, begun: bool = False) -> State:
     """A new network with the weights of the run's seed, its average, and AdamW or Muon (decay on matrices only).
 
     The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`, Muon's groups theirs. Of split experts all three
-    are this process's.
+    are this process's. Of a run that has `begun` the files that it began from are not read: a checkpoint follows.
     """
     torch.manual_seed(config.seed)
+    make = build if begun else initial
     if parallel.splits:
-        model, ema = parallel.split(lambda: build(config, num_classes))
+        model, ema = parallel.split(lambda: make(config, num_classes))
     else:
-        model = build(config, num_classes)
+        model = make(config, num_classes)
         ema = copy.deepcopy(model)
     ema.eval().requires_grad_(False)
     if config.model.gradient_checkpointing:

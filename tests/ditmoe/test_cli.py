@@ -19,6 +19,16 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "sample", "score", "encode", "export", "exposure", "analyze", "centroids"]
 
 
+def test_a_rule_goes_by_the_numbers_asked_for_in_any_order() -> None:
+    for words in (["--moe.preset", "null", "--moe.num-experts", "32"], ["--moe.num_experts=32", "--moe.preset=null"]):
+        moe = cli.parse_train(["fashion", *words]).moe
+        assert (moe.num_experts, moe.null_experts, moe.top_k) == (32, 32, 4)
+    moe = cli.parse_train(["fashion", "--moe.preset", "nucleus", "--moe.top-k", "3"]).moe
+    assert (moe.top_k, moe.capacity_start) == (3, 6.0)
+    moe = cli.parse_train(["fashion", "--moe.preset", "mumoe", "--moe.expert-width", "64"]).moe
+    assert moe.expert_width == 64  # what is typed has the last word
+
+
 def test_presets_and_overrides() -> None:
     config = cli.parse_train(["fashion", "--train.learning-rate", "0.5", "--moe.no-renormalize", "--out", "x"])
     assert config.train.learning_rate == 0.5

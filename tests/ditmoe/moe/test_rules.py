@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
-from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters, initial
 from ditmoe.moe import Condition, Experts, MoELayer, Router, decide
 from tests.checkpoints import load, newest
 from tests.faults import runs
@@ -33,7 +33,7 @@ def network(name: str, centroids: Path, **changes: object) -> DiTMoETransformer2
     torch.manual_seed(0)
     config = with_rule(BASE, name)
     moe = replace(config.moe, centroids=centroids if name == "centroid" else None, **changes)
-    model = build(replace(config, moe=moe), 5)
+    model = initial(replace(config, moe=moe), 5)
     for name_, p in model.named_parameters():  # adaLN-Zero starts as a constant: move every weight
         torch.nn.init.normal_(p, std=0.3 if "router" in name_ else 0.1)
     return model
@@ -117,7 +117,7 @@ def test_every_rule_is_described_by_its_flags_too(name: str) -> None:
     assert with_rule(config, name).moe.top_k == config.moe.top_k or name == "null"
 
 
-DENSE = dict(RULES["mumoe"](BASE.moe))
+DENSE = dict(RULES["mumoe"](8, 2, 16))
 FLAGS = {name: ["--moe.preset", name] for name in RULES if name != "centroid"}
 FLAGS["nucleus"] += ["--train.decay-steps", 4]
 for even in ("mumoe", "nucleus", "expert-choice"):
@@ -243,11 +243,11 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(changes: dict[str, object]
 def test_centroids_that_are_missing_or_do_not_fit_are_refused(tmp_path: Path, centroids: Path) -> None:
     config = with_rule(BASE, "centroid")
     with pytest.raises(ValueError, match="needs --moe.centroids FILE"):
-        build(config, 5)
+        initial(config, 5)
     for file, sentence in ((tmp_path / "none", "cannot be read"), (centroids, r"has \(8, 32\) for blocks.1")):
         moe = replace(config.moe, centroids=file, num_experts=4 if file == centroids else 8)
         with pytest.raises(ValueError, match=sentence):
-            build(replace(config, moe=moe), 5)
+            initial(replace(config, moe=moe), 5)
 
 
 def test_presets_keep_their_own_choice_of_rule() -> None:
