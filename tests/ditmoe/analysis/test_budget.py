@@ -78,7 +78,7 @@ def split(config: Config) -> tuple[int, int]:
     return experts, sum(sizes.values()) - experts
 
 
-DENSE = dict(RULES["mumoe"](SMALL.moe))
+DENSE = dict(RULES["mumoe"](SMALL.moe.num_experts, SMALL.moe.top_k, SMALL.moe.expert_width))
 ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
 
 

@@ -60,7 +60,11 @@ def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, accumulation: in
     assert [row["step"] for row in timeless[0]] == list(range(1, 9))
 
 
-RULED = {name: {**RULES[name](TINY_MOE)} for name in RULES if name != "centroid"}
+RULED = {
+    name: {**RULES[name](TINY_MOE.num_experts, TINY_MOE.top_k, TINY_MOE.expert_width)}
+    for name in RULES
+    if name != "centroid"
+}
 RULED["mumoe"]["bias_rate"] = 0.0
 OTHERS = {
     "label": {"router_input": "label"}, "label+place": {"router_input": "label+position"},
