@@ -151,14 +151,15 @@ class Benchmark:
 
     def pictures(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
         """Distances and the recognised share of images drawn as the preset draws."""
-        if not self.args.num or shift:
+        if not self.args.num:
             return {}
         pipe = pipeline.assemble(net, config, self.sets["train"].id2label)
         labels = balanced_labels(pipe, self.args.num)
         images = draw(pipe, labels, self.args.num, sampler="unipc", steps=10, cfg=1.25, seed=3, batch_size=250)
         found: Row = {}
         for name in ("efficientnet-lite0", "random-conv-v1"):
-            scorer = Scorer(PRESETS["fashion"], self.args.cache, name, 10_000)
+            sets = (f"fashion-shift{shift}", self.data("train", shift), self.data("test", shift)) if shift else None
+            scorer = Scorer(PRESETS["fashion"], self.args.cache, name, 10_000, sets)
             found |= {f"fd {name}": scorer.distance(images), "recognised": scorer.recognised(images, np.array(labels))}
         return found
 

@@ -92,9 +92,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; --num in whole batches")
     parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
+    parser.add_argument("--extractors", nargs="+", default=["random-conv-v1", "efficientnet-lite0"])
+    parser.add_argument("--num-ref", type=int, help="of the distances' reference, the first ones; default: all")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    scorer = Scorer(training_config(args.model), args.cache)
+    config = training_config(args.model)
+    scorers = {name: Scorer(config, args.cache, name, args.num_ref) for name in args.extractors}
     pipe = pipeline.load(args.model)
     if args.compile:
         pipe.transformer.forward = torch.compile(pipe.transformer.forward, dynamic=False)
@@ -126,8 +129,8 @@ def main() -> None:
                     "compiled": args.compile,
                     "nfe": nfe,
                     "seconds": round(time.perf_counter() - start, 1),
-                    "fd": scorer.distance(images),
-                    "recognised": scorer.recognised(images, np.asarray(labels)),
+                    "fd": {name: scorer.distance(images) for name, scorer in scorers.items()},
+                    "recognised": next(iter(scorers.values())).recognised(images, np.asarray(labels)),
                 }
                 done.append(row)
                 args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -42,17 +42,18 @@ class Scorer:
         cache: Folder for the statistics of the training images and the classifier.
         extractor: See eval.networks.extractors.
         num_ref: Training images of the reference, the first ones; None takes all.
+        sets: (name, training images, held-out ones), instead of those of the config.
     """
 
     def __init__(
-        self, config: Config, cache: Path, extractor: str = "random-conv-v1", num_ref: int | None = None
-    ) -> None:
-        self.train = self._open(config, "train")
-        self.test = self._open(config, "test")
+        self, config: Config, cache: Path, extractor: str = "random-conv-v1", num_ref: int | None = None,
+        sets: tuple[str, ImageSet, ImageSet] | None = None,
+    ) -> None:  # fmt: skip
+        name, self.train, self.test = sets or (config.data.name, *(self._open(config, s) for s in ("train", "test")))
         self.net = load_extractor(extractor)
         cache.mkdir(parents=True, exist_ok=True)
-        self.reference = self._reference(cache / f"{config.data.name}-{extractor}-{num_ref or 'all'}.npz", num_ref)
-        self.classifier = self._classifier(cache / f"{config.data.name}-classifier.pt")
+        self.reference = self._reference(cache / f"{name}-{extractor}-{num_ref or 'all'}.npz", num_ref)
+        self.classifier = self._classifier(cache / f"{name}-classifier.pt")
 
     def distance(self, images: Images) -> float:
         """Of uint8 images (N, H, W, C)."""

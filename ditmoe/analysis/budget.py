@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import pipeline
 from ..config.experts import has_experts
 from ..config.file import to_dict
-from ..config.sections import Config, micro_batch_size
+from ..config.sections import Config, looks_ahead, micro_batch_size
 from ..layers import Refiner
 from ..model import DiTMoETransformer2DModel, build, count_parameters
 from ..training.muon import matrices
@@ -262,14 +262,20 @@ def needs(
 
     Sent: X (n - 1) / n for an all-gather or reduce-scatter of X bytes, twice that for a ring all-reduce (Patarasuk and
     Yuan, 2009), of split experts over n / d devices. An all-to-all sends S K D b (d - 1) / d at even load: two in each
-    direction, with checkpointing two more.
+    direction, with checkpointing two more. Where a step looks ahead, each micro-batch has one more pass forward.
     """
-    n, again, accumulates = config.plan.devices, checkpointing, config.train.accumulation > 1
+    n, again, accumulates, ahead = (
+        config.plan.devices,
+        checkpointing,
+        config.train.accumulation > 1,
+        looks_ahead(config),
+    )
     routed, (T, b, _) = _routed(config), _sizes(config)
     moved = matrices(model, experts=config.train.muon_on == "all") if config.train.optimizer == "muon" else {}
     outside = _share((x for x in model.named_parameters() if not x[0].startswith("blocks.")), config, way, d)
     parts = [_share(block.named_parameters(), config, way, d) for block in model.blocks]
     total, (most, sent) = sum(parts, outside), _gathered(parts, outside)
+    sent += sum(part["whole"] for part in parts) * ahead
     wire = most + 4 * (total["replicated"] + (total["replicated experts"] if d == 1 else 0)) * (n > 1)
 
     rows = 0 if d == 1 else images * T * config.moe.rule.active(config.moe.num_experts) * config.model.hidden_size * b
@@ -295,7 +301,7 @@ def needs(
         peak=8 * total["held"] + moments + wire + moving,
         all_reduce=8 * (total["replicated"] * (n - 1) / n + total["replicated experts"] * (n - d) / n),
         gather_scatter=config.train.accumulation * sent * (n - 1) / n,
-        all_to_all=config.train.accumulation * (6 if again else 4) * rows * (d - 1) / d * sum(routed),
+        all_to_all=config.train.accumulation * (4 + 2 * again + 2 * ahead) * rows * (d - 1) / d * sum(routed),
     )
 
 
@@ -319,7 +325,8 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size, checkpointing).peak)
         most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
         more = trunk + (whole - trunk) / d  # a device makes its own experts orthogonal
-        work = (times * images * count.training(checkpointing) + more) / plan.tflops / 1e12
+        passes = count.training(checkpointing) + count.forward * looks_ahead(config)
+        work = (times * images * passes + more) / plan.tflops / 1e12
         seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
         sizes = [_cell(size / scale) for size in found[d]]
         return [way, str(d), _cell(checkpointing), *sizes[:7], _cell(bool(fitting)), most, *sizes[7:], *seconds]

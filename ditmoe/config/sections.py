@@ -292,6 +292,12 @@ class Config:
             )
 
 
+def looks_ahead(config: Config) -> bool:
+    """Whether a step passes over its micro-batches once more, before: losses of loads need those of all of them."""
+    moe = config.moe
+    return config.train.accumulation > 1 and moe.blocks != "none" and moe.balance_weight + moe.contrastive_weight > 0
+
+
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:
     """Images of one forward pass of one process. ValueError when batch_size does not divide."""
     parts = train.accumulation * num_processes

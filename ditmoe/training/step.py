@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.sections import Config, MoEConfig, TrainConfig
+from ..config.sections import Config, MoEConfig, TrainConfig, looks_ahead
 from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
@@ -100,12 +100,16 @@ def optimise(run: Run, step: int) -> StepResult | None:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
     assigned, domains, evidence = None, None, []
-    for _ in range(config.train.accumulation):
+    batches: list[Batch] = []
+    while len(batches) < config.train.accumulation:
         batch = run.watch.take(run.batches)
         if batch is None:
             return None
+        batches.append(batch)
+    whole = _loads_ahead(run, batches)
+    for batch in batches:
         with accelerator.accumulate(run.model):
-            losses, routing, counts, own = _forward(run, batch)
+            losses, routing, counts, own = _forward(run, batch, whole)
             accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
         for name, value in losses.items():
@@ -124,15 +128,26 @@ def optimise(run: Run, step: int) -> StepResult | None:
     return StepResult(sums, norm, assigned, domains, faults)
 
 
-def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], Tensor | None, Tensor | None]:
-    """The losses of one micro-batch, the routers' records, the (L, E) assignments of all processes, and of a mixture
-    the (2, domains) sums by set, see `StepResult`.
+class Loads(NamedTuple):
+    """Of all processes: (L, E) assignments, and of prototype routers the (L, E, I D) sums of what they saw."""
 
-    The total is the weighted sum of the other losses. Each layer's own balance loss has the weight, as in the paper;
-    "balance", "z" and "contrastive" (of prototype routers) are means over the L layers, so that 1 is even load whatever
-    the depth; so is "domain", whose weight is that of the mean. Loads and the means of experts' tokens are those of the
-    micro-batch of all processes together.
-    """
+    counts: Tensor
+    sums: Tensor | None
+
+
+class Passed(NamedTuple):
+    """What the network said of a micro-batch, and of what."""
+
+    x_0: Tensor
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    sample: Tensor
+    routing: list[Routing]
+    heads: list[Any]  # of one with several output heads, their record
+
+
+def _passed(run: Run, batch: Batch) -> Passed:
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device, (C, H, W) = accelerator.device, batch.x.shape[1:]
     x_0 = batch.x.to(device, non_blocking=True)
@@ -143,31 +158,79 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     x_t, target = objective.corrupt(x_0, t, noise)
     with accelerator.autocast():
         sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
-    counts = accelerator.reduce(torch.stack([record.counts for record in routing]), "sum") if routing else None
-    parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
+    return Passed(x_0, x_t, t, target, sample, routing, heads)
+
+
+def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
+    if not routing:
+        return None
+    counts: Any = run.parallel.accelerator.reduce(torch.stack([record.counts for record in routing]), "sum")
+    sums = [record.sums for record in routing if record.sums is not None]
+    return Loads(counts, all_sum(torch.stack(sums)) if sums else None)
+
+
+@torch.no_grad()
+def _loads_ahead(run: Run, batches: Sequence[Batch]) -> Loads | None:
+    """Of all micro-batches of a step, by a pass of the network over each before the first is learnt from.
+
+    None where there is one, whose own they are, or where no loss is of loads.
+    """
+    if not looks_ahead(run.config):
+        return None
+    found = [_loads(run, _passed(run, batch).routing) for batch in batches]
+    known = [loads for loads in found if loads is not None]
+    sums = [loads.sums for loads in known if loads.sums is not None]
+    return Loads(sum(loads.counts for loads in known), sum(sums) if sums else None)  # type: ignore[arg-type]
+
+
+def _forward(
+    run: Run, batch: Batch, whole: Loads | None
+) -> tuple[dict[str, Tensor], list[Routing], Tensor | None, Tensor | None]:
+    """The losses of one micro-batch, the routers' records, the (L, E) assignments of all processes, and of a mixture
+    the (2, domains) sums by set, see `StepResult`. `whole`: the loads of all micro-batches, where there are several.
+
+    The total is the weighted sum of the other losses. Each layer's own balance loss has the weight, as in the paper;
+    "balance", "z" and "contrastive" (of prototype routers) are means over the L layers, so that 1 is even load whatever
+    the depth; so is "domain", whose weight is that of the mean. Loads and the means of experts' tokens are those of the
+    global batch, of all processes and micro-batches together.
+    """
+    config = run.config
+    x_0, x_t, t, target, sample, routing, heads = _passed(run, batch)
+    parts = [(name, 1.0, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
     if heads:
         parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
-    if counts is not None:
+    own = _loads(run, routing)
+    if own is not None:
         moe, L = config.moe, len(routing)
+        counts, sums = (
+            own if whole is None else (whole.counts, _all_parts(whole.sums, own.sums, config.train.accumulation))
+        )
         together = moe.balance_over == "model"
         layers = [whole_balance_loss(routing, counts)] if together else map(balance_loss, routing, counts)
         balance = torch.stack([*layers]).mean()
         z = torch.stack([*map(z_loss, routing)]).mean()
         parts += [("balance", L * moe.balance_weight, balance), ("z", L * moe.z_weight, z)]
-        if sums := [record.sums for record in routing if record.sums is not None]:
-            whole = zip(routing, all_sum(torch.stack(sums)), counts, strict=True)
-            contrastive = torch.stack([contrastive_loss(r, moe.contrastive_temperature, s, c) for r, s, c in whole])
+        if sums is not None:
+            layer = zip(routing, sums, counts, strict=True)
+            contrastive = torch.stack([contrastive_loss(r, moe.contrastive_temperature, s, c) for r, s, c in layer])
             parts.append(("contrastive", L * moe.contrastive_weight, contrastive.mean()))
         plans = [record.plan for record in routing if record.plan is not None and record.plan.per_row is None]
         if plans:
             parts.append(("unserved", 0.0, torch.stack([plan.unserved for plan in plans]).mean()))
         if moe.domain_weight:
-            domain = batch.domain.to(device)
+            domain = batch.domain.to(sample.device)
             values = [domain_loss(record, domain, run.domains) for record in routing]
             parts.append(("domain", moe.domain_weight, torch.stack(values).mean()))
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
-    domains = None if run.domains == 1 else _by_domain(sample[:, :C], target, batch.domain.to(device), run.domains)
-    return {"total": total, **{name: value for name, _, value in parts}}, routing, counts, domains
+    of_set = batch.domain.to(sample.device)
+    domains = None if run.domains == 1 else _by_domain(sample[:, : target.shape[1]], target, of_set, run.domains)
+    losses = {"total": total, **{name: value for name, _, value in parts}}
+    return losses, routing, None if own is None else own.counts, domains
+
+
+def _all_parts(whole: Tensor | None, own: Tensor | None, parts: int) -> Tensor | None:
+    """The whole's value, with the gradient of a micro-batch's part of it; gradients are means over so many parts."""
+    return None if whole is None or own is None else whole + parts * (own - own.detach())
 
 
 @torch.no_grad()

@@ -428,7 +428,10 @@ def test_traffic() -> None:
     gathered = 4 * (3 * rest - outside + 2 * TABLE_PADS) * 7 / 8
     assert plan_of(config, "FSDP2", 4, 4)[7:] == pytest.approx((copies, gathered, 4 * rows * 3 / 4))
     twice = changed(config, train={"accumulation": 2})
-    assert plan_of(twice, "FSDP2", 4, 4)[7:] == pytest.approx((copies, 2 * gathered, 8 * rows * 3 / 4))
+    inside = 4 * (rest - outside) * 7 / 8  # gathered once more for the loads of the step
+    assert plan_of(twice, "FSDP2", 4, 4)[7:] == pytest.approx((copies, 2 * (gathered + inside), 12 * rows * 3 / 4))
+    even = changed(twice, moe={"balance_weight": 0.0})
+    assert plan_of(even, "FSDP2", 4, 4)[7:] == pytest.approx((copies, 2 * gathered, 8 * rows * 3 / 4))
     alone = changed(config, plan={"devices": 1})
     assert plan_of(alone, "DDP", 1, 4)[7:] == (0, 0, 0)
 

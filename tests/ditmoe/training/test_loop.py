@@ -180,16 +180,18 @@ def test_samples_that_are_not_finite_do_not_end_a_run(tiny: Tiny, capsys: pytest
     assert (tiny().out / "model" / "model_index.json").exists()
 
 
-def test_gradient_accumulation_equals_one_batch(tiny: Tiny, tmp_path: Path) -> None:
-    """Without the balance loss (whose counts are a micro-batch's) the two are the same step."""
+@pytest.mark.parametrize("moe", [{"balance_weight": 0.5}, {"balance_weight": 0.5, "balance_over": "model"}, PROTOTYPES])
+def test_gradient_accumulation_equals_one_batch(tiny: Tiny, tmp_path: Path, moe: dict[str, Any]) -> None:
+    """Losses of loads, which are no means over samples, included: their loads are those of the step."""
     finals = []
     for parts in (1, 4):
         out = tmp_path / f"parts{parts}"
-        go(tiny(out=out, max_steps=3, train={"accumulation": parts}, moe={"balance_weight": 0.0, "z_weight": 0.0}))
+        go(tiny(out=out, max_steps=3, train={"accumulation": parts}, moe=moe))
         finals.append(rows(out))
     for one, four in zip(*finals, strict=True):
-        assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-3)
+        for name in {"loss", "balance", "contrastive"} & one.keys():
+            assert one[name] == pytest.approx(four[name], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
         assert one["load_entropy"] == pytest.approx(four["load_entropy"], abs=2e-3)
 
 

@@ -178,7 +178,7 @@ def prototypes_alone(tmp_path_factory):
     "how",
     [
         [],
-        ["--parallel.experts", 2],
+        ["--parallel.experts", 2, "--train.accumulation", 2],
         ["--parallel.shard"],
         ["--parallel.experts", 2, "--parallel.shard", "--model.gradient-checkpointing"],
     ],
