@@ -27,7 +27,7 @@ from benchmarks.scoring import Scorer
 from benchmarks.timing import machine, round_robin
 from benchmarks.train_step import Prepared, prepared
 from ditmoe import pipeline
-from ditmoe.analysis.findings import layer_row
+from ditmoe.analysis.findings import judge, layer_row, values_of, verdicts
 from ditmoe.analysis.routing import batch_a_class
 from ditmoe.analysis.tally import tally
 from ditmoe.config.presets import PRESETS
@@ -147,7 +147,7 @@ class Benchmark:
         experts = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
         idle = mean(0.0 if r.plan is None else float(r.plan.unserved) for r in records)
         numbers = {key: mean(row[key] for row in layers) for key in layers[0] if isinstance(layers[0][key], float)}
-        return {"experts": experts, "unserved": idle, "choice": numbers}
+        return {"experts": experts, "unserved": idle, "choice": numbers, "findings": values_of(layers)}
 
     def pictures(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
         """Distances and the recognised share of images drawn as the preset draws."""
@@ -205,6 +205,13 @@ def table(rows: list[Row], steps: int) -> str:
             cells.append(f"{speed[kind][name] / base:.2f}" if base and name in speed[kind] else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def findings(rows: list[Row], steps: int, rule: str) -> str:
+    """DiT-MoE's findings in the runs of a rule, over its seeds."""
+    wanted = {"phase": "train", "steps": steps, "rule": rule, "shift": 0}
+    found = [row["findings"] for row in rows if wanted.items() <= row.items()]
+    return verdicts(judge(found)) if found else ""
 
 
 def _mean(values: list[float | None], digits: int) -> str:
@@ -277,6 +284,8 @@ def main() -> None:
                     row = benchmark.once(key, lambda n=name, s=shift, k=seed: benchmark.train(n, s, k))  # type: ignore[misc]
                     print(name, shift, seed, f"{row['mse']:.5f}", flush=True)
     text = table(benchmark.rows, args.steps)
+    for rule in ("topk", "dit-moe"):
+        text += f"\n\nDiT-MoE's findings, experts by `{rule}`:\n\n{findings(benchmark.rows, args.steps, rule)}"
     print(text)
     if args.page is not None:
         before, _, rest = args.page.read_text().partition(MARK[0])
