@@ -101,20 +101,32 @@ class LabelEmbedder(nn.Module):
         return out
 
 
-def sincos_positions(hidden_size: int, side: int) -> Tensor:
-    """DiT's fixed positions for a side x side grid, (1, T, D) float32: half of D for the column, half for the row."""
+def _grid(side: int, span: int | None) -> tuple[Tensor, Tensor]:
+    """Rows and columns (T,) of a side x side grid, in tokens of one of `span` tokens that has the same extent."""
+    places = torch.arange(side)
+    if span is not None and span != side:
+        places = (places.double() + 0.5) * (span / side) - 0.5
+    row, column = torch.meshgrid(places, places, indexing="ij")
+    return row.flatten(), column.flatten()
+
+
+def sincos_positions(hidden_size: int, side: int, span: int | None = None) -> Tensor:
+    """DiT's fixed positions for a side x side grid, (1, T, D) float32: half of D for the column, half for the row.
+
+    `span`: of another grid, whose places these are between.
+    """
 
     def axis(position: Tensor) -> Tensor:
         omega = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
-        angles = position.flatten().double().outer(omega)
+        angles = position.double().outer(omega)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (T, D / 2)
 
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    row, column = _grid(side, span)
     return torch.cat([axis(column), axis(row)], dim=-1).float().unsqueeze(0)
 
 
-def rotary_positions(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2-D rotary positions, each (T, head_dim) float32.
+def rotary_positions(head_dim: int, side: int, span: int | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2-D rotary positions, each (T, head_dim) float32; `span` as in `sincos_positions`.
 
     The first half of a head turns with the row, the second with the column; within a half, channel j and channel
     j + head_dim / 4 are one pair with frequency 100^(-4 j / head_dim); not text's 10,000: a grid has
@@ -122,8 +134,7 @@ def rotary_positions(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
     """
     pairs = head_dim // 4
     frequency = 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [p.flatten().double().outer(frequency).repeat(1, 2) for p in (row, column)]
+    angles = [p.double().outer(frequency).repeat(1, 2) for p in _grid(side, span)]
     both = torch.cat(angles, dim=-1)  # (T, head_dim)
     return both.cos().float(), both.sin().float()
 

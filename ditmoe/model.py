@@ -161,6 +161,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         `KEYS`; num_classes is a number here, 0 for a model without labels, and the null label is `num_classes`.
         router_bias: Keep a balancing bias in every router.
         expert_rank: Factors of factorised experts; None for stacked ones.
+        other_sizes: Of images beside sample_size, whose places lie between those of its grid.
         time_scale: Length of the time axis that the embedding was trained on. `forward` takes t on 0..1000 and
             embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
 
@@ -189,6 +190,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
         expert_rank: int | None = None, backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
+        other_sizes: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.gradient_checkpointing = False
@@ -315,9 +317,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 tau=torch.as_tensor(tau).to(hidden_states.device).float().expand(len(hidden_states))
             )
         x = self.x_embedder(hidden_states)  # (N, T, D)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed.to(x.dtype)
-        rotary = None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
+        table, rotary = self._positions(hidden_states)
+        if table is not None:
+            x = x + table.to(x.dtype)
         if self.router is not None:
             plain = nn.functional.layer_norm(x, x.shape[-1:])
             decision = decide(self.router, self.rule, x, condition._replace(plain=plain), self.capacity)
@@ -342,6 +344,17 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return DiTMoEOutput(sample=sample, routing=routing, heads=heads)
         return (sample, routing) if heads is None else (sample, routing, heads)
 
+    def _positions(self, images: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What is added to tokens, or turns them in attention, for images (N, C, H, W)."""
+        c, size = self.config, images.shape[-1]
+        if size == c.sample_size:
+            return self.pos_embed, None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
+        grid = size // c.patch_size, c.sample_size // c.patch_size
+        if self.pos_embed is not None:
+            return sincos_positions(c.hidden_size, *grid).to(images.device), None
+        cos, sin = rotary_positions(c.hidden_size // c.num_heads, *grid)
+        return None, (cos.to(images.device), sin.to(images.device))
+
     def _drawn(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, patch_size^2 * channels) as images (N, channels, H, W)."""
         p: int = self.config.patch_size
@@ -358,9 +371,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return Condition(time + label, time, label, timestep=t)
 
     def _check(self, x: Tensor, y: Tensor | None) -> None:
-        size = self.config.sample_size
-        expected = (self.config.in_channels, size, size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        C, sizes = self.config.in_channels, (self.config.sample_size, *self.config.other_sizes)
+        if x.ndim != 4 or x.shape[1] != C or (x.shape[2], x.shape[3]) not in [(size, size) for size in sizes]:
+            expected = " or ".join(str((C, size, size)) for size in sizes)
             raise ValueError(f"x_t must be (N, C, H, W) with (C, H, W) = {expected}, got {tuple(x.shape)}")
         if y is not None and self.y_embedder is None:
             raise ValueError("class_labels were given to a model that was trained without labels")
@@ -372,7 +385,7 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     fields = {**vars(config.model), **vars(config.moe), **vars(config.objective)}
     options = {KEYS.get(name, name): value for name, value in fields.items()}
     options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
-    options["router_scale"] = config.moe.routed_scale
+    options |= {"router_scale": config.moe.routed_scale, "other_sizes": tuple(config.other_sizes())}
     if config.moe.experts == "factorised":
         options["expert_rank"] = config.moe.factors(config.model.hidden_size, config.model.activation)
     model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})

@@ -34,9 +34,9 @@ class DataConfig:
     max_bad: int = 0
     """folder: files that cannot be used and are skipped, each named, before the run stops."""
     mixture: tuple[str, ...] = ()
-    """Several sets in one run, instead of `name`: SET or SET=WEIGHT each, where SET is digits, fashion or a folder of
-    images, and samples are of a set in proportion to its weight (1 if not given). The number of a set, from 0, is its
-    domain; classes are put side by side."""
+    """Several sets in one run, instead of `name`: SET, SET=WEIGHT or SET@SIZE each, where SET is digits, fashion or a
+    folder of images, and samples are of a set in proportion to its weight (1 if not given). The number of a set, from
+    0, is its domain; classes are put side by side. SIZE (with `alternate`): its images are seen in so many pixels."""
     alternate: bool = False
     """mixture: each optimiser step is of one set, in turn (IMP); otherwise every step has samples of all."""
 
@@ -55,9 +55,13 @@ class DataConfig:
         """The sets of the run, a configuration of each alone, with whole numbers in proportion to their weights."""
         entries = [_weighted(entry) for entry in self.mixture]
         whole = math.lcm(*(weight.denominator for _, weight in entries))
-        return [(self._alone(word), int(weight * whole)) for word, weight in entries] or [(self, 1)]
+        return [(self._alone(*_sized(word)), int(weight * whole)) for word, weight in entries] or [(self, 1)]
 
-    def _alone(self, word: str) -> DataConfig:
+    def resolutions(self) -> list[int | None]:
+        """Of each set of the mixture the pixels that its images have in height and width, None: as the model says."""
+        return [_sized(_weighted(entry)[0])[1] for entry in self.mixture]
+
+    def _alone(self, word: str, size: int | None) -> DataConfig:
         named = word in ("digits", "fashion")
         kind: Any = word if named else "folder"
         path, bad, download = None if named else Path(word), 0 if named else self.max_bad, self.download
@@ -69,6 +73,7 @@ class DataConfig:
             path=path,
             max_bad=bad,
             download=download and kind == "fashion",
+            fit="exact" if size is None and self.fit == "exact" else "crop",
         )
 
     def _check_mixture(self) -> None:
@@ -81,6 +86,14 @@ class DataConfig:
         require(bool(places) or not self.alternate, "alternate needs several sets; give them as --data.mixture SET SET")
         if self.alternate and len({weight for _, weight in entries}) > 1:
             raise ValueError("alternate takes the sets in turn, so it does not go with weights; leave one of them out")
+        if any(self.resolutions()) and not self.alternate:
+            raise ValueError("mixture has images of several sizes, and a step takes those of one; add --data.alternate")
+
+
+def _sized(word: str) -> tuple[str, int | None]:
+    """SET or SET@SIZE of a mixture."""
+    name, at, size = word.rpartition("@")
+    return (name, int(size)) if name and at and size.isdecimal() and int(size) else (word, None)
 
 
 def _weighted(entry: str) -> tuple[str, Fraction]:

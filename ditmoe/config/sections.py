@@ -271,10 +271,25 @@ class Config:
                 f"is {self.model.head_experts}; add --model.head-experts 4"
             )
         self._check_domains()
+        self._check_resolutions()
         if decay is not None and self.max_steps > decay:
             raise ValueError(
                 f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
                 f"a longer run is another run: give --train.decay-steps too, and another --out"
+            )
+
+    def other_sizes(self) -> list[int]:
+        """Sizes of images beside model.sample_size that the run is of."""
+        return sorted({size for size in self.data.resolutions() if size} - {self.model.sample_size})
+
+    def _check_resolutions(self) -> None:
+        patch, others = self.model.patch_size, self.other_sizes()
+        for size in others:
+            require(size % patch == 0, f"data.mixture has size {size}, no multiple of model.patch_size {patch}")
+        if others and self.moe.blocks != "none" and "position" in self.moe.router_input:
+            raise ValueError(
+                f"moe.router_input {self.moe.router_input} knows the places of one size, and data.mixture has others; "
+                f"add --moe.router-input token"
             )
 
     def _check_domains(self) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .sets import BadImage, ImageSet
 
 
 class Mixture(ImageSet):
-    """Sets of pixels of one size as one: the images and the classes of a set come after those of the sets before it.
+    """Sets of pixels as one: the images and the classes of a set come after those of the sets before it.
+
+    Sets may have images of their own sizes, which training sees; whoever else asks gets all in one.
 
     Names that classes of two sets share become "set/class". Where some sets have labels, one without is a class of its
     own, which has the set's name.
@@ -26,9 +29,14 @@ class Mixture(ImageSet):
         sets: The sets; the number of one, from 0, is its domain.
         names: Theirs; equal ones are told apart by their numbers.
         weights: Whole numbers above 0: training samples are of a set in proportion to its weight.
+        resized: Pixels (n, h, w, C) to (n, H, W, C), where sets have other sizes than the model.
     """
 
-    def __init__(self, sets: Sequence[ImageSet], names: Sequence[str], weights: Sequence[int]) -> None:
+    def __init__(
+        self, sets: Sequence[ImageSet], names: Sequence[str], weights: Sequence[int],
+        resized: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    ) -> None:  # fmt: skip
+        self._resized = resized
         self.sets, self.weights = tuple(sets), tuple(weight // math.gcd(*weights) for weight in weights)
         self._ends = np.cumsum(self.sizes)
         labelled = any(one.id2label for one in sets)
@@ -52,11 +60,23 @@ class Mixture(ImageSet):
         parts = []
         for one, start, own in self._own(rows):
             try:
-                parts.append(one.images(own))
+                pixels = one.images(own)
             except BadImage as error:
                 raise BadImage(error.row + start, str(error)) from error
+            parts.append(pixels if self._resized is None else self._resized(pixels))
         back = np.argsort(np.argsort(self._domains(rows), kind="stable"))
         return np.concatenate(parts)[back]
+
+    def taught(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
+        """(n, C, h, w) float32, of one set in its own size. Raises as `images`."""
+        if self._resized is None:
+            return self.tensors(rows, mirrored)
+        (one, start, own), *others = self._own(rows)
+        assert not others, "a batch has images of one size"
+        try:
+            return one.tensors(own, mirrored)
+        except BadImage as error:
+            raise BadImage(error.row + start, str(error)) from error
 
     def contents(self) -> bytes:
         """The fingerprints of the sets, with their weights."""

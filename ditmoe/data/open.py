@@ -98,19 +98,21 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
 def _open_mixture(config: DataConfig, size: int, channels: int, split: str) -> Mixture:
     """The sets one after another. ValueError where one of them is not of images, or does not fit the model."""
     sets, names, weights = [], [], []
-    for part, weight in config.sets():
+    sizes = [own or size for own in config.resolutions()]
+    for (part, weight), own in zip(config.sets(), sizes, strict=True):
         if part.path and not part.path.is_dir():
             raise ValueError(
                 f"data.mixture has {part.path}, which is neither digits nor fashion nor a folder of images"
             )
         if part.path and next(part.path.glob("*.safetensors"), None):
             raise ValueError(f"data.mixture takes images, and {part.path} holds latents; encode the images of all sets")
-        sets.append(open_data(part, size=size, channels=channels, split=split))
-        names.append(part.path.resolve().name if part.path else part.name)
+        sets.append(open_data(part, size=own, channels=channels, split=split))
+        names.append((part.path.resolve().name if part.path else part.name) + (f"@{own}" if own != size else ""))
         weights.append(weight)
     bad = [sentence for one in sets if isinstance(one, ArrayImages) for sentence in one.bad.values()]
     check_bad(bad, config.max_bad)
-    return Mixture(sets, names, weights)
+    resized = None if {*sizes} == {size} else lambda pixels: cropped(pixels, size, channels)
+    return Mixture(sets, names, weights, resized)
 
 
 def _fitted(arrays: ArrayImages, size: int, channels: int) -> ArrayImages:

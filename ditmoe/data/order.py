@@ -49,7 +49,7 @@ class _Stream(Dataset[Batch]):
         while x is None:
             rows = [self.image_of(i) for i in indices]
             try:
-                x = self.data.tensors(rows, mirrored)
+                x = self.data.taught(rows, mirrored)
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))

@@ -76,6 +76,10 @@ class ImageSet(ABC):
         """(n, C, H, W) float32, the model's x; of `mirrored` images that of their mirror image. Raises as `images`."""
         return from_pixels(self.images(rows), mirrored)
 
+    def taught(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
+        """What training shows of them: the same, or of a mixture of sizes, in the size of the set that all are of."""
+        return self.tensors(rows, mirrored)
+
     def readable(self, rows: Sequence[int]) -> list[int]:
         """Those of the rows whose images can be used."""
         good = []

@@ -14,7 +14,7 @@ from ..config.sections import Config, MoEConfig, TrainConfig, looks_ahead
 from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
-from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..model import DiTMoETransformer2DModel
 from ..moe import (
     MoELayer,
     Router,
@@ -123,7 +123,8 @@ def optimise(run: Run, step: int) -> StepResult | None:
     if not faults:
         run.optimizer.step()
         if assigned is not None and config.moe.bias_rate:
-            _move_biases(run.raw, assigned, config.moe, config.train.batch_size * tokens_per_image(run.raw))
+            tokens = (batches[0].x.shape[-1] // config.model.patch_size) ** 2  # of an image
+            _move_biases(run.raw, assigned, config.moe, config.train.batch_size * tokens)
     run.optimizer.zero_grad()
     return StepResult(sums, norm, assigned, domains, faults)
 

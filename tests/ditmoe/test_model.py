@@ -149,7 +149,13 @@ def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainin
     trainings |= {"contrastive_weight", "contrastive_temperature", "domain_weight"}
     trainings |= {"experts"}  # which expert_rank says too
     assert set(fields) - known.keys() == {"gradient_checkpointing", *trainings}
-    assert known.keys() - {"self", *fields} == {"router_bias", "learn_sigma", "prediction_type", "time_scale"}
+    assert known.keys() - {"self", *fields} == {
+        "router_bias",
+        "learn_sigma",
+        "prediction_type",
+        "time_scale",
+        "other_sizes",
+    }
 
 
 def test_a_new_model_predicts_zero() -> None:
@@ -242,6 +248,28 @@ def test_rotary_positions_see_only_differences() -> None:
     b = turned_q[2, 1] @ turned_k[4, 2]
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert (a - turned_q[1, 2] @ turned_k[3, 2]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["rope", "sincos"])
+def test_images_of_other_sizes_have_their_places_on_the_same_grid(tmp_path: Path, positions: str) -> None:
+    grown = sincos_positions(16, 2, 4)[0], *rotary_positions(8, 2, 4)  # tokens lie at 0.5 and 2.5 of 0..3
+    omega, turns = 10000.0 ** -(torch.arange(4) / 4), 100.0 ** -(torch.arange(2) / 2)
+    torch.testing.assert_close(grown[0][1, :4], (2.5 * omega).sin())  # row 0, column 1
+    torch.testing.assert_close(grown[0][1, 8:12], (0.5 * omega).sin())
+    torch.testing.assert_close(grown[1][1], torch.cat([(0.5 * turns).repeat(2), (2.5 * turns).repeat(2)]).cos())
+    model = small(positions=positions, other_sizes=(4, 16)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, y = inputs()
+    model.save_pretrained(tmp_path)
+    again = DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()
+    for size in (4, 8, 16):
+        z = torch.nn.functional.interpolate(x, size=(size, size))
+        out = model(z, t, y)
+        assert out.sample.shape == z.shape
+        assert torch.equal(again(z, t, y).sample, out.sample)
+    with pytest.raises(ValueError, match=r"\(2, 8, 8\) or \(2, 4, 4\) or \(2, 16, 16\)"):
+        model(x[:, :, :6, :6], t, y)
 
 
 def test_sincos_positions_are_those_of_dit() -> None:

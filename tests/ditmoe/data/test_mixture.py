@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,6 +237,8 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         ({"mixture": ("digits", "fashion"), "max_bad": 1}, "max_bad works with folder, not digits and fashion"),
         ({"alternate": True}, "alternate needs several sets; give them as --data.mixture SET SET"),
         ({"mixture": ("digits=2", "a"), "alternate": True}, "alternate takes the sets in turn, so it does not go with"),
+        ({"mixture": ("digits", "digits@4")}, "a step takes those of one; add --data.alternate"),
+        ({"mixture": ("digits@4", "digits@4"), "alternate": True}, "mixture has digits@4 twice"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused(options: dict[str, object], sentence: str) -> None:
@@ -261,7 +264,36 @@ def test_a_mixture_is_typed_saved_read_and_planned(tmp_path: Path, capfd: pytest
     assert "mixture has digits twice" in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"data": {"mixture": ("digits", "digits@5"), "alternate": True}},
+            "has size 5, no multiple of model.patch_size",
+        ),
+        ({"moe": {"router_input": "position"}}, "router_input position knows the places of one size"),
+    ],
+)
+def test_sizes_that_a_model_cannot_have_are_refused(tiny: Tiny, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tiny(**{"data": {"mixture": ("digits", "digits@4"), "alternate": True}, **changes})
+
+
+def test_a_step_sees_a_set_in_its_own_size_and_all_else_in_the_models(tiny: Tiny) -> None:
+    config = tiny(max_steps=4, data={"mixture": ("digits", "digits@4"), "alternate": True})
+    data = open_data(config.data, size=8, channels=1)
+    sizes = [batch.x.shape[2:] for batch in Batches(config, data, first_step=0, rank=0, num_processes=1)]
+    assert sizes == [(8, 8), (4, 4)] * 2
+    small = len(data) // 2
+    assert data.images([0, small]).shape == (2, 8, 8, 1)
+    shrunk = data.taught([small])[0, 0]
+    halves = data.tensors([0])[0, 0].unfold(0, 2, 2).unfold(1, 2, 2).mean(dim=(2, 3))
+    torch.testing.assert_close(shrunk, halves, atol=0.02, rtol=0)
+    assert data.id2label[10] == "digits@4/0"
+
+
 def test_weights_are_told_from_names() -> None:
+    assert DataConfig(mixture=("a@b", "digits")).sets()[0][0].path == Path("a@b")  # no size
     assert [weight for _, weight in DataConfig(mixture=("a=b=0.1", "digits=0.3")).sets()] == [1, 3]
     assert DataConfig(mixture=("a=b=0.1", "digits")).sets()[0][0].path == Path("a=b")
     assert all(part.mixture == () for part, _ in DataConfig(mixture=("digits", "a")).sets())

@@ -54,9 +54,9 @@ def test_the_domain_loss_is_added_and_each_set_has_its_own_loss(tiny: Tiny, wave
     assert not {"domain", "loss_domain_0"} & plain.keys()
 
 
-@pytest.mark.parametrize("alternate", [False, True])
-def test_a_mixture_resumes_to_the_bit(tiny: Tiny, tmp_path: Path, waves: Path, alternate: bool) -> None:
-    data = {"mixture": ("digits", str(waves)), "alternate": alternate}  # 60 waves: an epoch ends within step 4 or 8
+@pytest.mark.parametrize(("size", "alternate"), [("", False), ("", True), ("@4", True)])
+def test_a_mixture_resumes_to_the_bit(tiny: Tiny, tmp_path: Path, waves: Path, size: str, alternate: bool) -> None:
+    data = {"mixture": ("digits", f"{waves}{size}"), "alternate": alternate}  # an epoch ends within step 4 or 8
     straight = go(tiny(out=tmp_path / "straight", max_steps=9, data=data, moe=DAMEX))
     for stop in (5, 9):
         cut = go(tiny(out=tmp_path / "cut", max_steps=stop, data=data, moe=DAMEX))
