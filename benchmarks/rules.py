@@ -1,12 +1,13 @@
 """Every rule of routing against the dense twin and the default: equal activated parameters, steps, data and seeds.
 
     python -m benchmarks.rules --out runs/rules [--steps 600] [--seeds 0 1 2] [--shifts 0 4] [--only dense topk ...]
+    python -m benchmarks.rules --preset digits --out runs/rules-digits --shifts 0 --num 0
 
-The preset is `fashion` with its router on the token, unless the rule says otherwise; with a shift of 4 each image is
-moved by up to 4 pixels in each direction, once and for all, so that routing by place cannot help. All see the same
-batches, noise and times. A line of `rows.jsonl` is one (phase, rule, shift, seed); lines that are there are not made
-again. The phase `speed` times steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the
-table and the plot into docs/rules.md.
+The preset is `fashion` or `digits`, its router on the token unless the rule says otherwise; with a shift of 4 each
+image is moved by up to 4 pixels in each direction, once and for all, so that routing by place cannot help. All see the
+same batches, noise and times. `heads` is topk with 4 output heads and their loss, `heads-0` without it. A line of
+`rows.jsonl` is one (phase, rule, shift, seed); lines that are there are not made again. The phase `speed` times steps
+and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table and the plot into docs/rules.md.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from benchmarks.timing import machine, round_robin
 from benchmarks.train_step import Prepared, prepared
 from ditmoe import pipeline
 from ditmoe.analysis.findings import judge, layer_row, values_of, verdicts
+from ditmoe.analysis.information import entropy
 from ditmoe.analysis.routing import batch_a_class
 from ditmoe.analysis.tally import tally
 from ditmoe.config.presets import PRESETS
@@ -42,22 +44,25 @@ from ditmoe.training.state import update_ema
 from ditmoe.training.step import optimise
 
 Row = dict[str, Any]
-OURS = ("dense", "topk", "place", "label+place")
+OURS = ("dense", "topk", "place", "label+place", "heads-0", "heads")
 MARK = ("<!-- made by benchmarks.rules -->", "<!-- end -->")
 
 
-def configuration(name: str, steps: int, seed: int, centroids: Path | None) -> Config:
-    """A rule's run. ValueError for an unknown one."""
-    preset = PRESETS["fashion"]
+def configuration(base: str, name: str, steps: int, seed: int, centroids: Path | None) -> Config:
+    """A rule's run of a preset. ValueError for an unknown one."""
+    preset = PRESETS[base]
     train = replace(preset.train, decay_steps=steps, warmup_steps=min(200, steps // 6))
-    base = replace(preset, max_steps=steps, seed=seed, train=train)
-    changes = {"dense": {"blocks": "none"}, "place": {}, "label+place": {"router_input": "label+position"}}
-    if name in changes:
-        return replace(base, moe=replace(base.moe, **changes[name]))
-    base = replace(base, moe=replace(base.moe, router_input="token"))
-    if name == "topk":
-        return base
-    config = with_rule(base, name)
+    start = replace(preset, max_steps=steps, seed=seed, train=train)
+    inputs = {"place": "position", "label+place": "label+position"}
+    start = replace(start, moe=replace(start.moe, router_input=inputs.get(name, "token")))
+    if name == "dense":
+        return replace(start, moe=replace(start.moe, blocks="none"))
+    if name.startswith("heads"):
+        own = replace(start.objective, expert_weight=0.1 * (name == "heads"))
+        return replace(start, model=replace(start.model, head_experts=4), objective=own)
+    if name in OURS:
+        return start
+    config = with_rule(start, name)
     return replace(config, moe=replace(config.moe, centroids=centroids)) if name == "centroid" else config
 
 
@@ -82,11 +87,9 @@ class Benchmark:
         self.args, self.path = args, args.out / "rows.jsonl"
         self.rows: list[Row] = [json.loads(v) for v in self.path.read_text().splitlines()] if self.path.exists() else []
         self.names = args.only or [n for n in (*OURS, *RULES) if n != "centroid" or args.centroids]
-        preset = PRESETS["fashion"]
-        self.sets = {
-            split: open_data(preset.data, size=preset.model.sample_size, channels=1, split=split)
-            for split in ("train", "test")
-        }
+        self.preset = PRESETS[args.preset]
+        size = self.preset.model.sample_size
+        self.sets = {s: open_data(self.preset.data, size=size, channels=1, split=s) for s in ("train", "test")}
 
     def once(self, key: Row, make: Callable[[], Row]) -> Row:
         """The line of this key, made unless it is there."""
@@ -104,7 +107,7 @@ class Benchmark:
 
     def train(self, name: str, shift: int, seed: int) -> Row:
         """One run: errors, distances, what was chosen."""
-        config = configuration(name, self.args.steps, seed, self.args.centroids)
+        config = configuration(self.args.preset, name, self.args.steps, seed, self.args.centroids)
         made = prepared(config, self.data("train", shift))
         losses = []
         for step in range(self.args.steps):
@@ -120,16 +123,18 @@ class Benchmark:
             "active": active, "train_mse": torch.stack(losses[-100:]).mean().item(),
         }  # fmt: skip
         found |= self.choices(net, config, shift) if config.moe.blocks != "none" else {}
+        found |= {"heads_by_time": heads_by_time(net)} if config.model.head_experts else {}
         return found | self.pictures(net, config, shift)
 
     @torch.inference_mode()
     def held_out(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Tensor:
-        """Mean squared errors of 5,000 held-out images, with the same noise and times for every rule."""
+        """Mean squared errors of 5,000 held-out images (fewer ones again), with the same noise and times for all."""
         data, objective, errors = self.data("test", shift), Objective(config.objective), []
         for first in range(0, 5000, 250):
             rows = list(range(first, first + 250))
+            draws = objective.draw(12345, rows, (1, *data.pixels.shape[1:3]))
+            rows = [row % len(data) for row in rows]
             x = data.tensors(rows)
-            draws = objective.draw(12345, rows, tuple(x.shape[1:]))
             x_t, target = objective.corrupt(x, draws.t, draws.noise)
             sample = net(x_t, draws.t, torch.from_numpy(data.labels[rows])).sample
             errors.append((sample - target).square().mean(dim=(1, 2, 3)))
@@ -155,11 +160,13 @@ class Benchmark:
             return {}
         pipe = pipeline.assemble(net, config, self.sets["train"].id2label)
         labels = balanced_labels(pipe, self.args.num)
-        images = draw(pipe, labels, self.args.num, sampler="unipc", steps=10, cfg=1.25, seed=3, batch_size=250)
+        settings = {"sampler": config.sample.sampler, "steps": config.sample.steps, "cfg": 1.25, "seed": 3}
+        images = draw(pipe, labels, self.args.num, batch_size=250, **settings)
         found: Row = {}
         for name in ("efficientnet-lite0", "random-conv-v1"):
-            sets = (f"fashion-shift{shift}", self.data("train", shift), self.data("test", shift)) if shift else None
-            scorer = Scorer(PRESETS["fashion"], self.args.cache, name, 10_000, sets)
+            tag = f"{config.data.name}-shift{shift}"
+            sets = (tag, self.data("train", shift), self.data("test", shift)) if shift else None
+            scorer = Scorer(config, self.args.cache, name, min(10_000, len(self.sets["train"])), sets)
             found |= {f"fd {name}": scorer.distance(images), "recognised": scorer.recognised(images, np.array(labels))}
         return found
 
@@ -167,20 +174,32 @@ class Benchmark:
         """Images a second in training and in drawing, of all rules in turns."""
         made: dict[str, Prepared] = {}
         for name in self.names:
-            made[name] = prepared(configuration(name, 600, 0, self.args.centroids), self.data("train", 0))
+            config = configuration(self.args.preset, name, 600, 0, self.args.centroids)
+            made[name] = prepared(config, self.data("train", 0))
         steps = {name: each.step for name, each in made.items()}
-        x, t, y = torch.randn(250, 1, 28, 28), torch.full((250,), 500.0), torch.arange(250) % 10
+        size = self.preset.model.sample_size
+        x, t, y = torch.randn(250, 1, size, size), torch.full((250,), 500.0), torch.arange(250) % 10
 
         def forward(net: DiTMoETransformer2DModel) -> Callable[[], object]:
             return torch.inference_mode()(lambda: net(x, t, y))
 
         drawing = {name: forward(each.state.ema) for name, each in made.items()}
-        batch = PRESETS["fashion"].train.batch_size
+        batch = self.preset.train.batch_size
         train, pictures = round_robin(steps, self.args.rounds), round_robin(drawing, self.args.rounds)
         return {
             "machine": machine(), "train": {n: batch / s for n, s in train.items()},
             "passes": {n: 250 / s for n, s in pictures.items()},
         }  # fmt: skip
+
+
+@torch.inference_mode()
+def heads_by_time(net: DiTMoETransformer2DModel) -> float:
+    """Bits that the noise level (of 10) says of the head with the largest gate, classes and levels being even."""
+    t, y = torch.linspace(50, 950, 10).repeat_interleave(10), torch.arange(10).repeat(10)
+    size = net.config.sample_size
+    best = net(torch.zeros(100, net.config.in_channels, size, size), t, y).heads.gates.argmax(dim=1).view(10, 10)
+    counts = torch.stack([torch.bincount(row, minlength=4) for row in best]).numpy()
+    return float(entropy(counts.sum(axis=0)) - entropy(counts).mean())
 
 
 def table(rows: list[Row], steps: int) -> str:
@@ -260,6 +279,7 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=["fashion", "digits"], default="fashion")
     parser.add_argument("--out", type=Path, default=Path("runs/rules"))
     parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
     parser.add_argument("--steps", type=int, default=600)
