@@ -46,7 +46,10 @@ def give(args: ConvertArgs) -> None:
         first = tensors.dtypes["x_embedder.proj.weight"]
         table = sincos_positions(settings["hidden_size"], settings["sample_size"] // settings["patch_size"]).to(first)
         with whole(args.out) as file:
-            torch.save({"pos_embed": table, **{their: tensors[name] for their, name in names.items()}}, file)
+            try:
+                torch.save({"pos_embed": table, **{their: tensors[name] for their, name in names.items()}}, file)
+            except RuntimeError as error:  # torch's own, in the course of the file's
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     else:
         with replacing(args.out) as temporary:
             _write_diffusers(place, temporary, index, settings, tensors)

@@ -66,8 +66,8 @@ class Tensors:
             with safe_globals([Namespace]):
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
-            what = f"asks for {asked[1] or asked[2]}" if asked else "is no list of tensors"
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"asks for {asked[1]}" if asked else "is no list of tensors"
             raise ValueError(f"{file} {what}, and only tensors are read of a checkpoint") from error
         except (*_BROKEN, struct.error) as error:
             raise ValueError(f"{file} is damaged or no checkpoint ({' '.join(str(error).split()):.200})") from error

@@ -54,7 +54,7 @@ def swiglu(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def feed_forward(w: Weights, name: str, x: Tensor, top_k: int) -> Tensor:
-    """One image x (T, D): DiT's layer, or token by token the best experts by softmax, not renormalised, and the shared."""
+    """One image x (T, D): DiT's layer, or token by token the best experts by plain softmax, and the shared."""
     if f"{name}.mlp.fc1.weight" in w:
         return linear(w, f"{name}.mlp.fc2", F.gelu(linear(w, f"{name}.mlp.fc1", x), approximate="tanh"))
     out = []

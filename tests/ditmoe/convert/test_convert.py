@@ -16,10 +16,11 @@ from ditmoe.convert import tensors as tensors_module
 from ditmoe.convert.tensors import Tensors
 from ditmoe.model import DiTMoETransformer2DModel
 from ditmoe.pipeline import DiTMoEPipeline, load
-from tests.ditmoe.convert.checkpoints import CLASSES, D, DEPTH, EXPERTS, FLAGS, HEADS, KINDS, checkpoint, diffusers_dit
+from tests.ditmoe.convert.checkpoints import CLASSES, DEPTH, EXPERTS, FLAGS, HEADS, KINDS, D, checkpoint, diffusers_dit
 from tests.doors import command
 from tests.reference.foreign import network, sit
 
+PAIR = ("gate", "up")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -67,11 +68,11 @@ def test_every_tensor_arrives_bit_by_bit(kind: str, tmp_path: Path) -> None:
         start = f"{name.partition('.moe.')[0]}.moe"
         if name.endswith("experts.w_in"):
             for e, both in enumerate(value):
-                back |= dict(zip((f"{start}.experts.{e}.{p}_proj.weight" for p in ("gate", "up")), both.chunk(2)))
+                back |= dict(zip((f"{start}.experts.{e}.{p}_proj.weight" for p in PAIR), both.chunk(2), strict=True))
         elif name.endswith("experts.w_out"):
             back |= {f"{start}.experts.{e}.down_proj.weight": one for e, one in enumerate(value)}
         elif name.endswith("shared.fc1.weight"):
-            back |= dict(zip((f"{start}.shared_experts.{p}_proj.weight" for p in ("gate", "up")), value.chunk(2)))
+            back |= dict(zip((f"{start}.shared_experts.{p}_proj.weight" for p in PAIR), value.chunk(2), strict=True))
         else:
             renamed = name.replace("moe.router", "moe.gate").replace("moe.shared.fc2", "moe.shared_experts.down_proj")
             if kind == "flash":
