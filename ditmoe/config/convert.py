@@ -43,7 +43,6 @@ class ConvertArgs:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "top_k")
-        require(self.src.exists(), f"src {self.src} does not exist")
         require(self.force or not self.out.exists(), f"out {self.out} exists; give another one, or --force")
         require(self.out.absolute().parent.is_dir(), f"out {self.out} must be in a folder that exists")
         require(self.src.resolve() not in (self.out.resolve(), *self.out.resolve().parents), "out lies in src")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import pipeline
+from ..config.checks import require
 from ..config.convert import ConvertArgs
 from ..config.sections import Config
 from ..data.vae import identity, open_vae
@@ -32,6 +33,7 @@ def run(args: ConvertArgs) -> None:
     Raises:
         ValueError: The checkpoint or the model does not fit, see `open_foreign` and `give`, or OUT cannot be written.
     """
+    require(args.src.exists(), f"src {args.src} does not exist")
     try:
         if args.to == "ditmoe":
             _bring(args)
