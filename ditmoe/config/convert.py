@@ -36,8 +36,8 @@ class ConvertArgs:
     prediction_type: PredictionType | None = None
     """What it predicts; default: as its notes or its scheduler tell, or its paper for the published sizes."""
     vae: Path | None = None
-    """Folder of the VAE of its latents, saved along so that the model draws pictures; default: vae/ beside its
-    transformer/, if there."""
+    """Folder of the VAE of its latents, saved along so that the model draws pictures; default: that of a diffusers
+    folder."""
     force: bool = False
     """Replace OUT if it is there."""
 

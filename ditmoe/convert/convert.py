@@ -65,7 +65,7 @@ def _account(found: Foreign, state: dict[str, Tensor]) -> None:
     for ours, value in state.items():
         copies, shape = found.names(ours), tuple(value.shape)
         if ours.startswith("final_layer.linear"):  # what of it is left out was seen by then
-            shape = (shapes[copies[0][0]][0], *shape[1:])
+            shape = (shapes[found.names("final_layer.linear.weight")[0][0]][0], *shape[1:])
         experts = shape[0] if "moe.experts." in ours else 1
         parts = len(copies[0])
         first = shape[0] if experts == 1 else shape[0] * shape[1]

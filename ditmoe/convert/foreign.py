@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.checks import require
 from ..config.convert import ConvertArgs
 from ..config.sections import ObjectiveConfig, PredictionType, SampleConfig
 from ..files import read_object
@@ -87,7 +88,7 @@ def open_foreign(args: ConvertArgs) -> Foreign:
         raise ValueError(f"src {args.src} has names of {layout}; diffusers' are in a folder, others in a file")
     family = _family(args, layout, tensors.notes)
     if family == "diffusers":
-        kind, options = _of_scheduler(args, folder.parent / "scheduler"), _diffusers_settings(config)
+        kind, options = _of_scheduler(args, folder.parent / "scheduler"), _diffusers_settings(args, config)
     else:
         kind, options = _prediction(args, family, layout, tensors), _official_settings(args, family, layout, tensors)
     found = _sizes(tensors, layout, options.pop("num_heads", args.num_heads))
@@ -108,20 +109,14 @@ def open_foreign(args: ConvertArgs) -> Foreign:
 
 
 def _files(place: Path) -> list[Path]:
-    """The files of weights at a place, those that an index lists, .safetensors before others."""
-    if place.is_file():
-        return [place]
-    for kind in ("safetensors", "bin"):
-        index = place / f"{WEIGHTS}.{kind}.index.json"
-        if index.is_file():
-            listed = read_object(index).get("weight_map")
-            names = sorted({*listed.values()}) if isinstance(listed, dict) else []
-            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-                raise ValueError(f"{index} lists no files of the same folder")
-            return [place / name for name in names]
-        if (place / f"{WEIGHTS}.{kind}").is_file():
-            return [place / f"{WEIGHTS}.{kind}"]
-    raise ValueError(f"src {place} has no {WEIGHTS}.safetensors, no .bin and no index of several")
+    """The files of weights at a place; what an index lists was looked at by `check_component`."""
+    index = place / f"{WEIGHTS}.safetensors.index.json"
+    if index.is_file():
+        return [place / name for name in sorted({*read_object(index)["weight_map"].values()})]
+    for file in (place, place / f"{WEIGHTS}.safetensors", place / f"{WEIGHTS}.bin"):
+        if file.is_file():
+            return [file]
+    raise ValueError(f"src {place} has no {WEIGHTS}.safetensors, no .bin and no index of several files")
 
 
 def _diffusers_config(folder: Path) -> dict[str, Any]:
@@ -135,8 +130,10 @@ def _diffusers_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _diffusers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _diffusers_settings(args: ConvertArgs, config: Mapping[str, Any]) -> dict[str, Any]:
     """What shapes do not tell. Its frequency shift is no setting there, its defaults are those of the class."""
+    for flag, value in (("--num-heads", args.num_heads), ("--top-k", args.top_k)):
+        require(value is None, f"{flag} does not apply to a diffusers folder, whose config.json says it; leave it out")
     return {
         "num_heads": config.get("num_attention_heads", 16), "sample_size": config.get("sample_size", 32),
         "norm2_eps": config.get("norm_eps", 1e-5), "freq_shift": 1, "qk_norm": "none",
@@ -148,15 +145,14 @@ def _of_scheduler(args: ConvertArgs, folder: Path) -> PredictionType:
     if not (folder / "scheduler_config.json").is_file():
         return args.prediction_type or "epsilon"
     config = read_object(folder / "scheduler_config.json")
+    flow = "shift" in config and "prediction_type" not in config  # as of diffusers' flow matching
+    kind: PredictionType = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+    if args.prediction_type not in (None, kind):
+        raise ValueError(f"--prediction-type is {args.prediction_type}, but {folder} says {kind}; leave it out")
     usual = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-    if "shift" in config and "prediction_type" not in config:
-        return "flow_prediction"
     for name, value in usual.items():
         if config.get(name, value) != value:
             raise ValueError(f"{folder} has {name} {config[name]!r:.50}, and DiT's chain has {value}")
-    kind: PredictionType = config.get("prediction_type", "epsilon")
-    if args.prediction_type not in (None, kind):
-        raise ValueError(f"--prediction-type is {args.prediction_type}, but {folder} says {kind}; leave it out")
     return kind
 
 
@@ -179,7 +175,9 @@ def _prediction(args: ConvertArgs, family: str, layout: str, tensors: Tensors) -
     if family == "sit":
         path, kind = notes.get("path_type", "Linear"), notes.get("prediction", "velocity")
         if path != "Linear" or kind != "velocity":
-            raise ValueError(f"src {args.src} has path {path} and predicts {kind}; only Linear and velocity are a flow")
+            raise ValueError(
+                f"src {args.src} has path {path!s:.50} and predicts {kind!s:.50}; only Linear and velocity are ours"
+            )
         if asked not in (None, "flow_prediction"):
             raise ValueError(f"--prediction-type is {asked}, but SiT predicts a flow's velocity; leave it out")
         return "flow_prediction"
@@ -229,8 +227,13 @@ def _sizes(tensors: Tensors, layout: str, heads: int | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "hidden_size": D, "in_channels": C, "patch_size": p, "depth": len(numbers), "positions": "sincos",
         "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1, "activation": "gelu", "moe_blocks": "none",
-        "out_channels": shape("final_layer.linear.weight", 2)[0] // p**2,
     }  # fmt: skip
+    rows = shape("final_layer.linear.weight", 2)[0]
+    if rows not in (p * p * C, p * p * 2 * C):
+        raise ValueError(
+            f"the last layer has {rows} rows; for {C} channels and patches of {p} it needs 1 or 2 times {p * p * C}"
+        )
+    found["out_channels"] = rows // p**2
     if layout != "diffusers":
         T = shape("pos_embed", 3)[1]
         found["sample_size"] = math.isqrt(T) * p

@@ -39,7 +39,7 @@ def give(args: ConvertArgs) -> None:
     config = read_object(place / "transformer" / "config.json")
     defaults = {name: p.default for name, p in signature(DiTMoETransformer2DModel.__init__).parameters.items()}
     settings = {name: config.get(name, default) for name, default in defaults.items() if name != "self"}
-    _refuse(args, settings)
+    _refuse(args, settings, index.get("latents"))
     tensors = Tensors(sorted((place / "transformer").glob("*.safetensors")))
     if args.to == "dit":
         names = {theirs(name, "dit", 0, 0)[0][0]: name for name in tensors.shapes}
@@ -61,12 +61,14 @@ def give(args: ConvertArgs) -> None:
     print(f"wrote {args.out}")
 
 
-def _refuse(args: ConvertArgs, settings: dict[str, Any]) -> None:
+def _refuse(args: ConvertArgs, settings: dict[str, Any], latents: dict[str, Any] | None) -> None:
     for name, value in _NEEDED.items():
         if settings[name] != value:
             raise ValueError(f"src {args.src} has {name} {settings[name]}; DiT has {value}, so it cannot be taken out")
     if settings["head_experts"] > 1 or not settings["num_classes"]:
         raise ValueError(f"src {args.src} has several heads or no classes, unlike DiT, so it cannot be taken out")
+    if latents is not None and (any(latents["mean"]) or len({*latents["std"]}) > 1):
+        raise ValueError(f"src {args.src} is of latents normalised channel by channel, and {args.to} has one factor")
     kind = settings["prediction_type"]
     if kind == "flow_prediction" or (args.to == "dit" and kind != "epsilon"):
         raise ValueError(f"src {args.src} predicts {kind}, which {args.to} does not, so it cannot be taken out")

@@ -54,9 +54,8 @@ _REFUSED = {  # a part of a name: whose it is, and what has no place here
     ".mlp.w12.": "LightningDiT's (or JiT's): its norms have weights, its SwiGLU biases, its positions another rotation",
     ".cluster_centers": "ProMoE's: images without a label have an expert of their own, and its experts have biases",
     ".expert_threshold": "DiffMoE's: its thresholds belong to a predictor of two layers",
-    ".gate_weight": "EC-DiT's as DiffMoE's repository has it: its experts choose over all images of a batch",
-    ".e_score_correction_bias": "DSMoE's: its positions are another rotation (base 10000), and groups are scored "
-    "otherwise",
+    ".gate_weight": "EC-DiT's as DiffMoE's repository has it: how many tokens an expert takes is not in the file",
+    ".e_score_correction_bias": "DSMoE's: its positions are another rotation (base 10000, ours 100)",
 }
 
 

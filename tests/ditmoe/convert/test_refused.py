@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ def test_code_in_a_pickle_is_not_run(where: str, tmp_path: Path, capsys: pytest.
         (lambda w: w.update({"blocks.1.mlp.fc2.weight": torch.ones(32, 64)}), "fc2.weight has the shape (32, 64)"),
         (lambda w: w.update({"x_embedder.proj.weight": torch.ones(48, 4, 2, 2)}), "with the other sizes it must be"),
         (lambda w: w.update({"x_embedder.proj.weight": torch.ones(30, 4, 2, 2)}), "hidden_size 30 must be a multiple"),
+        (lambda w: w.update({"final_layer.linear.weight": torch.ones(33, 32)}), "the last layer has 33 rows"),
+        (lambda w: w.update({"final_layer.linear.bias": torch.ones(16)}), "linear.bias has the shape (16,)"),
         (lambda w: w.update({"pos_embed": torch.zeros(1, 16, 32)}), "pos_embed is not the table of sines and cosines"),
         (lambda w: w.update({"pos_embed": torch.zeros(1, 15, 32)}), "pos_embed is not the table of sines and cosines"),
         (lambda w: w.update({"pos_embed": torch.full((1, 16, 32), torch.nan)}), "pos_embed is not the table"),
@@ -207,6 +210,7 @@ def test_what_does_not_apply_is_refused(
         ({"blocks.0.mlp.w12.weight": torch.ones(1)}, "LightningDiT's"),
         ({"blocks.1.mlp.cluster_centers": torch.ones(1)}, "ProMoE's"),
         ({"blocks.1.mlp.expert_threshold": torch.ones(1)}, "DiffMoE's"),
+        ({"blocks.1.mlp.gate_weight": torch.ones(1)}, "EC-DiT's"),
         ({"blocks.1.mlp.gate.e_score_correction_bias": torch.ones(1)}, "DSMoE's"),
     ],
 )
@@ -236,6 +240,27 @@ def test_a_diffusers_folder_that_does_not_fit(
     refused(capsys, sentence, them)
 
 
+@pytest.mark.parametrize(
+    ("change", "flags", "sentence"),
+    [
+        ({"beta_schedule": "scaled_linear"}, (), "has beta_schedule 'scaled_linear', and DiT's chain has linear"),
+        ({}, ("--prediction-type", "sample"), "--prediction-type is sample, but"),
+        ({}, ("--num-heads", "2"), "--num-heads does not apply to a diffusers folder"),
+        ({}, ("--top-k", "2"), "--top-k does not apply to a diffusers folder"),
+        ({"prediction_type": "noise"}, (), "prediction_type 'noise' is not one of"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit(
+    change: dict[str, Any], flags: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diffusers_dit().save_pretrained(tmp_path / "them/transformer")
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "them/scheduler")
+    (tmp_path / "them/model_index.json").write_text("{}")
+    place = tmp_path / "them/scheduler/scheduler_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | change))
+    refused(capsys, sentence, tmp_path / "them", *flags)
+
+
 def test_embeddings_that_differ_from_block_to_block_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +281,13 @@ def test_only_dense_models_of_dit_go_out(tmp_path: Path, capsys: pytest.CaptureF
     assert command("convert", tmp_path / "them.pt", tmp_path / "ours", *FLAGS["sit"]) == 0
     assert command("convert", tmp_path / "ours", tmp_path / "out", "--to", "diffusers") == 2
     assert "has time_scale 1.0; DiT has 1000.0, so it cannot be taken out" in capsys.readouterr().err
+    torch.save(checkpoint("dit"), tmp_path / "them.pt")
+    assert command("convert", tmp_path / "them.pt", tmp_path / "ours", *DIT, "--force") == 0
+    index = json.loads((tmp_path / "ours/model_index.json").read_text())
+    index["latents"]["std"] = [1.0, 2.0, 3.0, 4.0]
+    (tmp_path / "ours/model_index.json").write_text(json.dumps(index))
+    assert command("convert", tmp_path / "ours", tmp_path / "out", "--to", "diffusers") == 2
+    assert "latents normalised channel by channel, and diffusers has one factor" in capsys.readouterr().err
     refused(capsys, "is a model folder of ours; --to diffusers or --to dit takes it out", tmp_path / "ours")
 
 
