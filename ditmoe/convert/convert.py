@@ -66,17 +66,15 @@ def _account(found: Foreign, state: dict[str, Tensor]) -> None:
         copies, shape = found.names(ours), tuple(value.shape)
         if ours.startswith("final_layer.linear"):  # what of it is left out was seen by then
             shape = (shapes[found.names("final_layer.linear.weight")[0][0]][0], *shape[1:])
-        experts = shape[0] if "moe.experts." in ours else 1
-        parts = len(copies[0])
-        first = shape[0] if experts == 1 else shape[0] * shape[1]
-        rest = shape[1:] if experts == 1 else shape[2:]
+        if "moe.experts." in ours:
+            shape = (shape[0] * shape[1], shape[2])
+        needed = (shape[0] // len(copies[0]), *shape[1:])  # of each part
         for name in (name for copy in copies for name in copy):
             wanted.add(name)
             if name not in shapes:
                 raise ValueError(f"the checkpoint lacks {name}, of which {ours} is made")
-            if shapes[name] != (first // parts, *rest):
-                what = f"{name} has the shape {shapes[name]}, and with the other sizes it must be"
-                raise ValueError(f"{what} {(first // parts, *rest)}")
+            if shapes[name] != needed:
+                raise ValueError(f"{name} has the shape {shapes[name]}, and with the other sizes it must be {needed}")
             if found.tensors.dtypes[name] != found.tensors.dtypes[copies[0][0]]:
                 raise ValueError(f"{name} has another precision than {copies[0][0]}; they are parts of one tensor")
     if more := sorted(shapes.keys() - wanted):

@@ -100,6 +100,8 @@ def open_foreign(args: ConvertArgs) -> Foreign:
     sampler, steps, cfg, channels = _DRAWN["dit-moe-flow" if family == "dit-moe" and flow else family]
     sampler = "flow-euler" if flow else sampler
     names = index.get("id2label") or {}
+    if not isinstance(names, dict) or not all(k.isdecimal() and isinstance(v, str) for k, v in names.items()):
+        raise ValueError(f"{args.src / 'model_index.json'} has an id2label that is no dict of labels and names")
     return Foreign(
         tensors, layout, family, settings, ObjectiveConfig(prediction_type=kind, learn_sigma=learn_sigma),
         SampleConfig(sampler=sampler, steps=steps, cfg=cfg), channels if found["in_channels"] == 4 else None,
@@ -124,7 +126,8 @@ def _diffusers_config(folder: Path) -> dict[str, Any]:
     config = read_object(folder / "config.json")
     kinds = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in older folders
     if config.get("_class_name") not in kinds:
-        raise ValueError(f"{folder / 'config.json'} is of {config.get('_class_name')!r:.100}, not {kinds[0]}")
+        what = f"{folder / 'config.json'} is of {config.get('_class_name')!r:.100}, not {kinds[0]}"
+        raise ValueError(f"{what}; a run or a model folder of ours goes out with --to")
     if config.get("activation_fn", "gelu-approximate") != "gelu-approximate":
         raise ValueError(f"{folder / 'config.json'} has activation_fn {config['activation_fn']!r}; ours is gelu's tanh")
     return config

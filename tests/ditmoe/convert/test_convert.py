@@ -16,6 +16,7 @@ from ditmoe.convert import tensors as tensors_module
 from ditmoe.convert.tensors import Tensors
 from ditmoe.model import DiTMoETransformer2DModel
 from ditmoe.pipeline import DiTMoEPipeline, load
+from tests.ditmoe.convert import checkpoints
 from tests.ditmoe.convert.checkpoints import CLASSES, DEPTH, EXPERTS, FLAGS, HEADS, KINDS, D, checkpoint, diffusers_dit
 from tests.doors import command
 from tests.reference.foreign import network, sit
@@ -229,6 +230,16 @@ def test_sixteen_bits_stay_and_large_models_lie_in_several_files(
     pipe = DiTMoEPipeline.from_pretrained(ours)
     assert torch.equal(pipe.transformer.state_dict()["blocks.1.moe.experts.w_out"], experts.float())
     load(ours)
+
+
+def test_one_expert_is_an_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "EXPERTS", 1)
+    torch.save(weights := checkpoint("dit-moe"), tmp_path / "them.pt")
+    words = "convert", tmp_path / "them.pt", tmp_path / "ours", *FLAGS["dit-moe"]
+    assert command(*words, "--top-k", 1) == 0
+    x = torch.randn(4, 8, 8)
+    found = answer(load(tmp_path / "ours").transformer, x, 30, 2).double()
+    torch.testing.assert_close(found, network(weights, x, 30, 2, heads=HEADS, top_k=1), rtol=1e-5, atol=2e-5)
 
 
 def test_pixels_have_no_latents_and_guide_all_channels(tmp_path: Path) -> None:

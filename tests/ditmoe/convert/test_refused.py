@@ -245,6 +245,7 @@ def test_a_diffusers_folder_that_does_not_fit(
     [
         ({"beta_schedule": "scaled_linear"}, (), "has beta_schedule 'scaled_linear', and DiT's chain has linear"),
         ({}, ("--prediction-type", "sample"), "--prediction-type is sample, but"),
+        ({"id2label": [1]}, (), "has an id2label that is no dict"),
         ({}, ("--num-heads", "2"), "--num-heads does not apply to a diffusers folder"),
         ({}, ("--top-k", "2"), "--top-k does not apply to a diffusers folder"),
         ({"prediction_type": "noise"}, (), "prediction_type 'noise' is not one of"),
@@ -255,7 +256,7 @@ def test_a_scheduler_that_does_not_fit(
 ) -> None:
     diffusers_dit().save_pretrained(tmp_path / "them/transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "them/scheduler")
-    (tmp_path / "them/model_index.json").write_text("{}")
+    (tmp_path / "them/model_index.json").write_text(json.dumps(change))
     place = tmp_path / "them/scheduler/scheduler_config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | change))
     refused(capsys, sentence, tmp_path / "them", *flags)
