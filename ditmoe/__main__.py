@@ -80,6 +80,14 @@ def export(argv: Sequence[str], prog: str) -> None:
     export.export(args)
 
 
+def convert(argv: Sequence[str], prog: str) -> None:
+    """Make a model folder of a checkpoint of DiT, SiT, DiT-MoE or diffusers, or take one out."""
+    args = cli.parse(cli.ConvertArgs, argv, prog)
+    from .convert import convert
+
+    convert.run(args)
+
+
 def exposure(argv: Sequence[str], prog: str) -> None:
     """Measure how far a sampler strays from what the network was trained on."""
     args = cli.parse(cli.ExposureArgs, argv, prog)
@@ -105,7 +113,8 @@ def centroids(argv: Sequence[str], prog: str) -> None:
 
 
 COMMANDS = {
-    command.__name__: command for command in (train, sample, score, encode, export, exposure, analyze, centroids)
+    command.__name__: command
+    for command in (train, sample, score, encode, export, convert, exposure, analyze, centroids)
 }
 
 

@@ -66,14 +66,15 @@ class Refiner(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t, then a two-layer network.
 
-    emb(t) = [cos(t f_j), sin(t f_j)], f_j = 10000^(-j / half), half = 128; t on the 0..1000 scale.
-    Source: DiT (arXiv 2212.09748) and its release (frequency shift 0).
+    emb(t) = [cos(t f_j), sin(t f_j)], f_j = 10000^(-j / (half - freq_shift)), half = 128; t on the 0..1000 scale.
+    Source: DiT (arXiv 2212.09748) and its release (frequency shift 0); diffusers' DiT has frequency shift 1.
     """
 
     FREQUENCIES = 256
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, freq_shift: int = 0) -> None:
         super().__init__()
+        self.freq_shift = freq_shift
         self.mlp = nn.Sequential(
             nn.Linear(self.FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -81,7 +82,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t (N,), any real dtype -> (N, D)."""
         half = self.FREQUENCIES // 2
-        f = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
+        f = torch.exp(
+            torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / (half - self.freq_shift))
+        )
         angles = t.float().unsqueeze(-1) * f  # (N, half)
         emb = torch.cat([angles.cos(), angles.sin()], dim=-1)
         out: Tensor = self.mlp(emb.to(next(self.mlp.parameters()).dtype))

@@ -70,11 +70,13 @@ class DiTBlock(nn.Module):
     Exactly one of `moe` and `mlp` is there. Source: DiT (arXiv 2212.09748) Figure 3.
     """
 
-    def __init__(self, hidden_size: int, attn: Attention, feed_forward: MoELayer | FeedForward) -> None:
+    def __init__(
+        self, hidden_size: int, attn: Attention, feed_forward: MoELayer | FeedForward, norm2_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
         if isinstance(feed_forward, MoELayer):
             self.moe = feed_forward
         else:
@@ -164,9 +166,13 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         other_sizes: Of images beside sample_size, whose places lie between those of its grid.
         time_scale: Length of the time axis that the embedding was trained on. `forward` takes t on 0..1000 and
             embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
+        reverse_time: Embed 1000 - t instead of t, for a model whose time ran from noise to data (SiT).
+        freq_shift: Of the time's sinusoids: 0 as in the official DiT, 1 as in diffusers'.
+        norm2_eps: Epsilon of the norm before the feed-forward layers (diffusers' DiT: 1e-5).
 
     Raises:
-        ValueError: The router is to look at labels, of which there are none.
+        ValueError: The router is to look at labels, of which there are none; or freq_shift or norm2_eps is no such
+            value.
 
     Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633).
     """
@@ -190,14 +196,17 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
         expert_rank: int | None = None, backend: Literal["auto", "grouped", "loop"] = "auto",
         learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
+        reverse_time: bool = False, freq_shift: int = 0, norm2_eps: float = 1e-6,
         other_sizes: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         super().__init__()
+        if freq_shift not in (0, 1) or norm2_eps <= 0:
+            raise ValueError(f"freq_shift is {freq_shift} and norm2_eps {norm2_eps}; they are 0 or 1, and above 0")
         self.gradient_checkpointing = False
         self.capacity: float | None = None
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, freq_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self._add_positions(positions, hidden_size, hidden_size // num_heads, sample_size // patch_size)
         inputs, places = cast("Sequence[Input]", router_input.split("+")), None
@@ -241,7 +250,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             maps = AttentionExperts(hidden_size, num_heads, *some) if attention_experts else None
             return Attention(hidden_size, num_heads, qk_norm, maps)
 
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, attention(), feed_forward(i)) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, attention(), feed_forward(i), norm2_eps) for i in range(depth)
+        )
         for i, module in enumerate(m for m in self.modules() if isinstance(m, Router)):
             module.salt = i
         self.refiner = Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
@@ -363,7 +374,8 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
         N = x.shape[0]
         t = torch.as_tensor(t, device=x.device).expand(N)
-        time: Tensor = self.t_embedder(t.float() * (self.config.time_scale / 1000))
+        own = 1000 - t.float() if self.config.reverse_time else t.float()  # on the time axis of the training
+        time: Tensor = self.t_embedder(own * (self.config.time_scale / 1000))
         if self.y_embedder is None:
             return Condition(time, time, timestep=t)
         y = torch.full((N,), self.config.num_classes, device=x.device) if y is None else y

@@ -51,6 +51,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guide: A weaker network for autoguidance (`ditmoe.moe.guide`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
         guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
+        guidance_channels: How many of the first channels to guide when no other number is asked for; None: all.
         experts_off: The guide is the network itself without its routed experts.
 
     Raises:
@@ -65,7 +66,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         id2label: dict[str, str] | None = None, sampler: str = "ddim", num_inference_steps: int = 50,
         guidance_scale: float = 1.5, trained_steps: int | None = None, latents: dict[str, Any] | None = None,
         guide: DiTMoETransformer2DModel | None = None, guide_scale: float | None = None, experts_off: bool = False,
-        guidance_interval: Sequence[float] | None = None,
+        guidance_interval: Sequence[float] | None = None, guidance_channels: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if guide is not None and experts_off:
@@ -74,7 +75,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(
             id2label=id2label or {}, sampler=sampler, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, trained_steps=trained_steps, latents=latents, guide_scale=guide_scale,
-            experts_off=experts_off, guidance_interval=guidance_interval,
+            experts_off=experts_off, guidance_interval=guidance_interval, guidance_channels=guidance_channels,
         )  # fmt: skip
 
     @property
@@ -104,6 +105,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
                 that the model names, if any, see `ditmoe.moe.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             guidance_interval: Default: the saved one, where anything guides; (0, 1000) is all.
+            guidance_channels: Likewise; as many as there are is all.
             tau: Of a model with such a rule, instead of its own: a number, or spans (lowest, highest time, tau).
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone.
@@ -124,6 +126,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guide, w = self.guide_for(guide, guide_scale)
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
         guidance_interval = self.interval_for(guidance_interval, guidance_scale, w, scheduler.timesteps)
+        guidance_channels = self.channels_for(guidance_channels, guidance_scale, w)
         net, generators = self.transformer, image_generators(seed, indices)
         spans = [(0.0, 1000.0, float(tau))] if isinstance(tau, int | float) else tau
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
@@ -165,6 +168,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         within = bool(((timesteps >= saved[0]) & (timesteps <= saved[1])).any())
         return (saved[0], saved[1]) if within else None
 
+    def channels_for(self, asked: int | None, guidance_scale: float, guide_scale: float) -> int | None:
+        """How many of the first channels a call guides: as asked, or as saved if anything guides."""
+        return self.config.guidance_channels if asked is None and not guidance_scale == guide_scale == 1 else asked
+
     def network_calls(self, sampler: str | None = None, num_inference_steps: int | None = None) -> int:
         """NFE: network calls an image; each is two passes where guidance applies."""
         return len(self.scheduler_for(sampler, num_inference_steps).timesteps)
@@ -195,17 +202,23 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return [int(label) for label in class_labels], len(class_labels)
 
 
+def find(folder: Path) -> Path:
+    """The pipeline folder that a run folder or its `model/` is; ValueError where there is none."""
+    place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
+    if place is None:
+        raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+    return place
+
+
 def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
     """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
 
     On the CPU, or with `fast` where this machine computes fast. Raises ValueError where there is no pipeline, saying
     what was looked for, or where what is there is not one of ours.
     """
-    place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
-    if place is None:
-        raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+    place = find(folder)
     try:
-        _check(place)
+        check(place)
         logging.disable_progress_bar()
         pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True)
         if any(v.is_meta for part in (pipe.transformer, pipe.vae, pipe.guide) if part for v in part.parameters()):
@@ -219,11 +232,11 @@ def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
         raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
 
 
-def _check(folder: Path) -> dict[str, Any]:
+def check(folder: Path) -> dict[str, Any]:
     """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
     network = DiTMoETransformer2DModel
     settings = {"latents": is_normalization, "guide_scale": _is_scale, "experts_off": lambda x: isinstance(x, bool)}
-    settings["guidance_interval"] = _is_interval
+    settings |= {"guidance_interval": _is_interval, "guidance_channels": lambda x: type(x) is int and x > 0}
     return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, settings)
 
 
@@ -286,10 +299,20 @@ def add_guide(pipe: DiTMoEPipeline, guide: DiTMoETransformer2DModel | str, scale
 def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
-        steps = _check(folder).get("trained_steps")
+        steps = check(folder).get("trained_steps")
     except ValueError:
         return None
     return steps if isinstance(steps, int) else None
+
+
+def save_settings(pipeline: DiTMoEPipeline, folder: Path) -> Path:
+    """Write all of a pipeline folder but the transformer's weights; where they belong comes back."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if name != "transformer" and part is not None:
+            part.save_pretrained(folder / name)
+    pipeline.transformer.save_config(folder / "transformer")
+    return folder / "transformer"
 
 
 def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
@@ -302,11 +325,7 @@ def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Ten
         if weights is None:
             pipeline.save_pretrained(temporary)
             return
-        pipeline.save_config(temporary)
-        for name, part in pipeline.components.items():
-            if name != "transformer" and part is not None:
-                part.save_pretrained(temporary / name)
-        pipeline.transformer.save_config(transformer := temporary / "transformer")
+        transformer = save_settings(pipeline, temporary)
         where: dict[str, str] = {}
         size = 0
         for number, lot in enumerate(weights, start=1):  # diffusers' layout of a sharded model

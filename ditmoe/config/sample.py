@@ -50,7 +50,7 @@ class SampleArgs:
     guidance_interval: tuple[float, float] | None = None
     """Guide between these two timesteps alone (lowest, highest, of 0..1000)."""
     guidance_channels: int | None = None
-    """Guide only so many first channels (DiT: 3 of 4)."""
+    """Guide only so many first channels (DiT: 3 of 4); default: saved with the model, else all."""
     guidance_rule: Literal["cfg", "cfg++"] = "cfg"
     """Classifier-free guidance, or CFG++ (ddim and flow-euler; give --cfg too, between 0 and 1)."""
     guide: str | None = None

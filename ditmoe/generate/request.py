@@ -39,7 +39,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     images = requested(args)
     if images.are_latents and (score or out is None or out.suffix != ".png"):  # the grid is there to look at them
         what = f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them"
-        raise ValueError(f"{what}; give it one: python -m ditmoe export MODEL FOLDER --vae PATH")
+        raise ValueError(f"{what}; give it one: python -m ditmoe export RUN FOLDER --vae PATH, or convert")
     if score and out is not None and out.suffix == ".png":
         raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")
     if out is None:
@@ -76,6 +76,7 @@ def requested(args: SampleArgs) -> RequestedSet:
     guided, scale = pipe.guide_for(guide, args.guide_scale)
     asked, timesteps = more["guidance_interval"], scheduler.timesteps
     more["guidance_interval"] = pipe.interval_for(asked, 1.0 if cfg is None else cfg, scale, timesteps)
+    more["guidance_channels"] = pipe.channels_for(more["guidance_channels"], 1.0 if cfg is None else cfg, scale)
     options = {
         "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
         "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale, "tau": args.tau_spans(),

@@ -8,6 +8,7 @@ import pytest
 import tyro
 
 from ditmoe import cli
+from ditmoe.config.convert import ConvertArgs
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sample import AnalyzeArgs, CentroidsArgs, ExportArgs, ExposureArgs, SampleArgs
@@ -61,6 +62,8 @@ def test_other_commands() -> None:
         cli.parse(AnalyzeArgs, shlex.split(looked)[4:])
     (fit,) = (c for c in COMMANDS if c.startswith("python -m ditmoe centroids"))
     cli.parse(CentroidsArgs, shlex.split(fit)[4:])
+    (brought,) = (c for c in COMMANDS if c.startswith("python -m ditmoe convert"))
+    cli.parse(ConvertArgs, shlex.split(brought)[4:])
     (gift,) = (c for c in COMMANDS if c.startswith("python -m ditmoe export"))
     cli.parse(ExportArgs, shlex.split(gift)[4:])
 

@@ -16,7 +16,7 @@ from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import DataConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "sample", "score", "encode", "export", "exposure", "analyze", "centroids"]
+COMMANDS = ["train", "sample", "score", "encode", "export", "convert", "exposure", "analyze", "centroids"]
 
 
 def test_a_rule_goes_by_the_numbers_asked_for_in_any_order() -> None:
@@ -147,7 +147,7 @@ def test_the_command_lists_its_commands(monkeypatch: pytest.MonkeyPatch, capfd: 
         assert [line.split()[0] for line in lines] == COMMANDS
     assert typed(monkeypatch, "/bin/ditmoe", "trian", "digits") == 2
     sentence = "error: there is no command 'trian'; did you mean 'train'? commands are train, sample, score, "
-    assert capfd.readouterr().err == f"{sentence}encode, export, exposure, analyze, centroids\n"
+    assert capfd.readouterr().err == f"{sentence}encode, export, convert, exposure, analyze, centroids\n"
 
 
 @pytest.mark.parametrize("command", ["train digits", *COMMANDS[1:]])

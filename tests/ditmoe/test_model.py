@@ -149,12 +149,13 @@ def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainin
     trainings |= {"contrastive_weight", "contrastive_temperature", "domain_weight"}
     trainings |= {"experts"}  # which expert_rank says too
     assert set(fields) - known.keys() == {"gradient_checkpointing", *trainings}
+    foreign = {"time_scale", "reverse_time", "freq_shift", "norm2_eps"}  # of checkpoints that others trained
     assert known.keys() - {"self", *fields} == {
         "router_bias",
         "learn_sigma",
         "prediction_type",
-        "time_scale",
         "other_sizes",
+        *foreign,
     }
 
 
@@ -191,6 +192,12 @@ def test_time_and_label_and_position_matter() -> None:
     assert (model(x, t, (y + 1) % 5).sample - base).abs().max() > 1e-4
     turned = model(x.flip(3), t, y).sample.flip(3)
     assert (turned - base).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("options", [{"freq_shift": 128}, {"freq_shift": 2}, {"norm2_eps": 0.0}])
+def test_what_no_checkpoint_has_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="they are 0 or 1, and above 0"):
+        small(**options)
 
 
 def test_an_imported_time_scale_is_undone() -> None:

@@ -217,6 +217,8 @@ def with_guide(model):
         (lambda m: change(m / "transformer/config.json", num_heads=0), "num_heads is 0; it must be above 0"),
         (lambda m: change(m / "transformer/config.json", activation="x"), "activation is 'x', which it cannot be"),
         (lambda m: change(m / "transformer/config.json", time_scale=1e99), "time_scale is 1e.99, which it cannot be"),
+        (lambda m: change(m / "transformer/config.json", freq_shift=128), "freq_shift is 128 and norm2_eps"),
+        (lambda m: change(m / "model_index.json", guidance_channels=0), "model_index.json has guidance_channels 0"),
         (lambda m: change(m / "transformer/config.json", hidden_size=2**40), "has the shape .*asks for|can be built"),
         (
             lambda m: change(m / "transformer/config.json", num_classes=2**30),
