@@ -104,7 +104,7 @@ def select(
     """Scores and plan: the experts of every row and their weights.
 
     w_e = scale * s_e / (sum of the row's chosen s if renormalize else 1), with s = softmax, 1.5-entmax or sigmoid of
-    the logits, or they themselves. The bias moves the choice, never the weights.
+    the logits, or they themselves, or 1 (`weights` one). The bias moves the choice, never the weights.
 
     Args:
         logits: (R, E + Z) float32, the t rows of each image one after the other.
@@ -120,12 +120,13 @@ def select(
     """
     R, E = logits.shape[0], logits.shape[1] - rule.null_experts
     scores = _scores(logits, rule.score)
+    worth = scores if rule.weights == "scores" else 1 + 0 * scores  # a gradient of 0: the router stays
     if rule.kind == "dense":
         return Selection(scores, None, (scores > 0).sum(dim=0))
     choice = scores.detach() if bias is None else scores.detach() + bias
     if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
         experts = _best(choice, rule)  # (R, K), best first
-        weights = scores.gather(-1, experts)
+        weights = worth.gather(-1, experts)
         if rule.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         if rule.scale != 1.0:
@@ -136,7 +137,7 @@ def select(
     chosen = _chosen(choice, rule, images, tau, capacity)
     counts = chosen.sum(dim=0)
     chosen = chosen[:, :E]
-    weights = scores[:, :E] * rule.scale if rule.scale != 1.0 else scores[:, :E]
+    weights = worth[:, :E] * rule.scale if rule.scale != 1.0 else worth[:, :E]
     if rule.renormalize:
         weights = weights / (scores[:, :E] * chosen).sum(dim=-1, keepdim=True).clamp_min(1e-20)
     if rule.overflow != "none":
