@@ -270,6 +270,8 @@ class Config:
                 f"objective.expert_weight {self.objective.expert_weight} is of several heads, and model.head_experts "
                 f"is {self.model.head_experts}; add --model.head-experts 4"
             )
+        if self.moe.hoyer_weight and self.train.compile:
+            raise ValueError("moe.hoyer_weight looks into layers, which train.compile closes; leave one of them out")
         self._check_domains()
         if decay is not None and self.max_steps > decay:
             raise ValueError(

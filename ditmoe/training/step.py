@@ -31,6 +31,7 @@ from .exchange import all_sum
 from .feed import Watch
 from .health import Evidence, Health
 from .parallel import Parallel
+from .sparsity import hidden_units, square_hoyer
 from .state import State
 
 
@@ -141,12 +142,14 @@ def _forward(run: Run, batch: Batch) -> tuple[dict[str, Tensor], list[Routing], 
     null = run.raw.null_label
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
-    with accelerator.autocast():
+    with accelerator.autocast(), hidden_units(run.raw if config.moe.hoyer_weight else None) as hidden:
         sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
     counts = accelerator.reduce(torch.stack([record.counts for record in routing]), "sum") if routing else None
     parts = [(name, 1.0, value) for name, value in objective.losses(sample, target, x_0, x_t, t).items()]
     if heads:
         parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
+    if hidden:
+        parts.append(("hoyer", config.moe.hoyer_weight, torch.stack([*map(square_hoyer, hidden)]).mean()))
     if counts is not None:
         moe, L = config.moe, len(routing)
         together = moe.balance_over == "model"
