@@ -101,6 +101,9 @@ class ObjectiveConfig:
 class TrainConfig:
     """The optimiser, the loop, and what it writes."""
 
+    init: Path | None = None
+    """Begin with the weights of this model folder or run, which must be of the same network as is asked for; None:
+    new ones. They are read before the first step alone: a run is resumed without them."""
     batch_size: int = 128
     """Images of one optimiser step, over all processes and accumulation."""
     accumulation: int = 1
