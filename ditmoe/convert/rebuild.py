@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config.experts import has_experts
-from ..config.sections import Config
+from ..config.sections import Config, MoEConfig
 from ..model import KEYS, DiTMoETransformer2DModel, check_network
 from ..moe import FeedForward, MoELayer, Router
 
@@ -53,13 +53,18 @@ def described(net: DiTMoETransformer2DModel, config: Config) -> Config:
 
     As OUT/training.json of a model folder OUT it is what trains the model on, balance at the rates of `config`:
     `python train.py OUT/training.json --train.init OUT --out RUN`. Where routers have biases and `config` does not move
-    them, DeepSeek-V3's rate does. Where weights are one no loss moves the routers: they stay as they were fitted.
+    them, DeepSeek-V3's rate does. Where weights are one no loss moves the routers: they stay as they were fitted. Dense
+    layers are no longer trained to be sparse once there are experts.
     """
     c = net.config
     moe: dict[str, Any] = {"experts": "stacked" if c.expert_rank is None else "factorised"}
     moe["bias_rate"] = (config.moe.bias_rate or 0.001) if c.router_bias else 0.0
     if c.router_weights == "one":
         moe |= {"balance_weight": 0.0, "z_weight": 0.0}
+    if c.moe_blocks != "none":  # what made dense layers sparse has done its work
+        moe["hoyer_weight"] = 0.0
+    if c.router_kind != "prototype":
+        moe |= {name: getattr(MoEConfig, name) for name in ("contrastive_weight", "contrastive_temperature")}
     sections = {}
     for name in ("model", "moe", "objective"):
         fields = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(getattr(config, name))}

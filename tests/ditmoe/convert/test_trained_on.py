@@ -9,7 +9,7 @@ import torch
 
 from ditmoe import pipeline
 from ditmoe.config.file import from_dict, to_dict
-from ditmoe.config.sections import Config
+from ditmoe.config.sections import Config, MoEConfig
 from ditmoe.convert.merge import merge
 from ditmoe.convert.more import more
 from ditmoe.convert.prune import by_chance, prune
@@ -41,7 +41,8 @@ NAMES = ["upcycle", "copies", "split", "prune", "more", "merge"]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_model_is_saved_and_is_what_its_configuration_says(name: str, tmp_path: Path) -> None:
     net = changed(name)
-    config = described(net, Config(model=MODEL))
+    source = MoEConfig(blocks="none", hoyer_weight=0.1, router="prototype", contrastive_weight=1.0)
+    config = described(net, Config(model=MODEL, moe=source))
     pipeline.save(pipeline.assemble(net, config, {}), tmp_path / "model")
     assert torch.equal(drawn(pipeline.load(tmp_path / "model").transformer), drawn(net))
     again = build(from_dict(to_dict(config)), 10)
