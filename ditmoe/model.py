@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .config.experts import RouterInput, RouterKind, has_experts
 from .config.file import check_types
-from .config.rule import Overflow, RouterScore, RoutingRule, SelectKind
+from .config.rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
 from .config.sections import Config, ModelConfig, MoEConfig
 from .layers import (
     Attention,
@@ -153,6 +153,8 @@ KEYS = {  # fields of the configuration that the network, and so a saved model, 
     "groups": "router_groups",
     "top_groups": "router_top_groups",
     "rank": "expert_rank",
+    "weights": "router_weights",
+    "biases": "expert_biases",
 }
 
 
@@ -194,10 +196,10 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         router_select: SelectKind = "topk", router_tau: float | None = None, router_capacity: float | None = None,
         router_overflow: Overflow = "none", router_groups: int = 1, router_top_groups: int = 1, null_experts: int = 0,
         shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
-        expert_rank: int | None = None, backend: Literal["auto", "grouped", "loop"] = "auto",
-        learn_sigma: bool = False, prediction_type: str = "v_prediction", time_scale: float = 1000.0,
-        reverse_time: bool = False, freq_shift: int = 0, norm2_eps: float = 1e-6,
-        other_sizes: tuple[int, ...] = (),
+        expert_rank: int | None = None, expert_biases: bool = False, router_weights: Weights = "scores",
+        backend: Literal["auto", "grouped", "loop"] = "auto", learn_sigma: bool = False,
+        prediction_type: str = "v_prediction", time_scale: float = 1000.0, reverse_time: bool = False,
+        freq_shift: int = 0, norm2_eps: float = 1e-6, other_sizes: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         if freq_shift not in (0, 1) or norm2_eps <= 0:
@@ -217,7 +219,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"router_input {router_input} needs a model with classes, and this one has none")
         self.rule = RoutingRule(
             top_k, router_score, router_renormalize, router_scale, router_select, router_tau, router_capacity,
-            router_overflow, router_groups, router_top_groups, null_experts,
+            router_overflow, router_groups, router_top_groups, null_experts, router_weights,
         )  # fmt: skip
         if cosine_scale is None and router_score == "identity":
             cosine_scale = 1.0
@@ -242,6 +244,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 shared_gate=shared_gate,
                 own_router=not shared,
                 rank=expert_rank,
+                biases=expert_biases,
                 **router,
             )
 

@@ -25,6 +25,7 @@ from ..config.file import to_dict
 from ..config.sections import Config, looks_ahead, micro_batch_size
 from ..layers import Refiner
 from ..model import DiTMoETransformer2DModel, build, count_parameters
+from ..moe.router import MLP_WIDTH
 from ..training.muon import matrices
 from ..training.muon import work as muon_work
 from . import factors
@@ -71,29 +72,31 @@ def flops(config: Config) -> Flops:
     A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection (with experts of attention 4 T D^2 (1 + K), and 4 T D H E
     for the gates of H heads), 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward layers of width w (K F + shared
     in an MoE layer; factorised experts: see `factors`), 2 T D E for a token that a router sees, 2 D E for a time or
-    label; for the sums of a prototype router as much again. Then the final layer's heads with their gate, and the
-    convolutions that refine. Backward, each product has two, sums one where there is a contrastive loss. Source: as
-    torch.utils.flop_counter.
+    label (of an mlp 2 h (D + E), h wide), 16 m T K F for biases of experts; for the sums of a prototype router as much
+    again. Then the final layer's heads with their gate, and the convolutions that refine. Backward, each product has
+    two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
     maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
     maps, heads = maps if e.attention_experts else 8 * T * D**2, max(1, m.head_experts)
     blocks, sums, choices, factorised = 0.0, 0, e.num_experts + e.null_experts, e.experts == "factorised"
+    router_of = 2 * MLP_WIDTH * (D + choices) if e.router == "mlp" else 2 * D * choices  # a vector that it sees
     active = 0 if factorised else e.rule.active(e.num_experts) * e.expert_width
     for routed in _routed(config):
         width = active + e.shared_width if routed else m.ffn_width
         blocks += factors.operations(config, T, T * _decisions(config)) if routed and factorised else 0
         own = routed and e.scope == "layer"
         tokens, image = _seen(config) if own else (0, 0)  # a router by place: once for all images
-        router = 2 * D * choices * (T * tokens + image)
+        router = router_of * (T * tokens + image)
         sums += router if e.router == "prototype" else 0
         router += 2 * T * D if routed and e.shared_gate else 0
-        blocks += 12 * D**2 + maps + 4 * T**2 * D + 2 * D * T * both * width + router
+        biased = 16 * T * (both - 1) * active * (routed and e.biases)
+        blocks += 12 * D**2 + maps + 4 * T**2 * D + 2 * D * T * both * width + router + biased
     across, refined = _refined(config)
     if e.scope == "shared" and any(_routed(config)):
         tokens, image = _seen(config)
-        router = 2 * D * choices * (T * tokens + image)
+        router = router_of * (T * tokens + image)
         blocks += router
         sums += router if e.router == "prototype" else 0
     ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + heads * T * m.patch_size**2 * across) + refined

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from .checks import MOST, at_least, positive, require
-from .rule import Overflow, RouterScore, RoutingRule, SelectKind
+from .rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
 
 RouterInput = Literal[
     "token", "plain", "token+time", "plain+time", "token+position", "plain+position", "position", "label+position",
     "time", "label", "time+label",
 ]  # fmt: skip
-RouterKind = Literal["linear", "prototype", "centroid"]
+RouterKind = Literal["linear", "mlp", "prototype", "centroid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,16 @@ class MoEConfig:
     """Choices that do nothing, beside num_experts: tokens that take them are served by fewer."""
     expert_width: int = 128
     """Hidden width F of one routed expert."""
+    biases: bool = False
+    """Routed experts have biases before the activation, as dense gelu layers have (for those made of such layers)."""
     shared_width: int = 128
     """Hidden width of the shared expert that serves every token; 0 leaves it out."""
     shared_gate: bool = False
     """Multiply the shared expert's output by a sigmoid of the token (Time-MoE)."""
     router: RouterKind = "linear"
-    """Logits are products with a row of weights an expert (linear), cosines to its prototype (prototype), or fall with
-    the distance to its centre, which is fitted to a trained model's tokens and stays (centroid)."""
+    """Logits are products with a row of weights an expert (linear), of 128 tanh units between (mlp), cosines to its
+    prototype (prototype), or fall with the distance to its centre, which is fitted to a trained model's tokens and
+    stays (centroid)."""
     centroids: Path | None = None
     """centroid: the file of the centres, made by python -m ditmoe centroids."""
     scope: Literal["layer", "shared"] = "layer"
@@ -80,6 +83,9 @@ class MoEConfig:
     (ProMoE), not at all, is for a prototype router without renormalize."""
     renormalize: bool = True
     """Divide the K chosen scores by their sum."""
+    weights: Weights = "scores"
+    """one: scores choose, and the chosen count alike, `scale` each: what a dense layer cut into experts has. The router
+    then learns of its own losses alone (balance_weight, z_weight)."""
     scale: float | None = None
     """Factor on the routed experts' weights, after renormalisation. None: where they are renormalised the experts that
     serve a token on average, top_k unless there are null_experts, so that K
@@ -103,6 +109,9 @@ class MoEConfig:
     domain_weight: float = 0.0
     """data.mixture: weight of the domain loss, a mean over layers (DAMEX: 0.1, with balance_weight 0). Experts are cut
     into as many equal sets as there are data sets, and each row's router is told to choose of its own data set's."""
+    hoyer_weight: float = 0.0
+    """Weight of the sparsity of dense layers in blocks without experts, a mean over them (square Hoyer; D2DMoE): few of
+    a layer's units then do something for a token, which is what makes a later split into experts pay."""
     bias_rate: float = 0.0
     """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out. With select
     threshold each expert's load goes to its share of K experts a token (as DiffMoE's running thresholds do)."""
@@ -113,7 +122,9 @@ class MoEConfig:
         positive(self, "num_experts", "top_k", "expert_width")
         positive(self, "contrastive_temperature")
         at_least(self, 0, "shared_width", "balance_weight", "z_weight", "bias_rate", "contrastive_weight")
-        at_least(self, 0, "domain_weight")
+        at_least(self, 0, "domain_weight", "hoyer_weight")
+        whole = self.hoyer_weight and self.blocks == "all"
+        require(not whole, "hoyer_weight is for dense layers, and blocks all leaves none; add --moe.blocks none")
         require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be above 0")
         self.rule.check(self.num_experts)
         self._check_router()
@@ -130,7 +141,7 @@ class MoEConfig:
         """How rows and experts find each other."""
         return RoutingRule(
             self.top_k, self.score, self.renormalize, self.routed_scale, self.select, self.tau, self.capacity,
-            self.overflow, self.groups, self.top_groups, self.null_experts,
+            self.overflow, self.groups, self.top_groups, self.null_experts, self.weights,
         )  # fmt: skip
 
     @property
@@ -213,6 +224,7 @@ class MoEConfig:
         together = f"serve a token all together, and select is {self.select}; add --moe.select dense"
         require(dense or not factorised, f"experts factorised {together}, or take --moe.preset mumoe")
         require(factorised or not dense, "select dense works with experts factorised; take --moe.preset mumoe")
+        require(not (factorised and self.biases), "biases is for experts stacked; factorised ones have their own")
         require(factorised or self.rank is None, "rank works with experts factorised, not stacked")
         if factorised:
             require(self.backend == "auto", f"backend {self.backend} does not apply to experts factorised")

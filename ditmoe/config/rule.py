@@ -10,6 +10,7 @@ from typing import Literal
 RouterScore = Literal["sigmoid", "softmax", "entmax", "identity"]
 SelectKind = Literal["topk", "expert_choice", "relative", "top_p", "threshold", "dense"]
 Overflow = Literal["none", "order", "random"]
+Weights = Literal["scores", "one"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RoutingRule:
         groups: topk: experts form so many groups of neighbours, of which a row sees
         top_groups: so many, those whose two best scores have the largest sum.
         null_experts: Z choices more, which are chosen as experts are and do nothing.
+        weights: Of those chosen: their "scores", or "one": the scores choose alone, and no loss of what experts make
+            reaches the router.
 
     Raises:
         ValueError: What cannot go together, in a sentence.
@@ -57,12 +60,14 @@ class RoutingRule:
     groups: int = 1
     top_groups: int = 1
     null_experts: int = 0
+    weights: Weights = "scores"
 
     def __post_init__(self) -> None:
         plain, by_share = self.kind == "topk", self.kind in ("relative", "top_p")
         tau, identity = self.tau, self.score == "identity"
         negative = "score identity cannot be renormalised: cosines may be negative; add --moe.no-renormalize"
         _refuse(identity and self.renormalize, negative)
+        _refuse(self.renormalize and self.weights == "one", "weights one are no scores; add --moe.no-renormalize")
         _refuse(identity and by_share, f"select {self.kind} compares scores above 0, and score identity has others")
         _refuse(tau is not None and not self.has_tau, f"tau does not apply to select {self.kind}")
         _refuse(by_share and not self.allows(self.share), f"tau is {tau}; with select {self.kind} it lies in [0, 1]")
@@ -107,6 +112,7 @@ class RoutingRule:
         sums = self.score in ("softmax", "entmax")
         _refuse(not sums, f"select dense needs scores that sum to 1, and score is {self.score}; add --moe.score entmax")
         _refuse(self.renormalize, "select dense weighs by scores that sum to 1 already; add --moe.no-renormalize")
+        _refuse(self.weights == "one", "weights one are of chosen experts, and select dense has nobody chosen")
         _refuse(self.scale != 1, f"scale is {self.scale}; select dense weighs by scores that sum to 1; leave it out")
         _refuse(self.top_k != 1, f"top_k is {self.top_k}, but select dense has nobody chosen; add --moe.top-k 1")
         _refuse(self.null_experts > 0, "null_experts are for choices, and select dense makes none; leave them out")

@@ -101,6 +101,9 @@ class ObjectiveConfig:
 class TrainConfig:
     """The optimiser, the loop, and what it writes."""
 
+    init: Path | None = None
+    """Begin with the weights of this model folder or run, which must be of the same network as is asked for; None:
+    new ones. They are read before the first step alone: a run is resumed without them."""
     batch_size: int = 128
     """Images of one optimiser step, over all processes and accumulation."""
     accumulation: int = 1
@@ -270,6 +273,8 @@ class Config:
                 f"objective.expert_weight {self.objective.expert_weight} is of several heads, and model.head_experts "
                 f"is {self.model.head_experts}; add --model.head-experts 4"
             )
+        if self.moe.hoyer_weight and self.train.compile:
+            raise ValueError("moe.hoyer_weight looks into layers, which train.compile closes; leave one of them out")
         self._check_domains()
         self._check_resolutions()
         if decay is not None and self.max_steps > decay:

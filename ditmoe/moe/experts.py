@@ -48,14 +48,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        y: Tensor = self.fc2(_activate(self.fc1(x), self.activation))
+        y: Tensor = self.fc2(self.hidden(x))
         return y
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x (..., D) -> what the second matrix gets, (..., F)."""
+        return _activate(self.fc1(x), self.activation)
 
 
 class Experts(nn.Module):
-    """E feed-forward networks without biases, in two stacked weights.
+    """E feed-forward networks in two stacked weights.
 
-    `w_in` is (E, 2F, D) for swiglu (gate rows first, then up rows) or (E, F, D) for gelu; `w_out` is (E, D, F).
+    `w_in` is (E, 2F, D) for swiglu (gate rows first, then up rows) or (E, F, D) for gelu; `w_out` is (E, D, F). With
+    `biases` w_in is 8 wider: the weights of 8 constant inputs of 1/8, so that products keep their multiples of 8.
 
     Args:
         hidden_size: Width D.
@@ -66,22 +71,23 @@ class Experts(nn.Module):
             bytes), "loop" (any dtype and size, one expert after the other), or "auto": grouped where it applies,
             but on a CPU the loop for experts of D * F >= 65,536, whose rows it keeps in cache. On a CPU both give
             the same bits (with gelu where F is a multiple of 64: torch rounds the ends of its runs differently).
+        biases: Before the activation; an output bias is for the shared expert, which every token has.
         active_width: Width of the dense layer whose initial size the experts share, K F where K of them serve a token
             with weights that sum to K; default: F, each for itself.
     """
 
     def __init__(
         self, hidden_size: int, num_experts: int, width: int, activation: Activation = "swiglu",
-        backend: Literal["auto", "grouped", "loop"] = "auto", active_width: int | None = None,
+        backend: Literal["auto", "grouped", "loop"] = "auto", active_width: int | None = None, biases: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.num_experts, self.activation = num_experts, activation
+        self.num_experts, self.activation, self.biases = num_experts, activation, biases
         self.backend = backend
         self.active_width = active_width or width
         # Under expert parallelism the weights are those of this process's experts, and this brings it their rows:
         # exchange(rows (P, D), counts (E,), products) -> (P, D).
         self.exchange: Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
-        self.w_in = nn.Parameter(torch.empty(num_experts, _inner(width, activation), hidden_size))
+        self.w_in = nn.Parameter(torch.empty(num_experts, _inner(width, activation), hidden_size + 8 * biases))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.bfloat16):
             raise ValueError(
@@ -98,6 +104,7 @@ class Experts(nn.Module):
         """
         bound = (6.0 / (self.active_width + self.w_out.shape[1])) ** 0.5
         nn.init.uniform_(self.w_in, -bound, bound)
+        nn.init.zeros_(self.w_in[..., self.w_out.shape[1] :])
         nn.init.uniform_(self.w_out, -bound, bound)
 
     def forward(self, x: Tensor, plan: Plan, *, alike: bool = False) -> Tensor:
@@ -124,7 +131,7 @@ class Experts(nn.Module):
     def _weighted_sum(self, x: Tensor, plan: Plan) -> Tensor:
         y: Tensor
         way = plan.row, plan.slot, plan.starts
-        if self.exchange is None and not self._use_grouped(x):
+        if self.exchange is None and not self.biases and not self._use_grouped(x):
             w_in, w_out = self.w_in.to(x.dtype), self.w_out.to(x.dtype)
             y = _Loop.apply(x, w_in, w_out, plan.weight, *way, plan.counts, self.activation)
             return y
@@ -139,6 +146,7 @@ class Experts(nn.Module):
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both products and the activation, for rows (P, D) sorted by expert: (P, D)."""
         w_in, w_out = self.w_in.to(rows.dtype), self.w_out.to(rows.dtype)
+        rows = F.pad(rows, (0, 8), value=1 / 8) if self.biases else rows
         if self._use_grouped(rows):
             hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P, F)
             return _grouped(hidden, w_out, counts)
@@ -156,10 +164,11 @@ class Experts(nn.Module):
         """
         R, K = expert.shape
         D, width = self.w_out.shape[1:]
-        w_in = F.embedding(expert, self.w_in.to(x.dtype).flatten(1)).view(R, K, -1, width, D)
-        w_in = w_in.transpose(1, 2).reshape(R, -1, D)  # gate rows of all K, then up rows of all K
+        w_in = F.embedding(expert, self.w_in.to(x.dtype).flatten(1)).view(R, K, -1, width, self.w_in.shape[2])
+        w_in = w_in.transpose(1, 2).reshape(R, -1, self.w_in.shape[2])  # gate rows of all K, then up rows of all K
         w_out = F.embedding(expert, self.w_out.to(x.dtype).flatten(1)).view(R, K, D, width)
         w_out = (w_out * weight[..., None, None].to(x.dtype)).transpose(1, 2).reshape(R, D, -1)
+        x = F.pad(x, (0, 8), value=1 / 8) if self.biases else x
         hidden = _activate(torch.bmm(x, w_in.transpose(1, 2)), self.activation)  # (R, B, K * F)
         return torch.bmm(hidden, w_out.transpose(1, 2))
 

@@ -96,6 +96,7 @@ class MoELayer(nn.Module):
         shared_gate: Multiply the shared expert's output by sigmoid(w x), w (D,) learnt and zero at the start.
         own_router: False where all layers share one, whose decision then comes with the condition.
         rank: Of factorised experts, see `FactorisedExperts`, which the rule `dense` has; None for stacked ones.
+        biases: Of stacked experts, see `Experts`.
 
     Attributes:
         capacity: Instead of the rule's, where training anneals it.
@@ -113,6 +114,7 @@ class MoELayer(nn.Module):
         positions: Tensor | None = None, with_bias: bool = False,
         backend: Literal["auto", "grouped", "loop"] = "auto", cosine_scale: float | None = None,
         jitter: float = 0.0, shared_gate: bool = False, own_router: bool = True, rank: int | None = None,
+        biases: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         rule.check(num_experts)
@@ -135,7 +137,7 @@ class MoELayer(nn.Module):
         self.experts: Experts | FactorisedExperts
         if rank is None:
             active = max(1, round(rule.scale * expert_width)) if rule.renormalize else expert_width  # K F at scale K
-            self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active)
+            self.experts = Experts(hidden_size, num_experts, expert_width, activation, backend, active, biases)
         else:
             self.experts = FactorisedExperts(hidden_size, num_experts, expert_width, rank, activation)
         self.shared = FeedForward(hidden_size, shared_width, activation) if shared_width else None

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .layer import Routing
 
 Input = Literal["token", "plain", "time", "label", "position"]
-Kind = Literal["linear", "prototype", "centroid"]
+Kind = Literal["linear", "mlp", "prototype", "centroid"]
+MLP_WIDTH = 128  # D2DMoE's
 
 
 class Condition(NamedTuple):
@@ -53,6 +54,7 @@ class Router(nn.Module):
     """Logits of what it sees, z = [z_1 ... z_I], by one row of W = [W_1 ... W_I] an expert.
 
     * linear: z W^T.
+    * mlp: tanh(z H^T + a) W^T + b, of `MLP_WIDTH` hidden units.
     * prototype: cosine_scale * cos(z, w_e), w_e being expert e's prototype: the length of neither counts. With the
       default scale it starts as a linear router does.
     * centroid: -|z - w_e|^2 / (2 (I D)^1/2), w_e being a centre of what a trained network's router would see; not
@@ -77,7 +79,7 @@ class Router(nn.Module):
         jitter: In training what it sees is multiplied by numbers in 1 - jitter .. 1 + jitter, an image's own.
 
     Source: prototypes: ProMoE (arXiv 2510.24711), which has cosine_scale 1; centroids: Moirai-MoE (arXiv 2410.10469);
-    jitter: Switch Transformer (arXiv 2101.03961).
+    mlp: D2DMoE (arXiv 2310.04361); jitter: Switch Transformer (arXiv 2101.03961).
 
     Attributes:
         salt: What random choices depend on beside an image's time: the network gives each layer another.
@@ -96,7 +98,10 @@ class Router(nn.Module):
         self.hidden_size, self.kind, self.inputs = hidden_size, kind, tuple(inputs)
         self.cosine_scale = cosine_scale or (len(self.inputs) * hidden_size) ** 0.5
         self.jitter, self.salt = jitter, 0
-        weight = torch.empty(num_experts, len(self.inputs) * hidden_size)
+        width, mlp = len(self.inputs) * hidden_size, kind == "mlp"
+        self.hidden = nn.Linear(width, MLP_WIDTH) if mlp else None
+        self.offset = nn.Parameter(torch.zeros(num_experts)) if mlp else None
+        weight = torch.empty(num_experts, MLP_WIDTH if mlp else width)
         if kind == "centroid":
             self.register_buffer("weight", weight)
         else:
@@ -111,8 +116,10 @@ class Router(nn.Module):
         return self.inputs != ("position",)
 
     def reset_parameters(self) -> None:
-        """Normal weights of variance 1 / (I D)."""
+        """Normal weights of variance 1 / (I D), of an mlp 1 / width in its second layer."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.offset is not None:
+            nn.init.zeros_(self.offset)
 
     def forward(self, seen: Sequence[Tensor], keys: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What `seen` gives -> logits (n, t, E) of its dtype, and the prototypes (E, I D), vectors of length 1, if any.
@@ -127,6 +134,9 @@ class Router(nn.Module):
                 seen = [z * self._jitter(keys, z, i) for i, z in enumerate(seen)]
             if self.kind == "linear":
                 return self._products(seen, weight), None
+            if self.hidden is not None and self.offset is not None:
+                first, a, b = (p.to(weight.dtype) for p in (self.hidden.weight, self.hidden.bias, self.offset))
+                return F.linear((self._products(seen, first) + a).tanh(), weight, b), None
             if self.kind == "centroid":
                 squares = reduce(torch.add, (z.square().sum(dim=-1, keepdim=True) for z in seen))
                 far = squares - 2 * self._products(seen, weight) + weight.square().sum(dim=1)

@@ -105,8 +105,8 @@ def select(
     """Scores and plan: the experts of every row and their weights.
 
     w_e = scale * s_e / (sum of the row's chosen s if renormalize else 1), with s = softmax, 1.5-entmax or sigmoid of
-    the logits, or they themselves; dense of the logits with mean 0 and variance 1 in every row, as muMoE's released
-    code has it. The bias moves the choice, never the weights.
+    the logits, or they themselves, or 1 (`weights` one); of dense of logits made mean 0, variance 1 (muMoE's released
+    code). The bias moves the choice, never the weights.
 
     Args:
         logits: (R, E + Z) float32, the t rows of each image one after the other.
@@ -125,10 +125,11 @@ def select(
         scores = _scores(F.layer_norm(logits, logits.shape[-1:]), rule.score)
         return Selection(scores, None, (scores > 0).sum(dim=0))
     scores = _scores(logits, rule.score)
+    worth = scores if rule.weights == "scores" else 1 + 0 * scores  # a gradient of 0: the router stays
     choice = scores.detach() if bias is None else scores.detach() + bias
     if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
         experts = _best(choice, rule)  # (R, K), best first
-        weights = scores.gather(-1, experts)
+        weights = worth.gather(-1, experts)
         if rule.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         if rule.scale != 1.0:
@@ -137,9 +138,8 @@ def select(
         plan = plan_of(experts.flatten(), weights.flatten(), starts, E, rule.top_k)
         return Selection(scores, plan, plan.counts)
     chosen = _chosen(choice, rule, images, tau, capacity)
-    counts = chosen.sum(dim=0)
-    chosen = chosen[:, :E]
-    weights = scores[:, :E] * rule.scale if rule.scale != 1.0 else scores[:, :E]
+    counts, chosen = chosen.sum(dim=0), chosen[:, :E]
+    weights = worth[:, :E] * rule.scale if rule.scale != 1.0 else worth[:, :E]
     if rule.renormalize:
         weights = weights / (scores[:, :E] * chosen).sum(dim=-1, keepdim=True).clamp_min(1e-20)
     if rule.overflow != "none":

@@ -26,7 +26,7 @@ from ..run_folder.checkpoint import check_begins, newest_first
 from ..run_folder.log import Log
 from . import muon
 from .parallel import Parallel
-from .saving import Saving, newest, resume
+from .saving import Saving, begin, newest, resume
 from .state import new_state, num_classes, update_ema
 from .step import Run, log_row, optimise
 
@@ -56,8 +56,9 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         False when there was nothing left to do.
 
     Raises:
-        ValueError: The run folder is in use, belongs to another configuration, or holds no whole checkpoint; too many
-            images cannot be used; the processes were started with other options, or see other images.
+        ValueError: The run folder is in use, belongs to another configuration, or holds no whole checkpoint; what
+            it is to begin with is no model, or another one; too many images cannot be used; the processes were started
+            with other options, or see other images.
         Interrupted: SIGTERM, SIGINT or SIGUSR1 came; the run was saved.
         FloatingPointError: More than `train.max_skipped` steps in a row were not finite.
         OSError: A checkpoint that must be written could not be.
@@ -86,6 +87,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
             return False
         if not saved:
             agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
+            agree.agreed(accelerator, lambda: begin(config.train.init, state, parallel))
         if accelerator.is_main_process:
             place.open_folder(config, argv, goes_on=bool(saved))
         _announce(config, data, accelerator, precision, first)

@@ -24,6 +24,11 @@ from ..run_folder.writer import Writer
 from .parallel import Parallel
 from .state import State, num_classes
 
+# Settings of a network that the same weights may have in another run; the others say what weights are.
+_FREE = {
+    "backend", "jitter", "router_tau", "router_capacity", "router_overflow", "router_top_groups", "other_sizes",
+}  # fmt: skip
+
 
 class Saving:
     """Writes checkpoints in the background and assembles pipelines. All processes call every method, and leave it.
@@ -141,6 +146,25 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
         name, moment = key.rsplit(".", 1)
         state.optimizer.state[parameters[name]][moment] = value
     return meta
+
+
+def begin(folder: Path | None, state: State, parallel: Parallel) -> None:
+    """Give a new state, network and average, the weights of the model at a folder; None leaves it as it is.
+
+    Raises:
+        ValueError: There is no model, or it is of another network, in its settings or its tensors.
+    """
+    if folder is None:
+        return
+    net, ours = pipeline.load(folder).transformer, state.model.config
+    named = sorted(name for name in ours.keys() - _FREE if not name.startswith("_"))
+    other = [f"{n} is {net.config[n]} there and {ours[n]} here" for n in named if net.config[n] != ours[n]]
+    if other:
+        more = f" and {len(other) - 5} more" if len(other) > 5 else ""
+        raise ValueError(f"train.init {folder} is another network: {'; '.join(other[:5])}{more}")
+    saved = {name: checkpoint.Saved([value]) for name, value in net.state_dict().items()}
+    for target in (state.model, state.ema):
+        target.load_state_dict(parallel.own({"model": saved})["model"])
 
 
 def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:

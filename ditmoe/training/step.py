@@ -31,6 +31,7 @@ from .exchange import all_sum
 from .feed import Watch
 from .health import Evidence, Health
 from .parallel import Parallel
+from .sparsity import hidden_units, square_hoyer
 from .state import State
 
 
@@ -146,6 +147,7 @@ class Passed(NamedTuple):
     sample: Tensor
     routing: list[Routing]
     heads: list[Any]  # of one with several output heads, their record
+    hidden: list[Tensor]  # of dense layers that are to be sparse
 
 
 def _passed(run: Run, batch: Batch) -> Passed:
@@ -157,9 +159,9 @@ def _passed(run: Run, batch: Batch) -> Passed:
     null = run.raw.null_label
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
-    with accelerator.autocast():
+    with accelerator.autocast(), hidden_units(run.raw if config.moe.hoyer_weight else None) as hidden:
         sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
-    return Passed(x_0, x_t, t, target, sample, routing, heads)
+    return Passed(x_0, x_t, t, target, sample, routing, heads, hidden)
 
 
 def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
@@ -196,10 +198,12 @@ def _forward(
     global batch, of all processes and micro-batches together.
     """
     config = run.config
-    x_0, x_t, t, target, sample, routing, heads = _passed(run, batch)
+    x_0, x_t, t, target, sample, routing, heads, hidden = _passed(run, batch)
     parts = [(name, 1.0, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
     if heads:
         parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
+    if hidden:
+        parts.append(("hoyer", config.moe.hoyer_weight, torch.stack([*map(square_hoyer, hidden)]).mean()))
     own = _loads(run, routing)
     if own is not None:
         moe, L = config.moe, len(routing)

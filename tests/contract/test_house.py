@@ -29,7 +29,7 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "generate": 8,
     "training": 8,
     "analysis": 9,
-    "convert": 9,
+    "convert": 9.5,
     "report": 10,
     "cli": 11,
     "__main__": 12,

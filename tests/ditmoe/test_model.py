@@ -146,7 +146,7 @@ def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainin
     known = signature(DiTMoETransformer2DModel.__init__).parameters
     fields = [KEYS.get(f.name, f.name) for section in (ModelConfig, MoEConfig) for f in dataclasses.fields(section)]
     trainings = {"balance_weight", "balance_over", "z_weight", "bias_rate", "capacity_start", "centroids"}
-    trainings |= {"contrastive_weight", "contrastive_temperature", "domain_weight"}
+    trainings |= {"contrastive_weight", "contrastive_temperature", "domain_weight", "hoyer_weight"}
     trainings |= {"experts"}  # which expert_rank says too
     assert set(fields) - known.keys() == {"gradient_checkpointing", *trainings}
     foreign = {"time_scale", "reverse_time", "freq_shift", "norm2_eps"}  # of checkpoints that others trained

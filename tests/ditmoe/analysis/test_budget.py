@@ -95,6 +95,8 @@ ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
         {"model": {"refine_width": 8}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
         *({"moe": {"router_input": seen, "num_experts": 64, "router": kind}} for kind, seen in ROUTERS),
         {"moe": {"router": "prototype", "num_experts": 64, "contrastive_weight": 1.0}},
+        {"moe": {"router": "mlp", "num_experts": 64}},
+        {"moe": {"router": "mlp", "router_input": "time", "biases": True}, "model": {"activation": "gelu"}},
         {"moe": {"attention_experts": 4}},
         {"moe": {"attention_experts": 3, "attention_top_k": 1, "blocks": "none"}, "model": {"num_heads": 2}},
         {"model": {"head_experts": 4, "refine_width": 8}},

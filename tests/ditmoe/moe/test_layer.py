@@ -1,6 +1,7 @@
 """The MoE layer: against the obvious version, backend against backend, and what must not depend on what."""
 
 import itertools
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -64,11 +65,12 @@ def test_routing_by_place_equals_the_obvious_version(backend: str, activation: s
     assert made.router.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["linear", "prototype"])
+@pytest.mark.parametrize(("kind", "biases"), [("linear", False), ("prototype", False), ("mlp", True)])
 @pytest.mark.parametrize(("by_place", "backend"), [(False, "loop"), (True, "loop"), (True, "auto")])
-def test_gradients_are_right(by_place: bool, backend: str, kind: str) -> None:
+def test_gradients_are_right(by_place: bool, backend: str, kind: str, biases: bool) -> None:
     positions = torch.randn(4, D) if by_place else None
-    made = layer(RoutingRule(3, "sigmoid", True), positions=positions, backend=backend, kind=kind).double()
+    rule = RoutingRule(3, "sigmoid", True)
+    made = layer(rule, positions=positions, backend=backend, kind=kind, biases=biases).double()
     x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*made.named_parameters(), strict=True)
 
@@ -420,3 +422,44 @@ def test_experts_start_by_the_width_that_their_scale_makes_of_them(scale: float,
     rule = RoutingRule(2, "sigmoid", renormalize=True, scale=scale)
     made = MoELayer(64, num_experts=4, expert_width=32, shared_width=0, rule=rule)
     assert float(made.experts.w_in.detach().abs().max()) == pytest.approx((6 / (64 + width)) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop", "grouped"])
+@pytest.mark.parametrize("by_place", [False, True])
+def test_experts_with_biases_are_dense_layers_with_biases(backend: str, by_place: bool) -> None:
+    positions = torch.randn(7, D) if by_place else None
+    made = layer(RoutingRule(1), positions=positions, backend=backend, activation="gelu", biases=True, num_experts=1)
+    dense = FeedForward(D, made.experts.w_out.shape[2], "gelu")
+    assert not made.experts.w_in[..., D:].any()
+    torch.nn.init.normal_(dense.fc1.bias)
+    with torch.no_grad():
+        made.experts.w_in[0, :, :D] = dense.fc1.weight
+        made.experts.w_in[0, :, D:] = dense.fc1.bias[:, None]
+        made.experts.w_out[0] = dense.fc2.weight
+    made.shared, x = None, torch.randn(3, 7, D)
+    torch.testing.assert_close(made(x)[0], dense(x), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_are_one_choose_by_scores_and_leave_the_router_alone() -> None:
+    logits = torch.randn(50, 6, requires_grad=True)
+    for rule in (RoutingRule(2, weights="one", scale=1.5), RoutingRule(2, kind="relative", tau=0.6, weights="one")):
+        plan, usual = select(logits, rule).plan, select(logits, replace(rule, weights="scores")).plan
+        assert torch.equal(plan.expert, usual.expert)
+        assert plan.weight.unique().tolist() == [rule.scale]
+        (grad,) = torch.autograd.grad(plan.weight.sum(), logits)
+        assert not grad.any()
+    assert len(plan.row) > 50
+    assert select(logits, RoutingRule(1, kind="relative", tau=1.0, weights="one")).plan.counts.tolist() == [50] * 6
+    with pytest.raises(ValueError, match="weights one are no scores; add --moe.no-renormalize"):
+        RoutingRule(2, renormalize=True, weights="one")
+
+
+def test_an_mlp_router_is_its_formula() -> None:
+    router = Router(D, 4, kind="mlp", inputs=("token", "time"))
+    for p in router.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, t = torch.randn(2, 5, D), torch.randn(2, D)
+    logits, _ = router(router.seen(x, Condition(t, t)))
+    z = torch.cat([x, torch.nn.functional.layer_norm(t, (D,)).unsqueeze(1).expand(-1, 5, -1)], dim=2)
+    wanted = (z @ router.hidden.weight.T + router.hidden.bias).tanh() @ router.weight.T + router.offset
+    torch.testing.assert_close(logits, wanted)

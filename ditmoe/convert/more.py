@@ -1,0 +1,47 @@
+"""Twice the experts, which compute the same until they are trained, at the same cost.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..model import DiTMoETransformer2DModel
+from .rebuild import per_expert, rebuilt, routed_layers
+
+HAIR = 1e-5  # by which twins' rows in the router differ, of the rows' own size
+
+
+def more(net: DiTMoETransformer2DModel, seed: int = 0) -> DiTMoETransformer2DModel:
+    """The network with 2 E experts, the old ones and twins of them; `net` stays. The same function to about `HAIR`.
+
+    Twins are a group of their own, and a token sees the better of the two groups (`RoutingRule.groups`): so it has the
+    K experts that it had, as old ones or as twins, never one of each, at the cost that it had. Which of the groups
+    depends on a random difference of the rows, relatively `HAIR`, too small to change weights and enough to send about
+    every other token to the twins, who from then on learn of other tokens. (Without groups a token's K best would be
+    both twins of K / 2 experts; K would have to be doubled, and the cost with it.)
+
+    Raises:
+        ValueError: The network has no experts, or they are factorised, in groups, or not chosen by topk, or beside null
+            experts, or its scores are of all experts together and not renormalised.
+    """
+    routed_layers(net, "double")
+    c = net.config
+    if c.router_select != "topk" or c.router_groups > 1 or c.null_experts:
+        raise ValueError(
+            f"twins are a group of experts of select topk; the model has router_select {c.router_select}, "
+            f"router_groups {c.router_groups} and null_experts {c.null_experts}"
+        )
+    if c.router_score in ("softmax", "entmax") and not c.router_renormalize and c.router_weights == "scores":
+        raise ValueError(f"twins would halve the weights of router_score {c.router_score}, which is not renormalised")
+    if c.router_overflow != "none":
+        raise ValueError(f"twins have room of their own under router_overflow {c.router_overflow}; leave it out")
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for name, value in per_expert(net).items():
+        twin = value
+        if name.endswith("router.weight"):
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            twin = value + HAIR * value.square().mean().sqrt() * noise
+        weights[name] = torch.cat([value, twin])
+    return rebuilt(net, weights, {"num_experts": 2 * c.num_experts, "router_groups": 2, "router_top_groups": 1})
