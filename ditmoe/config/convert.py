@@ -12,17 +12,24 @@ from .checks import at_least, require
 from .sections import PredictionType
 
 Family = Literal["dit", "sit", "dit-moe", "diffusers"]
+CHANGES = ("upcycle", "more", "prune", "merge", "split")
+_OF = {  # options of some changes alone
+    "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "num": ("prune", "split"),
+    "data_path": ("prune", "split"), "seed": ("upcycle", "more", "prune", "split"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ConvertArgs:
-    """Make a model folder of a checkpoint of DiT, SiT, DiT-MoE or diffusers' DiT; or take a dense model out of one.
+    """Make a model folder of a checkpoint of DiT, SiT, DiT-MoE or diffusers' DiT; or take a dense model out of one; or,
+    with one of --upcycle, --more, --prune, --merge and --split, make of a model another one.
 
-    Weights keep their precision. What a checkpoint does not say is asked for.
+    Of others' checkpoints weights keep their precision, and what one does not say is asked for. A changed model is in
+    float32, and its training.json trains it on: python train.py OUT/training.json --out RUN.
     """
 
     src: Annotated[Path, tyro.conf.Positional]
-    """A .pt or .safetensors file, a diffusers DiT folder; with --to diffusers or dit a run folder or a model folder."""
+    """A .pt or .safetensors file, a diffusers DiT folder; to take one out or change it, a folder of ours."""
     out: Annotated[Path, tyro.conf.Positional]
     """The new model folder, which python sample.py takes; with --to dit a .pt file."""
     to: Literal["ditmoe", "diffusers", "dit"] = "ditmoe"
@@ -32,17 +39,62 @@ class ConvertArgs:
     num_heads: int | None = None
     """Attention heads; default: as its width (those of the papers), its q_norm or its config tells."""
     top_k: int | None = None
-    """dit-moe: experts of a token; default: as its notes tell, else 2, as all published ones have."""
+    """dit-moe: experts of a token; default: as its notes tell, else 2, as all published ones have. upcycle: likewise,
+    default 2."""
     prediction_type: PredictionType | None = None
     """What it predicts; default: as its notes or its scheduler tell, or its paper for the published sizes."""
     vae: Path | None = None
     """Folder of the VAE of its latents, saved along so that the model draws pictures; default: that of a diffusers
     folder."""
+    upcycle: int | None = None
+    """Make of every dense layer so many experts: other cuts of the same layer, whose best top_k together are the layer.
+    The same function at the start, at the same cost."""
+    more: bool = False
+    """Twice the experts at the same cost: the same function until it is trained on."""
+    prune: int | None = None
+    """Keep so many experts of each layer."""
+    by: Literal["contribution", "load", "random"] = "contribution"
+    """prune: those that add most to tokens, that serve most tokens, or any."""
+    merge: Path | None = None
+    """Take in the experts of this model too, and the mean of all else."""
+    split: int | None = None
+    """Cut every dense layer into so many experts of like units (D2DMoE), of which a token has as many as it needs."""
+    blocks: Literal["all", "every-second"] = "all"
+    """upcycle, split: which blocks get experts."""
+    tau: float = 0.5
+    """split: of the rule; 1 is all experts, that is the dense layer. `sample.py --tau` draws with another."""
+    num: int = 500
+    """prune by contribution or load, split: training images, noised to all times, that experts are measured by."""
+    seed: int = 0
+    """Of what is left to chance in a change."""
+    data_path: Annotated[Path | None, tyro.conf.arg(name="data.path")] = None
+    """prune, split: folder of those images, where it is not that of the training."""
     force: bool = False
     """Replace OUT if it is there."""
 
+    @property
+    def change(self) -> str | None:
+        """The change that is asked for."""
+        return next((name for name in CHANGES if getattr(self, name)), None)
+
+    def _check_change(self) -> None:
+        asked = [name for name in CHANGES if getattr(self, name)]
+        require(len(asked) <= 1, f"--{' and --'.join(asked)} are two changes; make one after the other")
+        require(0 <= self.tau <= 1, f"tau is {self.tau}; it must lie in [0, 1]")
+        for name, of in _OF.items():
+            alone = self.change in of or getattr(self, name) == getattr(ConvertArgs, name)
+            flag = {"data_path": "data.path"}.get(name, name)
+            require(alone, f"--{flag} works with {' or '.join(f'--{x}' for x in of)}")
+        if self.change:
+            for name in ("source", "num_heads", "prediction_type", "vae"):
+                flag = {"source": "from"}.get(name, name.replace("_", "-"))
+                require(getattr(self, name) is None, f"--{flag} does not apply to --{self.change}; leave it out")
+            require(self.to == "ditmoe", f"--to {self.to} does not go with --{self.change}; do one after the other")
+
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_heads", "top_k")
+        at_least(self, 1, "num_heads", "top_k", "num")
+        at_least(self, 0, "seed", "upcycle", "prune", "split")
+        self._check_change()
         require(self.force or not self.out.exists(), f"out {self.out} exists; give another one, or --force")
         require(self.out.absolute().parent.is_dir(), f"out {self.out} must be in a folder that exists")
         require(self.src.resolve() not in (self.out.resolve(), *self.out.resolve().parents), "out lies in src")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from ..config.file import trained_by
 from ..config.sample import CentroidsArgs
 from ..config.sections import Config, ObjectiveConfig
 from ..data.open import open_data
-from ..data.sets import ImageSet
 from ..files import whole
 from ..model import DiTMoETransformer2DModel, tokens_per_image
 from ..objective import NUM_TIMESTEPS, Objective
@@ -56,10 +56,8 @@ def run(args: CentroidsArgs) -> None:
         ValueError: The folder holds no model of ours, its data are gone, or a block has fewer tokens than centres.
     """
     config, net = trained_by(args.model), load(args.model, fast=True).transformer.eval()
-    data = _data(args, config, net)
     generator = torch.Generator().manual_seed(args.seed)
-    x, y, t = _images(data, args.num, generator)
-    print(f"{args.model}: {len(x)} images, {data.source}", flush=True)
+    x, y, t = training_images(config, net, args.num, generator, args.data_path)
     seen = tokens_seen(net, config.objective, x, y, t, args.router_input, generator)
     print(f"{len(seen[0])} tokens a block, {args.experts} centres", flush=True)
     fits: dict[str, Fit] = {}
@@ -69,7 +67,7 @@ def run(args: CentroidsArgs) -> None:
         uneven = "" if fits[name].ratio <= 3 else ", the most even that was found"
         print(f"{name}: mean distance {fits[name].distance:.3g}, busiest over idlest {fits[name].ratio:.2f}{uneven}")
     facts = {
-        "model": str(args.model), "data": data.source, "router_input": args.router_input, "images": str(len(x)),
+        "model": str(args.model), "data": config.data.name, "router_input": args.router_input, "images": str(len(x)),
         "tokens": str(len(seen[0])), "seed": str(args.seed),
         "loads": json.dumps({name: fit.loads.tolist() for name, fit in fits.items()}),
     }  # fmt: skip
@@ -79,19 +77,19 @@ def run(args: CentroidsArgs) -> None:
     print(f"wrote {args.out}; python train.py ... --moe.preset centroid --moe.centroids {args.out} {wanted}")
 
 
-def _data(args: CentroidsArgs, config: Config, net: DiTMoETransformer2DModel) -> ImageSet:
-    where = config.data if args.data_path is None else replace(config.data, path=args.data_path)
+def training_images(
+    config: Config, net: DiTMoETransformer2DModel, num: int, generator: torch.Generator, path: Path | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean images (n, C, H, W) of what a network was trained on, their labels (n,) and times (n,) all over the axis.
+
+    A small set is gone through again; images that cannot be used are left out. `path`: of the images, instead of the
+    configuration's. ValueError where there are none, or more classes than the network knows.
+    """
+    where = config.data if path is None else replace(config.data, path=path)
     data = open_data(where, size=net.config.sample_size, channels=net.config.in_channels)
     if net.null_label is not None and len(data.id2label) > net.null_label:
         raise ValueError(f"{data.source}: {len(data.id2label)} classes, but the model knows {net.null_label}")
-    return data
-
-
-def _images(data: ImageSet, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean images (n, C, H, W), their labels (n,) and times (n,) all over the axis; a small set is gone through again.
-
-    Images that cannot be used are left out.
-    """
+    print(f"{num} images, {data.source}", flush=True)
     order = data.in_proportion(torch.randperm(len(data), generator=generator).tolist(), num)
     if not (rows := data.readable(order)):
         raise ValueError(f"{data.source}: none of {len(order)} images can be used")

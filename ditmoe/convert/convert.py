@@ -17,6 +17,7 @@ from ..files import replacing
 from ..handed_in import blank
 from ..layers import sincos_positions
 from ..model import DiTMoETransformer2DModel, check_network
+from .change import change
 from .check import check_forward
 from .foreign import Foreign, open_foreign
 from .give import give
@@ -35,7 +36,9 @@ def run(args: ConvertArgs) -> None:
     """
     require(args.src.exists(), f"src {args.src} does not exist")
     try:
-        if args.to == "ditmoe":
+        if args.change:
+            change(args)
+        elif args.to == "ditmoe":
             _bring(args)
         else:
             give(args)

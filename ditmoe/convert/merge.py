@@ -7,7 +7,7 @@ import torch
 from ..model import DiTMoETransformer2DModel
 from .rebuild import per_expert, rebuilt, routed_layers, same_tau
 
-_OWN = {"num_experts", "backend"}  # settings in which the two may differ
+_OWN = {"num_experts", "backend", "other_sizes"}  # settings in which the two may differ
 
 
 def merge(a: DiTMoETransformer2DModel, b: DiTMoETransformer2DModel) -> DiTMoETransformer2DModel:

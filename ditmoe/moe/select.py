@@ -151,10 +151,8 @@ def select(
 
 
 def _scores(logits: Tensor, score: RouterScore) -> Tensor:
-    if score == "identity":
-        return logits
-    if score == "entmax":
-        return entmax(logits)
+    if score in ("identity", "entmax"):
+        return logits if score == "identity" else entmax(logits)
     return torch.softmax(logits, dim=-1) if score == "softmax" else torch.sigmoid(logits)
 
 

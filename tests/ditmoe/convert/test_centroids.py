@@ -121,7 +121,7 @@ def test_a_file_has_centres_of_every_block_and_says_what_they_are(
     model, out = run("a", moe=moe), tmp_path / "c.safetensors"
     assert centroids(model, "--experts", 8, "--num", 100, "--out", out) == 0
     text = capsys.readouterr().out
-    assert "a: 100 images, 1497 real 8x8 digits (train), bundled" in text
+    assert "100 images, 1497 real 8x8 digits (train), bundled" in text
     assert "--moe.preset centroid --moe.centroids" in text
     centres = load_file(out)
     assert {name: (c.shape, c.dtype) for name, c in centres.items()} == {

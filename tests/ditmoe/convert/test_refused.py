@@ -289,7 +289,7 @@ def test_only_dense_models_of_dit_go_out(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "ours/model_index.json").write_text(json.dumps(index))
     assert command("convert", tmp_path / "ours", tmp_path / "out", "--to", "diffusers") == 2
     assert "latents normalised channel by channel, and diffusers has one factor" in capsys.readouterr().err
-    refused(capsys, "is a model folder of ours; --to diffusers or --to dit takes it out", tmp_path / "ours")
+    refused(capsys, "is a model folder of ours; --to diffusers or dit takes it out", tmp_path / "ours")
 
 
 def test_what_is_there_stays_unless_it_is_to_be_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""A trained model made into another one: what the options of convert ask for.
+
+Shapes: n images, C channels, H W size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import pipeline
+from ..config.convert import ConvertArgs
+from ..config.file import save, trained_by
+from ..config.presets import PRESETS
+from ..config.sections import Config, ObjectiveConfig, SampleConfig
+from ..files import replacing
+from ..model import DiTMoETransformer2DModel, count_parameters
+from ..objective import Objective
+from .centroids import training_images
+from .merge import merge
+from .more import more
+from .prune import by_chance, prune, usage
+from .rebuild import described
+from .split import split
+from .upcycle import upcycle
+
+BATCH = 100  # images of a pass that measures
+
+
+def change(args: ConvertArgs) -> None:
+    """Write the changed model, its training.json, and a line on what became of it.
+
+    Raises:
+        ValueError: SRC holds no model of ours, does not say how it was trained, or cannot be changed so.
+    """
+    pipe = pipeline.load(args.src)
+    config, before = _trained_by(args, pipe), pipe.transformer.eval()
+    after, words = _changed(args, before, config)
+    pipe.register_modules(transformer=after)
+    with replacing(args.out) as temporary:
+        pipe.save_pretrained(temporary)
+        save(replace(described(after, config), train=replace(config.train, init=args.out)), temporary / "training.json")
+    sizes = [f"{n / 1e6:.2f} M" for net in (before, after) for n in count_parameters(net)]
+    print(f"{args.src}: {sizes[0]} parameters, {sizes[1]} activated; {args.out}: {sizes[2]}, {sizes[3]}{words}")
+    print(f"wrote {args.out}; python train.py {args.out}/training.json --out RUN trains it on")
+
+
+def _trained_by(args: ConvertArgs, pipe: pipeline.DiTMoEPipeline) -> Config:
+    """How SRC was trained; of a converted checkpoint, which does not say, how our preset of latents is."""
+    try:
+        return trained_by(args.src)
+    except ValueError:
+        if args.split or (args.prune and args.by != "random"):
+            raise
+    c, usual = pipe.transformer.config, PRESETS["s"]
+    objective = ObjectiveConfig(prediction_type=c.prediction_type, learn_sigma=c.learn_sigma)
+    return replace(usual, objective=objective, sample=SampleConfig(sampler=pipe.config.sampler))
+
+
+def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -> tuple[DiTMoETransformer2DModel, str]:
+    """The network, and what is to be said of it."""
+    if args.upcycle:
+        made = upcycle(net, args.upcycle, args.top_k or 2, blocks=args.blocks, seed=args.seed)
+        return made, ", the same function"
+    if args.more:
+        return more(net, args.seed), ", the same function"
+    if args.merge:
+        return merge(net, pipeline.load(args.merge).transformer.eval()), ""
+    if args.prune:
+        if args.by == "random":
+            return prune(net, args.prune, by_chance(net, args.seed)), ""
+        return prune(net, args.prune, getattr(usage(net, _batches(args, net, config)), args.by)), ""
+    assert args.split
+    found = split(net, args.split, _batches(args, net, config), blocks=args.blocks, tau=args.tau, seed=args.seed)
+    served = sum(found.served) / len(found.served)
+    return found.network, f"; at tau {args.tau:g} {served:.0%} of the experts serve a token"
+
+
+def _batches(
+    args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Training images noised to all times: x_t (n, C, H, W), t (n,), and labels (n,) of a model that has them."""
+    generator = torch.Generator().manual_seed(args.seed)
+    x, y, t = training_images(config, net, args.num, generator, args.data_path)
+    x_t, _ = Objective(config.objective).corrupt(x, t, torch.randn(x.shape, generator=generator))
+    for rows in torch.arange(len(x)).split(BATCH):
+        yield x_t[rows], t[rows], None if net.null_label is None else y[rows]
