@@ -21,7 +21,7 @@ from ..config.sections import Config, micro_batch_size
 from ..launch.signals import ignored_here
 from ..rng import sample_rng
 from .mixture import turn
-from .sets import BadImage, ImageSet
+from .sets import BadImage, ImageSet, check_classes
 
 
 class Batch(NamedTuple):
@@ -57,8 +57,15 @@ class _Stream(Dataset[Batch]):
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))
+                self._check_class(error.row)
         domain = torch.tensor([self.turn_of(i)[0] for i in indices])
         return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad, domain)
+
+    def _check_class(self, bad: int) -> None:
+        """ValueError where all images of its class are known to be bad."""
+        label, labels = int(self.data.labels[bad]), self.data.labels
+        if label in self.data.id2label and self._bad.issuperset(np.flatnonzero(labels == label).tolist()):
+            check_classes(self.data.source, labels[:0], {label: self.data.id2label[label]})
 
     def turn_of(self, index: int) -> tuple[int, int]:
         """The set that a sample is of, and how many samples of that set were before it."""
