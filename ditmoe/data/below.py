@@ -44,17 +44,12 @@ def files_below(root: Path) -> list[Path]:
         found += [Path(place, name) for name in names if not name.startswith(HIDDEN)]
     for file in found:
         if not is_image(file) and not file.exists():
-            what = f"{file.parent} holds {file.name}, a link that leads nowhere"
-            raise ValueError(f"data.path {what}; mend or remove it")
+            raise ValueError(f"{file.parent} holds {file.name}, a link that leads nowhere; mend or remove it")
     return sorted(found)
 
 
 def left_out(names: Iterable[PurePath]) -> str:
-    """What a set's `source` says of files that are none of it: how many, of which kinds; nothing where there are none.
-
-    >>> left_out([PurePath("a.gif"), PurePath("b.gif"), PurePath("notes.txt")])
-    '; 3 other files left out, such as a.gif (2 .gif, 1 .txt)'
-    """
+    """What a set's `source` says of files that are none of it, how many and of which kinds; nothing of none."""
     names = list(names)
     kinds = Counter(name.suffix.lower() or name.name for name in names)
     parts = [f"{count} {kind}" for kind, count in kinds.most_common(5)] + ["..."] * (len(kinds) > 5)

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from .below import HIDDEN, IMAGE_SUFFIXES, files_below, is_image, left_out
+from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
 
@@ -44,7 +44,7 @@ class FolderImages(ImageSet):
             way a picture is turned upright first, as its EXIF orientation says.
 
     Raises:
-        ValueError: No images, or a folder that cannot be listed.
+        ValueError: No images, some beside class folders or a class folder without any, or as `files_below`.
     """
 
     def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
@@ -61,10 +61,8 @@ class FolderImages(ImageSet):
         if not self.files:
             raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self.root, self.labels, self.id2label = root, np.asarray(labels, dtype=np.int64), dict(enumerate(classes))
-        others = left_out(file.relative_to(root) for file in found if not is_image(file))
-        self.source = (
-            f"{len(self.files)} images of {len(classes)} classes in {root}{misnumbered(self.id2label)}{others}"
-        )
+        said = _misnumbered(classes) + left_out(file.relative_to(root) for file in found if not is_image(file))
+        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}{said}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
@@ -142,36 +140,29 @@ def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
 
     Raises ValueError for a folder without images, without which the labels of those after it would be others.
     """
-    found: dict[str, list[Path]] = {
-        place.name: [] for place in sorted(root.iterdir()) if place.is_dir() and not place.name.startswith(HIDDEN)
-    }
-    loose = False
-    for file in images:
-        inside = file.relative_to(root).parts
-        loose |= len(inside) == 1
-        if len(inside) > 1:
-            found[inside[0]].append(file)
-    if not any(found.values()):
+    insides = [file.relative_to(root).parts for file in images]
+    if all(len(inside) == 1 for inside in insides):
         return {}
-    if loose:
+    if any(len(inside) == 1 for inside in insides):
         raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
+    folders = [place.name for place in sorted(root.iterdir()) if place.is_dir() and not is_hidden(Path(place.name))]
+    found: dict[str, list[Path]] = {name: [] for name in folders}
+    for file, inside in zip(images, insides, strict=True):
+        found[inside[0]].append(file)
     if empty := [name for name, files in found.items() if not files]:
         what = f"has {len(empty)} class folder(s) without an image that can be read, such as {empty[0]}"
+        others = left_out(file.relative_to(root) for file in files_below(root / empty[0]))
         kinds = f"give each some ({', '.join(sorted(IMAGE_SUFFIXES))}), remove it or begin its name with a dot"
-        raise ValueError(f"data.path {root} {what}{left_out(_other_files(root / empty[0]))}; {kinds}")
+        raise ValueError(f"data.path {root} {what}{others}; {kinds}")
     if {name.lower() for name in found} <= SPLITS:
         what = f"holds {', '.join(found)}, which are parts of a set, not classes"
         raise ValueError(f"data.path {root} {what}; give one of them, as in --data.path {root / next(iter(found))}")
     return found
 
 
-def _other_files(root: Path) -> list[Path]:
-    return [file.relative_to(root) for file in files_below(root)]
-
-
-def misnumbered(id2label: Mapping[int, str]) -> str:
+def _misnumbered(classes: Iterable[str]) -> str:
     """For a set's `source`: that a class named by a number has another label; nothing where none has."""
-    wrong = [(label, name) for label, name in id2label.items() if name.isdecimal() and int(name) != label]
+    wrong = [(label, name) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
     return f"; labels go by the order of names: label {wrong[0][0]} is {wrong[0][1]!r}" if wrong else ""
 
 

@@ -170,7 +170,8 @@ def _open_simple(root: Path) -> Latents:
 
 def _others(root: Path, used: Sequence[str]) -> str:
     """What lies beside the shards, in words."""
-    return left_out(file.relative_to(root) for file in files_below(root) if file not in {root / name for name in used})
+    below = [file.relative_to(root) for file in files_below(root)]
+    return left_out(file for file in below if str(file) not in used)
 
 
 def latent_names(flip: bool) -> tuple[str, ...]:
