@@ -115,7 +115,7 @@ class Batches:
 
     Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
     cut it into equal consecutive parts (ValueError where they cannot), so that its samples do not depend on the cut.
-    ValueError too where readers cannot be started, or cannot send what they have read.
+    ValueError too where readers cannot be started, or what they have read cannot be sent.
     """
 
     def __init__(self, config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> None:
@@ -140,7 +140,12 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        batch: Batch | str = next(self._batches)
+        try:
+            batch: Batch | str = next(self._batches)
+        except RuntimeError as error:
+            if "Too many open files" not in str(error):
+                raise
+            batch = f"a batch of a reader could not be received (Too many open files); {_FIX}"
         if isinstance(batch, str):
             raise ValueError(f"data.num_workers {self._ahead // 2}: {batch}")
         self._given += 1

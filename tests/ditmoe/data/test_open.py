@@ -141,13 +141,13 @@ def test_no_label_moves_without_a_word(tmp_path: Path) -> None:
         open_data(folder(tmp_path), size=8, channels=1)
     for name in ("1.gif", "2.gif", "3.heic"):
         (tmp_path / "bee" / name).write_bytes(b"picture")
-    with pytest.raises(ValueError, match=r"such as bee; 3 other files left out, such as 1.gif \(2 .gif, 1 .heic\)"):
+    with pytest.raises(ValueError, match=r"such as bee; 3 other files left out, such as bee/1.gif \(2 .gif, 1 .heic\)"):
         open_data(folder(tmp_path), size=8, channels=1)
     (tmp_path / "bee").rename(tmp_path / ".bee")
     data = open_data(folder(tmp_path), size=8, channels=1)
     assert (data.id2label, data.source.split(str(tmp_path))[1]) == ({0: "ant", 1: "cat", 2: "dog"}, "")
     (tmp_path / "cat" / "1.png").rename(tmp_path / "cat" / "1.avif")
-    with pytest.raises(ValueError, match=r"such as cat; 1 other files left out, such as 1.avif \(1 .avif\)"):
+    with pytest.raises(ValueError, match=r"such as cat; 1 other files left out, such as cat/1.avif \(1 .avif\)"):
         open_data(folder(tmp_path), size=8, channels=1)
 
 

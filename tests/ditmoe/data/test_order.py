@@ -56,6 +56,20 @@ def test_a_batch_that_cannot_be_sent_is_a_sentence(spoil, cause, tiny: Tiny, mon
     assert time.monotonic() - began < 30
 
 
+def test_a_batch_that_cannot_be_received_is_a_sentence(tiny: Tiny) -> None:
+    config = tiny(max_steps=50, data={"num_workers": 1})
+    batches = Batches(config, open_data(config.data, size=8, channels=1), first_step=0, rank=0, num_processes=1)
+    kept, limits = [next(batches)], resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+    sentence = r"^data.num_workers 1: a batch of a reader could not be received \(Too many open files\); .*ulimit -n"
+    try:
+        with pytest.raises(ValueError, match=sentence):
+            kept += list(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        batches.close()
+
+
 def test_readers_that_cannot_be_started_are_a_sentence(tiny: Tiny, monkeypatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
