@@ -249,6 +249,8 @@ def _ratios(
 
 def _pixels(images: UInt8Array) -> Tensor:
     """float32 (n, C, H, W) in [-1, 1], sides at most LARGEST_SIDE."""
+    if images.dtype != np.uint8:
+        raise ValueError(f"images are {images.dtype}; give uint8, values 0 to 255")
     parts = []
     for start in range(0, len(images), 1000):
         x = torch.from_numpy(images[start : start + 1000].astype(np.float32)).permute(0, 3, 1, 2)

@@ -84,11 +84,12 @@ class _Pass:
         self.inception: InceptionSums | None = None  # the first logits say how many classes there are
         self.chosen = chosen_indices(count, wanted.keep, wanted.seed) if wanted.keep else np.arange(0)
         self.rows: dict[int, Float32Array] = {}  # of the chosen images, each (D,)
-        self.right = 0
+        self.right = self.largest = 0
         self.digests: dict[int, bytes] = {}
 
     def add(self, indices: IndexArray, batch: UInt8Array) -> None:
         found = features_of(self.net, batch)
+        self.largest = max(self.largest, int(batch.max()))
         pool = found.pool.numpy()
         self.moments.update(pool)
         self.rows |= {int(indices[k]): pool[k].copy() for k in np.flatnonzero(np.isin(indices, self.chosen))}
@@ -112,7 +113,7 @@ class _Pass:
         self.moments.merge(processes)
         if self.spatial is not None:
             self.spatial.merge(processes)
-        parts = processes.gather((self.digests, self.source.bad, self.right, self.rows))
+        parts = processes.gather((self.digests, self.source.bad, self.right, self.rows, self.largest))
         digests = {i: digest for part in parts for i, digest in part[0].items()}
         bad = sorted({name for part in parts for name in part[1]})
         if len(bad) > self.source.may_skip:
@@ -129,6 +130,7 @@ class _Pass:
         facts = {
             "path": self.source.path, "kind": self.source.kind, "sha256": sha256(digests),
             "shape": list(self.source.shape), "generation": self.source.facts or None,
+            "largest": max(part[4] for part in parts),
         }  # fmt: skip
         spatial = self.spatial.gaussian() if self.spatial else None
         keep = self.wanted.keep > 0

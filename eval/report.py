@@ -135,6 +135,9 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
             warnings.append(f"{name} = {side.count} is not above {rank}")
         if side.bad:
             warnings.append(f"{len(side.bad)} images of {side.facts['path']} could not be read and were left out")
+        if side.facts.get("largest", 255) <= 1:
+            path = side.facts["path"]
+            warnings.append(f"no value of {path} is above 1 of 255: were they floats in [0, 1]? multiply by 255 first")
     if gen.shape and ref.shape and gen.shape[:2] != ref.shape[:2]:
         warnings.append(f"sizes differ: images {gen.shape[:2]}, ref {ref.shape[:2]} (H, W)")
     source = (ref.facts.get("made_from") or {}).get("images") or ref.facts

@@ -74,6 +74,7 @@ def score(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "processes": processes}
     gen = of_statistics(side, net) if isinstance(side, Statistics) else measure(side, net, wanted, num, **options)
     target, problems = _reference(reference, net, replace(wanted, logits=False, classify=None), cache, options)
+    problems += [one.left_out for one in (side, reference) if isinstance(one, Images) and one.left_out]
     scores = processes.agree(lambda: _scores(gen, target, net, metrics))
     metric = metric_name(net.name, fid_named=net.fid_named)
     return check_report({

@@ -18,7 +18,7 @@ from eval.sources.npz import open_npz
 if TYPE_CHECKING:
     from eval.networks.extractors import Extractor
 
-FORMAT = 2  # of the files; a change makes older cached ones unused
+FORMAT = 3  # of the files; a change makes older cached ones unused
 
 
 def default_folder() -> Path:

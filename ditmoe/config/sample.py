@@ -29,8 +29,8 @@ class SampleArgs:
     """Classifier-free guidance scale, 1 for none; default: saved with the model."""
     num: int | None = None
     """Number of images, classes in turn; default: 8 a class."""
-    classes: tuple[int, ...] | None = None
-    """The label of every image, instead of --num."""
+    classes: tuple[int | str, ...] | None = None
+    """The class of every image, its label (a number) or its name, instead of --num."""
     seed: int = 0
     """Image i depends on (seed, i, its label) alone."""
     batch_size: int = 64

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from ..launch.start import check_launch
 from .folders import FolderImages
 from .latents import FORMAT, INDEX, KEY, channel_statistics, latent_names, noted_in, read_index
 from .pixels import from_pixels
-from .sets import BadImage, check_bad
+from .sets import BadImage, check_bad, check_classes
 from .tars import TarImages, tar_files
 from .vae import identity, latent_shape, open_vae
 
@@ -169,6 +170,9 @@ class _Job:
         count = sum(entry["count"] for entry in shards)
         if not count:
             raise ValueError(f"none of the images can be used: {self.source.source}")
+        known = {c: name for c, name in self.source.id2label.items() if c in self.source.labels}
+        used = [_labels(self.file(k)) for k in self.shards]
+        check_classes(self.source.source, np.concatenate(used), known)
         values = count * len(latent_names(self.args.flip)) * math.prod(self.shape[1:])  # of a channel
         index = {
             **self.facts,
@@ -221,6 +225,11 @@ def _read(source: FolderImages, row: int) -> Read:
         return row, source.images([row])[0]
     except BadImage as error:
         return row, "".join(c if c.isprintable() else "?" for c in str(error))  # names may hold anything
+
+
+def _labels(shard: Path) -> NDArray[np.int64]:
+    with safe_open(shard, framework="np") as tensors:
+        return np.asarray(tensors.get_tensor("labels"))
 
 
 def _write(file: Path, content: bytes) -> None:

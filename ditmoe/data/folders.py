@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
+from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 2**30 // 12  # beyond it Pillow warns of a decompression bomb
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # what is so called is no class
 _LONGEST = 16  # times the short side: of a longer image only the centre square is enlarged
 # What Pillow raises on truncated, corrupt or foreign bytes.
 _DAMAGE = (
@@ -43,7 +44,7 @@ class FolderImages(ImageSet):
             way a picture is turned upright first, as its EXIF orientation says.
 
     Raises:
-        ValueError: No images, or a folder that cannot be listed.
+        ValueError: No images, some beside class folders or a class folder without any, or as `files_below`.
     """
 
     def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
@@ -52,25 +53,16 @@ class FolderImages(ImageSet):
         if channels not in (1, 3):
             raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
         self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
-        _, folders, names = next(_walk(root))
-        for name in names:  # without its class the others' labels would move
-            is_link = os.path.islink(root / name) and not name.startswith(".") and not _is_image(name)
-            if is_link and not os.path.exists(root / name):
-                raise ValueError(f"data.path {root} holds {name}, a link that leads nowhere; mend or remove it")
-        classes = {
-            name: files for name in sorted(folders) if not name.startswith(".") and (files := _image_files(root / name))
-        }
-        if classes and any(map(_is_image, names)):
-            raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
-        self.files: list[Path] = []
-        labels: list[int] = []
-        for label, files in enumerate(classes.values() if classes else [_image_files(root)]):
-            self.files += files
-            labels += [label] * len(files)
+        found = files_below(root)
+        images = [file for file in found if is_image(file)]
+        classes = _classes(root, images)
+        self.files = [file for files in classes.values() for file in files] if classes else images
+        labels = [label for label, files in enumerate(classes.values()) for _ in files] or [0] * len(images)
         if not self.files:
             raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self.root, self.labels, self.id2label = root, np.asarray(labels, dtype=np.int64), dict(enumerate(classes))
-        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}"
+        said = _misnumbered(classes) + left_out(file.relative_to(root) for file in found if not is_image(file))
+        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}{said}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
@@ -120,7 +112,8 @@ class FolderImages(ImageSet):
             return read_cropped(file, self.size, self.mode)
         with _opened(file) as image:
             self._check(file, image)
-            return np.asarray(_upright(file, image), dtype=np.uint8).reshape(self.size, self.size, -1)
+            decoded = _decoded(file, image).convert(self.mode)
+            return np.asarray(decoded, dtype=np.uint8).reshape(self.size, self.size, -1)
 
 
 def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = None) -> NDArray[np.uint8]:
@@ -129,12 +122,9 @@ def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = No
     `content` is read instead of the file where it is given. Raises ValueError, which names the file.
     """
     with _opened(file, content) as image:
-        upright = _upright(file, image)
+        decoded = _decoded(file, image)
         with _naming(file, f"cannot be made {mode} of {size}x{size}"):
-            if upright.has_transparency_data:  # it becomes white
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            fitted = _centre_crop(upright.convert(mode), size)
+            fitted = _centre_crop(decoded.convert(mode), size)
             return np.asarray(fitted, dtype=np.uint8).reshape(size, size, -1)
 
 
@@ -145,22 +135,35 @@ def cropped(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.u
     return np.stack(made).reshape(len(pixels), size, size, channels)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """What `os.walk` yields. Raises ValueError at a folder that cannot be listed."""
+def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
+    """The images of each folder of a root, in the order of their names; none of a root that holds its images itself.
 
-    def stop(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); may you read it?") from error
+    Raises ValueError for a folder without images, without which the labels of those after it would be others.
+    """
+    insides = [file.relative_to(root).parts for file in images]
+    if all(len(inside) == 1 for inside in insides):
+        return {}
+    if any(len(inside) == 1 for inside in insides):
+        raise ValueError(f"data.path {root} holds images beside class folders; move them into one")
+    folders = [place.name for place in sorted(root.iterdir()) if place.is_dir() and not is_hidden(Path(place.name))]
+    found: dict[str, list[Path]] = {name: [] for name in folders}
+    for file, inside in zip(images, insides, strict=True):
+        found[inside[0]].append(file)
+    if empty := [name for name, files in found.items() if not files]:
+        what = f"has {len(empty)} class folder(s) without an image that can be read, such as {empty[0]}"
+        others = left_out(file.relative_to(root) for file in files_below(root / empty[0]))
+        kinds = f"give each some ({', '.join(sorted(IMAGE_SUFFIXES))}), remove it or begin its name with a dot"
+        raise ValueError(f"data.path {root} {what}{others}; {kinds}")
+    if {name.lower() for name in found} <= SPLITS:
+        what = f"holds {', '.join(found)}, which are parts of a set, not classes"
+        raise ValueError(f"data.path {root} {what}; give one of them, as in --data.path {root / next(iter(found))}")
+    return found
 
-    return os.walk(root, onerror=stop)
 
-
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _image_files(root: Path) -> list[Path]:
-    """All below a folder that have an image's name; what is no file is among them, to be named when it is read."""
-    return sorted(Path(place, name) for place, _, names in _walk(root) for name in names if _is_image(name))
+def _misnumbered(classes: Iterable[str]) -> str:
+    """For a set's `source`: that a class named by a number has another label; nothing where none has."""
+    wrong = [(label, name) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
+    return f"; labels go by the order of names: label {wrong[0][0]} is {wrong[0][1]!r}" if wrong else ""
 
 
 @contextmanager
@@ -184,6 +187,10 @@ def _opened(file: Path, content: BinaryIO | None = None) -> Iterator[ImageFile.I
             raise ValueError(f"{file} has {image.width} x {image.height} pixels, more than {MOST_PIXELS}; shrink it")
         if _is_deep(image):
             raise ValueError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
+        with _naming(file, "is not a readable image"):
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's preview is no frame
+        if frames > 1:
+            raise ValueError(f"{file} has {frames} frames; save the one that counts")
         yield image
 
 
@@ -197,11 +204,14 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     return image.format in ("PNG", "TIFF") and any(";16" in str(args) for args in stored)
 
 
-def _upright(file: Path, image: Image.Image) -> Image.Image:
-    """Decoded, and turned as its EXIF orientation says."""
+def _decoded(file: Path, image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; what is transparent becomes white."""
     with _naming(file, "cannot be decoded"):
         upright = ImageOps.exif_transpose(image)
         upright.load()
+        if upright.has_transparency_data:
+            white = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(white, upright.convert("RGBA"))
     return upright
 
 

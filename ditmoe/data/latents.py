@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import digest
+from .below import files_below, left_out
 from .sets import MOST_LABELS, ImageSet
 from .vae import vae_words
 
@@ -81,6 +82,7 @@ class LatentShards(Latents):
         hashed = sum(shard["bytes"] for shard in index["shards"]) <= _HASHED_BYTES
         self.labels = np.concatenate([self._labels(shard, hashed) for shard in index["shards"]])
         self.source = f"{len(self.labels)} latents of {len(self.id2label)} classes in {root}, VAE {vae_words(index)}"
+        self.source += _others(root, [INDEX, *(shard["file"] for shard in index["shards"])])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a process that reads opens the files itself
@@ -162,7 +164,14 @@ def _open_simple(root: Path) -> Latents:
         raise ValueError(f"the shards in {root} have labels {found}; they must lie in 0..{MOST_LABELS - 1}")
     id2label = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
     classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
-    return Latents(latents, classes, id2label, f"{len(latents)} latents of {len(id2label)} classes in {root}")
+    source = f"{len(latents)} latents of {len(id2label)} classes in {root}" + _others(root, [f.name for f in files])
+    return Latents(latents, classes, id2label, source)
+
+
+def _others(root: Path, used: Sequence[str]) -> str:
+    """What lies beside the shards, in words."""
+    below = [file.relative_to(root) for file in files_below(root)]
+    return left_out(file for file in below if str(file) not in used)
 
 
 def latent_names(flip: bool) -> tuple[str, ...]:

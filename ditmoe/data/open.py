@@ -14,7 +14,7 @@ from .folders import FolderImages, cropped
 from .latents import open_latents
 from .mixture import Mixture
 from .named import open_digits, open_fashion
-from .sets import ArrayImages, BadImage, ImageSet, check_bad
+from .sets import ArrayImages, BadImage, ImageSet, check_bad, check_classes
 
 _IN_MEMORY_BYTES = 2 * 2**30
 _WITHOUT_TEST = ("folder", "latents")
@@ -139,4 +139,5 @@ def _open_folder(config: DataConfig, size: int, channels: int) -> ArrayImages | 
     check_bad(list(bad.values()), config.max_bad)
     if len(bad) == len(folder):
         raise ValueError(f"data.path {config.path}: none of {len(folder)} images can be used; the first: {bad[0]}")
+    check_classes(folder.source, np.delete(folder.labels, list(bad)), folder.id2label)
     return ArrayImages(pixels, folder.labels, folder.id2label, folder.source, bad=bad) if small else folder

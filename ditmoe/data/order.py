@@ -5,6 +5,10 @@ Shapes: n images of a micro-batch, C channels, H W size.
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+from functools import partial
+from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +21,7 @@ from ..config.sections import Config, micro_batch_size
 from ..launch.signals import ignored_here
 from ..rng import sample_rng
 from .mixture import turn
-from .sets import BadImage, ImageSet
+from .sets import BadImage, ImageSet, check_classes
 
 
 class Batch(NamedTuple):
@@ -53,8 +57,15 @@ class _Stream(Dataset[Batch]):
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))
+                self._check_class(error.row)
         domain = torch.tensor([self.turn_of(i)[0] for i in indices])
         return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad, domain)
+
+    def _check_class(self, bad: int) -> None:
+        """ValueError where all images of its class are known to be bad."""
+        label, labels = int(self.data.labels[bad]), self.data.labels
+        if label in self.data.id2label and self._bad.issuperset(np.flatnonzero(labels == label).tolist()):
+            check_classes(self.data.source, labels[:0], {label: self.data.id2label[label]})
 
     def turn_of(self, index: int) -> tuple[int, int]:
         """The set that a sample is of, and how many samples of that set were before it."""
@@ -78,11 +89,33 @@ class _Stream(Dataset[Batch]):
         return int(order[position])
 
 
+_FIX = "enlarge /dev/shm (docker run --shm-size 8g), memory or ulimit -n, or take --data.num-workers 0"
+
+
+class _Sent(Queue):  # type: ignore[type-arg]
+    """What readers put in comes out at the other end, or a sentence about why it could not be sent.
+
+    A thread of the reader sends it (shared memory, descriptors, a pipe); of what fails there Python tells nobody else.
+    """
+
+    def _on_queue_feeder_error(self, e: Exception, obj: Any) -> None:
+        why = f"a reader could not send its batch to the training process ({type(e).__name__}: {e})"
+        self.put((obj[0], f"{why}; {_FIX}"))
+
+
+def _readers() -> Any:
+    """How processes are started here, with such queues between them."""
+    context: Any = copy.copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+    context.Queue = partial(_Sent, ctx=context)
+    return context
+
+
 class Batches:
     """The micro-batches of one process, from `first_step` to the end of the run.
 
     Global batch s holds samples s * batch_size ... (s + 1) * batch_size - 1 of the run; accumulation and processes
     cut it into equal consecutive parts (ValueError where they cannot), so that its samples do not depend on the cut.
+    ValueError too where readers cannot be started, or what they have read cannot be sent.
     """
 
     def __init__(self, config: Config, data: ImageSet, *, first_step: int, rank: int, num_processes: int) -> None:
@@ -94,16 +127,27 @@ class Batches:
         self._stream = _Stream(data, config.seed, config.data.flip, size, unit)
         self._ahead = max(1, 2 * workers)  # micro-batches that the readers may be at
         self._given = 0
-        self._batches: Any = iter(DataLoader(
+        loader = DataLoader(
             self._stream, sampler=self._starts, batch_size=None, num_workers=workers, persistent_workers=workers > 0,
-            worker_init_fn=ignored_here,
-        ))  # fmt: skip
+            worker_init_fn=ignored_here, multiprocessing_context=_readers() if workers else None,
+        )  # fmt: skip
+        try:
+            self._batches: Any = iter(loader)
+        except OSError as error:
+            raise ValueError(f"data.num_workers {workers}: readers could not be started ({error}); {_FIX}") from error
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Batch:
-        batch: Batch = next(self._batches)
+        try:
+            batch: Batch | str = next(self._batches)
+        except RuntimeError as error:
+            if "Too many open files" not in str(error):
+                raise
+            batch = f"a batch of a reader could not be received (Too many open files); {_FIX}"
+        if isinstance(batch, str):
+            raise ValueError(f"data.num_workers {self._ahead // 2}: {batch}")
         self._given += 1
         return batch
 

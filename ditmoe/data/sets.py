@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +138,13 @@ def check_bad(sentences: Sequence[str], max_bad: int, option: str = "data.max_ba
     if len(sentences) > max_bad:
         how = f"{len(sentences)} images cannot be used, {option} is {max_bad}: " if max_bad else ""
         raise ValueError(f"{how}{sentences[max_bad]}, or let it be left out: --{option.replace('_', '-')} N")
+
+
+def check_classes(source: str, labels: NDArray[np.int64], id2label: Mapping[int, str]) -> None:
+    """Raise ValueError where a class has none of the images that can be used, whose labels these are."""
+    if empty := [id2label[label] for label in sorted(set(id2label) - set(labels.tolist()))]:
+        what = f"none of the images of class {empty[0]!r} can be used, and it would be drawn like the others"
+        raise ValueError(f"{source}: {what}; mend its images, or remove its folder")
 
 
 class BadImage(ValueError):  # noqa: N818 - what is raised is the image

@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .folders import IMAGE_SUFFIXES, FolderImages, read_cropped
+from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
+from .folders import FolderImages, read_cropped
 from .sets import MOST_LABELS, BadImage
 
 
@@ -39,9 +40,11 @@ class TarImages(FolderImages):
     def __init__(self, root: Path, size: int, channels: int) -> None:
         self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", "crop"
         tars = tar_files(root)
-        if stray := next((p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None):
+        beside = [file for file in files_below(root) if file not in tars] if root.is_dir() else []
+        if stray := next(filter(is_image, beside), None):
             raise ValueError(f"{root} holds tar files, and images beside them ({stray}); move the one or the other")
-        found = [entry for tar in tars for entry in _scan(tar)]
+        others: list[PurePath] = [file.relative_to(root) for file in beside]
+        found = [entry for tar in tars for entry in _scan(tar, others)]
         if not found:
             raise ValueError(f"the tar files in {root} hold no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self._members, labels = [member for member, _ in found], [label for _, label in found]
@@ -50,7 +53,9 @@ class TarImages(FolderImages):
             raise ValueError(f"{bare[0].tar} has {bare[0].key} without {bare[0].key}.cls, but others have labels")
         self.labels = np.asarray([label or 0 for label in labels], dtype=np.int64)
         self.id2label = {} if bare else {i: str(i) for i in range(int(self.labels.max()) + 1)}
-        self.source = f"{len(labels)} images of {len(self.id2label)} classes in {len(tars)} tar files of {root}"
+        empty = len(self.id2label) - len(np.unique(self.labels)) if self.id2label else 0
+        classes = f"{len(self.id2label)} classes" + (f" ({empty} of them without an image)" if empty else "")
+        self.source = f"{len(labels)} images of {classes} in {len(tars)} tar files of {root}{left_out(others)}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
@@ -75,19 +80,26 @@ class TarImages(FolderImages):
 
 def tar_files(root: Path) -> list[Path]:
     """The tar files that a path means; none for a folder of images."""
-    return [root] if root.is_file() and root.suffix == ".tar" else sorted(root.glob("*.tar"))
+    return (
+        [root]
+        if root.is_file() and root.suffix == ".tar"
+        else sorted(p for p in root.glob("*.tar") if not is_hidden(Path(p.name)))
+    )
 
 
-def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
-    """The images of a tar file in its order, each with its label."""
+def _scan(tar: Path, others: list[PurePath]) -> list[tuple[_Member, int | None]]:
+    """The images of a tar file in its order, each with its label; what is neither goes to `others`."""
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
     with tar.open("rb") as file:
         for entry in _entries(tar):
             place = PurePosixPath(entry.name)
             stem, _, extension = place.name.partition(".")
-            is_label, is_image = extension.lower() == "cls", f".{extension.lower()}" in IMAGE_SUFFIXES
-            if not stem or not (is_label or is_image) or entry.isdir():
+            is_label, is_picture = extension.lower() == "cls", f".{extension.lower()}" in IMAGE_SUFFIXES
+            if entry.isdir() or is_hidden(place):
+                continue
+            if not (is_label or is_picture):
+                others.append(tar.name / place)
                 continue
             key = str(place.with_name(stem))
             if not entry.isreg() or entry.issparse():

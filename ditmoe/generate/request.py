@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..data.pixels import QUANTIZE
 from ..files import digest
 from ..moe.guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..moe.tau import WithTau
-from ..pipeline import load, shift_option
+from ..pipeline import DiTMoEPipeline, load, shift_option
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
@@ -66,7 +67,7 @@ def requested(args: SampleArgs) -> RequestedSet:
     """The set that a command line asks for."""
     pipe = load(args.model, fast=True)
     num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
-    labels = balanced_labels(pipe, num) if args.classes is None else list(args.classes)
+    labels = balanced_labels(pipe, num) if args.classes is None else [_label(pipe, word) for word in args.classes]
     name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
     cfg = args.cfg if args.cfg is not None or labels is None else pipe.config.guidance_scale
     more, of_sampler = {option: getattr(args, option) for option in PIPELINE_OPTIONS}, args.sampler_options()
@@ -87,6 +88,21 @@ def requested(args: SampleArgs) -> RequestedSet:
     if args.tau is not None:
         WithTau(pipe.transformer, args.tau_spans() or ())  # refused before a folder is made
     return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
+
+
+def _label(pipe: DiTMoEPipeline, word: int | str) -> int:
+    """Of a class that is named or numbered. ValueError for a name that none has."""
+    labels = {name: label for label, name in pipe.id2label.items()}
+    if isinstance(word, int):
+        if (other := labels.get(str(word), word)) != word:
+            asked = f"classes has {word}: the class of that label is {pipe.id2label.get(word, 'not there')!r}"
+            print(f"note: {asked}, and the one of that name has label {other}", flush=True)
+        return word
+    if word not in labels:
+        near = "".join(f"did you mean {found!r}? " for found in get_close_matches(word, labels, n=1))
+        few = f"{', '.join([*labels][:10])}{', ...' if len(labels) > 10 else ''}" if labels else "without names here"
+        raise ValueError(f"classes has {word!r}; {near}give labels or names; the classes are {few}")
+    return labels[word]
 
 
 def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:

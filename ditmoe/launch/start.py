@@ -10,10 +10,12 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
 from ..config.sections import TrainConfig
 from .signals import end_with_parent
+
+_ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # of Accelerate, by its ACCELERATE_USE_...
 
 
 def best_device() -> torch.device:
@@ -22,12 +24,17 @@ def best_device() -> torch.device:
 
 
 def launched(train: TrainConfig) -> Accelerator:
-    """The processes of this launch, which with torchrun end with it. ValueError as `check_launch`."""
-    device = best_device()
+    """The processes of this launch, which with torchrun end with it. ValueError as `check_launch`.
+
+    What decides over the model is said here, so that Accelerate does not read it from its environment.
+    """
+    _check_environment()
+    device = torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else best_device()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if resolve_precision(train.precision, device) == "bf16" else "no",
-        gradient_accumulation_steps=train.accumulation,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulation),
+        dynamo_backend="no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
     )
     check_launch(accelerator)
@@ -37,8 +44,33 @@ def launched(train: TrainConfig) -> Accelerator:
 
 def joined() -> PartialState:
     """This process among those of its launch, as `launched` but to encode: one may need a day longer than another."""
+    _check_environment()
     _end_with_torchrun()
     return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=1))
+
+
+def _check_environment() -> None:
+    """ValueError where it asks for engines, which keep weights where our checkpoints cannot reach, or for a device."""
+    if engines := [name for name in _ENGINES if parse_flag_from_env(f"ACCELERATE_USE_{name}")]:
+        raise ValueError(
+            f"the launch asks for {engines[0]} (ACCELERATE_USE_{engines[0]}); start plain processes "
+            f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
+        )
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        fix = "leave it out; CUDA_VISIBLE_DEVICES and ACCELERATE_USE_CPU=true choose among devices"
+        raise ValueError(f"ACCELERATE_TORCH_DEVICE is {device}, another device than the precision is chosen for; {fix}")
+
+
+def overruled(train: TrainConfig, precision: str) -> list[str]:
+    """Sentences on what the environment asks of Accelerate, and a run does not do: it goes by its config.json."""
+    done = {
+        "GRADIENT_ACCUMULATION_STEPS": ("1", str(train.accumulation)),
+        "DYNAMO_BACKEND": ("no",),
+        "MIXED_PRECISION": ("no", precision),  # each first value is what accelerate launch says of its own
+    }
+    told = {name: os.environ.get(f"ACCELERATE_{name}", values[0]) for name, values in done.items()}
+    odd = [f"ACCELERATE_{name}={value}" for name, value in told.items() if value.lower() not in done[name]]
+    return [f"note: {word} in the environment changes nothing, the run goes by config.json" for word in odd]
 
 
 def _end_with_torchrun() -> None:
@@ -64,16 +96,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def check_launch(accelerator: Accelerator | PartialState) -> None:
-    """Raise ValueError where `accelerate launch` was asked for more than it started, or for engines of its own.
+    """Raise ValueError where `accelerate launch` was asked for more than it started.
 
     With `--cpu --num_processes 2` it quietly starts one process (Accelerate 1.15), which finds where the others would
-    meet, and not that it is one of several; and engines keep weights where our checkpoints cannot reach.
+    meet, and not that it is one of several.
     """
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"the launch asks for {accelerator.distributed_type.value}; start plain processes "
-            f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"
-        )
     told = os.environ  # by accelerate launch; the last two where it was asked for several
     launcher = "ACCELERATE_MIXED_PRECISION" in told and "MASTER_PORT" in told and told.get("MASTER_ADDR") == "127.0.0.1"
     if accelerator.num_processes == 1 and launcher and "WORLD_SIZE" not in told:

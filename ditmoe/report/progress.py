@@ -29,7 +29,10 @@ def progress(config: Config, step: int, pipe: DiTMoEPipeline, score: Callable[..
     shown = 8 * max(len(pipe.id2label), 1)
     write_grid(images[:shown], labels and labels[:shown], pipe.id2label, folder / f"step-{step:06d}.png")
     if score is not None:
-        report = score(images)
+        try:
+            report = score(images)
+        except ValueError as error:
+            return print(f"warning: there is no score of step {step} ({error})", flush=True)
         row = {"step": step, "metric": report["metric"], "value": report["value"], "num": len(images)}
         path = folder / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

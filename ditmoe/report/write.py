@@ -5,10 +5,11 @@ Shapes: N images, C channels, H W size, L layers with experts, B time bins, Y cl
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,10 @@ from .maps import expert_maps
 Images = NDArray[np.uint8]
 Score = Callable[[Images], Mapping[str, Any]]
 Judge = Callable[..., dict[str, Any]]
+Part = TypeVar("Part")
 
+NOT_JUDGED, NOT_SCORED = "Samples were not judged", "The samples were not scored"
+UNJUDGED = {"classes": None, "copies": None, "pixels": None}
 TIME_BINS = 10
 SHOWN_CLASSES = 12  # rows of the expert maps, at most
 SHOWN_ROWS, SHOWN_COLUMNS = 20, 10  # of the sample grid
@@ -59,7 +63,8 @@ def write(
         What report.json holds.
 
     Raises:
-        ValueError: the folder holds no such run, or its data set is gone.
+        ValueError: the folder holds no such run, or its data set is gone. What else cannot be had is left out with a
+            sentence among the report's notes.
     """
     config = read_config(run)
     pipe, sample = load(run, fast=True), config.sample
@@ -79,7 +84,9 @@ def write(
     for name in page.CAPTIONS:
         (run / name).unlink(missing_ok=True)  # none may be left from another report
     pictures.write_grid(images, labels, pipe.id2label, run / SAMPLES, columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
-    _draw_film(pipe, config, labels, run / FILM)
+    notes: list[str] = []
+    none: list[dict[str, Any]] = []
+    _tried(notes, "There is no film", lambda: _draw_film(pipe, config, labels, run / FILM), None)
     if rows:
         charts.loss_curve(rows, run / LOSS)
     report = {
@@ -90,11 +97,11 @@ def write(
             "nfe": pipe.network_calls(sample.sampler, sample.steps), "guidance": guidance, "seed": config.seed,
             "seconds": seconds,
         },
-        "experts": _draw_experts(net, config, data, run / EXPERTS),
-        **_judge(judge, images, labels, data, held_out, config),
-        **_score(score, images, held_out),
+        "experts": _tried(notes, "No routing", lambda: _draw_experts(net, config, data, run / EXPERTS), none),
+        **_tried(notes, NOT_JUDGED, lambda: _judge(judge, images, labels, data, held_out, config), UNJUDGED),
+        **_tried(notes, NOT_SCORED, lambda: _score(score, images, held_out), _score(None, images, None)),
     }  # fmt: skip
-    report["notes"] = _notes(report, images)
+    report["notes"] = notes + _notes(report, images, " ".join(notes))
     write_json(run / REPORT, report)
     shown = {name: (run / name).read_bytes() for name in page.CAPTIONS if (run / name).exists()}
     write_text(run / PAGE, page.render(report, shown, to_dict(config)))
@@ -102,11 +109,24 @@ def write(
     return report
 
 
+def _tried(notes: list[str], failed: str, part: Callable[[], Part], empty: Part) -> Part:
+    """A part of the page; where it cannot be had `empty`, and a note on why: the run is finished without it."""
+    try:
+        return part()
+    except ValueError as error:
+        notes.append(f"{failed}: {error}.")
+        return empty
+
+
 def finish(config: Config, score: Score | None, judge: Judge, *, news: bool) -> None:
-    """The end of a training run: its page, where the run has `news` or none, and a line that says where."""
+    """The end of a training run: its page, where the run has `news` or none, and a line that says where, or why not."""
     if news or not (config.out / PAGE).exists():
         with locked(config):
-            write(config.out, score=score, judge=judge)
+            try:
+                write(config.out, score=score, judge=judge)
+            except (ValueError, FloatingPointError) as error:
+                said = f"{config.out} is finished, but for its page ({error}); the same command tries again"
+                return print(f"warning: {said}", file=sys.stderr)
     print(f"{config.out} is finished: see {config.out / PAGE}, or python sample.py {config.out}")
 
 
@@ -181,7 +201,7 @@ def _judge(
 ) -> dict[str, Any]:  # fmt: skip
     """The parts "classes", "copies" and "pixels" of the report, each None where it cannot be had."""
     if judge is None or data.is_latent or len(data) < FEWEST_REAL:
-        return {"classes": None, "copies": None, "pixels": None}
+        return dict(UNJUDGED)
     shuffled = np.random.default_rng(config.seed).permutation(len(data))
     rows = data.readable(shuffled[: MOST_REAL[data.in_memory]].tolist())
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
@@ -201,19 +221,19 @@ def _score(score: Score | None, images: Images, held_out: ImageSet | None) -> di
     return {"score": dict(score(images)), "score_real": None if real is None else dict(score(real))}
 
 
-def _notes(report: Mapping[str, Any], images: Images) -> list[str]:
-    """Sentences on what is missing, and why."""
+def _notes(report: Mapping[str, Any], images: Images, known: str) -> list[str]:
+    """Sentences on what is missing, and why, but what is `known`."""
     notes = []
     if not report["model"]["moe_layers"]:
         notes.append("This model has no experts (a dense twin), so there are no expert maps.")
-    if report["copies"] is None:
+    if report["copies"] is None and NOT_JUDGED not in known:
         why = "latents have no pixels" if report["data"]["is_latent"] else f"fewer than {FEWEST_REAL} training images"
         notes.append(f"Samples were not compared with training images: {why}.")
-    elif report["copies"]["num_train"] < report["data"]["num_train"]:
+    elif report["copies"] and report["copies"]["num_train"] < report["data"]["num_train"]:
         few, all_of_them = report["copies"]["num_train"], report["data"]["num_train"]
         notes.append(f"Copies were looked for among {few:,} of {all_of_them:,} training images, drawn at random.")
-    if report["score"] is None:
-        notes.append("The samples were not scored.")
+    if report["score"] is None and NOT_SCORED not in known:
+        notes.append(f"{NOT_SCORED}.")
     if images.shape[-1] not in (1, 3):
         notes.append(f"The pictures show latents, {visible(images).shape[-1]} of {images.shape[-1]} channels.")
     return notes

@@ -173,6 +173,8 @@ def _announce(config: Config, data: ImageSet, accelerator: Accelerator, precisio
         net = build(config, num_classes(config, data))
     total, activated = count_parameters(net)
     say, split, processes = accelerator.print, config.parallel, accelerator.num_processes
+    for sentence in start.overruled(config.train, precision):
+        say(sentence)
     say(f"data: {data.source}")
     say(f"model: {total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token")
     ways = (f"experts split over {split.experts}, " if split.experts > 1 else "") + "the rest sharded, " * split.shard

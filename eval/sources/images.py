@@ -23,6 +23,7 @@ class Images:
     statistics: "Statistics | None" = None  # of a larger set that these stand for, as ADM's reference batches hold them
     may_skip: int = 0  # how many unreadable images may be left out
     bad: list[str] = field(default_factory=list)  # names of those that were left out, filled while reading
+    left_out: str = ""  # a sentence on files beside the images that are none
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[UInt8Array]:
         """Batches uint8 (n, H, W, C), n <= batch_size, of the first `limit` images, or of all."""

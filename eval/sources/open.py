@@ -5,13 +5,14 @@ Images are uint8 batches (n, H, W, C), C = 1 or 3, one size throughout. Imports 
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from eval import strict_json
 from eval.sources.arrays import DAMAGE, IndexArray, UInt8Array, open_idx, read_npz_arrays
@@ -19,7 +20,8 @@ from eval.sources.images import Images, Statistics
 from eval.sources.npz import open_npz, open_zip
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-HIDDEN = (".", "__MACOSX")  # names that begin so are left out
+HIDDEN = (".", "__MACOSX", "@eaDir")  # names that begin so are left out; all as in `ditmoe.data.below`
+NOTE = "sampling.json"  # what `sample.py` says of the images beside it
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
 DIGITS_FILE = Path(__file__).resolve().parents[2] / "ditmoe" / "data_files" / "digits.npz"
 FASHION_FOLDERS = (Path("data/FashionMNIST/raw"), Path("/usr/share/datasets/fashion-mnist"))
@@ -80,8 +82,8 @@ def _in_memory(
 
 
 def _folder(folder: Path, path: str, skip_bad: int) -> Images:
-    names = _image_names(_files_below(folder, path))
-    note = folder / "sampling.json"  # what `sample.py` says of the images beside it
+    names, left_out = _image_names(_files_below(folder, path), path)
+    note = folder / NOTE
     facts = strict_json.read(note) if note.is_file() else {}
     if not isinstance(facts, dict):
         raise ValueError(f"{note}: not a JSON object; remove it")
@@ -92,7 +94,7 @@ def _folder(folder: Path, path: str, skip_bad: int) -> Images:
             raise FileNotFoundError(f"{name} is no file")
         return (folder / name).open("rb")
 
-    return _image_files("folder", path, names, open_file, skip_bad, fingerprint, facts)
+    return _image_files("folder", path, names, open_file, skip_bad, fingerprint, facts, left_out)
 
 
 def _files_below(folder: Path, path: str) -> Iterator[str]:
@@ -116,18 +118,19 @@ def _zip(file: Path, path: str, skip_bad: int) -> Images:
     archive, fingerprint = open_zip(file, path, "zip")
     if any(info.flag_bits & 1 for info in archive.infolist()):
         raise ValueError(f"{path}: the zip is encrypted; write it again without a password")
-    names = _image_names(info.filename for info in archive.infolist() if not info.is_dir())
-    return _image_files("zip", path, names, archive.open, skip_bad, fingerprint, {})
+    names, left_out = _image_names((info.filename for info in archive.infolist() if not info.is_dir()), path)
+    return _image_files("zip", path, names, archive.open, skip_bad, fingerprint, {}, left_out)
 
 
-def _image_names(names: Iterator[str]) -> list[str]:
-    """Names with an image's suffix, sorted; hidden files and macOS's resource forks left out."""
-    return sorted(
-        name
-        for name in names
-        if PurePosixPath(name).suffix.lower() in SUFFIXES
-        and not any(part.startswith(HIDDEN) for part in PurePosixPath(name).parts)
-    )
+def _image_names(names: Iterable[str], path: str) -> tuple[list[str], str]:
+    """Names with an image's suffix, sorted, and a sentence on the others; hidden files are neither."""
+    shown = sorted(n for n in names if not any(part.startswith(HIDDEN) for part in PurePosixPath(n).parts))
+    kinds = {name: PurePosixPath(name).suffix.lower() for name in shown}
+    others = [name for name in shown if kinds[name] not in SUFFIXES and name != NOTE]
+    counts = Counter(kinds[name] or PurePosixPath(name).name for name in others).most_common(5)
+    such = f"such as {others[0]} ({', '.join(f'{n} {kind}' for kind, n in counts)})" if others else ""
+    sentence = f"{len(others)} other files of {path} were left out, {such}" if others else ""
+    return [name for name in shown if kinds[name] in SUFFIXES], sentence
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
@@ -139,8 +142,9 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 def _image_files(
-    kind: str, path: str, names: list[str], open_file: OpenFile, skip_bad: int, fingerprint: str, facts: dict[str, Any]
-) -> Images:
+    kind: str, path: str, names: list[str], open_file: OpenFile, skip_bad: int, fingerprint: str, facts: dict[str, Any],
+    left_out: str,
+) -> Images:  # fmt: skip
     """Images decoded to RGB one by one; all headers are read now, so that faults come early."""
     if not names:
         raise ValueError(f"{path}: no images ({', '.join(sorted(SUFFIXES))}); is the path right?")
@@ -149,7 +153,7 @@ def _image_files(
     for name in names:
         try:
             with _opened(open_file, name) as image:
-                sizes[name] = image.size
+                sizes[name] = _upright_size(image)
         except (*DAMAGE, ValueError) as error:
             faults[name] = f"{name} ({type(error).__name__})"
     if len(faults) > skip_bad or not sizes:
@@ -167,7 +171,7 @@ def _image_files(
             found = {}
             for i in range(start, min(start + batch_size, limit)):
                 try:
-                    found[i] = _decode(path, left[i], open_file)
+                    found[i] = _decode(path, left[i], open_file, (width, height))
                 except ValueError:
                     bad.append(left[i])
                     if len(bad) > skip_bad:
@@ -176,7 +180,7 @@ def _image_files(
                 yield np.array(list(found)), np.stack(list(found.values()))
 
     shape = (height, width, 3)
-    return Images(kind, path, len(left), shape, read, fingerprint, facts=facts, may_skip=skip_bad, bad=bad)
+    return Images(kind, path, len(left), shape, read, fingerprint, None, facts, None, skip_bad, bad, left_out)
 
 
 @contextmanager
@@ -188,23 +192,37 @@ def _opened(open_file: OpenFile, name: str) -> Iterator[ImageFile.ImageFile]:
             yield image
 
 
-def _decode(path: str, name: str, open_file: OpenFile) -> UInt8Array:
-    """One image as RGB (H, W, 3); grey is copied to three channels."""
+def _upright_size(image: ImageFile.ImageFile) -> tuple[int, int]:
+    """Width and height once turned as the EXIF orientation says. No PNG is decoded to find one behind its pixels."""
+    noted = image.format != "PNG" or {"exif", "XML:com.adobe.xmp"} & image.info.keys()
+    turned = noted and image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return image.size[::-1] if turned else image.size
+
+
+def _decode(path: str, name: str, open_file: OpenFile, size: tuple[int, int]) -> UInt8Array:
+    """One image as RGB (H, W, 3), upright; grey is copied to three channels."""
     try:
         with _opened(open_file, name) as image:
             deep = _is_deep(image)
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's preview is no frame
-            image.load()
-            picture = image.copy()
-    except (*DAMAGE, ValueError) as error:
+            picture = ImageOps.exif_transpose(image)
+            picture.load()
+            opaque = not picture.has_transparency_data or picture.convert("RGBA").getchannel("A").getextrema() == (
+                255,
+                255,
+            )
+            pixels = np.asarray(picture.convert("RGB"))
+    except (*DAMAGE, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: cannot decode {name} ({error}); remove or replace it") from error
     if deep or picture.mode.startswith(("I", "F")):
         raise ValueError(f"{path}: {name} is not 8-bit (mode {picture.mode}); save it as 8-bit")
     if frames > 1:
         raise ValueError(f"{path}: {name} has {frames} frames; save the one that counts")
-    if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+    if not opaque:
         raise ValueError(f"{path}: {name} has transparent pixels; flatten it first")
-    return np.asarray(picture.convert("RGB"))
+    if picture.size != size:
+        raise ValueError(f"{path}: {name} is {picture.width}x{picture.height} once it is upright; save it as it looks")
+    return pixels
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:

@@ -375,3 +375,25 @@ def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path):
         assert process.wait() == [0], process.err()
         peaks.append(int(process.out()) / 1024)
     assert peaks[1] <= peaks[0] + 10, peaks  # megabytes; float64 features alone would be 11, images 17
+
+
+def test_floats_are_refused_and_what_was_cut_to_two_values_is_told(tmp_path):
+    floats = np.random.RandomState(0).random_sample((30, 8, 8, 1))
+    with pytest.raises(ValueError, match=r"array is float64 \(30, 8, 8, 1\); expected uint8"):
+        score(floats, "digits:test")
+    np.savez(tmp_path / "a.npz", arr_0=floats)
+    with pytest.raises(ValueError, match=r"arr_0 is float64 \(30, 8, 8, 1\); expected uint8"):
+        score(tmp_path / "a.npz", "digits:test")
+    told = "no value of array is above 1 of 255: were they floats in [0, 1]? multiply by 255 first"
+    assert told in score(floats.round().astype(np.uint8), "digits:test")["warnings"]
+    assert told not in score((floats * 255).astype(np.uint8), "digits:test")["warnings"]
+
+
+def test_files_that_are_no_images_are_told_of_beside_the_score(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.gif").write_bytes(b"GIF89a")
+    told = f"3 other files of {tmp_path} were left out, such as 0.gif (3 .gif)"
+    assert told in score(tmp_path, "digits:test")["warnings"]
+    assert told in score("digits:test", tmp_path, cache=tmp_path / ".cache")["warnings"]
+    assert told in score("digits:test", tmp_path, cache=tmp_path / ".cache")["warnings"]  # statistics kept from before

@@ -190,3 +190,12 @@ def test_fewer_images_than_an_image_has_pixels_have_no_distance(train: ArrayImag
     few = (held_out.pixels[:64], held_out.labels[:64])
     assert judge(train.pixels[:65], None, *known, few, [])["pixels"].keys() == {"value", "num_train"}
     assert judge(train.pixels[:64], None, *known, few, [])["pixels"] is None
+
+
+def test_floats_are_no_images(train: ArrayImages) -> None:
+    floats = train.pixels[:40] / np.float32(255)
+    for generated, real in ((floats, train.pixels), (train.pixels[:40], floats)):
+        with pytest.raises(ValueError, match="images are float32; give uint8, values 0 to 255"):
+            nearest_copies(generated, real, None)
+    with pytest.raises(ValueError, match="images are float32; give uint8"):
+        train_classifier(floats, train.labels[:40])

@@ -255,7 +255,9 @@ def read_from_files():
 
 
 def reader_fault(kind, name):
-    """The process that reads the file of this name dies, or raises what no image should."""
+    """The process that reads the file of this name dies, raises what no image should, or has no room for its batch."""
+    import resource
+
     from torch.utils.data import get_worker_info
 
     from ditmoe.data.folders import FolderImages
@@ -267,7 +269,9 @@ def reader_fault(kind, name):
         if get_worker_info() and file.name == name:
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("decoder failed")
+            if kind == "raises":
+                raise RuntimeError("decoder failed")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as with a full /dev/shm
         return read(self, file)
 
     FolderImages._read = faulty

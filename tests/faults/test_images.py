@@ -168,7 +168,7 @@ def test_a_file_that_may_not_be_read_is_bad(photos):
         data.FolderImages(photos, 8, 3, "crop").images([12])
 
 
-@pytest.mark.parametrize("kind", ["killed", "raises"])
+@pytest.mark.parametrize("kind", ["killed", "raises", "full"])
 def test_a_reader_that_dies_ends_the_run_with_the_name_of_the_file(tmp_path, kind):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -186,6 +186,9 @@ def test_a_reader_that_dies_ends_the_run_with_the_name_of_the_file(tmp_path, kin
     if kind == "killed":
         assert "DataLoader worker" in errors
         assert "photos/07.png" in errors
+    elif kind == "full":
+        assert 2 in codes
+        assert "error: data.num_workers 2: a reader could not send its batch to the training process" in errors
     else:  # which of those that were being read
         assert "photos/07.png could not be read: RuntimeError('decoder failed')" in errors
 

@@ -4,6 +4,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -513,6 +514,30 @@ def test_an_image_of_a_tar_file_is_named_alike_each_time(tmp_path: Path) -> None
             TarImages(tmp_path, 8, 3).images([0])
         sentences.add(str(told.value))
     assert len(sentences) == 1
+
+
+def test_what_is_none_of_a_tar_files_images_is_counted(tmp_path: Path) -> None:
+    members = [("./a.png", b"1"), ("a.json", b"{}"), ("b.v2.png", b"1"), ("c.gif", b"1"), ("a.cls.txt", b"1")]
+    write_tar(tmp_path / "0.tar", [*members, ("__MACOSX/._a.png", b"1"), ("._a.png", b"1"), ("@eaDir/a.png", b"1")])
+    write_tar(tmp_path / "._0.tar", [])
+    (tmp_path / "deep").mkdir()
+    write_tar(tmp_path / "deep" / "1.tar", [("z.png", b"1")])
+    (tmp_path / "2.tar.gz").write_bytes(b"1")
+    data = TarImages(tmp_path, 8, 3)
+    assert (len(data), data.name(0)) == (1, f"{tmp_path}/0.tar/a")
+    kinds = r"1 \.gz, 1 \.tar, 1 \.json, 1 \.png, 1 \.gif, \.\.\."
+    assert re.search(rf"; 6 other files left out, such as 2\.tar\.gz \({kinds}\)$", data.source)
+    write_tar(tmp_path / "0.tar", [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"1"), ("b.cls", b"4")])
+    assert "2 images of 5 classes (3 of them without an image) in 1 tar files" in TarImages(tmp_path, 8, 3).source
+
+
+def test_a_class_of_which_nothing_can_be_encoded_is_refused(photos: Path, vae: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (mine / "bee").mkdir()
+    (mine / "bee" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the images of class 'bee' can be used"):
+        encode(mine, vae, tmp_path / "set", "--max-bad", 1)
+    assert not (tmp_path / "set" / "latents.json").exists()
 
 
 def test_images_beside_tar_files_are_not_passed_over(photos: Path, tmp_path: Path) -> None:

@@ -133,6 +133,84 @@ def test_folders_that_hold_nothing_useful(tmp_path: Path) -> None:
         open_data(folder(tmp_path), size=8, channels=1)
 
 
+def test_no_label_moves_without_a_word(tmp_path: Path) -> None:
+    for name in ("ant", "cat", "dog"):
+        png(tmp_path / name / "1.png")
+    (tmp_path / "bee").mkdir()
+    with pytest.raises(ValueError, match=r"1 class folder\(s\) without an image .*, such as bee; give each some"):
+        open_data(folder(tmp_path), size=8, channels=1)
+    for name in ("1.gif", "2.gif", "3.heic"):
+        (tmp_path / "bee" / name).write_bytes(b"picture")
+    with pytest.raises(ValueError, match=r"such as bee; 3 other files left out, such as bee/1.gif \(2 .gif, 1 .heic\)"):
+        open_data(folder(tmp_path), size=8, channels=1)
+    (tmp_path / "bee").rename(tmp_path / ".bee")
+    data = open_data(folder(tmp_path), size=8, channels=1)
+    assert (data.id2label, data.source.split(str(tmp_path))[1]) == ({0: "ant", 1: "cat", 2: "dog"}, "")
+    (tmp_path / "cat" / "1.png").rename(tmp_path / "cat" / "1.avif")
+    with pytest.raises(ValueError, match=r"such as cat; 1 other files left out, such as cat/1.avif \(1 .avif\)"):
+        open_data(folder(tmp_path), size=8, channels=1)
+
+
+def test_links_to_folders_are_followed_and_never_twice(tmp_path: Path) -> None:
+    png(tmp_path / "elsewhere" / "more" / "2.png")
+    png(tmp_path / "photos" / "cat" / "1.png")
+    (tmp_path / "photos" / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    data = open_data(folder(tmp_path / "photos"), size=8, channels=1)
+    assert (len(data), data.id2label) == (2, {0: "cat"})
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    with pytest.raises(ValueError, match="is a link to a folder that has been met already; remove the link"):
+        open_data(folder(tmp_path / "photos"), size=8, channels=1)
+    (tmp_path / "elsewhere" / "back").unlink()
+    (tmp_path / "elsewhere" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="link holds gone, a link that leads nowhere; mend or remove it"):
+        open_data(folder(tmp_path / "photos"), size=8, channels=1)
+
+
+def test_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
+    for name in ("train/cat", "train/dog", "val/cat"):
+        png(tmp_path / name / "1.png")
+    fix = f"data.path {tmp_path} holds train, val, which are parts of a set.*--data.path {tmp_path}/train"
+    with pytest.raises(ValueError, match=fix):
+        open_data(folder(tmp_path), size=8, channels=1)
+    png(tmp_path / "bus" / "1.png")  # a train among vehicles
+    assert len(open_data(folder(tmp_path), size=8, channels=1).id2label) == 3
+
+
+def test_folders_named_by_numbers_keep_the_order_of_names_and_say_so(tmp_path: Path) -> None:
+    for number in range(12):
+        png(tmp_path / str(number) / "1.png")
+    data = open_data(folder(tmp_path), size=8, channels=1)
+    assert data.id2label[2] == "10"
+    assert data.source.endswith("; labels go by the order of names: label 2 is '10'")
+    for number in (10, 11):
+        (tmp_path / str(number) / "1.png").unlink()
+        (tmp_path / str(number)).rmdir()
+    assert "order of names" not in open_data(folder(tmp_path), size=8, channels=1).source
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_class_without_an_image_that_can_be_used_is_refused(
+    in_memory: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of it would be drawn like any other."""
+    png(tmp_path / "ant" / "1.png")
+    for name in ("1.png", "2.png"):
+        png(tmp_path / "bee" / name)
+        (tmp_path / "bee" / name).write_bytes(b"")
+    wrong = "none of the images of class 'bee' can be used, and it would be drawn .* mend its images, or remove"
+    if in_memory:
+        with pytest.raises(ValueError, match=wrong):
+            open_data(folder(tmp_path, max_bad=2), size=8, channels=1)
+        png(tmp_path / "bee" / "2.png")
+        assert len(open_data(folder(tmp_path, max_bad=2), size=8, channels=1)) == 3
+        return
+    monkeypatch.setattr("ditmoe.data.open._IN_MEMORY_BYTES", 0)
+    config = tiny(data={"name": "folder", "path": tmp_path, "max_bad": 2, "fit": "crop"})
+    data = open_data(config.data, size=8, channels=1)
+    with pytest.raises(ValueError, match=wrong):
+        next(Batches(config, data, first_step=0, rank=0, num_processes=1))
+
+
 def test_latents(tmp_path: Path) -> None:
     shard = {"latents": torch.randn(5, 4, 8, 8), "labels": torch.tensor([0, 2, 1, 0, 2])}
     save_file(shard, tmp_path / "00.safetensors")
@@ -140,6 +218,11 @@ def test_latents(tmp_path: Path) -> None:
     data = open_data(config, size=8, channels=4)
     assert torch.equal(data.tensors([3]), shard["latents"][3:4])
     assert len(data.id2label) == 3
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "01.safetensors").write_bytes((tmp_path / "00.safetensors").read_bytes())
+    (tmp_path / "x.npy").touch()
+    source = open_data(config, size=8, channels=4).source
+    assert source.endswith("; 2 other files left out, such as more/01.safetensors (1 .safetensors, 1 .npy)")
     (tmp_path / "01.safetensors").write_bytes((tmp_path / "00.safetensors").read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"01\.safetensors is damaged"):
         open_data(config, size=8, channels=4)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ditmoe import pipeline
+from ditmoe.cli import parse
 from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config, ModelConfig, SampleConfig
 from ditmoe.generate.request import facts, requested, run
@@ -253,3 +254,22 @@ def test_a_flow_shift_is_asked_for_or_saved(tmp_path: Path) -> None:
         requested(replace(asked, sampler="ddim"))
     with pytest.raises(ValueError, match="'ddpm' has no flow_shift"):
         pipeline.assemble(net, replace(saved, sample=SampleConfig(sampler="ddpm", flow_shift=2.0)), {})
+
+
+def test_classes_are_labels_or_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = dict(enumerate(["cat", "10", "big dog", "owl"]))
+    pipe = make()
+    pipe.register_to_config(id2label={str(label): name for label, name in names.items()})
+    pipeline.save(pipe, tmp_path / "model")
+    args = parse(SampleArgs, [str(tmp_path), "--classes", "owl", "1", "big dog", "0"])
+    assert requested(args).labels == [3, 1, 2, 0]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(
+        ValueError, match=r"classes has 'oowl'; did you mean 'owl'\? give .* are cat, 10, big dog, owl$"
+    ):
+        requested(replace(args, classes=("oowl",)))
+    with pytest.raises(ValueError, match="out of range"):
+        run(replace(args, classes=(10,), out=tmp_path / "a.npz"), Alone())
+    assert "note: classes has 10: the class of that label is 'not there', and the one of that name has label 1" in (
+        capsys.readouterr().out
+    )

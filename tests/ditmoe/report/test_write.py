@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from ditmoe.analysis.routing import count_experts
 from ditmoe.config.file import read_config
 from ditmoe.config.sections import Config, ObjectiveConfig
-from ditmoe.data.open import open_data
+from ditmoe.data.open import open_data, reference
 from ditmoe.model import moe_layer_names
 from ditmoe.objective import Objective
 from ditmoe.pipeline import load
+from ditmoe.report import progress
 from ditmoe.report import write as report
 from ditmoe.report.facts import summarise
 from ditmoe.training.loop import train
-from eval import judge
+from eval import fid, judge
 
 Tiny = Callable[..., Config]
 SAMPLE = {"steps": 3, "num": 20, "batch_size": 20}
@@ -255,3 +256,57 @@ def test_training_is_summed_up_from_the_log(tiny: Tiny) -> None:
     assert found["images_per_second"] == pytest.approx(405 * 16 / 305, abs=0.1)
     assert found["final_loss"] == 10.5
     assert summarise([], tiny())["final_loss"] is None
+
+
+def test_one_training_image_is_enough_to_end_well(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "photos" / "a.png")
+    config = tiny(data={"name": "folder", "path": tmp_path / "photos"}, sample=SAMPLE)
+    data = open_data(config.data, size=8, channels=1)
+
+    def score(images: Any) -> dict[str, Any]:
+        return fid.score(images, reference(data, 0))
+
+    train(config, data, lambda n, pipe: progress.progress(config, n, pipe, score))
+    progress.progress(config, 2, load(config.out), score)
+    assert "warning: there is no score of step 2 (array: holds 1 image" in capsys.readouterr().out
+    report.finish(config, score, judge.judge, news=True)
+    assert f"{config.out} is finished: see {config.out}/index.html" in capsys.readouterr().out
+    made = json.loads((config.out / "report.json").read_text())
+    assert made["score"] is made["score_real"] is None
+    assert made["notes"][0].startswith("The samples were not scored: array: holds 1 image; a covariance needs at")
+    assert [note for note in made["notes"] if "scored" in note] == made["notes"][:1]
+    assert made["notes"][0] in Page(config.out).text
+
+
+def test_what_a_page_cannot_show_is_a_note(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: Any, **options: Any) -> Any:
+        raise ValueError("it cannot be done")
+
+    run = trained(tiny(sample=SAMPLE))
+    for name in ("_draw_film", "_draw_experts"):
+        monkeypatch.setattr(report, name, refuses)
+    made = report.write(run, score=refuses, judge=refuses)
+    wanted = ["There is no film", "No routing", "Samples were not judged", "The samples were not scored"]
+    assert made["notes"] == [f"{what}: it cannot be done." for what in wanted]
+    assert made["experts"] == []
+    assert all(made[part] is None for part in ("classes", "copies", "pixels", "score", "score_real"))
+    assert made["notes"][2] in Page(run).text
+
+
+@pytest.mark.parametrize("error", [ValueError("its data are gone"), FloatingPointError("images are not finite")])
+def test_a_finished_run_without_its_page_is_finished(
+    error: Exception, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(sample=SAMPLE, max_steps=1)
+    trained(config)
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "write", fails)
+    report.finish(config, None, judge.judge, news=False)
+    said = f"warning: {config.out} is finished, but for its page ({error}); the same command tries again\n"
+    assert capsys.readouterr().err == said
