@@ -75,7 +75,7 @@ class TarImages(FolderImages):
 
 def tar_files(root: Path) -> list[Path]:
     """The tar files that a path means; none for a folder of images."""
-    return [root] if root.is_file() and root.suffix == ".tar" else sorted(root.glob("*.tar"))
+    return [root] if root.is_file() and root.suffix.lower() == ".tar" else sorted(root.glob("*.tar"))
 
 
 def _scan(tar: Path) -> list[tuple[_Member, int | None]]:
