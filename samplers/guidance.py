@@ -176,8 +176,11 @@ class Network:
     @cached_property
     def _dtypes(self) -> list[torch.dtype]:
         """What the model and the guide compute in, which under layerwise casting is not what they store."""
-        return [torch.float32 if net is None else get_parameter_dtype(net) or torch.float32
-                for net in (self.model, self.guide)]  # fmt: skip
+        found = []
+        for net in (self.model, self.guide):
+            has = net is not None and any(p.is_floating_point() for p in net.parameters())
+            found.append(get_parameter_dtype(net) if has else torch.float32)
+        return found
 
     def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None, *, of_guide: bool = False) -> Tensor:
         model = self.guide if of_guide else self.model
