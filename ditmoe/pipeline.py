@@ -52,10 +52,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guide: A weaker network for autoguidance (`ditmoe.moe.guide`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
         guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
-        experts_off: The guide is the network itself without its routed experts.
-
-    Raises:
-        ValueError: A guide and `experts_off`.
+        experts_off: The guide is the network itself without its routed experts; beside a guide: ValueError.
     """
 
     model_cpu_offload_seq = "transformer->vae"
