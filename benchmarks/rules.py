@@ -38,6 +38,7 @@ from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.sets import ArrayImages
 from ditmoe.generate.draw import balanced_labels, draw
+from ditmoe.generate.pictures import load_matplotlib
 from ditmoe.model import DiTMoETransformer2DModel, count_parameters
 from ditmoe.objective import Objective
 from ditmoe.training.state import update_ema
@@ -258,6 +259,7 @@ def _explained(own: list[Row]) -> str:
 
 def plot(rows: list[Row], steps: int, path: Path) -> None:
     """Held-out error against speed of training, both against the dense twin."""
+    load_matplotlib()
     from matplotlib.figure import Figure
 
     runs = [r for r in rows if r["phase"] == "train" and r["steps"] == steps and r["shift"] == 0]

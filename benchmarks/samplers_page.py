@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from ditmoe.generate.pictures import load_matplotlib
 from samplers.time_shift import window_of
 
 Row = dict[str, Any]
@@ -113,6 +112,9 @@ def few_steps(rows: list[Row]) -> str:
 
 
 def draw(nfe: list[Row], shift: list[Row], epsilon: list[Row], path: Path) -> None:
+    load_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for name in dict.fromkeys(row["sampler"] for row in nfe):

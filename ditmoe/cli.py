@@ -105,7 +105,7 @@ def _is_ours(error: ValueError) -> bool:
 
 def _load(start: str) -> Config:
     path = Path(start)
-    if path.suffix == ".json" or path.exists():
+    if path.suffix.lower() == ".json" or path.exists():
         path = path / "config.json" if path.is_dir() else path
         try:
             return replace(read_file(path), out=path.parent, dry_run=False)

@@ -49,7 +49,7 @@ def check_pipeline(
         "scheduler": index.get("scheduler") in ours or issubclass(scheduler or object, SchedulerMixin),
         "vae": index.get("vae", [None, None]) == [None, None] or (vae or object).__module__.startswith(autoencoders),
         "id2label": isinstance(names, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in names.items()),
-        "sampler": isinstance(index.get("sampler", ""), str),
+        "sampler": isinstance(index.get("sampler", ""), str) or (index["sampler"] is None and scheduler is not None),
         **{name: index.get(name) is None or usable(index[name]) for name, usable in settings.items()},
         **{name: isinstance(value, int | float) and abs(value) < 1e9 for name, value in numbers.items()},
         **dict.fromkeys(index.keys() - known, False),

@@ -79,15 +79,15 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(self.FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: Tensor) -> Tensor:
-        """t (N,), any real dtype -> (N, D)."""
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (N,), any real dtype -> (N, D), computed in `dtype` from the sinusoids on."""
         half = self.FREQUENCIES // 2
         f = torch.exp(
             torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / (half - self.freq_shift))
         )
         angles = t.float().unsqueeze(-1) * f  # (N, half)
         emb = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        out: Tensor = self.mlp(emb.to(next(self.mlp.parameters()).dtype))
+        out: Tensor = self.mlp(emb.to(dtype))
         return out
 
 

@@ -181,6 +181,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DiTBlock",)
+    _repeated_blocks = ("DiTBlock",)
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -300,6 +301,15 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             nn.init.zeros_(self.refiner.conv3.weight)
             nn.init.zeros_(cast("Tensor", self.refiner.conv3.bias))
 
+    def enable_layerwise_casting(
+        self, storage_dtype: torch.dtype = torch.float8_e4m3fn, compute_dtype: torch.dtype | None = None, **options: Any
+    ) -> None:
+        """As in diffusers, and the experts are stored so too: their products cast them. Routers stay as they are."""
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, **options)
+        for module in self.modules():
+            for weight in module.parameters(recurse=False) if isinstance(module, Experts | AttentionExperts) else ():
+                weight.data = weight.data.to(storage_dtype)
+
     @property
     def null_label(self) -> int | None:
         """The label that means "no class"; None for a model without labels."""
@@ -378,7 +388,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         N = x.shape[0]
         t = torch.as_tensor(t, device=x.device).expand(N)
         own = 1000 - t.float() if self.config.reverse_time else t.float()  # on the time axis of the training
-        time: Tensor = self.t_embedder(own * (self.config.time_scale / 1000))
+        time: Tensor = self.t_embedder(own * (self.config.time_scale / 1000), x.dtype)
         if self.y_embedder is None:
             return Condition(time, time, timestep=t)
         y = torch.full((N,), self.config.num_classes, device=x.device) if y is None else y

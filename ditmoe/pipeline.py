@@ -5,33 +5,34 @@ Shapes: N images, C channels, H W size.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from samplers import image_generators, initial_noise, make_scheduler, sample
-from samplers.catalog import LIBRARY_ERRORS, SAMPLERS, scheduler_for, shift_field
+from samplers import make_scheduler, sample
+from samplers.catalog import adopted, name_of, scheduler_for
 
-from . import handed_in
+from . import asked
 from .config.sections import Config
-from .data.latents import denormalize, is_normalization, read_normalization
-from .data.pixels import to_pil, to_pixels
-from .data.vae import check_vae, load_vae
-from .files import replacing
+from .data import decode
+from .data.latents import read_normalization
+from .data.vae import load_vae
+from .edit import Edit
 from .launch.start import best_device
-from .model import DiTMoETransformer2DModel, check_network
+from .model import DiTMoETransformer2DModel
+from .model_folder import add_guide as add_guide
+from .model_folder import add_vae as add_vae
+from .model_folder import checked, opened
+from .model_folder import save as save
+from .model_folder import shift_option as shift_option
 from .moe.guide import EXPERTS_OFF, choose
 from .moe.tau import Spans, WithTau
 from .objective import scheduler_config
-
-_DECODED_AT_ONCE = 16  # images; a VAE needs about a gigabyte for each of 256 x 256
 
 
 class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -39,10 +40,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Args:
         transformer: The network.
-        scheduler: One of `samplers`; it may read another prediction type than the network's.
+        scheduler: One of `samplers` or of diffusers; it may read another prediction type than the network's.
         vae: Decodes latents; None for a model in pixel space.
         id2label: Class names by label, the labels as text (as JSON has them).
-        sampler: Name of the sampler to use when none is asked for.
+        sampler: Name of the sampler to use when none is asked for; None, and beside a scheduler of diffusers: that.
         num_inference_steps: Its steps.
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
         trained_steps: Optimiser steps behind the weights, where known.
@@ -52,23 +53,23 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guide_scale: Its scale when none is asked for; None: 2.
         guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
         guidance_channels: How many of the first channels to guide when no other number is asked for; None: all.
-        experts_off: The guide is the network itself without its routed experts.
-
-    Raises:
-        ValueError: A guide and `experts_off`.
+        experts_off: The guide is the network itself without its routed experts; beside a guide: ValueError.
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ("latents",)
     _optional_components = ["vae", "guide"]  # noqa: RUF012 - diffusers adds it to a list
 
     def __init__(
         self, transformer: DiTMoETransformer2DModel, scheduler: Any, vae: Any = None,
-        id2label: dict[str, str] | None = None, sampler: str = "ddim", num_inference_steps: int = 50,
+        id2label: dict[str, str] | None = None, sampler: str | None = None, num_inference_steps: int = 50,
         guidance_scale: float = 1.5, trained_steps: int | None = None, latents: dict[str, Any] | None = None,
         guide: DiTMoETransformer2DModel | None = None, guide_scale: float | None = None, experts_off: bool = False,
         guidance_interval: Sequence[float] | None = None, guidance_channels: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        named = name_of(scheduler)
+        sampler = named if sampler is None or named is None else sampler
         if guide is not None and experts_off:
             raise ValueError("experts_off is set beside a guide; a model names one of them")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
@@ -78,29 +79,55 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             experts_off=experts_off, guidance_interval=guidance_interval, guidance_channels=guidance_channels,
         )  # fmt: skip
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As ever; a scheduler that is given is what is drawn with."""
+        kept = {"sampler": None} if "scheduler" in kwargs else {}
+        return super().from_pretrained(pretrained_model_name_or_path, **kept | kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A scheduler that is set is what is drawn with from then on, and what is saved."""
+        replaced = name == "scheduler" and "scheduler" in vars(self)
+        super().__setattr__(name, value)
+        if replaced:
+            self.register_to_config(sampler=name_of(value))
+
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by label (JSON keeps the keys as text)."""
         return {int(label): name for label, name in self.config.id2label.items()}
 
+    @property
+    def labels(self) -> dict[str, int]:
+        """Labels by class name, as of DiTPipeline; a name of several classes has the last."""
+        return {name: labels[-1] for name, labels in sorted(asked.names_of(self.id2label).items())}
+
+    def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
+        """The labels of class names. ValueError for a name that no class has, or several."""
+        return asked.labels_of(label, self.transformer.config.num_classes, self.id2label)
+
     def __call__(
-        self, class_labels: Sequence[int] | None = None, *, num_images: int | None = None, sampler: str | None = None,
-        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        self, class_labels: int | str | Sequence[int | str] | None = None, *, num_images: int | None = None,
+        sampler: str | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
         guidance_rule: str = "cfg", guide: nn.Module | str | None = None, guide_scale: float | None = None,
         epsilon_scale: float = 1.0, eta: float = 0.0, tau: Spans | float | None = None,
-        sampler_options: Mapping[str, Any] | None = None, seed: int = 0, indices: Sequence[int] | None = None,
-        output_type: str = "pil", callback: Callable[..., None] | None = None,
-    ) -> ImagePipelineOutput:  # fmt: skip
-        """Images: `.images` is a list of PIL images, or with output_type "pt" a tensor (N, C, H, W) about [-1, 1].
+        sampler_options: Mapping[str, Any] | None = None, seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None, indices: Sequence[int] | None = None,
+        latents: Tensor | None = None, num_images_per_label: int = 1, output_type: str = "pil",
+        return_dict: bool = True, callback: Callable[..., None] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), edit: Edit | None = None,
+    ) -> Any:  # fmt: skip
+        """Images: `.images` is a list of PIL images, or with another output_type an array or a tensor.
 
         What has no line here is as of `samplers.sample`; the steps and the guidance scale are those saved with the
         model by default.
 
         Args:
-            class_labels: One label an image; None only for a model without labels.
+            class_labels: The label or class name of every image, or of one; None only for a model without labels.
             num_images: How many images of a model without labels.
-            sampler: A name of samplers.SAMPLERS; default: the one saved with the model.
+            sampler: A name of samplers.SAMPLERS; default: `scheduler`, whatever it was set to.
             guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
                 that the model names, if any, see `ditmoe.moe.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
@@ -108,37 +135,79 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_channels: Likewise; as many as there are is all.
             tau: Of a model with such a rule, instead of its own: a number, or spans (lowest, highest time, tau).
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
-            seed: Image i is a function of (seed, indices[i], label) alone.
+            seed: Image i is a function of (seed, indices[i], label) alone; default 0.
+            generator: Instead: a seed, see `ditmoe.asked.generators_of`; or one for each image, which draws all of it.
             indices: Running numbers of the images; default 0, 1, 2, ...
-            output_type: "pil" or "pt".
+            latents: The initial noise (N, C, H, W), standard normal; default: drawn.
+            num_images_per_label: Images of each label, one after the other.
+            output_type: "pil"; "np", (N, H, W, C) in [0, 1]; "pt", (N, C, H, W) about [-1, 1]; "latent", not decoded.
+            return_dict: False: a tuple of the images alone.
+            callback_on_step_end: As in diffusers: called with (pipeline, step, timestep, {"latents": ...}) after each
+                step; goes on with the latents of the dictionary that it returns.
+            edit: Of `image_to_image` and `inpaint`.
 
         Raises:
             ValueError: A label out of range, an unknown sampler, or another value that cannot be used.
         """
-        labels, N = self._labels(class_labels, num_images)
-        indices = range(N) if indices is None else indices
-        if len(indices) != N:
-            raise ValueError(f"{len(indices)} indices were given for {N} images")
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; it must be pil or pt")
+        net, device = self.transformer, self._execution_device
+        labels, N = asked.images_of(class_labels, num_images, num_images_per_label, net.config, self.id2label)
+        asked.check_ends(output_type, callback)
+        asked.check_numbers(guidance_scale=guidance_scale, guide_scale=guide_scale, eta=eta)
+        on_step_end = asked.step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
         guide, w = self.guide_for(guide, guide_scale)
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
-        guidance_interval = self.interval_for(guidance_interval, guidance_scale, w, scheduler.timesteps)
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        first = 0 if edit is None else edit.skipped(steps) * scheduler.order
+        guidance_interval = self.interval_for(guidance_interval, guidance_scale, w, scheduler.timesteps[first:])
         guidance_channels = self.channels_for(guidance_channels, guidance_scale, w)
-        net, generators = self.transformer, image_generators(seed, indices)
+        generators = asked.generators_of(N, seed, generator, indices)
         spans = [(0.0, 1000.0, float(tau))] if isinstance(tau, int | float) else tau
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
-        x = self.decode(sample(
-            net if spans is None else WithTau(net, spans), scheduler,
-            initial_noise(generators, shape, net.device), class_labels=labels,
-            num_inference_steps=scheduler.num_inference_steps, null_label=net.null_label, guidance_scale=guidance_scale,
+        noise = asked.noise_of(latents, generators, shape, device)
+        known = None if edit is None else edit.begin(self, noise, scheduler, first)
+        x = sample(
+            net if spans is None else WithTau(net, spans), scheduler, noise if known is None else known.start,
+            class_labels=labels, num_inference_steps=steps, null_label=net.null_label, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, guidance_rule=guidance_rule,
             guide=guide, guide_scale=w, epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,
-            progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
-        ))  # fmt: skip
-        return ImagePipelineOutput(images=[to_pil(p) for p in to_pixels(x)] if output_type == "pil" else x)
+            progress=getattr(self, "_progress_bar_config", {}), first=first,
+            on_step_end=on_step_end if known is None else known.after(on_step_end),
+        )  # fmt: skip
+        if output_type != "latent":
+            x = self.decode(x) if known is None else known.pasted(self.decode(x))
+        self.maybe_free_model_hooks()
+        made = ImagePipelineOutput(images=asked.output(x, output_type))
+        return made if return_dict else (made.images,)
+
+    def image_to_image(self, image: Any, class_labels: Any = None, *, strength: float = 0.5, **call: Any) -> Any:
+        """Images drawn from noised ones on (SDEdit, Meng et al. 2022, arXiv 2108.01073); else as a call.
+
+        Args:
+            image: One, or one for each image that is drawn, see `ditmoe.edit.pixels_of`.
+            class_labels: As of a call.
+            strength: Share of the steps that are taken, the last ones; 1 is all, which ignores the image.
+            call: Further arguments of a call.
+        """
+        return self(class_labels, edit=Edit(image, strength), **call)
+
+    def inpaint(
+        self, image: Any, mask_image: Any, class_labels: Any = None, *, strength: float = 1.0, **call: Any
+    ) -> Any:
+        """Images drawn anew where the mask is white, and kept to the bit elsewhere (RePaint, arXiv 2201.09865, eq. 8).
+
+        Args: see `image_to_image`; mask_image: see `ditmoe.edit.mask_of`.
+        """
+        if mask_image is None:
+            raise ValueError("mask_image is None; give a picture, white where something new is to be drawn")
+        return self(class_labels, edit=Edit(image, strength, mask_image), **call)
+
+    def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
+        """Refused, as of xformers: neither changes anything."""
+        raise ValueError("slices and xformers do nothing here: attention is torch's fused kernel; leave them out")
+
+    enable_xformers_memory_efficient_attention = enable_attention_slicing
 
     def scheduler_for(
         self, sampler: str | None = None, num_inference_steps: int | None = None,
@@ -149,6 +218,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         net = self.transformer.config  # it decides, whichever sampler it was saved with
         learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
         config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
+        if sampler is None and self.config.sampler is None:
+            return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
         return scheduler_for(sampler or self.config.sampler, config, steps, sampler_options)
 
     def guide_for(
@@ -176,38 +247,17 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """NFE: network calls an image; each is two passes where guidance applies."""
         return len(self.scheduler_for(sampler, num_inference_steps).timesteps)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures."""
+        return decode.image_shape(self.vae, self.transformer.config)
+
     def decode(self, x: Tensor) -> Tensor:
         """Latents (or pixels) (N, C, H, W) -> pixels about [-1, 1]; the identity without a VAE."""
-        if self.vae is None:
-            return x
-        if self.config.latents is None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents = x / self.vae.config.scaling_factor + shift
-        else:
-            latents = denormalize(x, self.config.latents)
-        with torch.inference_mode():
-            parts = latents.to(self.vae.dtype).split(_DECODED_AT_ONCE)
-            return torch.cat([self.vae.decode(part).sample.float() for part in parts])
-
-    def _labels(self, class_labels: Sequence[int] | None, num_images: int | None) -> tuple[list[int] | None, int]:
-        classes = self.transformer.config.num_classes
-        if not classes:
-            if class_labels is not None:
-                raise ValueError("this model was trained without labels; ask with num_images instead of class_labels")
-            return None, 1 if num_images is None else num_images
-        if class_labels is None:
-            raise ValueError(f"this model needs class_labels, each in 0..{classes - 1}")
-        if wrong := [label for label in class_labels if not 0 <= label < classes]:
-            raise ValueError(f"label {wrong[0]} is out of range: this model has classes 0..{classes - 1}")
-        return [int(label) for label in class_labels], len(class_labels)
+        return decode.decode(self.vae, x, self.config.latents)
 
 
-def find(folder: Path) -> Path:
-    """The pipeline folder that a run folder or its `model/` is; ValueError where there is none."""
-    place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
-    if place is None:
-        raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
-    return place
+diffusers.DiTMoEPipeline = DiTMoEPipeline  # where DiffusionPipeline.from_pretrained looks a saved class up
 
 
 def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
@@ -216,36 +266,8 @@ def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
     On the CPU, or with `fast` where this machine computes fast. Raises ValueError where there is no pipeline, saying
     what was looked for, or where what is there is not one of ours.
     """
-    place = find(folder)
-    try:
-        check(place)
-        logging.disable_progress_bar()
-        pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True)
-        if any(v.is_meta for part in (pipe.transformer, pipe.vae, pipe.guide) if part for v in part.parameters()):
-            raise ValueError("its weights are not in the files that diffusers reads")
-        pipe.transformer.float()
-        if pipe.vae is not None and pipe.config.latents is not None:
-            check_vae(pipe.vae, pipe.config.latents)
-        return pipe.to(best_device()) if fast else pipe
-    except (OSError, *LIBRARY_ERRORS) as error:
-        sentence = " ".join(str(error).split())
-        raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
-
-
-def check(folder: Path) -> dict[str, Any]:
-    """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
-    network = DiTMoETransformer2DModel
-    settings = {"latents": is_normalization, "guide_scale": _is_scale, "experts_off": lambda x: isinstance(x, bool)}
-    settings |= {"guidance_interval": _is_interval, "guidance_channels": lambda x: type(x) is int and x > 0}
-    return handed_in.check_pipeline(folder, DiTMoEPipeline, network, check_network, settings)
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_scale, value)) and value[0] < value[1]
+    pipe: DiTMoEPipeline = opened(DiTMoEPipeline, folder)
+    return pipe.to(best_device()) if fast else pipe
 
 
 def assemble(
@@ -274,64 +296,10 @@ def assemble(
     )
 
 
-def shift_option(sampler: str, flow_shift: float | None) -> dict[str, float]:
-    """The field of a sampler's scheduler that warps its steps towards noise, if it is to; ValueError if it has none."""
-    field = shift_field(sampler)
-    if flow_shift is not None and field is None:
-        having = ", ".join(other for other in SAMPLERS if shift_field(other))
-        raise ValueError(f"sampler {sampler!r} has no flow_shift, leave it out (None); it belongs to {having}")
-    return {} if flow_shift is None or field is None else {field: flow_shift}
-
-
-def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:
-    """Let a pipeline of latents decode them. ValueError unless the folder holds the VAE that made them."""
-    pipe.register_modules(vae=load_vae(folder, pipe.config.latents))
-
-
-def add_guide(pipe: DiTMoEPipeline, guide: DiTMoETransformer2DModel | str, scale: float | None = None) -> None:
-    """Let a pipeline name its guide, a network or "experts-off", and its scale. ValueError as of `choose`."""
-    _, scale = pipe.guide_for(guide, scale)
-    experts_off = guide == EXPERTS_OFF
-    pipe.register_modules(guide=None if experts_off else guide)
-    pipe.register_to_config(guide_scale=scale, experts_off=experts_off)
-
-
 def trained_steps(folder: Path) -> int | None:
     """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
     try:
-        steps = check(folder).get("trained_steps")
+        steps = checked(DiTMoEPipeline, folder).get("trained_steps")
     except ValueError:
         return None
     return steps if isinstance(steps, int) else None
-
-
-def save_settings(pipeline: DiTMoEPipeline, folder: Path) -> Path:
-    """Write all of a pipeline folder but the transformer's weights; where they belong comes back."""
-    pipeline.save_config(folder)
-    for name, part in pipeline.components.items():
-        if name != "transformer" and part is not None:
-            part.save_pretrained(folder / name)
-    pipeline.transformer.save_config(folder / "transformer")
-    return folder / "transformer"
-
-
-def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
-    """Write a pipeline folder; an older one at the same place is replaced once the new one is on the disk.
-
-    `weights` are the transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
-    meta device, whose weights are nowhere in one piece. None takes its own.
-    """
-    with replacing(folder) as temporary:
-        if weights is None:
-            pipeline.save_pretrained(temporary)
-            return
-        transformer = save_settings(pipeline, temporary)
-        where: dict[str, str] = {}
-        size = 0
-        for number, lot in enumerate(weights, start=1):  # diffusers' layout of a sharded model
-            name = f"diffusion_pytorch_model-{number:05d}.safetensors"
-            save_file({key: value.contiguous() for key, value in lot.items()}, transformer / name)
-            where |= dict.fromkeys(lot, name)
-            size += sum(value.nbytes for value in lot.values())
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n"
-        (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(text)

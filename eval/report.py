@@ -90,7 +90,7 @@ def check_out(path: Path | None, suffix: str, processes: Processes = ALONE) -> N
     """
     if path is None or processes.rank:
         return
-    if path.suffix != suffix:
+    if path.suffix.lower() != suffix:
         raise ValueError(f"--out {path} must end in {suffix}")
     try:
         if path.is_dir():

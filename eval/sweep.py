@@ -7,9 +7,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -158,8 +160,23 @@ def table(reports: Sequence[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def load_matplotlib() -> None:
+    """Import matplotlib, whatever MPLBACKEND says: that of a notebook need not be installed, and ours draw without."""
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        os.environ.update({} if backend is None else {"MPLBACKEND": backend})
+    if backend:
+        with suppress(ValueError):  # what its import would do
+            matplotlib.rcParams["backend"] = backend
+
+
 def plot(reports: Sequence[Report], path: Path | IO[bytes]) -> None:
     """Two panels: score against network calls, a line a (sampler, cfg); against cfg, a line a (sampler, steps)."""
+    load_matplotlib()
     from matplotlib.figure import Figure
 
     rows = [_row(report) for report in reports]

@@ -1,6 +1,7 @@
 """The samplers by name, and what each one reads."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from difflib import get_close_matches
 from inspect import signature
 from types import MappingProxyType
@@ -117,6 +118,43 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
         cutoff = int(TIME_SHIFT_CUTOFF * config.get("num_train_timesteps", 1000))
         fields = {**TIME_SHIFT, "exposure_cutoff": cutoff, **fields}
     return sampler.scheduler.from_config({**fields, **sampler.options, **(options or {})})
+
+
+def name_of(scheduler: Any) -> str | None:
+    """What `SAMPLERS` calls a scheduler; None for one of diffusers' own, or of another library."""
+    for name, sampler in SAMPLERS.items():
+        means = sampler.options.items()
+        if type(scheduler) is sampler.scheduler and all(scheduler.config.get(key) == value for key, value in means):
+            return name
+    return None
+
+
+def adopted(scheduler: Any, prediction_type: str, steps: int, options: Mapping[str, Any] | None = None) -> Any:
+    """A copy of a scheduler of diffusers, its timesteps set, for a network of this prediction type.
+
+    It reads that, or what `samplers.translate` makes of it: its own ``prediction_type`` says nothing about the network.
+    Raises ValueError for a scheduler that is neither over a chain of betas nor a flow's, and for ``options``, which it
+    was to be made with.
+    """
+    kind = type(scheduler)
+    if options:
+        what = f"{kind.__name__}.from_config(pipe.scheduler.config, {next(iter(options))}=...)"
+        raise ValueError(f"options {sorted(options)} go with a sampler of ours; set pipe.scheduler = {what}")
+    known, config = signature(kind.__init__).parameters, getattr(scheduler, "config", {})
+    flows = bool(config.get("use_flow_sigmas")) or ("shift" in known and "prediction_type" not in known)
+    if not flows and not {"prediction_type", "beta_start"} <= known.keys():
+        raise ValueError(f"scheduler {kind.__name__} is not for such networks; use one such as DDIM, Euler, DPM-Solver")
+    reads = FLOW[0] if flows else prediction_type if prediction_type in ("epsilon", "v_prediction") else "v_prediction"
+    try:
+        copied = deepcopy(scheduler)
+        copied.register_to_config(prediction_type=reads)
+        if "variance_type" not in vars(copied) and copied.config.get("variance_type") is not None:
+            copied.register_to_config(variance_type=None)  # the solvers would cut images to three channels
+        copied.set_timesteps(steps)
+    except LIBRARY_ERRORS as error:
+        sentence = " ".join(str(error).split())
+        raise ValueError(f"scheduler {kind.__name__} cannot take {steps!r} steps: {sentence:.300}") from error
+    return copied
 
 
 def shift_field(name: str) -> str | None:

@@ -6,9 +6,11 @@ Shapes: images (N, C, H, W); labels int64 (N,); timesteps () or (N,).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 from samplers import gaussian
@@ -171,11 +173,20 @@ class Network:
             null = None if null is None else torch.cat([null[:, :first], cond[:, first:]], dim=1)
         return torch.cat([joined, rest], dim=1), null if self.guidance.rule == "cfg++" else None
 
+    @cached_property
+    def _dtypes(self) -> list[torch.dtype]:
+        """What the model and the guide compute in, which under layerwise casting is not what they store."""
+        found = []
+        for net in (self.model, self.guide):
+            has = net is not None and any(p.is_floating_point() for p in net.parameters())
+            found.append(get_parameter_dtype(net) if has else torch.float32)
+        return found
+
     def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None, *, of_guide: bool = False) -> Tensor:
         model = self.guide if of_guide else self.model
         translation = self.guide_translation if of_guide else self.translation
         assert model is not None
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = self._dtypes[of_guide]
 
         def ask(x: Tensor, t: Tensor) -> Tensor:
             said: Tensor = model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample

@@ -4,19 +4,22 @@ Legend: N batch, C channels of an image, H W size. Labels are int64 (N,).
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from samplers.catalog import prediction_type_of
+from samplers.flow import FlowHeunScheduler
 from samplers.grid import check_steps
 from samplers.guidance import Guidance, Network, Rescale, epsilon_scaling
 from samplers.translate import translation
 
 Callback = Callable[[int, Tensor, Tensor, Tensor | None], None]
+StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def sample(
@@ -25,7 +28,8 @@ def sample(
     guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
     guidance_rule: str = "cfg", guide: nn.Module | None = None, guide_scale: float = 1.0,
     epsilon_scale: float | tuple[float, float] = 1.0, generators: Sequence[torch.Generator] | None = None,
-    eta: float = 0.0, callback: Callback | None = None, progress: bool = False,
+    eta: float = 0.0, callback: Callback | None = None, progress: bool | Mapping[str, Any] = False, first: int = 0,
+    on_step_end: StepEnd | None = None,
 ) -> Tensor:  # fmt: skip
     """Images (N, C, H, W), float32, not clamped, on the device of ``noise``.
 
@@ -54,7 +58,10 @@ def sample(
         callback: called after step k as ``callback(k, t, x_t, pred_x0)``, with the t and the
             (N, C, H, W) image that the step started from and the clean image it predicted (None if
             the scheduler does not tell). Clone what is to be changed or differentiated.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar on a terminal, with what tqdm is to be told.
+        first: of the scheduler's timesteps the one to start at; after 0, ``noise`` is the image there (`noised`).
+        on_step_end: called after step k as ``on_step_end(k, t, x)`` with the image that it led to; what it returns
+            goes on.
 
     Raises:
         ValueError: for a value that cannot apply, in a sentence that names it.
@@ -75,7 +82,8 @@ def sample(
     step_options = _step_options(scheduler, len(noise), generators, eta, guidance)
     rescaled = epsilon_scaling(scheduler, prediction_type_of(scheduler.config), epsilon_scale)
     scheduler.set_timesteps(num_inference_steps)
-    guidance.check(scheduler.timesteps)
+    check_start(scheduler, first)
+    guidance.check(scheduler.timesteps[first:])
 
     networks = [model] if guide is None else [model, guide]
     in_training = [module for each in networks for module in each.modules() if module.training]
@@ -83,18 +91,43 @@ def sample(
         each.eval()
     try:
         with torch.inference_mode():
-            x = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-            bar = tqdm(scheduler.timesteps, desc="sampling", disable=None if progress else True)
+            x = noise.float() if first else noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+            told = dict(progress) if isinstance(progress, Mapping) else {} if progress else {"disable": True}
+            bar = tqdm(scheduler.timesteps[first:], **{"desc": "sampling", "disable": None, **told})
             for k, t in enumerate(bar):
                 result = _step(network, scheduler, rescaled, x, t, step_options)
                 if callback is not None:
                     callback(k, t, x, result.get("pred_original_sample"))
                 x = result.prev_sample.float()
+                if on_step_end is not None:
+                    x = on_step_end(k, t, x).float()
     finally:
         for module in in_training:
             module.training = True
     images: Tensor = x.clone()  # tensors made in inference mode refuse in-place changes
     return images
+
+
+def check_start(scheduler: Any, first: int) -> None:
+    """Let a scheduler, its timesteps set, start at number ``first`` of them. ValueError for one that cannot."""
+    if not first:
+        return
+    base = scheduler.config.get("base")
+    runge_kutta = isinstance(scheduler, diffusers.PNDMScheduler) and not scheduler.config.skip_prk_steps
+    if runge_kutta or base == "pndm" or isinstance(scheduler, FlowHeunScheduler):
+        raise ValueError(f"{type(scheduler).__name__} cannot start at a noise level; use another sampler, such as ddim")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+
+
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Clean images (N, C, H, W) as the scheduler, its timesteps set, has them at one of those, t ()."""
+    times = t.expand(len(x0))
+    if hasattr(scheduler, "add_noise"):
+        noisy: Tensor = scheduler.add_noise(x0, noise, times)
+    else:
+        noisy = scheduler.scale_noise(x0, times, noise)
+    return noisy.float()
 
 
 def _step(

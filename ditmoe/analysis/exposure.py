@@ -23,6 +23,7 @@ from samplers.loop import sample
 from samplers.noise import image_generators, initial_noise
 
 from ..config.sample import ExposureArgs
+from ..generate.pictures import load_matplotlib
 from ..pipeline import load
 
 
@@ -102,6 +103,7 @@ def table(readings: dict[str, list[Reading]]) -> str:
 
 def plot(readings: dict[str, list[Reading]], path: Path) -> None:
     """A picture of the ratios over the timesteps, one line a sampler."""
+    load_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

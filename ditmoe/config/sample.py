@@ -11,6 +11,11 @@ import tyro
 
 from .checks import at_least
 
+_FILES = (  # what people mean a file by; a folder may have any other suffix
+    ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".npy", ".pt", ".safetensors",
+    ".zip", ".tar", ".tgz", ".gz", ".pdf", ".svg", ".json", ".txt", ".html", ".mp4",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SampleArgs:
@@ -30,7 +35,7 @@ class SampleArgs:
     num: int | None = None
     """Number of images, classes in turn; default: 8 a class."""
     classes: tuple[int | str, ...] | None = None
-    """The class of every image, its label (a number) or its name, instead of --num."""
+    """The class of every image, its label (a number) or its name (Sneaker), instead of --num."""
     seed: int = 0
     """Image i depends on (seed, i, its label) alone."""
     batch_size: int = 64
@@ -83,7 +88,7 @@ class SampleArgs:
             raise ValueError("give --num or --classes, not both")
         if self.classes == ():
             raise ValueError("classes is empty; give the label of every image, as in --classes 3 7 7")
-        if self.report is not None and self.report.suffix != ".json":
+        if self.report is not None and self.report.suffix.lower() != ".json":
             raise ValueError(f"report {self.report} must end in .json")
         if self.score is None and (self.report or self.extractor or self.weights or self.metrics):
             raise ValueError("report, extractor, weights and metrics belong to a score; give --score REF too")
@@ -93,7 +98,10 @@ class SampleArgs:
             raise ValueError("score is empty; give what to compare with: folder, .npz, fashion:train, ...")
         if self.score is not None and (self.num == 1 or (self.classes is not None and len(self.classes) == 1)):
             raise ValueError(f"{'num' if self.num else 'classes'} asks for 1 image; a score needs 2 or more")
-        if self.out is not None and self.out.exists() and self.out.is_dir() == (self.out.suffix in (".png", ".npz")):
+        kind = "" if self.out is None else self.out.suffix.lower()
+        if kind in _FILES:
+            raise ValueError(f"out {self.out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
+        if self.out is not None and self.out.exists() and self.out.is_dir() == (kind in (".png", ".npz")):
             kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
             raise ValueError(f"out {self.out} {kind}")
         variance = self.exposure_variance
@@ -150,7 +158,7 @@ class ExposureArgs:
         at_least(self, 1, "num", "batch_size")
         if not self.samplers:
             raise ValueError("samplers is empty; give a name of samplers.SAMPLERS or more")
-        a_file = self.out.suffix in (".png", ".pdf", ".svg") and not self.out.is_dir()
+        a_file = self.out.suffix.lower() in (".png", ".pdf", ".svg") and not self.out.is_dir()
         if not a_file or not self.out.absolute().parent.is_dir():
             raise ValueError(f"out {self.out} must be a .png, .pdf or .svg file in a folder that exists")
 
@@ -220,7 +228,7 @@ class CentroidsArgs:
         at_least(self, 0, "seed")
         if self.num > 20_000:
             raise ValueError(f"num is {self.num}; it must be at most 20000, as many tokens are looked at")
-        if self.out.suffix != ".safetensors" or self.out.is_dir() or not self.out.absolute().parent.is_dir():
+        if self.out.suffix.lower() != ".safetensors" or self.out.is_dir() or not self.out.absolute().parent.is_dir():
             raise ValueError(f"out {self.out} must be a .safetensors file in a folder that exists")
 
 

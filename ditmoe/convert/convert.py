@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import pipeline
+from .. import model_folder, pipeline
 from ..config.checks import require
 from ..config.convert import ConvertArgs
 from ..config.sections import Config
@@ -55,7 +55,7 @@ def _bring(args: ConvertArgs) -> None:
     _account(found, state)
     pipe = _pipeline(net, found, args)
     with replacing(args.out) as temporary:
-        transformer = pipeline.save_settings(pipe, temporary)
+        transformer = model_folder.save_settings(pipe, temporary)
         write(transformer, [_entry(found, name, tuple(value.shape)) for name, value in state.items()])
         print(f"{args.out}: {_words(found)}", flush=True)
         print(check_forward(transformer), flush=True)

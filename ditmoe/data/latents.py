@@ -267,6 +267,12 @@ def denormalize(x: Tensor, known: Mapping[str, Any]) -> Tensor:
     return x.float() * std.to(x.device) + mean.to(x.device)
 
 
+def normalize(latents: Tensor, known: Mapping[str, Any]) -> Tensor:
+    """The model's x of a VAE's latents (N, C, H, W): (latents - mean) / std, float32."""
+    mean, std = _columns(known)
+    return (latents.float() - mean.to(latents.device)) / std.to(latents.device)
+
+
 def _columns(known: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean and std (C, 1, 1) float32."""
     mean, std = (torch.tensor(known[name], dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std"))

@@ -64,7 +64,7 @@ def open_fashion(config: DataConfig, split: str) -> ArrayImages:
 def read_idx(file: Path) -> NDArray[np.uint8]:
     """The uint8 array of an IDX file (MNIST's format), gzipped or not. ValueError where it is truncated or none."""
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        raw = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); fetch it again") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":

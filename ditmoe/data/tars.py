@@ -80,11 +80,9 @@ class TarImages(FolderImages):
 
 def tar_files(root: Path) -> list[Path]:
     """The tar files that a path means; none for a folder of images."""
-    return (
-        [root]
-        if root.is_file() and root.suffix == ".tar"
-        else sorted(p for p in root.glob("*.tar") if not is_hidden(Path(p.name)))
-    )
+    if root.is_file() and root.suffix.lower() == ".tar":
+        return [root]
+    return sorted(p for p in root.glob("*.tar") if not is_hidden(Path(p.name)))
 
 
 def _scan(tar: Path, others: list[PurePath]) -> list[tuple[_Member, int | None]]:

@@ -37,9 +37,8 @@ class RequestedSet:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the pictures."""
-        config, vae = self.pipe.transformer.config, self.pipe.vae
-        side = config.sample_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
-        return side, side, config.in_channels if vae is None else vae.config.out_channels
+        channels, height, width = self.pipe.image_shape
+        return height, width, channels
 
     @property
     def are_latents(self) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +126,26 @@ def shorten(name: str) -> str:
     return name if len(name) <= 22 else name[:21] + "…"
 
 
+def load_matplotlib() -> None:
+    """Import matplotlib, whatever MPLBACKEND says: that of a notebook need not be installed, and ours draw without.
+
+    To be called before anything of it is imported.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        os.environ.update({} if backend is None else {"MPLBACKEND": backend})
+    if backend:
+        with suppress(ValueError):  # what its import would do
+            matplotlib.rcParams["backend"] = backend
+
+
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib."""
+    load_matplotlib()
     from matplotlib import get_data_path
 
     return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,12 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     cannot be loaded, a value that does not fit it, or an output that exists.
     """
     out = args.out or (None if score else Path("samples.png"))
-    if out is not None and out.suffix == ".jpg":
-        raise ValueError(f"out {out}: give a .png or .npz file, or a folder of PNG files")
+    kind = "" if out is None else out.suffix.lower()
     images = requested(args)
-    if images.are_latents and (score or out is None or out.suffix != ".png"):  # the grid is there to look at them
+    if images.are_latents and (score or kind != ".png"):  # the grid is there to look at them
         what = f"{args.model} makes latents of {images.shape[-1]} channels and holds no VAE to decode them"
         raise ValueError(f"{what}; give it one: python -m ditmoe export RUN FOLDER --vae PATH, or convert")
-    if score and out is not None and out.suffix == ".png":
+    if score and kind == ".png":
         raise ValueError(f"out {out}: a scored set goes to an .npz file or a folder; without --out nothing is kept")
     if out is None:
         assert score is not None
@@ -50,8 +48,8 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
             "kind": "model", "path": str(args.model), "count": images.num, "shape": images.shape, "read": images.read,
             "labels": labels, "facts": facts(args, images),
         })  # fmt: skip
-    if out.suffix != ".png":
-        write = write_npz if out.suffix == ".npz" else write_folder
+    if kind != ".png":
+        write = write_npz if kind == ".npz" else write_folder
         write(images, facts(args, images), out, args.batch_size, processes)
     elif processes.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +65,8 @@ def requested(args: SampleArgs) -> RequestedSet:
     """The set that a command line asks for."""
     pipe = load(args.model, fast=True)
     num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
-    labels = balanced_labels(pipe, num) if args.classes is None else [_label(pipe, word) for word in args.classes]
+    note_numbers(pipe, args.classes or ())
+    labels = balanced_labels(pipe, num) if args.classes is None else pipe.get_label_ids(args.classes)
     name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
     cfg = args.cfg if args.cfg is not None or labels is None else pipe.config.guidance_scale
     more, of_sampler = {option: getattr(args, option) for option in PIPELINE_OPTIONS}, args.sampler_options()
@@ -82,7 +81,14 @@ def requested(args: SampleArgs) -> RequestedSet:
         "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
         "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale, "tau": args.tau_spans(),
     }  # fmt: skip
-    noted = {"name": name, "steps": steps, "nfe": len(scheduler.timesteps), "cfg": cfg, **more, **of_sampler}
+    noted = {
+        "name": name or type(pipe.scheduler).__name__,
+        "steps": steps,
+        "nfe": len(scheduler.timesteps),
+        "cfg": cfg,
+        **more,
+        **of_sampler,
+    }
     noted |= {} if guided is None else {"guide_scale": scale}
     noted |= {} if args.tau is None else {"tau": args.tau_spans()}
     if args.tau is not None:
@@ -90,19 +96,13 @@ def requested(args: SampleArgs) -> RequestedSet:
     return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
 
 
-def _label(pipe: DiTMoEPipeline, word: int | str) -> int:
-    """Of a class that is named or numbered. ValueError for a name that none has."""
-    labels = {name: label for label, name in pipe.id2label.items()}
-    if isinstance(word, int):
-        if (other := labels.get(str(word), word)) != word:
-            asked = f"classes has {word}: the class of that label is {pipe.id2label.get(word, 'not there')!r}"
+def note_numbers(pipe: DiTMoEPipeline, classes: Sequence[int | str]) -> None:
+    """Say where a label that is asked for is the name of another class."""
+    named = {name: label for label, name in pipe.id2label.items()}
+    for label in classes:
+        if isinstance(label, int) and (other := named.get(str(label), label)) != label:
+            asked = f"classes has {label}: the class of that label is {pipe.id2label.get(label, 'not there')!r}"
             print(f"note: {asked}, and the one of that name has label {other}", flush=True)
-        return word
-    if word not in labels:
-        near = "".join(f"did you mean {found!r}? " for found in get_close_matches(word, labels, n=1))
-        few = f"{', '.join([*labels][:10])}{', ...' if len(labels) > 10 else ''}" if labels else "without names here"
-        raise ValueError(f"classes has {word!r}; {near}give labels or names; the classes are {few}")
-    return labels[word]
 
 
 def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:

@@ -71,14 +71,16 @@ class AttentionExperts(nn.Module):
         pairs = _Dispatch.apply(rows, row, source.slot, starts)  # (P, D)
         out = self._products(pairs, self.w_v, source.counts)
         v = _Combine.apply(out, source.weight, source.row, source.slot, source.starts)  # (R * H, d)
-        return v.view(N, T, self.num_heads, v.shape[1]).transpose(1, 2), partial(self._output, plan=destination)
+        return v.view(N, T, self.num_heads, v.shape[1]).transpose(1, 2), partial(
+            self._output, plan=destination, w_o=self.w_o
+        )
 
-    def _output(self, attended: Tensor, plan: Plan) -> Tensor:
+    def _output(self, attended: Tensor, plan: Plan, w_o: Tensor) -> Tensor:
         """(N, H, T, d) -> (N, T, D)."""
         N, _, T, _ = attended.shape
         row, starts = self._by_token(plan)
         pairs = _Dispatch.apply(attended.transpose(1, 2).flatten(0, 2), plan.row, plan.slot, plan.starts)  # (P, d)
-        out = self._products(pairs, self.w_o, plan.counts)
+        out = self._products(pairs, w_o, plan.counts)
         y: Tensor = _Combine.apply(out, plan.weight, row, plan.slot, starts)
         return y.view(N, T, y.shape[1])
 

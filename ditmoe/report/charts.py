@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, save_png
+from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, load_matplotlib, save_png
 
 LINE, SECOND = "#2b6cb0", "#c2571a"
 SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
@@ -34,6 +34,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     if not rows:
         raise ValueError("rows is empty; train for at least one logged step before drawing the loss.")
+    load_matplotlib()
     from matplotlib.figure import Figure
 
     series = {key: _series(rows, key) for key in ("loss", "mse", *SMALL_PANELS)}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..analysis.findings import CONDITIONS, Row
-from ..generate.pictures import FAINT, INK, MUTED, WIDTH, spread
+from ..generate.pictures import FAINT, INK, MUTED, WIDTH, load_matplotlib, spread
 from .charts import LINE, SECOND, bare_axes, save_figure, title
 
 SHOWN_LAYERS = 5  # evenly chosen ones
@@ -32,6 +32,7 @@ def draw_choices(runs: Sequence[Sequence[Row]], path: Path, *, timesteps: Sequen
         path: the PNG to write.
         timesteps: B centres of the time bins, on the 0..1000 scale.
     """
+    load_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..analysis.routing import relative_load
-from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, shorten, spread
+from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, load_matplotlib, shorten, spread
 from .charts import bare_axes, save_figure, title
 
 MARGIN = 0.9  # inches that labels take from the width of the picture
@@ -75,6 +75,7 @@ def _limit(*loads: Array) -> float:
 
 def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     """A figure and four axes of these heights in inches: one above the other when wide, else two by two."""
+    load_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -104,7 +104,7 @@ def open_idx(file: Path) -> tuple[int, tuple[int, int, int], ReadBatches]:
     """
 
     def opened() -> Stream:
-        return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+        return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
 
     try:
         with opened() as stream:

@@ -24,6 +24,9 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "objective": 3,
     "launch": 4,
     "data": 5,
+    "asked": 5.2,
+    "edit": 5.4,
+    "model_folder": 5.4,
     "pipeline": 6,
     "run_folder": 7,
     "generate": 8,
@@ -37,7 +40,7 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
 HEAVY = {
     "accelerate": {"launch", "training"},
-    "samplers": {"handed_in", "objective", "pipeline", "analysis"},
+    "samplers": {"handed_in", "objective", "asked", "edit", "model_folder", "pipeline", "analysis"},
 }
 
 

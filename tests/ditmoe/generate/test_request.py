@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ditmoe import pipeline
+from ditmoe import cli, pipeline
 from ditmoe.cli import parse
 from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config, ModelConfig, SampleConfig
+from ditmoe.data import pixels
 from ditmoe.generate.request import facts, requested, run
 from ditmoe.model import build
 from samplers import catalog, time_shift
@@ -265,7 +267,7 @@ def test_classes_are_labels_or_names(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert requested(args).labels == [3, 1, 2, 0]
     assert capsys.readouterr().out == ""
     with pytest.raises(
-        ValueError, match=r"classes has 'oowl'; did you mean 'owl'\? give .* are cat, 10, big dog, owl$"
+        ValueError, match=r"no class 'oowl'; did you mean 'owl'\? this model has cat, 10, big dog, owl$"
     ):
         requested(replace(args, classes=("oowl",)))
     with pytest.raises(ValueError, match="out of range"):
@@ -273,3 +275,38 @@ def test_classes_are_labels_or_names(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "note: classes has 10: the class of that label is 'not there', and the one of that name has label 1" in (
         capsys.readouterr().out
     )
+
+
+def test_classes_are_asked_for_by_name_too_and_suffixes_in_capitals(tmp_path: Path) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    args = SampleArgs(tmp_path, classes=("class 3", 1))
+    numbers = SampleArgs(tmp_path, classes=(3, 1))
+    assert requested(args).labels == [3, 1]
+    assert facts(args, requested(args)) == facts(numbers, requested(numbers))
+    with pytest.raises(ValueError, match="did you mean 'class 3'"):
+        requested(replace(args, classes=("clas 3",)))
+    run(replace(args, out=tmp_path / "a.NPZ"), Alone())
+    with np.load(tmp_path / "a.NPZ") as file:
+        assert file["arr_1"].tolist() == [3, 1]
+    run(replace(args, out=tmp_path / "a.PNG"), Alone())
+    assert Image.open(tmp_path / "a.PNG").format == "PNG"
+    assert cli.parse(SampleArgs, ["m", "--classes", "Sneaker", "3"]).classes == ("Sneaker", 3)
+    pipeline.save(make(num_classes=0), tmp_path / "plain" / "model")
+    with pytest.raises(ValueError, match="trained without labels"):
+        requested(SampleArgs(tmp_path / "plain", classes=(1,)))
+
+
+def test_a_model_saved_with_a_scheduler_of_diffusers_is_drawn_from(tmp_path: Path) -> None:
+    pipe = make("epsilon")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipeline.save(pipe, tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / "a.npz", num=2, steps=3)
+    run(args, Alone())
+    assert facts(args, requested(args))["sampler"]["name"] == "DDIMScheduler"
+    own = pipe([0, 1], num_inference_steps=3, output_type="pt").images
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(file["arr_0"], pixels.to_pixels(own))
+    with pytest.raises(ValueError, match="sampler of diffusers has no flow_shift"):
+        requested(replace(args, flow_shift=2.0))
+    with pytest.raises(ValueError, match="set pipe.scheduler = DDIMScheduler.from_config"):
+        requested(replace(args, exposure_window=20))

@@ -1,0 +1,439 @@
+"""Habits from diffusers: what of a pipeline there works here, with the right value, or is refused in a sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ditmoe import pipeline
+from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
+from ditmoe.model import build
+from ditmoe.pipeline import DiTMoEPipeline
+from samplers import DDPMScheduler, make_scheduler
+from samplers.catalog import name_of
+from tests.ditmoe.test_pipeline import make
+
+
+def drawn(pipe: DiTMoEPipeline, labels: Any = (1, 2), **call: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    images: torch.Tensor = pipe([*labels], output_type="pt", **call).images
+    return images
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def pair(scheduler: Any) -> tuple[DiTMoEPipeline, diffusers.DiTPipeline]:
+    """Our pipeline and DiTPipeline around one network, VAE and scheduler of diffusers."""
+    torch.manual_seed(0)
+    model = ModelConfig(sample_size=4, in_channels=4, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    moe = MoEConfig(num_experts=4, expert_width=16, shared_width=16)
+    net = build(Config(model=model, moe=moe, objective=ObjectiveConfig(prediction_type="epsilon")), 1000)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.05)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+    names = {"0": "tench, Tinca tinca", "1": "goldfish", "134": "crane", "517": "crane"}
+    ours = DiTMoEPipeline(net, scheduler, vae, names)
+    net.register_to_config(out_channels=4)  # which DiTPipeline reads
+    theirs = diffusers.DiTPipeline(net, vae, scheduler, {int(k): v for k, v in names.items()})
+    theirs.set_progress_bar_config(disable=True)
+    return ours, theirs
+
+
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler(clip_sample=False),
+    "pndm": diffusers.PNDMScheduler(skip_prk_steps=True),
+    "dpm": diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "dpm-single": diffusers.DPMSolverSinglestepScheduler(),
+    "deis": diffusers.DEISMultistepScheduler(),
+    "unipc": diffusers.UniPCMultistepScheduler(solver_order=3),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_list_of_generators_draws_what_ditpipeline_draws(scheduler: Any) -> None:
+    ours, theirs = pair(scheduler)
+    call: dict[str, Any] = {"class_labels": [7, 1, 999], "guidance_scale": 4.0, "num_inference_steps": 8}
+    ours.set_progress_bar_config(disable=True)
+    a = ours(**call, generator=seeds(3, 4, 5), output_type="np", return_dict=False)
+    b = theirs(**call, generator=seeds(3, 4, 5), output_type="np", return_dict=False)
+    assert isinstance(a, tuple)
+    assert len(a) == len(b) == 1
+    assert a[0].shape == b[0].shape == (3, 4, 4, 3)
+    assert np.isfinite(a[0]).all()
+    np.testing.assert_allclose(a[0], b[0], atol=2e-5)
+    pictures = [ours(**call, generator=seeds(3, 4, 5)).images, theirs(**call, generator=seeds(3, 4, 5)).images]
+    levels = [np.stack([np.asarray(p).astype(int) for p in some]) for some in pictures]
+    assert abs(levels[0] - levels[1]).max() <= 1  # numpy_to_pil rounds half to even
+
+
+def test_a_generator_is_a_seed_and_moves_on() -> None:
+    pipe = make()
+    g = torch.Generator().manual_seed(7)
+    first, second = drawn(pipe, generator=g), drawn(pipe, generator=g)
+    assert torch.equal(first, drawn(pipe, seed=7))
+    assert not torch.equal(first, second)
+    g.manual_seed(7)
+    assert torch.equal(drawn(pipe, generator=g), first)
+    assert torch.equal(drawn(pipe, generator=g), second)
+    torch.testing.assert_close(drawn(pipe, (1,), generator=seeds(7)[0]), first[:1])  # whatever it is drawn with
+    listed = drawn(pipe, generator=seeds(5, 6))
+    torch.testing.assert_close(drawn(pipe, (2, 1), generator=seeds(6, 5)).flip(0), listed)
+    _, theirs = pair(diffusers.DDIMScheduler())
+    g = torch.Generator().manual_seed(7)
+    a, b, c = (theirs([1], generator=one, num_inference_steps=2, output_type="np").images for one in (g, g, *seeds(7)))
+    assert np.array_equal(a, c)  # the same habits
+    assert not np.array_equal(a, b)
+
+
+def test_latents_are_the_initial_noise() -> None:
+    pipe = make()
+    noise = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in seeds(5, 6)])
+    assert torch.equal(drawn(pipe, latents=noise), drawn(pipe, generator=seeds(5, 6)))
+    assert torch.equal(drawn(pipe, latents=noise.double()), drawn(pipe, latents=noise, seed=3))
+
+
+def test_output_types() -> None:
+    pipe, _ = pair(SCHEDULERS["ddim"])
+    made = {
+        kind: pipe([1, 2], num_inference_steps=2, output_type=kind).images for kind in ("pil", "np", "pt", "latent")
+    }
+    assert np.array_equal(made["np"], (made["pt"] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    assert made["np"].dtype == np.float32
+    assert torch.equal(pipe.decode(made["latent"]), made["pt"])
+    assert [p.size for p in made["pil"]] == [(4, 4)] * 2
+    assert np.abs(np.asarray(made["pil"][0]) / 255 - made["np"][0]).max() <= 0.51 / 255
+    assert make()([1], output_type="np").images.shape == (1, 8, 8, 1)
+
+
+def test_class_names_stand_beside_numbers() -> None:
+    pipe, theirs = pair(SCHEDULERS["ddim"])
+    assert pipe.labels == {**theirs.labels, "tench, Tinca tinca": 0}
+    assert (
+        pipe.get_label_ids(["goldfish", "Tinca tinca"]) == theirs.get_label_ids(["goldfish", "Tinca tinca"]) == [1, 0]
+    )
+    assert pipe.get_label_ids("goldfish") == [1]
+    for name, sentence in (("golfish", "did you mean 'goldfish'"), ("crane", "the name of labels 134, 517")):
+        with pytest.raises(ValueError, match=sentence):
+            pipe([name])
+    pipe = make()
+    assert torch.equal(drawn(pipe, ("class 3", 1)), drawn(pipe, (3, 1)))
+    for labels in ((3,), torch.tensor([3]), np.array([3]), np.int64(3), 3, "class 3", [np.int32(3)]):
+        assert torch.equal(pipe(labels, output_type="pt").images, drawn(pipe, (3,)))
+    twice = pipe(["class 3", 1], num_images_per_label=2, output_type="pt").images
+    assert torch.equal(twice, drawn(pipe, (3, 3, 1, 1)))
+
+
+def test_a_callback_after_each_step_sees_and_changes_the_latents() -> None:
+    pipe = make()
+    seen: list[tuple[int, float, torch.Tensor]] = []
+
+    def note(caller: Any, step: int, t: torch.Tensor, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert caller is pipe
+        seen.append((step, float(t), given["latents"].clone()))
+        return given
+
+    x = drawn(pipe, callback_on_step_end=note)
+    assert torch.equal(x, drawn(pipe))
+    assert [s for s, _, _ in seen] == [0, 1, 2, 3]
+    assert [t for _, t, _ in seen] == pipe.scheduler_for().timesteps.tolist()
+    assert torch.equal(seen[-1][2], x)
+    rest = [seen[2][2]] * 4  # from the third step on, as at its end
+    later = drawn(pipe, seed=9, callback_on_step_end=lambda p, k, t, given: {"latents": rest[k]} if k == 2 else None)
+    assert torch.equal(later, x)
+
+
+def test_a_scheduler_that_is_set_is_drawn_with_and_saved(tmp_path: Path) -> None:
+    pipe = make("epsilon", sampler="unipc")
+    before = drawn(pipe)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    assert pipe.config.sampler is None
+    ddim = drawn(pipe)
+    assert not torch.equal(ddim, before)
+    torch.testing.assert_close(drawn(pipe, sampler="ddim"), ddim, atol=1e-4, rtol=1e-4)  # ours is the same method
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    torch.testing.assert_close(drawn(pipe), ddim, atol=5e-3, rtol=1e-3)  # which DDIM is, in other words
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    karras = drawn(pipe)
+    assert (karras - ddim).abs().max() > 0.01
+    pipeline.save(pipe, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "model_index.json").read_text())["sampler"] is None
+    loaded = pipeline.load(tmp_path)
+    assert torch.equal(drawn(loaded), karras)
+    assert loaded.network_calls() == 4
+    given = DiTMoEPipeline.from_pretrained(tmp_path / "model", scheduler=make_scheduler("ddim", pipe.scheduler.config))
+    assert given.config.sampler == "ddim"
+    loaded.scheduler = make_scheduler("unipc", loaded.scheduler.config)
+    assert loaded.config.sampler == "unipc"
+    assert torch.equal(drawn(loaded), before)
+
+
+def test_the_scheduler_of_a_new_pipeline_is_drawn_with() -> None:
+    pipe = make("epsilon")
+    new = DiTMoEPipeline(pipe.transformer, DDPMScheduler(), num_inference_steps=4)
+    assert torch.equal(drawn(new), drawn(pipe, sampler="ddpm"))
+    stochastic = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    sde = DiTMoEPipeline(pipe.transformer, stochastic, sampler="ddim", num_inference_steps=4)
+    assert torch.equal(drawn(sde), drawn(sde))
+    assert not torch.equal(drawn(sde), drawn(sde, seed=1))
+    torch.testing.assert_close(drawn(sde, (1, 2))[:1], drawn(sde, (1,)))
+    assert [name_of(make_scheduler(name, {})) for name in ("ts-ddpm", "pndm")] == ["ts-ddpm", "pndm"]
+
+
+STOCK = (
+    diffusers.DDIMScheduler, diffusers.DDPMScheduler, diffusers.PNDMScheduler, diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler, diffusers.HeunDiscreteScheduler, diffusers.DPMSolverMultistepScheduler,
+    diffusers.UniPCMultistepScheduler, diffusers.LCMScheduler, diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["flow_prediction", "v_prediction", "sample"])
+@pytest.mark.parametrize("stock", STOCK)
+def test_every_stock_scheduler_draws_from_every_model(kind: str, stock: Any) -> None:
+    pipe = make(kind, sampler="flow-euler" if kind == "flow_prediction" else "ddim")
+    pipe.scheduler = stock.from_config(pipe.scheduler.config)
+    x = drawn(pipe, num_inference_steps=40)
+    assert x.isfinite().all()
+    if "Ancestral" not in stock.__name__ and stock not in (diffusers.DDPMScheduler, diffusers.LCMScheduler):
+        exact = drawn(pipe, sampler="ddim", num_inference_steps=200)  # the path that all of them follow
+        ours = drawn(pipe, sampler="ddim", num_inference_steps=40)  # a network of "sample" is stiff at the end
+        off = [(some - exact).abs().mean() for some in (x, ours)]
+        assert off[0] < max(0.1 * exact.std(), 3 * off[1])
+
+
+def test_schedulers_that_do_not_fit_are_refused() -> None:
+    pipe = make()
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(ValueError, match="EDMEulerScheduler is not for such networks; use one such as DDIM"):
+        drawn(pipe)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"set pipe.scheduler = EulerDiscreteScheduler.from_config\(.*, order="):
+        drawn(pipe, sampler_options={"order": 2})
+
+
+def test_diffusers_opens_a_folder_without_being_told_the_class(tmp_path: Path) -> None:
+    pipe = make()
+    pipeline.save(pipe, tmp_path / "model")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert type(again) is DiTMoEPipeline
+    assert torch.equal(drawn(again), drawn(pipe))
+    assert torch.equal(drawn(DiTMoEPipeline.from_pipe(again)), drawn(pipe))
+
+
+def test_dtype_variant_and_device_map(tmp_path: Path) -> None:
+    pipe = make()
+    full = drawn(pipe)
+    pipe.save_pretrained(tmp_path, variant="bf16")
+    assert [p.name for p in tmp_path.glob("transformer/*.safetensors")] == ["diffusion_pytorch_model.bf16.safetensors"]
+    assert torch.equal(drawn(DiTMoEPipeline.from_pretrained(tmp_path, variant="bf16", device_map="cpu")), full)
+    half = DiTMoEPipeline.from_pretrained(tmp_path, variant="bf16", torch_dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert (drawn(half) - full).abs().mean() < 0.05 * full.std()
+
+
+def test_layerwise_casting_stores_the_experts_too() -> None:
+    pipe = make()
+    full = drawn(pipe)
+    size = sum(p.nbytes for p in pipe.transformer.parameters())
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    experts = pipe.transformer.blocks[1].moe.experts
+    assert experts.w_in.dtype == experts.w_out.dtype == torch.float8_e4m3fn
+    assert pipe.transformer.blocks[1].moe.router.weight.dtype == torch.float32
+    assert sum(p.nbytes for p in pipe.transformer.parameters()) < 0.35 * size
+    assert 0 < (drawn(pipe) - full).abs().mean() < 0.3 * full.std()
+    assert experts.w_in.dtype == torch.float8_e4m3fn
+
+
+class Elsewhere(accelerate.hooks.ModelHook):
+    """What accelerate does of weights that lie elsewhere: on the device of the execution during the forward alone."""
+
+    execution_device = torch.device("cpu")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights = {name: p.data for name, p in module.named_parameters(recurse=False)}
+        self.post_forward(module, None)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, weight in self.weights.items():
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        for name, weight in self.weights.items():
+            module._parameters[name] = nn.Parameter(weight.to("meta"), requires_grad=False)
+        return output
+
+
+@pytest.mark.parametrize("attention_experts", [0, 4])
+def test_weights_may_lie_elsewhere_between_the_calls_of_a_module(attention_experts: int) -> None:
+    model = ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2)
+    moe = MoEConfig(num_experts=4, expert_width=16, shared_width=16, attention_experts=attention_experts)
+    config = Config(model=model, moe=moe, sample=SampleConfig(sampler="ddim", steps=3))
+    torch.manual_seed(0)
+    pipe = pipeline.assemble(build(config, 4), config, {})
+    for p in pipe.transformer.parameters():
+        nn.init.normal_(p, std=0.1)
+    whole = drawn(pipe)
+    for module in pipe.transformer.modules():
+        accelerate.hooks.add_hook_to_module(module, Elsewhere(module))
+    assert pipe.device.type == "meta"
+    assert torch.equal(drawn(pipe), whole)
+
+
+def test_model_offload_computes_where_it_should_and_frees() -> None:
+    pipe = make()
+    whole = drawn(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(drawn(pipe), whole)
+    freed: list[int] = []
+    pipe.maybe_free_model_hooks = lambda: freed.append(1)
+    drawn(pipe)
+    assert freed == [1]
+    group = make()
+    group.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(drawn(group), whole)
+
+
+def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = make()
+    assert {type(b).__name__ for b in pipe.transformer.blocks} == {*pipe.transformer._repeated_blocks}
+    pipe.set_progress_bar_config(desc="drawing", disable=False)
+    pipe([1])
+    assert "drawing: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ({"class_labels": [1.5]}, r"label 1\.5 is no whole number; give one in 0\.\.3, or a class name"),
+        ({"class_labels": [True]}, "label True is no whole number"),
+        ({"class_labels": []}, "class_labels is empty; give the label of every image"),
+        ({"class_labels": {}}, "class_labels is empty"),
+        ({"class_labels": 4}, "label 4 is out of range"),
+        ({"class_labels": object()}, "class_labels is <object .*; give labels in 0..3, or class names"),
+        ({"class_labels": ["clas 3"]}, r"there is no class 'clas 3'; did you mean 'class 3'\?"),
+        ({"class_labels": [0], "num_images": 5}, "num_images is 5, but class_labels asks for 1; leave it out"),
+        ({"class_labels": [0], "num_images_per_label": 0}, "num_images_per_label is 0; it must be a whole number"),
+        ({"class_labels": [0], "seed": 1.5}, r"seed is 1\.5, but a seed is an integer"),
+        ({"class_labels": [0], "seed": "a"}, "seed is 'a', but a seed is an integer"),
+        ({"class_labels": [0], "seed": 1, "generator": torch.Generator()}, "seed is 1 beside a generator"),
+        ({"class_labels": [0], "generator": 3}, r"generator is 3; give a torch\.Generator"),
+        ({"class_labels": [0], "generator": seeds(1, 2)}, "generator is a list of 2 items for 1 images"),
+        ({"class_labels": [0], "generator": seeds(1), "indices": [4]}, "beside indices"),
+        ({"class_labels": [0], "indices": [1.5]}, r"indices have 1\.5; they must be whole numbers"),
+        ({"class_labels": [0], "latents": torch.zeros(1, 8, 8)}, r"latents are \(1, 8, 8\); they must be standard"),
+        ({"class_labels": [0], "latents": [0]}, "latents are list"),
+        ({"class_labels": [0], "latents": torch.full((1, 1, 8, 8), torch.nan)}, "latents are not finite"),
+        ({"class_labels": [0], "guidance_scale": "4"}, "guidance_scale is '4'; it must be a number"),
+        ({"class_labels": [0], "eta": None, "guide_scale": [2]}, r"guide_scale is \[2\]; it must be a number"),
+        ({"class_labels": [0], "num_inference_steps": 2.5}, r"num_inference_steps is 2\.5, but it must be an integer"),
+        ({"class_labels": [0], "output_type": None}, "output_type is None; it must be pil or pt, np or latent"),
+        ({"class_labels": [0], "callback": 3}, "callback is 3; it must be a function"),
+        ({"class_labels": [0], "callback_on_step_end": 3}, "callback_on_step_end is 3; it must be a function"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["x"]}, "must be a list of latents"),
+        ({"class_labels": [0], "callback_on_step_end": lambda *_: 3}, "must return a dictionary with latents"),
+        ({"class_labels": [0], "callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, r"latents of \(1,\)"),
+    ],
+)
+def test_what_a_call_cannot_have_is_refused_at_the_door(call: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()(**call)
+
+
+def test_what_does_nothing_is_refused() -> None:
+    pipe = make()
+    for refused in (pipe.enable_attention_slicing, pipe.enable_xformers_memory_efficient_attention):
+        with pytest.raises(ValueError, match="do nothing here: .*; leave them out"):
+            refused()
+    with pytest.raises(ValueError, match="num_images is 0"):
+        make(num_classes=0)(num_images=0)
+    with pytest.raises(ValueError, match="this model has no labels; ask with num_images"):
+        make(num_classes=0)(num_images_per_label=2)
+
+
+# Images from images
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ts-ddim", "dpm++2m", "unipc", "flow-euler", "flow-sde", None])
+def test_image_to_image_starts_at_a_noise_level(sampler: str | None) -> None:
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    if sampler is None:
+        pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    call: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 20, "output_type": "pt"}
+    x = torch.from_numpy(np.asarray(picture())).float()[None, None] / 127.5 - 1
+    apart = [(pipe.image_to_image(picture(), 1, strength=s, **call).images - x).abs().mean() for s in (0.05, 0.3, 0.8)]
+    assert apart[0] < 0.2
+    assert apart[0] < apart[1] < apart[2]
+    everything = pipe.image_to_image(picture(), 1, strength=1.0, **call).images
+    assert torch.equal(everything, pipe([1], **call).images)  # from noise alone
+    steps: list[int] = []
+    pipe.image_to_image(picture(), 1, strength=0.3, **call, callback_on_step_end=lambda p, k, t, _: steps.append(k))
+    assert len(steps) == (6 if sampler is not None else 11)  # Heun asks twice a step but the last
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm", "ts-ddim", "unipc", "flow-euler", "flow-heun", None])
+def test_inpainting_keeps_the_known_region_to_the_bit(sampler: str | None) -> None:
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    if sampler is None:
+        pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:6, 3:8] = 255
+    call: dict[str, Any] = {"sampler": sampler, "num_inference_steps": 6, "seed": 3}
+    made = pipe.inpaint(picture(), Image.fromarray(mask), ["class 1", 2], **call).images
+    for image in made:
+        assert np.array_equal(np.asarray(image)[mask == 0], np.asarray(picture())[mask == 0])
+        assert not np.array_equal(np.asarray(image)[mask > 0], np.asarray(picture())[mask > 0])
+    assert np.array_equal(*(np.asarray(pipe.inpaint(picture(), m, 1, **call).images[0]) for m in (mask, mask > 0)))
+    partly = pipe.inpaint(picture(), mask, 1, strength=0.5, output_type="np", **call | {"sampler": "ddim"}).images[0]
+    assert np.allclose(partly[mask == 0, 0], np.asarray(picture())[mask == 0] / 255, atol=1e-6)
+
+
+def test_the_same_by_a_vae() -> None:
+    pipe, _ = pair(SCHEDULERS["ddim"])
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 4, 4) * 2 - 1
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2] = True
+    x = pipe.inpaint(image, mask, 1, num_inference_steps=3, output_type="pt").images
+    assert torch.equal(x[..., 2:, :], image[..., 2:, :])
+    near = pipe.image_to_image(image, 1, strength=0.01, num_inference_steps=100, output_type="latent").images
+    coded = pipe.vae.encode(image).latent_dist.mode() * pipe.vae.config.scaling_factor
+    assert (near - coded).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ({"strength": 0}, "strength is 0; it must be above 0 and at most 1"),
+        ({"strength": 0.1}, r"strength 0\.1 of 4 steps is none; give 0\.25 or more"),
+        ({"sampler": "pndm", "num_inference_steps": 8}, "PNDMScheduler cannot start at a noise level; use another"),
+        ({"sampler": "flow-heun"}, "FlowHeunScheduler cannot start"),
+        ({"image": Image.new("L", (9, 8))}, r"images are .*\(1, 1, 8, 9\); they must be 1 or 1 of 1 x 8 x 8"),
+        ({"image": "a.png"}, "image is str; give PIL images"),
+        ({"image": torch.full((1, 1, 8, 8), 3.0)}, r"values outside of \[-1, 1\]"),
+    ],
+)
+def test_images_that_cannot_be_drawn_from(call: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make().image_to_image(**{"image": picture(), "class_labels": 1, **call})
+
+
+def test_masks_that_cannot_be_used() -> None:
+    for mask, sentence in ((None, "mask_image is None"), (np.zeros((4, 8)), "mask_image is not 1 or 1 of 8 x 8")):
+        with pytest.raises(ValueError, match=sentence):
+            make().inpaint(picture(), mask, 1)
