@@ -159,8 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--extractor", default="random-conv-v1", help="whose distances, where rows have several")
     args = parser.parse_args()
     rows = [json.loads(line) for path in args.rows for line in path.read_text().splitlines()]
+    rows = [{**row, "fd": row["fd"][args.extractor]} if isinstance(row["fd"], dict) else row for row in rows]
     names = ("nfe", "shift", "refine", "window", "epsilon", "few")
     parts = {part: [row for row in rows if row["part"] == part] for part in names}
     print(f"{nfe_table(parts['nfe'])}\n\n{few_steps(parts['nfe'] + parts['epsilon'] + parts['few'])}\n")

@@ -145,6 +145,17 @@ def check_numbers(**values: Any) -> None:
             raise ValueError(f"{name} is {value!r}; it must be a number")
 
 
+def check_kinds(interval: Any, channels: Any, indices: Any) -> None:
+    """ValueError for arguments of a call that are of another kind than it takes."""
+    pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(is_number, interval))
+    if interval is not None and not pair:
+        raise ValueError(f"guidance_interval is {interval!r}; it must be (lowest, highest) timestep")
+    if channels is not None and (isinstance(channels, bool) or not isinstance(channels, Integral)):
+        raise ValueError(f"guidance_channels is {channels!r}; it must be a whole number")
+    if indices is not None and not isinstance(indices, Sequence):
+        raise ValueError(f"indices is {indices!r}; it must be a list of whole numbers, 0 or more")
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a real number, of Python or numpy."""
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -178,16 +189,19 @@ def step_end(pipe: Any, callback: Any, inputs: Sequence[str]) -> Callable[[int, 
     It goes on with the latents of the dictionary that the callback returns, or where it has none with those it had.
     """
     known = pipe._callback_tensor_inputs
-    if isinstance(inputs, str) or not set(inputs) <= {*known}:
+    if not isinstance(inputs, list | tuple) or not all(isinstance(x, str) and x in known for x in inputs):
         raise ValueError(f"callback_on_step_end_tensor_inputs is {inputs!r}; it must be a list of {', '.join(known)}")
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end is {callback!r}; it must be a function")
 
     def end(k: int, t: Tensor, x: Tensor) -> Tensor:
-        answer = {} if callback is None else callback(pipe, k, t, dict.fromkeys(inputs, x)) or {}
+        answer = None if callback is None else callback(pipe, k, t, dict.fromkeys(inputs, x))
+        answer = {} if answer is None else answer
         if not isinstance(answer, dict) or not answer.keys() <= {*known}:
             raise ValueError("callback_on_step_end must return a dictionary with latents, or None")
-        latents: Tensor = answer.get("latents", x)
+        latents = answer.get("latents", x)
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"callback_on_step_end returned latents that are {type(latents).__name__}; give a tensor")
         if latents.shape != x.shape:
             raise ValueError(f"callback_on_step_end returned latents of {tuple(latents.shape)} for {tuple(x.shape)}")
         return latents.to(x.device)

@@ -57,7 +57,7 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
 def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
     """The configuration with the rule that `--moe.preset NAME` asks for, if it does, and the other options.
 
-    The rule goes by the numbers of experts that they ask for; as options they then have the last word.
+    The rule goes by the numbers of experts that they ask for, and what it makes of one stays.
     """
     flag = "--moe.preset"
     at = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
@@ -68,9 +68,17 @@ def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
     name = name or "".join(argv[at + 1 : at + 2])
     if name not in RULES:
         stop(f"{word} is {name!r}; {near(name, RULES)}it must be one of {', '.join(RULES)}")
-    asked = {key: re.findall(rf"--moe\.{key.replace('_', '.')}[ =](\d+)\b", " ".join(rest)) for key in NUMBERS}
+    asked: dict[str, int] = {}
+    for key in NUMBERS:
+        flag = rf"--moe\.{key.replace('_', '[-_]')}"
+        at = next((i for i, word in enumerate(rest) if re.fullmatch(rf"{flag}(=\d+)?", word)), None)
+        own = [] if at is None else rest[at].split("=")[1:] or rest[at + 1 : at + 2]
+        if at is not None and own and own[0].isdecimal():
+            asked[key] = int(own[0])
+            if key in RULES[name](2, 1, 1):  # which the rule makes another of
+                del rest[at : at + (1 if "=" in rest[at] else 2)]
     try:
-        return with_rule(base, name, **{key: int(found[-1]) for key, found in asked.items() if found}), rest
+        return with_rule(base, name, **asked), rest
     except ValueError as error:
         stop(f"{word} {name}: {error}")
 

@@ -104,7 +104,15 @@ def pixels_of(image: Any, N: int, shape: tuple[int, int, int]) -> Tensor:
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
+        if deep := next((one.mode for one in image if one.mode.startswith(("I", "F"))), None):
+            raise ValueError(f"image is of mode {deep}, which has more than 8 bits; convert it")
+        if len({one.size for one in image}) > 1:
+            raise ValueError("images are of several sizes; bring them to the model's")
         image = np.stack([np.asarray(one.convert(mode)).reshape(one.height, one.width, -1) for one in image])
+    if isinstance(image, Tensor) and not image.is_floating_point():
+        raise ValueError(f"image is a tensor of {image.dtype}; give floats in [-1, 1], or a uint8 array (n, H, W, C)")
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8 and image.dtype.kind != "f":
+        raise ValueError(f"image is an array of {image.dtype}; give uint8, or floats in [0, 1]")
     if isinstance(image, np.ndarray):
         image = image[None] if image.ndim == 3 else image
         x = from_pixels(image) if image.dtype == np.uint8 else torch.as_tensor(image).movedim(-1, 1).float() * 2 - 1
@@ -124,9 +132,16 @@ def mask_of(mask: Any, N: int, size: tuple[int, int]) -> Tensor:
     """Where to repaint, bool (N, 1, H, W): a PIL image or numbers that are above half white, or a bool mask."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L")) / 255
+    kind = getattr(mask, "dtype", None)
+    if kind in (torch.uint8, np.uint8) and mask.max() == 1:
+        raise ValueError("mask_image is uint8 with no value above 1, where 255 is white; give bools, or 0 and 255")
+    if kind is not None and "complex" in str(kind):
+        raise ValueError(f"mask_image is {kind}; give bools, uint8 or numbers in [0, 1]")
     found = torch.as_tensor(mask) if isinstance(mask, Tensor | np.ndarray) else torch.empty(0)
     found = found if found.dtype == torch.bool else found.float() / (255 if found.dtype == torch.uint8 else 1) > 0.5
     found = found.reshape(-1, 1, *found.shape[-2:]) if found.ndim >= 2 else found
+    if isinstance(mask, Tensor | np.ndarray) and bool(torch.as_tensor(mask).isnan().any()):
+        raise ValueError("mask_image has values that are no numbers (nan)")
     if tuple(found.shape[2:]) != size or len(found) not in (1, N):
         raise ValueError(f"mask_image is not {N} or 1 of {size[0]} x {size[1]}; white (True) is what is drawn anew")
     return found.expand(N, -1, -1, -1)

@@ -68,26 +68,20 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_interval: Sequence[float] | None = None, guidance_channels: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        named = name_of(scheduler)
-        sampler = named if sampler is None or named is None else sampler
         if guide is not None and experts_off:
             raise ValueError("experts_off is set beside a guide; a model names one of them")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, guide=guide)
         self.register_to_config(
-            id2label=id2label or {}, sampler=sampler, num_inference_steps=num_inference_steps,
+            id2label=id2label or {}, sampler=name_of(scheduler), num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, trained_steps=trained_steps, latents=latents, guide_scale=guide_scale,
             experts_off=experts_off, guidance_interval=guidance_interval, guidance_channels=guidance_channels,
         )  # fmt: skip
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As ever; a scheduler that is given is what is drawn with."""
-        kept = {"sampler": None} if "scheduler" in kwargs else {}
-        return super().from_pretrained(pretrained_model_name_or_path, **kept | kwargs)
-
     def __setattr__(self, name: str, value: Any) -> None:
         """A scheduler that is set is what is drawn with from then on, and what is saved."""
         replaced = name == "scheduler" and "scheduler" in vars(self)
+        if replaced and not (hasattr(value, "config") and hasattr(value, "set_timesteps")):
+            raise ValueError(f"scheduler is {value!r:.100}; give one of diffusers' or of samplers.make_scheduler")
         super().__setattr__(name, value)
         if replaced:
             self.register_to_config(sampler=name_of(value))
@@ -152,7 +146,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         net, device = self.transformer, self._execution_device
         labels, N = asked.images_of(class_labels, num_images, num_images_per_label, net.config, self.id2label)
         asked.check_ends(output_type, callback)
-        asked.check_numbers(guidance_scale=guidance_scale, guide_scale=guide_scale, eta=eta)
+        asked.check_numbers(
+            guidance_scale=guidance_scale, guide_scale=guide_scale, eta=eta, epsilon_scale=epsilon_scale
+        )
+        asked.check_kinds(guidance_interval, guidance_channels, indices)
         on_step_end = asked.step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
@@ -205,7 +202,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
         """Refused, as of xformers: neither changes anything."""
-        raise ValueError("slices and xformers do nothing here: attention is torch's fused kernel; leave them out")
+        if slice_size is not None:  # which asks for none
+            raise ValueError("slices and xformers do nothing here: attention is torch's fused kernel; leave them out")
 
     enable_xformers_memory_efficient_attention = enable_attention_slicing
 
@@ -220,7 +218,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
         if sampler is None and self.config.sampler is None:
             return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
-        return scheduler_for(sampler or self.config.sampler, config, steps, sampler_options)
+        return scheduler_for(self.config.sampler if sampler is None else sampler, config, steps, sampler_options)
 
     def guide_for(
         self, guide: nn.Module | str | None = None, guide_scale: float | None = None

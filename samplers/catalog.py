@@ -142,7 +142,12 @@ def adopted(scheduler: Any, prediction_type: str, steps: int, options: Mapping[s
         raise ValueError(f"options {sorted(options)} go with a sampler of ours; set pipe.scheduler = {what}")
     known, config = signature(kind.__init__).parameters, getattr(scheduler, "config", {})
     flows = bool(config.get("use_flow_sigmas")) or ("shift" in known and "prediction_type" not in known)
-    if not flows and not {"prediction_type", "beta_start"} <= known.keys():
+    steps_by = signature(getattr(kind, "step", lambda: 0)).parameters.values()
+    more = [p.name for p in steps_by if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][
+        4:
+    ]  # after self, ...
+    noises = hasattr(kind, "add_noise") or hasattr(kind, "scale_noise")
+    if more or not noises or (not flows and not {"prediction_type", "beta_start"} <= known.keys()):
         raise ValueError(f"scheduler {kind.__name__} is not for such networks; use one such as DDIM, Euler, DPM-Solver")
     reads = FLOW[0] if flows else prediction_type if prediction_type in ("epsilon", "v_prediction") else "v_prediction"
     try:
@@ -154,6 +159,10 @@ def adopted(scheduler: Any, prediction_type: str, steps: int, options: Mapping[s
     except LIBRARY_ERRORS as error:
         sentence = " ".join(str(error).split())
         raise ValueError(f"scheduler {kind.__name__} cannot take {steps!r} steps: {sentence:.300}") from error
+    if len(copied.timesteps) > 1 and copied.timesteps[0] < copied.timesteps[-1]:
+        raise ValueError(
+            f"scheduler {kind.__name__} goes from images to noise; use one such as DDIM, Euler, DPM-Solver"
+        )
     return copied
 
 

@@ -114,7 +114,8 @@ def check_start(scheduler: Any, first: int) -> None:
         return
     base = scheduler.config.get("base")
     runge_kutta = isinstance(scheduler, diffusers.PNDMScheduler) and not scheduler.config.skip_prk_steps
-    if runge_kutta or base == "pndm" or isinstance(scheduler, FlowHeunScheduler):
+    whole = (FlowHeunScheduler, diffusers.LMSDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler)
+    if runge_kutta or base == "pndm" or isinstance(scheduler, whole):
         raise ValueError(f"{type(scheduler).__name__} cannot start at a noise level; use another sampler, such as ddim")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)

@@ -75,17 +75,24 @@ class ConvertArgs:
     @property
     def change(self) -> str | None:
         """The change that is asked for."""
-        return next((name for name in CHANGES if getattr(self, name)), None)
+        return next((name for name in CHANGES if getattr(self, name) not in (None, False)), None)
 
     def _check_change(self) -> None:
-        asked = [name for name in CHANGES if getattr(self, name)]
+        asked = [name for name in CHANGES if getattr(self, name) not in (None, False)]
         require(len(asked) <= 1, f"--{' and --'.join(asked)} are two changes; make one after the other")
         require(0 <= self.tau <= 1, f"tau is {self.tau}; it must lie in [0, 1]")
         for name, of in _OF.items():
             alone = self.change in of or getattr(self, name) == getattr(ConvertArgs, name)
             flag = {"data_path": "data.path"}.get(name, name)
             require(alone, f"--{flag} works with {' or '.join(f'--{x}' for x in of)}")
+        measured = self.change != "prune" or self.by != "random"
+        for name in ("num", "data_path"):
+            unused = measured or getattr(self, name) == getattr(ConvertArgs, name)
+            require(
+                unused, f"--{name.replace('_', '.')} is of what experts are measured by, and --by random measures none"
+            )
         if self.change:
+            require(self.top_k is None or self.change == "upcycle", f"--top-k does not apply to --{self.change}")
             for name in ("source", "num_heads", "prediction_type", "vae"):
                 flag = {"source": "from"}.get(name, name.replace("_", "-"))
                 require(getattr(self, name) is None, f"--{flag} does not apply to --{self.change}; leave it out")
@@ -93,7 +100,9 @@ class ConvertArgs:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "top_k", "num")
-        at_least(self, 0, "seed", "upcycle", "prune", "split")
+        at_least(self, 0, "seed")
+        at_least(self, 1, "prune")
+        at_least(self, 2, "upcycle", "split")
         self._check_change()
         require(self.force or not self.out.exists(), f"out {self.out} exists; give another one, or --force")
         require(self.out.absolute().parent.is_dir(), f"out {self.out} must be in a folder that exists")

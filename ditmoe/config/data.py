@@ -91,9 +91,11 @@ class DataConfig:
 
 
 def _sized(word: str) -> tuple[str, int | None]:
-    """SET or SET@SIZE of a mixture."""
+    """SET or SET@SIZE of a mixture. ValueError where the size is 0."""
     name, at, size = word.rpartition("@")
-    return (name, int(size)) if name and at and size.isdecimal() and int(size) else (word, None)
+    sized = bool(name and at and size.isdecimal())
+    require(not sized or int(size) > 0, f"mixture has {word}, of size 0; give a number of pixels")
+    return (name, int(size)) if sized else (word, None)
 
 
 def _weighted(entry: str) -> tuple[str, Fraction]:

@@ -99,6 +99,11 @@ class SampleArgs:
         if self.score is not None and (self.num == 1 or (self.classes is not None and len(self.classes) == 1)):
             raise ValueError(f"{'num' if self.num else 'classes'} asks for 1 image; a score needs 2 or more")
         kind = "" if self.out is None else self.out.suffix.lower()
+        above = None if self.out is None else next(p for p in self.out.absolute().parents if p.exists())
+        if self.sampler == "":
+            raise ValueError("sampler is empty; give a name of samplers.SAMPLERS, or leave it out")
+        if above is not None and not above.is_dir():
+            raise ValueError(f"out {self.out} cannot be written: {above} is a file")
         if kind in _FILES:
             raise ValueError(f"out {self.out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
         if self.out is not None and self.out.exists() and self.out.is_dir() == (kind in (".png", ".npz")):

@@ -22,7 +22,7 @@ from ..objective import Objective
 from .centroids import training_images
 from .merge import merge
 from .more import more
-from .prune import by_chance, prune, usage
+from .prune import by_chance, check_keep, prune, usage
 from .rebuild import described
 from .split import split
 from .upcycle import upcycle
@@ -42,7 +42,10 @@ def change(args: ConvertArgs) -> None:
     pipe.register_modules(transformer=after)
     with replacing(args.out) as temporary:
         pipe.save_pretrained(temporary)
-        save(replace(described(after, config), train=replace(config.train, init=args.out)), temporary / "training.json")
+        save(
+            replace(described(after, config), train=replace(config.train, init=args.out.absolute())),
+            temporary / "training.json",
+        )
     sizes = [f"{n / 1e6:.2f} M" for net in (before, after) for n in count_parameters(net)]
     print(f"{args.src}: {sizes[0]} parameters, {sizes[1]} activated; {args.out}: {sizes[2]}, {sizes[3]}{words}")
     print(f"wrote {args.out}; python train.py {args.out}/training.json --out RUN trains it on")
@@ -50,30 +53,32 @@ def change(args: ConvertArgs) -> None:
 
 def _trained_by(args: ConvertArgs, pipe: pipeline.DiTMoEPipeline) -> Config:
     """How SRC was trained; of a converted checkpoint, which does not say, how our preset of latents is."""
-    try:
+    measured = args.split is not None or (args.prune is not None and args.by != "random")
+    says = [args.src / "config.json", args.src / "training.json", args.src.parent / "config.json"]
+    if measured or any(file.is_file() for file in says):
         return trained_by(args.src)
-    except ValueError:
-        if args.split or (args.prune and args.by != "random"):
-            raise
-    c, usual = pipe.transformer.config, PRESETS["s"]
+    print(f"note: {args.src} does not say how it was trained; training.json is the preset s and needs --data.path")
+    c, drawn = pipe.transformer.config, pipe.config
     objective = ObjectiveConfig(prediction_type=c.prediction_type, learn_sigma=c.learn_sigma)
-    return replace(usual, objective=objective, sample=SampleConfig(sampler=pipe.config.sampler))
+    sample = SampleConfig(sampler=drawn.sampler, steps=drawn.num_inference_steps, cfg=drawn.guidance_scale)
+    return replace(PRESETS["s"], objective=objective, sample=sample)
 
 
 def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -> tuple[DiTMoETransformer2DModel, str]:
     """The network, and what is to be said of it."""
-    if args.upcycle:
+    if args.upcycle is not None:
         made = upcycle(net, args.upcycle, args.top_k or 2, blocks=args.blocks, seed=args.seed)
         return made, ", the same function"
     if args.more:
         return more(net, args.seed), ", the same function"
     if args.merge:
         return merge(net, pipeline.load(args.merge).transformer.eval()), ""
-    if args.prune:
+    if args.prune is not None:
+        check_keep(net, args.prune)
         if args.by == "random":
             return prune(net, args.prune, by_chance(net, args.seed)), ""
         return prune(net, args.prune, getattr(usage(net, _batches(args, net, config)), args.by)), ""
-    assert args.split
+    assert args.split is not None
     found = split(net, args.split, _batches(args, net, config), blocks=args.blocks, tau=args.tau, seed=args.seed)
     served = sum(found.served) / len(found.served)
     return found.network, f"; at tau {args.tau:g} {served:.0%} of the experts serve a token"

@@ -28,11 +28,10 @@ def more(net: DiTMoETransformer2DModel, seed: int = 0) -> DiTMoETransformer2DMod
     """
     routed_layers(net, "double")
     c = net.config
-    if c.router_select != "topk" or c.router_groups > 1 or c.null_experts:
-        raise ValueError(
-            f"twins are a group of experts of select topk; the model has router_select {c.router_select}, "
-            f"router_groups {c.router_groups} and null_experts {c.null_experts}"
-        )
+    for name, usual in (("router_select", "topk"), ("router_groups", 1), ("null_experts", 0)):
+        if c[name] != usual:
+            why = "twins are a second group of experts of select topk"
+            raise ValueError(f"{why}, and the model has {name} {c[name]} ({usual} is needed): it cannot be doubled")
     if c.router_score in ("softmax", "entmax") and not c.router_renormalize and c.router_weights == "scores":
         raise ValueError(f"twins would halve the weights of router_score {c.router_score}, which is not renormalised")
     if c.router_overflow != "none":

@@ -31,7 +31,7 @@ def usage(net: DiTMoETransformer2DModel, batches: Batches) -> Usage:
 
     `net` is in eval mode. ValueError where it has no experts of their own matrices, or there are no images.
     """
-    layers, load = routed_layers(net, "measure"), torch.zeros((), dtype=torch.float64)
+    layers, load = routed_layers(net, "prune"), torch.zeros((), dtype=torch.float64)
     with norms_of(layers) as norms:
         for x_t, t, y in batches:
             records = net(*(None if v is None else v.to(net.device) for v in (x_t, t, y)), return_dict=False)[1]
@@ -65,10 +65,7 @@ def prune(net: DiTMoETransformer2DModel, keep: int, scores: Tensor) -> DiTMoETra
     Source: by use, and at random: DeepSpeed-MoE multitask (arXiv 2109.10465); by contribution: ours.
     """
     layers, c = routed_layers(net, "prune"), net.config
-    if not c.top_k <= keep <= c.num_experts:
-        raise ValueError(f"{keep} experts cannot be kept of {c.num_experts} with top_k {c.top_k}; give one between")
-    if c.router_groups > 1 and keep < c.num_experts:
-        raise ValueError(f"the experts form router_groups {c.router_groups}, which pruning would make unequal")
+    check_keep(net, keep)
     assert scores.shape == (len(layers), c.num_experts), "a score an expert of each layer"
     assert bool(scores.isfinite().all()), "scores are numbers"
     if net.router is not None:
@@ -81,4 +78,18 @@ def prune(net: DiTMoETransformer2DModel, keep: int, scores: Tensor) -> DiTMoETra
     for name, value in per_expert(net).items():
         chosen = next(rows for path, rows in of.items() if name.startswith(f"{path}."))
         weights[name] = value[chosen if ".experts." in name else torch.cat([chosen, nulls])]
-    return rebuilt(net, weights, {**same_tau(net), "num_experts": keep})
+    return rebuilt(net, weights, {**same_tau(net), "num_experts": keep, "top_k": min(keep, c.top_k)})
+
+
+def check_keep(net: DiTMoETransformer2DModel, keep: int) -> None:
+    """ValueError unless so many experts can be kept of each layer: K or more, where a token has K."""
+    routed_layers(net, "prune")
+    c = net.config
+    least = 1 if c.router_select in ("relative", "top_p", "threshold") else c.top_k
+    if not least <= keep <= c.num_experts:
+        between = f"{least} to {c.num_experts}"
+        raise ValueError(f"{keep} experts cannot be kept of {c.num_experts} with top_k {c.top_k}; give {between}")
+    if c.router_groups > 1 and keep < c.num_experts:
+        raise ValueError(
+            f"the experts form {c.router_groups} groups (as --more makes), which pruning would make unequal"
+        )

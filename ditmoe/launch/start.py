@@ -29,7 +29,7 @@ def launched(train: TrainConfig) -> Accelerator:
     What decides over the model is said here, so that Accelerate does not read it from its environment.
     """
     _check_environment()
-    device = torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else best_device()
+    device = torch.device("cpu") if _flag("ACCELERATE_USE_CPU") else best_device()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if resolve_precision(train.precision, device) == "bf16" else "no",
@@ -49,9 +49,17 @@ def joined() -> PartialState:
     return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=1))
 
 
+def _flag(name: str) -> bool:
+    """Whether a variable of the environment is set to yes. ValueError where it is neither yes nor no."""
+    try:
+        return bool(parse_flag_from_env(name))
+    except ValueError as error:
+        raise ValueError(f"{name} is {os.environ[name]!r}; give true or false, or leave it out") from error
+
+
 def _check_environment() -> None:
     """ValueError where it asks for engines, which keep weights where our checkpoints cannot reach, or for a device."""
-    if engines := [name for name in _ENGINES if parse_flag_from_env(f"ACCELERATE_USE_{name}")]:
+    if engines := [name for name in _ENGINES if _flag(f"ACCELERATE_USE_{name}")]:
         raise ValueError(
             f"the launch asks for {engines[0]} (ACCELERATE_USE_{engines[0]}); start plain processes "
             f"(launch/fsdp2.yaml) and let --parallel.shard and --parallel.experts split the model"

@@ -53,7 +53,7 @@ def new_state(config: Config, num_classes: int, parallel: Parallel, begun: bool 
         {"params": routers, "lr_factor": config.model.hidden_size**-0.5},
         {"params": [p for name, p in adams.items() if name in names]},  # split in another way than the rest
         {"params": [p for n, p in adams.items() if p.ndim >= 2 and id(p) not in known and n not in names]},
-        {"params": [p for p in adams.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in adams.values() if p.ndim < 2 and id(p) not in known], "weight_decay": 0.0},
     ]
     for parts in sorted(set(muon.values())):
         own = [p for name, p in model.named_parameters() if muon.get(name) == parts]

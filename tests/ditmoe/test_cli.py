@@ -25,8 +25,12 @@ def test_a_rule_goes_by_the_numbers_asked_for_in_any_order() -> None:
         assert (moe.num_experts, moe.null_experts, moe.top_k) == (32, 32, 4)
     moe = cli.parse_train(["fashion", "--moe.preset", "nucleus", "--moe.top-k", "3"]).moe
     assert (moe.top_k, moe.capacity_start) == (3, 6.0)
-    moe = cli.parse_train(["fashion", "--moe.preset", "mumoe", "--moe.expert-width", "64"]).moe
-    assert moe.expert_width == 64  # what is typed has the last word
+    moe = cli.parse_train(["fashion", "--moe.preset", "mumoe", "--moe.expert-width", "64", "--moe.top-k=4"]).moe
+    assert (moe.expert_width, moe.top_k) == (256, 1)  # K F, as wide as what is active
+    moe = cli.parse_train(["digits", "--moe.preset", "null", "--moe.num-experts", "4", "--moe.top_k", "1"]).moe
+    assert (moe.null_experts, moe.top_k) == (4, 2)
+    moe = cli.parse_train(["digits", "--moe.preset", "deepseek", "--moe.groups", "2", "--moe.top-k", "3"]).moe
+    assert (moe.groups, moe.top_k) == (2, 3)  # what is typed has the last word
 
 
 def test_presets_and_overrides() -> None:

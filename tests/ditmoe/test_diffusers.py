@@ -218,6 +218,56 @@ def test_schedulers_that_do_not_fit_are_refused() -> None:
     pipe.scheduler = diffusers.EulerDiscreteScheduler()
     with pytest.raises(ValueError, match=r"set pipe.scheduler = EulerDiscreteScheduler.from_config\(.*, order="):
         drawn(pipe, sampler_options={"order": 2})
+    for inverse in (diffusers.DDIMInverseScheduler, diffusers.DPMSolverMultistepInverseScheduler):
+        pipe.scheduler = inverse.from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match=r"is not for such networks|goes from images to noise"):
+            drawn(pipe, num_inference_steps=4)
+    pipe.scheduler = diffusers.CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="CogVideoXDPMScheduler is not for such networks"):
+        drawn(pipe)
+    for nothing in (None, "ddim"):
+        with pytest.raises(ValueError, match="scheduler is .*; give one of diffusers' or of samplers.make_scheduler"):
+            pipe.scheduler = nothing
+
+
+def test_a_scheduler_that_is_given_is_drawn_with_however_the_pipeline_is_made(tmp_path: Path) -> None:
+    pipe = make(sampler="ddim")
+    pipeline.save(pipe, tmp_path / "model")
+    ddpm = make_scheduler("ddpm", pipe.scheduler.config)
+    wanted = drawn(pipe, sampler="ddpm")
+    for made in (
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model", scheduler=ddpm),
+        DiTMoEPipeline.from_pretrained(tmp_path / "model", scheduler=ddpm),
+        DiTMoEPipeline.from_pipe(pipe, scheduler=ddpm),
+    ):
+        assert made.config.sampler == "ddpm"
+        assert torch.equal(drawn(made), wanted)
+
+
+@pytest.mark.parametrize("stock", [diffusers.LMSDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler])
+def test_schedulers_that_remember_steps_cannot_start_from_an_image(stock: Any) -> None:
+    pipe = make("flow_prediction", sampler="flow-euler")
+    pipe.scheduler = stock.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="cannot start at a noise level"):
+        pipe.image_to_image(torch.zeros(1, 1, 8, 8), [1], strength=0.5)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "sentence"),
+    [
+        (Image.new("I;16", (8, 8)), None, "image is of mode I;16, which has more than 8 bits"),
+        ([Image.new("L", (8, 8)), Image.new("L", (4, 4))], None, "images are of several sizes"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), None, "image is a tensor of torch.uint8"),
+        (np.zeros((8, 8, 1), complex), None, "image is an array of complex128"),
+        (torch.zeros(1, 1, 8, 8), np.eye(8, dtype=np.uint8), "mask_image is uint8 with no value above 1"),
+        (torch.zeros(1, 1, 8, 8), np.full((8, 8), np.nan), "mask_image has values that are no numbers"),
+        (torch.zeros(1, 1, 8, 8), np.eye(8) * 1j, "mask_image is complex128"),
+    ],
+)
+def test_images_and_masks_that_would_be_misread_are_refused(image: Any, mask: Any, sentence: str) -> None:
+    pipe = make()
+    with pytest.raises(ValueError, match=sentence):
+        pipe.image_to_image(image, [1, 2]) if mask is None else pipe.inpaint(image, mask, [1, 2])
 
 
 def test_diffusers_opens_a_folder_without_being_told_the_class(tmp_path: Path) -> None:
@@ -340,6 +390,14 @@ def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.Capt
         ({"class_labels": [0], "callback": 3}, "callback is 3; it must be a function"),
         ({"class_labels": [0], "callback_on_step_end": 3}, "callback_on_step_end is 3; it must be a function"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["x"]}, "must be a list of latents"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": 3}, "must be a list of latents"),
+        ({"class_labels": [0], "callback_on_step_end": lambda *_: {"latents": None}}, "latents that are NoneType"),
+        ({"class_labels": [0], "callback_on_step_end": lambda *_: torch.ones(2)}, "must return a dictionary"),
+        ({"class_labels": [0], "guidance_interval": 3}, "guidance_interval is 3; it must be"),
+        ({"class_labels": [0], "guidance_interval": (1, 2, 3)}, "it must be \\(lowest, highest\\) timestep"),
+        ({"class_labels": [0], "guidance_channels": "x"}, "guidance_channels is 'x'; it must be a whole number"),
+        ({"class_labels": [0], "indices": 3}, "indices is 3; it must be a list"),
+        ({"class_labels": [0], "epsilon_scale": "x"}, "epsilon_scale is 'x'; it must be a number"),
         ({"class_labels": [0], "callback_on_step_end": lambda *_: 3}, "must return a dictionary with latents"),
         ({"class_labels": [0], "callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, r"latents of \(1,\)"),
     ],

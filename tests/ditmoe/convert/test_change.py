@@ -128,11 +128,13 @@ def test_contribution_finds_experts_that_do_nothing() -> None:
 
 def test_numbers_that_cannot_be_kept(sharp: Net) -> None:
     for keep in (1, 5):
-        with pytest.raises(ValueError, match=f"{keep} experts cannot be kept of 4 with top_k 2"):
+        with pytest.raises(ValueError, match=f"{keep} experts cannot be kept of 4 with top_k 2; give 2 to 4"):
             prune(sharp, keep, torch.ones(4, 4))
+    free = network(select="relative")  # a token has as many as it has
+    assert prune(free, 1, torch.ones(2, 8)).config.top_k == 1
     with pytest.raises(ValueError, match="no image was given"):
         usage(sharp, [])
-    with pytest.raises(ValueError, match="router_groups 2"):
+    with pytest.raises(ValueError, match="the experts form 2 groups"):
         prune(network(groups=2, top_groups=2), 6, torch.ones(2, 8))
 
 

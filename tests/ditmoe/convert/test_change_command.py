@@ -1,5 +1,6 @@
 """The command that changes models: what each option writes, and what does not go together."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.file import read_config, save
 from ditmoe.config.sections import Config, MoEConfig
+from ditmoe.data.open import open_data
 from ditmoe.model import count_parameters
+from ditmoe.training.loop import train
 from tests.ditmoe.convert.toys import MODEL, drawn, network, off
 from tests.doors import command
 
@@ -46,7 +49,13 @@ def test_a_changed_model_is_written_with_what_trains_it_on(
     if same is not None:
         assert off(drawn(after), drawn(before)) < same
     config = read_config(out, "training.json")
-    assert config.train.init == out
+    assert config.train.init == out.absolute()
+    small = replace(
+        config.train, batch_size=16, warmup_steps=1, learning_rate=1e-6, precision="fp32", checkpoint_every=10
+    )
+    config = replace(config, out=tmp_path / "run", max_steps=2, train=small)
+    assert train(config, open_data(config.data, size=8, channels=1))
+    assert off(drawn(pipeline.load(config.out).transformer.eval()), drawn(after)) < 0.5  # biases of routers move
     assert (config.moe.num_experts, config.moe.blocks) == (after.config.num_experts, after.config.moe_blocks)
     said = capsys.readouterr().out
     assert all(f"{n / 1e6:.2f} M" in said for net in (before, after) for n in count_parameters(net))
@@ -61,6 +70,10 @@ def test_only_what_says_how_it_was_trained_is_measured(tmp_path: Path, capsys: p
     assert "neither config.json nor training.json" in capsys.readouterr().err
     assert not (tmp_path / "split").exists()
     assert convert(source, tmp_path / "up", "--upcycle", 6) == 0
+    assert "does not say how it was trained" in capsys.readouterr().out
+    (source / "training.json").write_text("{}")
+    assert convert(source, tmp_path / "bad", "--upcycle", 6) == 2  # what is there and broken is no reason to guess
+    assert not (tmp_path / "bad").exists()
     assert read_config(tmp_path / "up", "training.json").data.name == "latents"
 
 
@@ -75,6 +88,10 @@ def test_only_what_says_how_it_was_trained_is_measured(tmp_path: Path, capsys: p
         (["--prune", 50], "50 experts cannot be kept of 8 with top_k 2"),
         (["--upcycle", 6], "the model has experts already"),
         (["--merge", "nowhere"], "nowhere holds no model"),
+        (["--more", "--top-k", 4], "--top-k does not apply to --more"),
+        (["--prune", 6, "--by", "random", "--num", 3], "--by random measures none"),
+        (["--prune", 0], "prune is 0"),
+        (["--upcycle", 0], "upcycle is 0"),
         ([], "or --split changes it"),
     ],
 )

@@ -239,6 +239,7 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         ({"mixture": ("digits=2", "a"), "alternate": True}, "alternate takes the sets in turn, so it does not go with"),
         ({"mixture": ("digits", "digits@4")}, "a step takes those of one; add --data.alternate"),
         ({"mixture": ("digits@4", "digits@4"), "alternate": True}, "mixture has digits@4 twice"),
+        ({"mixture": ("digits", "digits@0"), "alternate": True}, "mixture has digits@0, of size 0"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused(options: dict[str, object], sentence: str) -> None:

@@ -15,9 +15,11 @@ from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
 from ditmoe.launch.signals import Interrupted
+from ditmoe.launch.start import launched
 from ditmoe.model import build
 from ditmoe.training.loop import train
-from ditmoe.training.state import update_ema
+from ditmoe.training.parallel import Parallel
+from ditmoe.training.state import new_state, update_ema
 from tests import checkpoints
 from tests.ditmoe.conftest import TINY_MOE
 
@@ -178,6 +180,15 @@ def test_samples_that_are_not_finite_do_not_end_a_run(tiny: Tiny, capsys: pytest
     assert go(tiny(max_steps=2, train={"sample_every": 1}), on_sample=at_step)
     assert "warning: there are no samples of step 1 (images are not finite" in capsys.readouterr().out
     assert (tiny().out / "model" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("router", ["linear", "mlp", "prototype"])
+def test_every_parameter_is_in_one_group_of_the_optimiser(tiny: Tiny, router: str, optimizer: str) -> None:
+    config = tiny(moe={"router": router}, train={"optimizer": optimizer})
+    state = new_state(config, 10, Parallel(launched(config.train), config.parallel, config.moe.num_experts))
+    found = [id(p) for group in state.optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in state.model.parameters())
 
 
 @pytest.mark.parametrize("moe", [{"balance_weight": 0.5}, {"balance_weight": 0.5, "balance_over": "model"}, PROTOTYPES])
