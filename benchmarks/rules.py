@@ -305,15 +305,16 @@ def main() -> None:
                     key = {"phase": "train", "rule": name, "shift": shift, "seed": seed, "steps": args.steps}
                     row = benchmark.once(key, lambda n=name, s=shift, k=seed: benchmark.train(n, s, k))  # type: ignore[misc]
                     print(name, shift, seed, f"{row['mse']:.5f}", flush=True)
-    text = table(benchmark.rows, args.steps)
+    rows = [row for row in benchmark.rows if row.get("seed", args.seeds[0]) in args.seeds]
+    text = table(rows, args.steps)
     for rule in ("topk", "dit-moe"):
-        text += f"\n\nDiT-MoE's findings, experts by `{rule}`:\n\n{findings(benchmark.rows, args.steps, rule)}"
+        text += f"\n\nDiT-MoE's findings, experts by `{rule}`:\n\n{findings(rows, args.steps, rule)}"
     print(text)
     if args.page is not None:
         before, _, rest = args.page.read_text().partition(MARK[0])
         after = rest.partition(MARK[1])[2]
         args.page.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{after}")
-        plot(benchmark.rows, args.steps, args.page.with_suffix(".png"))
+        plot(rows, args.steps, args.page.with_suffix(".png"))
 
 
 if __name__ == "__main__":
