@@ -19,6 +19,10 @@ class Watch:
     def __init__(self, accelerator: Accelerator, signals: Signals, max_bad: int, bad: list[str]) -> None:
         self.accelerator, self.signals, self.max_bad, self.bad = accelerator, signals, max_bad, bad
 
+    def stopped(self) -> bool:
+        """Whether one of the processes was asked to stop; all must call it."""
+        return bool(agree.total(self.accelerator, [float(bool(self.signals.received))])[0])
+
     def take(self, batches: Batches) -> Batch | None:
         """The next micro-batch, or None on every process when one of them was asked to stop.
 

@@ -101,18 +101,21 @@ def optimise(run: Run, step: int) -> StepResult | None:
         group["lr"] = learning_rate(config.train, step) * group.get("lr_factor", 1.0)
     sums: dict[str, Tensor] = {}
     assigned, domains, evidence = None, None, []
-    batches: list[Batch] = []
-    while len(batches) < config.train.accumulation:
-        batch = run.watch.take(run.batches)
-        if batch is None:
+    ahead: list[Batch] = []
+    while looks_ahead(config) and len(ahead) < config.train.accumulation:
+        if (batch := run.watch.take(run.batches)) is None:
             return None
-        batches.append(batch)
-    whole = _loads_ahead(run, batches)
-    for batch in batches:
+        ahead.append(batch)
+    whole = _loads_ahead(run, ahead)
+    for i in range(config.train.accumulation):
+        batch = ahead[i] if ahead else run.watch.take(run.batches)
+        if batch is None or (ahead and run.watch.stopped()):
+            return None
         with accelerator.accumulate(run.model):
             losses, routing, counts, own = _forward(run, batch, whole)
             accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
+        tokens = (batch.x.shape[-1] // config.model.patch_size) ** 2  # of an image
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
@@ -124,7 +127,6 @@ def optimise(run: Run, step: int) -> StepResult | None:
     if not faults:
         run.optimizer.step()
         if assigned is not None and config.moe.bias_rate:
-            tokens = (batches[0].x.shape[-1] // config.model.patch_size) ** 2  # of an image
             _move_biases(run.raw, assigned, config.moe, config.train.batch_size * tokens)
     run.optimizer.zero_grad()
     return StepResult(sums, norm, assigned, domains, faults)
@@ -176,14 +178,12 @@ def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
 def _loads_ahead(run: Run, batches: Sequence[Batch]) -> Loads | None:
     """Of all micro-batches of a step, by a pass of the network over each before the first is learnt from.
 
-    None where there is one, whose own they are, or where no loss is of loads.
+    None of none: where there is one, whose own they are, or where no loss is of loads.
     """
-    if not looks_ahead(run.config):
-        return None
     found = [_loads(run, _passed(run, batch).routing) for batch in batches]
     known = [loads for loads in found if loads is not None]
     sums = [loads.sums for loads in known if loads.sums is not None]
-    return Loads(sum(loads.counts for loads in known), sum(sums) if sums else None)  # type: ignore[arg-type]
+    return None if not known else Loads(sum(loads.counts for loads in known), sum(sums) if sums else None)  # type: ignore[arg-type]
 
 
 def _forward(

@@ -83,17 +83,17 @@ def poison(what, at_rank, steps):
     now = [0]
     forward, losses, read = step._forward, Objective.losses, Batches.__next__
 
-    def counted(run, batch):
+    def counted(run, batch, *whole):
         now[0] += 1
         bad = now[0] in steps
         if bad and what == "router":
             weight = run.raw.blocks[1].moe.router.weight
             kept = weight.data.clone()
             weight.data[0, 0] = float("nan")
-            result = forward(run, batch)
+            result = forward(run, batch, *whole)
             weight.data.copy_(kept)
             return result
-        result = forward(run, batch)
+        result = forward(run, batch, *whole)
         if bad and what == "gradient":
             result[0]["total"].register_hook(lambda g: g * float("inf"))
         return result
@@ -138,11 +138,11 @@ def die_at(step, at_rank, number=signal.SIGKILL):
         return
     forward, calls = module._forward, [0]
 
-    def counted(run, batch):
+    def counted(run, batch, *whole):
         calls[0] += 1
         if calls[0] == step:
             os.kill(os.getpid(), number)
-        return forward(run, batch)
+        return forward(run, batch, *whole)
 
     module._forward = counted
 
@@ -157,11 +157,11 @@ def signal_in(place, number):
 
     forward, calls, write = step._forward, [0], writer.save_file
 
-    def counted(run, batch):
+    def counted(run, batch, *whole):
         calls[0] += 1
         if (place == "first step" and calls[0] == 1) or (place == "micro-step" and calls[0] == 6):
             hit()
-        return forward(run, batch)
+        return forward(run, batch, *whole)
 
     def saving(tensors, path):
         if place == "save" and "step-000002" in str(path):
@@ -194,9 +194,9 @@ def slow_steps(seconds):
 
     forward = step._forward
 
-    def slow(run, batch):
+    def slow(run, batch, *whole):
         time.sleep(seconds)
-        return forward(run, batch)
+        return forward(run, batch, *whole)
 
     step._forward = slow
 
@@ -344,11 +344,11 @@ def stop_peer(step):
         return
     forward, calls = module._forward, [0]
 
-    def counted(run, batch):
+    def counted(run, batch, *whole):
         calls[0] += 1
         if calls[0] == step:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return forward(run, batch)
+        return forward(run, batch, *whole)
 
     module._forward = counted
 
@@ -376,12 +376,12 @@ def blown_up(step, factor):
 
     forward, calls = module._forward, [0]
 
-    def counted(run, batch):
+    def counted(run, batch, *whole):
         calls[0] += 1
         if calls[0] == step:
             with torch.no_grad():
                 for parameter in run.raw.parameters():
                     parameter.mul_(factor)
-        return forward(run, batch)
+        return forward(run, batch, *whole)
 
     module._forward = counted
