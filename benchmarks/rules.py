@@ -7,7 +7,8 @@ The preset is `fashion` or `digits`, its router on the token unless the rule say
 image is moved by up to 4 pixels in each direction, once and for all, so that routing by place cannot help. All see the
 same batches, noise and times. `heads` is topk with 4 output heads and their loss, `heads-0` without it. A line of
 `rows.jsonl` is one (phase, rule, shift, seed); lines that are there are not made again. The phase `speed` times steps
-and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table and the plot into docs/rules.md.
+and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table into docs/rules.md, and
+docs/pictures/rules.png.
 """
 
 import argparse
@@ -265,15 +266,18 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
     runs = [r for r in rows if r["phase"] == "train" and r["steps"] == steps and r["shift"] == 0]
     speed = next((row for row in reversed(rows) if row["phase"] == "speed"), None)
     twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense"}
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes, numbers = figure.add_subplot(), 0
     for name in dict.fromkeys(r["rule"] for r in runs):
         errors = [100 * (r["mse"] / twins[r["seed"]] - 1) for r in runs if r["rule"] == name and r["seed"] in twins]
         if not errors or speed is None or name not in speed["train"]:
             continue
         x = speed["train"][name] / speed["train"]["dense"]
-        axes.plot(x, mean(errors), "o", color="black" if name == "dense" else "tab:blue")
-        axes.annotate(name, (x, mean(errors)), textcoords="offset points", xytext=(5, 3), fontsize=8)
+        numbers += 1
+        colour = "black" if name == "dense" else "tab:blue"
+        axes.plot(x, mean(errors), "o", color=colour, markersize=4, label=f"{numbers} {name}, {mean(errors):+.1f} %")
+        axes.annotate(f"{numbers}", (x, mean(errors)), textcoords="offset points", xytext=(4, 2), fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, handlelength=0)
     axes.axhline(0, color="0.8", zorder=0)
     axes.set(xlabel="training speed, of the dense twin", ylabel="held-out error against the twin, %")
     figure.savefig(path, dpi=120)
@@ -314,7 +318,7 @@ def main() -> None:
         before, _, rest = args.page.read_text().partition(MARK[0])
         after = rest.partition(MARK[1])[2]
         args.page.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{after}")
-        plot(rows, args.steps, args.page.with_suffix(".png"))
+        plot(rows, args.steps, args.page.parent / "pictures" / "rules.png")
 
 
 if __name__ == "__main__":

@@ -86,11 +86,9 @@ class ConvertArgs:
             flag = {"data_path": "data.path"}.get(name, name)
             require(alone, f"--{flag} works with {' or '.join(f'--{x}' for x in of)}")
         measured = self.change != "prune" or self.by != "random"
-        for name in ("num", "data_path"):
+        for name, flag in (("num", "num"), ("data_path", "data.path")):
             unused = measured or getattr(self, name) == getattr(ConvertArgs, name)
-            require(
-                unused, f"--{name.replace('_', '.')} is of what experts are measured by, and --by random measures none"
-            )
+            require(unused, f"--{flag} is of what experts are measured by, and --by random measures none")
         if self.change:
             require(self.top_k is None or self.change == "upcycle", f"--top-k does not apply to --{self.change}")
             for name in ("source", "num_heads", "prediction_type", "vae"):

@@ -313,9 +313,13 @@ class Config:
 
 
 def looks_ahead(config: Config) -> bool:
-    """Whether a step passes over its micro-batches once more, before: losses of loads need those of all of them."""
+    """Whether a step passes over its micro-batches once more, before: losses of loads need those of all of them.
+
+    Where places alone decide they are the same in all.
+    """
     moe = config.moe
-    return config.train.accumulation > 1 and moe.blocks != "none" and moe.balance_weight + moe.contrastive_weight > 0
+    by_load = moe.balance_weight + moe.contrastive_weight > 0 and moe.router_input != "position"
+    return config.train.accumulation > 1 and moe.blocks != "none" and by_load
 
 
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:

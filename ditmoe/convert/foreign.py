@@ -79,10 +79,8 @@ def open_foreign(args: ConvertArgs) -> Foreign:
         if (folder / "model_index.json").is_file():
             index = read_object(folder / "model_index.json")
             if index.get("_class_name") == "DiTMoEPipeline":
-                ways = (
-                    "--to diffusers or dit takes it out, and --upcycle, --more, --prune, --merge or --split changes it"
-                )
-                raise ValueError(f"src {folder} is a model folder of ours; {ways}")
+                what = f"src {folder} is a model folder of ours; --to diffusers or dit takes it out, and"
+                raise ValueError(f"{what} --upcycle, --more, --prune, --merge or --split changes it")
             folder = folder / "transformer"
         config = _diffusers_config(folder)
     tensors = Tensors(_files(folder))

@@ -71,9 +71,8 @@ class AttentionExperts(nn.Module):
         pairs = _Dispatch.apply(rows, row, source.slot, starts)  # (P, D)
         out = self._products(pairs, self.w_v, source.counts)
         v = _Combine.apply(out, source.weight, source.row, source.slot, source.starts)  # (R * H, d)
-        return v.view(N, T, self.num_heads, v.shape[1]).transpose(1, 2), partial(
-            self._output, plan=destination, w_o=self.w_o
-        )
+        output = partial(self._output, plan=destination, w_o=self.w_o)
+        return v.view(N, T, self.num_heads, v.shape[1]).transpose(1, 2), output
 
     def _output(self, attended: Tensor, plan: Plan, w_o: Tensor) -> Tensor:
         """(N, H, T, d) -> (N, T, D)."""

@@ -207,10 +207,8 @@ def _decode(path: str, name: str, open_file: OpenFile, size: tuple[int, int]) ->
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's preview is no frame
             picture = ImageOps.exif_transpose(image)
             picture.load()
-            opaque = not picture.has_transparency_data or picture.convert("RGBA").getchannel("A").getextrema() == (
-                255,
-                255,
-            )
+            alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+            opaque = alpha is None or alpha.getextrema() == (255, 255)
             pixels = np.asarray(picture.convert("RGB"))
     except (*DAMAGE, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: cannot decode {name} ({error}); remove or replace it") from error

@@ -191,7 +191,15 @@ def test_every_parameter_is_in_one_group_of_the_optimiser(tiny: Tiny, router: st
     assert sorted(found) == sorted(id(p) for p in state.model.parameters())
 
 
-@pytest.mark.parametrize("moe", [{"balance_weight": 0.5}, {"balance_weight": 0.5, "balance_over": "model"}, PROTOTYPES])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"balance_weight": 0.5},
+        {"balance_weight": 0.5, "balance_over": "model"},
+        PROTOTYPES,
+        {"balance_weight": 0.5, "router_input": "position"},
+    ],
+)
 def test_gradient_accumulation_equals_one_batch(tiny: Tiny, tmp_path: Path, moe: dict[str, Any]) -> None:
     """Losses of loads, which are no means over samples, included: their loads are those of the step."""
     finals = []
