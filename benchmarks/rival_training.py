@@ -1,10 +1,9 @@
-"""Who trains in `benchmarks.rivals`, and a run that goes on for so many seconds."""
+"""Who trains in `benchmarks.rivals`, and a run of so many steps."""
 
 import argparse
 import copy
 import hashlib
 import json
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from ditmoe.training.parallel import Parallel
 from ditmoe.training.state import State, new_state, update_ema
 from ditmoe.training.step import Run, optimise
 
-WARM_UP = 0.02  # of the budget
+WARM_UP = 0.02  # of the steps
 NAMES = ("ours", "dense", "unet", "unet-active", "dit", "dit-active")
 Row = dict[str, Any]
 
@@ -91,9 +90,9 @@ def contestants(args: argparse.Namespace, classes: int) -> dict[str, Contestant]
 
 
 class Training:
-    """A run that goes on for so many seconds of its own, in which nothing but training is done."""
+    """A run of so many steps, in which nothing but training is done."""
 
-    def __init__(self, who: Contestant, data: ImageSet, way: Row, rate: float, seconds: float, batch: int = 0) -> None:
+    def __init__(self, who: Contestant, data: ImageSet, way: Row, rate: float, total: int, batch: int = 0) -> None:
         AcceleratorState._reset_state()  # one process holds runs of both precisions
         train = replace(
             who.config.train, precision=way["precision"], learning_rate=rate, warmup_steps=0, decay_steps=None,
@@ -103,17 +102,12 @@ class Training:
         parallel = Parallel(start.launched(train), config.parallel, config.moe.num_experts)
         self.state = who.state(config, len(data.id2label), parallel, way["option"])
         self.run = Run.of(config, data, parallel, self.state, Signals(), {})
-        self.rate, self.seconds, self.steps, self.spent, self.diverged = rate, seconds, 0, 0.0, False
+        self.rate, self.total, self.steps, self.spent, self.diverged = rate, total, 0, 0.0, False
         self.losses: deque[torch.Tensor] = deque(maxlen=50)
-
-    @property
-    def done(self) -> bool:
-        """Whether its seconds are spent."""
-        return self.diverged or self.spent >= self.seconds
 
     def step(self) -> None:
         """One optimiser step at the rate of the moment."""
-        share = self.spent / self.seconds
+        share = self.steps / self.total
         rate = self.rate * max(1e-6, min(share / WARM_UP, (1 - share) / (1 - WARM_UP)))
         config = replace(self.run.config, train=replace(self.run.config.train, learning_rate=rate))
         result = optimise(self.run._replace(config=config), self.steps)
@@ -124,20 +118,20 @@ class Training:
             self.losses.append(result.losses["mse"])
         self.steps += 1
 
-    def go(self, seconds: float = math.inf) -> None:
-        """Train for so long, or until the budget is spent."""
-        begun, before = time.perf_counter(), self.spent
+    def go(self) -> None:
+        """Train to the end."""
+        begun = time.perf_counter()
         try:
-            while self.spent < min(self.seconds, before + seconds):
+            while self.steps < self.total:
                 self.step()
-                self.spent = before + time.perf_counter() - begun
         except FloatingPointError as error:
             print(error, flush=True)
             self.diverged = True
+        self.spent = time.perf_counter() - begun
 
     def facts(self) -> Row:
         """What a line says of the run."""
         images = self.steps * self.run.config.train.batch_size
         loss = float(torch.stack([*self.losses]).mean()) if self.losses else None
-        known = {"steps": self.steps, "images": images, "seconds": self.spent, "images_per_second": images / self.spent}
+        known = {"steps": self.steps, "images": images, "seconds": self.spent}
         return {**known, "mse": loss, "diverged": self.diverged}

@@ -2,13 +2,14 @@
 
     python -m benchmarks.rivals --minutes 20 --out runs/rivals [--preset fashion] [--only ours unet ...] [--score-only]
 
-All see the same images in the same order with the same noise and dropped labels, on the same threads; training stops
-when its own seconds are spent, and the learning rate goes by the share of them: up over the first 2 %, then down to
-zero. The twin of "unet" and "dit", which have the preset's parameters, with "-active" has those that a token activates.
-Each has the best of three learning rates (runs of a fifth of the time) and the best of some guidance scales, by the
-same rule: the lowest distance by `--tune-extractor` of images of a seed that is not reported. Each diffusers network
-runs in the precision, and the way, in which it is faster here. A line of `rows.jsonl` is one (contestant, phase,
-value); lines that are there are not made again, and the averaged weights of the long runs are kept. Ends with a table.
+All see the same images in the same order with the same noise and dropped labels. First the steps of all are timed in
+turns, on the same threads: each then makes as many as fit into the minutes, however busy the machine is by then, its
+learning rate going up over the first 2 % of them and down to zero. The twin of "unet" and "dit", which have the
+preset's parameters, with "-active" has those that a token activates. Each has the best of three learning rates (runs
+of a fifth of the time) and the best of some guidance scales, by the same rule: the lowest distance by
+`--tune-extractor` of images of a seed that is not reported. Each diffusers network runs in the precision, and the way,
+in which it is faster here. A line of `rows.jsonl` is one (contestant, phase, value); lines that are there are not made
+again, and the averaged weights of the long runs are kept. Ends with a table.
 """
 
 import argparse
@@ -45,6 +46,8 @@ RATES = (5e-4, 1.4e-3, 4e-3)  # of AdamW, for the rivals
 class Contest:
     """The phases, each of which finds in the file what it has done before."""
 
+    speeds: dict[str, float]  # steps a second
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.preset, self.path = args, PRESETS[args.preset], args.out / "rows.jsonl"
         self.rows: list[Row] = [json.loads(v) for v in self.path.read_text().splitlines()] if self.path.exists() else []
@@ -76,12 +79,36 @@ class Contest:
                 return {"precision": asked, "option": ""}
             ways = [{"precision": p, "option": o} for p in ("fp32", "bf16") for o in OPTIONS[who.kind]]
             size = min(32, who.config.train.batch_size)
-            steps = {json.dumps(way): Training(who, self.data, way, 1e-4, math.inf, size).step for way in ways}
+            steps = {json.dumps(way): Training(who, self.data, way, 1e-4, 10**9, size).step for way in ways}
             times = round_robin(steps, 3)
             best: Row = json.loads(min(times, key=times.__getitem__))
             return {**best, "timed": {name: round(size / seconds, 1) for name, seconds in times.items()}}
 
         return self.once({"contestant": who.name, "config": who.digest, "phase": "way"}, make)
+
+    def time_all(self, chosen: Sequence[Contestant]) -> dict[str, float]:
+        """Steps a second of these and what else was timed with them: the first such line that has all of them."""
+        wanted = {who.name + "-" + who.digest for who in chosen}
+        for row in self.rows:
+            if row["phase"] == "speed" and row["preset"] == self.args.preset and wanted <= row["speeds"].keys():
+                return dict(row["speeds"])
+        runs = {who.name + "-" + who.digest: Training(who, self.data, self.way(who), 1e-4, 10**9) for who in chosen}
+
+        def turn(training: Training) -> None:
+            for _ in range(4):
+                training.step()
+
+        seconds = round_robin({name: partial(turn, run) for name, run in runs.items()}, self.args.rounds)
+        speeds = {name: 4 / value for name, value in seconds.items()}
+        row = {
+            "preset": self.args.preset,
+            "contestant": "all",
+            "phase": "speed",
+            "speeds": speeds,
+            "machine": machine(),
+        }
+        append(self.path, row, self.rows)
+        return speeds
 
     def images(self, net: Any, way: Row, num: int, cfg: float, seed: int) -> Images:
         """`num` images, classes in turn: image i is a function of (seed, i, its label) alone."""
@@ -120,7 +147,7 @@ class Contest:
         rates = sorted(self.args.rates or (RATES if who.kind != "ours" else [factor * peak for factor in FACTORS]))
 
         def make(rate: float) -> Row:
-            training = Training(who, self.data, way, rate, 60 * minutes)
+            training = Training(who, self.data, way, rate, round(60 * minutes * self.speeds[who.name]))
             training.go()
             fd = None if training.diverged else self.tune_distance(training.state.ema, way, 1.0)
             return {"fd": fd, **training.facts()}
@@ -133,40 +160,30 @@ class Contest:
         return {**best, "rates": rates, "edge": best["rate"] in (rates[0], rates[-1])}
 
     def trained(self, chosen: list[Contestant]) -> dict[str, Row]:
-        """The lines of the long runs, one after the other, or in turns of `--turn` seconds."""
+        """The lines of the long runs, made one after the other."""
         key = {"preset": self.args.preset, "phase": "train", "minutes": self.args.minutes}
         if self.args.score_only:
             there = {(row["contestant"], row["config"]): row for row in self.rows if key.items() <= row.items()}
             return {who.name: there[who.name, who.digest] for who in chosen if (who.name, who.digest) in there}
-        ways = {who.name: self.way(who) for who in chosen}
+        timed = self.time_all(chosen)
+        self.speeds = {who.name: timed[who.name + "-" + who.digest] for who in chosen}
         rates = {who.name: self.rate(who) for who in chosen}
-        found, waiting = {}, []
+        found = {}
         for who in chosen:
             key |= {"contestant": who.name, "config": who.digest, "rate": rates[who.name]["rate"]}
-            rows = [row for row in self.rows if key.items() <= row.items()]
-            if rows:
-                found[who.name] = rows[-1]
-            else:
-                waiting.append((who, dict(key)))
-        for group in [waiting] if self.args.turn else [[each] for each in waiting]:
-            runs = [
-                (key, Training(who, self.data, ways[who.name], key["rate"], 60 * self.args.minutes))
-                for who, key in group
-            ]
-            while runs:
-                for _, training in runs:
-                    training.go(self.args.turn or math.inf)
-                for key, training in [each for each in runs if each[1].done]:
-                    found[key["contestant"]] = self.keep(key, training, rates[key["contestant"]])
-                runs = [each for each in runs if not each[1].done]
-        return {who.name: found[who.name] for who in chosen}
+            found[who.name] = self.once(key, partial(self.train, who, dict(key), rates[who.name]))
+        return found
 
-    def keep(self, key: Row, training: Training, rate: Row) -> Row:
-        """Write the averaged weights, then their line."""
+    def train(self, who: Contestant, key: Row, rate: Row) -> Row:
+        """Train, write the averaged weights, and give what their line says."""
+        speed = self.speeds[who.name]
+        training = Training(who, self.data, self.way(who), key["rate"], round(60 * self.args.minutes * speed))
+        training.go()
+        speed *= training.run.config.train.batch_size
         name = f"{key['preset']}-{key['contestant']}-{len(self.rows):03d}.safetensors"
         save_file({n: v.contiguous() for n, v in training.state.ema.state_dict().items()}, self.args.out / name)
         more = {"rates": rate["rates"], "edge": rate["edge"], "machine": machine(), "weights": name}
-        return self.once(key, lambda: {**training.facts(), **more})
+        return {**training.facts(), "images_per_second": speed, **more}
 
     def score(self, who: Contestant, trained: Row) -> list[Row]:
         """The lines of all seeds, at the guidance scale that the tuning seed finds best."""
@@ -195,7 +212,7 @@ class Contest:
 
     def averaged(self, who: Contestant, trained: Row, way: Row) -> Any:
         """The network of a long run, with its averaged weights."""
-        net = Training(who, self.data, way, 1e-4, 1.0).state.ema
+        net = Training(who, self.data, way, 1e-4, 1).state.ema
         net.load_state_dict(load_file(self.args.out / trained["weights"]))
         return net
 
@@ -260,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         default="flow-logit-normal")  # fmt: skip
     parser.add_argument("--beta2", type=float, help="of the rivals' AdamW; default: the preset's")
     parser.add_argument("--batch-size", type=int, help="of the rivals; default: the preset's")
-    parser.add_argument("--turn", type=float, default=0.0, help="seconds that the long runs take in turn; 0: no turns")
+    parser.add_argument("--rounds", type=int, default=9, help="of timing, four steps each")
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0], help="scales to choose from")
     parser.add_argument("--sampler", help="default: the preset's")
     parser.add_argument("--calls", type=int, help="sampling steps; default: the preset's")

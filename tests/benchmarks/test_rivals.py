@@ -58,8 +58,8 @@ def test_a_short_training_lowers_the_loss(name: str) -> None:
     args = Namespace(preset="digits", rival_objective="flow-logit-normal", beta2=None, batch_size=16)
     who = contestants(args, 10)[name]
     data = open_data(preset.data, size=preset.model.sample_size, channels=preset.model.in_channels)
-    training = Training(who, data, {"precision": "fp32", "option": OPTIONS[who.kind][0]}, 2e-3, 1000.0)
-    training.spent = WARM_UP * training.seconds
+    training = Training(who, data, {"precision": "fp32", "option": OPTIONS[who.kind][0]}, 2e-3, 1000)
+    training.steps = round(WARM_UP * training.total)
     for _ in range(25):
         training.step()
     losses = torch.stack([*training.losses])
@@ -73,6 +73,8 @@ def test_all_are_trained_and_scored_once(tmp_path: Path, capsys: pytest.CaptureF
     command += [
         "--batch-size",
         "16",
+        "--rounds",
+        "1",
         "--extractors",
         "random-conv-v1",
         "--cache",
@@ -81,7 +83,7 @@ def test_all_are_trained_and_scored_once(tmp_path: Path, capsys: pytest.CaptureF
         str(out),
     ]
     main([*command, "--only", "ours", "unet"])
-    main([*command, "--only", *four, "--turn", "0.1"])
+    main([*command, "--only", *four])
     table = capsys.readouterr().out.split("\n| |")[-1]
     text = (out / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
