@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk whole or not at all; their digests, locks, and JSON read safely."""
+"""Files and folders that are on the disk whole or not at all, digests, locks; what others wrote, read safely."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError, safe_open
+
 LOCK = ".lock"
+CODE = ("auto_map", "quantization_config")  # entries that name further code
 
 
 @contextmanager
@@ -59,6 +62,35 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object")
     return found
+
+
+def check_no_code(folder: Path) -> None:
+    """ValueError where a folder that others made holds a script."""
+    for script in sorted(folder.glob("*.py")):
+        raise ValueError(f"{script} is code, and a model folder holds settings and weights alone; remove it")
+
+
+def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in the `.safetensors` files of a component's folder, once it was found harmless."""
+    check_no_code(folder)
+    for file in sorted(folder.glob("*.json")):
+        values = read_object(file)
+        for entry in values.keys() & CODE:
+            raise ValueError(f"{file} has the entry {entry}, which names code; remove it")
+        shards = values.get("weight_map") if file.name.endswith(".index.json") else {}
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"{file} names {shard!r}; weights are .safetensors files in the same folder")
+    return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """From the file's header; safetensors checks its length and that the tensors fill the rest of the file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error
 
 
 def digest(file: Path) -> str:

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from samplers import make_scheduler, sample
 from samplers.catalog import adopted, name_of, scheduler_for
 
-from . import asked
 from .config.sections import Config
 from .data import decode
 from .data.latents import read_normalization
 from .data.vae import load_vae
-from .edit import Edit
 from .launch.start import best_device
 from .model import DiTMoETransformer2DModel
-from .model_folder import add_guide as add_guide
-from .model_folder import add_vae as add_vae
-from .model_folder import checked, opened
-from .model_folder import save as save
-from .model_folder import shift_option as shift_option
 from .moe.guide import EXPERTS_OFF, choose
 from .moe.tau import Spans, WithTau
 from .objective import scheduler_config
+from .pipe import asked
+from .pipe.edit import Edit
+from .pipe.folder import add_guide as add_guide
+from .pipe.folder import add_vae as add_vae
+from .pipe.folder import checked, opened
+from .pipe.folder import save as save
+from .pipe.folder import shift_option as shift_option
 
 
 class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -130,7 +130,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             tau: Of a model with such a rule, instead of its own: a number, or spans (lowest, highest time, tau).
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone; default 0.
-            generator: Instead: a seed, see `ditmoe.asked.generators_of`; or one for each image, which draws all of it.
+            generator: Instead: a seed, see `pipe.asked.generators_of`; or one for each image, which draws all of it.
             indices: Running numbers of the images; default 0, 1, 2, ...
             latents: The initial noise (N, C, H, W), standard normal; default: drawn.
             num_images_per_label: Images of each label, one after the other.
@@ -182,7 +182,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Images drawn from noised ones on (SDEdit, Meng et al. 2022, arXiv 2108.01073); else as a call.
 
         Args:
-            image: One, or one for each image that is drawn, see `ditmoe.edit.pixels_of`.
+            image: One, or one for each image that is drawn, see `ditmoe.pipe.edit.pixels_of`.
             class_labels: As of a call.
             strength: Share of the steps that are taken, the last ones; 1 is all, which ignores the image.
             call: Further arguments of a call.
@@ -194,7 +194,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Any:
         """Images drawn anew where the mask is white, and kept to the bit elsewhere (RePaint, arXiv 2201.09865, eq. 8).
 
-        Args: see `image_to_image`; mask_image: see `ditmoe.edit.mask_of`.
+        Args: see `image_to_image`; mask_image: see `ditmoe.pipe.edit.mask_of`.
         """
         if mask_image is None:
             raise ValueError("mask_image is None; give a picture, white where something new is to be drawn")

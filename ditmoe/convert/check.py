@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..files import read_object
-from ..handed_in import blank
 from ..layers import sincos_positions
 from ..model import DiTMoETransformer2DModel
+from ..pipe.handed_in import blank
 from .tensors import Tensors
 
 

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import model_folder, pipeline
+from .. import pipeline
 from ..config.checks import require
 from ..config.convert import ConvertArgs
 from ..config.sections import Config
 from ..data.vae import identity, open_vae
 from ..files import replacing
-from ..handed_in import blank
 from ..layers import sincos_positions
 from ..model import DiTMoETransformer2DModel, check_network
+from ..pipe.folder import save_settings
+from ..pipe.handed_in import blank
 from .change import change
 from .check import check_forward
 from .foreign import Foreign, open_foreign
@@ -55,7 +56,7 @@ def _bring(args: ConvertArgs) -> None:
     _account(found, state)
     pipe = _pipeline(net, found, args)
     with replacing(args.out) as temporary:
-        transformer = model_folder.save_settings(pipe, temporary)
+        transformer = save_settings(pipe, temporary)
         write(transformer, [_entry(found, name, tuple(value.shape)) for name, value in state.items()])
         print(f"{args.out}: {_words(found)}", flush=True)
         print(check_forward(transformer), flush=True)

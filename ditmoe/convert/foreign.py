@@ -15,8 +15,7 @@ from typing import Any
 from ..config.checks import require
 from ..config.convert import ConvertArgs
 from ..config.sections import ObjectiveConfig, PredictionType, SampleConfig
-from ..files import read_object
-from ..handed_in import check_component
+from ..files import check_component, read_object
 from .layouts import POSITIONS, recognise, theirs
 from .tensors import WEIGHTS, Tensors
 

@@ -12,12 +12,12 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .. import model_folder
 from ..config.convert import ConvertArgs
 from ..files import read_object, replacing, whole, write_json
-from ..handed_in import blank
 from ..layers import sincos_positions
 from ..model import DiTMoETransformer2DModel
+from ..pipe.folder import checked, find
+from ..pipe.handed_in import blank
 from ..pipeline import DiTMoEPipeline
 from .layouts import theirs
 from .tensors import Entry, Tensors, write
@@ -35,8 +35,8 @@ def give(args: ConvertArgs) -> None:
     Raises:
         ValueError: There is no model at `args.src`, or it has parts that DiT does not have.
     """
-    place = model_folder.find(args.src)
-    index = model_folder.checked(DiTMoEPipeline, place)
+    place = find(args.src)
+    index = checked(DiTMoEPipeline, place)
     config = read_object(place / "transformer" / "config.json")
     defaults = {name: p.default for name, p in signature(DiTMoETransformer2DModel.__init__).parameters.items()}
     settings = {name: config.get(name, default) for name, default in defaults.items() if name != "self"}

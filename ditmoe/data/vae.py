@@ -11,8 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ..files import read_object
-from ..handed_in import check_component
+from ..files import check_component, read_object
 
 
 def load_vae(folder: Path, latents: Mapping[str, Any] | None) -> AutoencoderKL:

@@ -7,9 +7,9 @@ from typing import Any
 
 from .. import pipeline
 from ..config.file import from_dict
-from ..handed_in import blank
 from ..model import DiTMoETransformer2DModel, build
 from ..objective import scheduler_config
+from ..pipe.handed_in import blank
 from ..pipeline import DiTMoEPipeline
 from .checkpoint import find_fault, opened
 

@@ -17,16 +17,13 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "files": 0,
     "rng": 0,
     "config": 1,
-    "handed_in": 1,
     "layers": 1,
     "moe": 1.5,
     "model": 2,
     "objective": 3,
     "launch": 4,
     "data": 5,
-    "asked": 5.2,
-    "edit": 5.4,
-    "model_folder": 5.4,
+    "pipe": 5.5,
     "pipeline": 6,
     "run_folder": 7,
     "generate": 8,
@@ -40,7 +37,7 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
 HEAVY = {
     "accelerate": {"launch", "training"},
-    "samplers": {"handed_in", "objective", "asked", "edit", "model_folder", "pipeline", "analysis"},
+    "samplers": {"objective", "pipe", "pipeline", "analysis"},
 }
 
 

@@ -17,9 +17,9 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from samplers.loop import StepEnd, noised
 
+from ..data.decode import encode
+from ..data.pixels import from_pixels
 from .asked import is_number
-from .data.decode import encode
-from .data.pixels import from_pixels
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import SchedulerMixin
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from samplers.catalog import LIBRARY_ERRORS, SAMPLERS
 
-from .files import read_object
+from ..files import check_component, check_no_code, read_object
 
-CODE = ("auto_map", "quantization_config")  # entries that name further code
 _TABLES = 2**30  # bytes, at most, of what a network computes from its config alone, such as positions
 _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as many values
 
@@ -57,7 +55,7 @@ def check_pipeline(
     for entry, fitting in fits.items():
         if not fitting:
             raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
-    _check_no_code(folder)
+    check_no_code(folder)
     check_component(place := folder / "scheduler")
     steps = read_object(place / "scheduler_config.json").get("num_train_timesteps", 1000)
     if not isinstance(steps, int) or not 0 < steps <= _STEPS:
@@ -77,25 +75,6 @@ def _of_diffusers(entry: Any) -> type | None:
         case ["diffusers", str(name)] if isinstance(found := getattr(diffusers, name, None), type):
             return found
     return None
-
-
-def _check_no_code(folder: Path) -> None:
-    for script in sorted(folder.glob("*.py")):
-        raise ValueError(f"{script} is code, and a model folder holds settings and weights alone; remove it")
-
-
-def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in the `.safetensors` files of a component's folder, once it was found harmless."""
-    _check_no_code(folder)
-    for file in sorted(folder.glob("*.json")):
-        values = read_object(file)
-        for entry in values.keys() & CODE:
-            raise ValueError(f"{file} has the entry {entry}, which names code; remove it")
-        shards = values.get("weight_map") if file.name.endswith(".index.json") else {}
-        for shard in shards.values() if isinstance(shards, dict) else [shards]:
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ValueError(f"{file} names {shard!r}; weights are .safetensors files in the same folder")
-    return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
 
 
 def _check_weights(network: Any, folder: Path, *, renamed: bool = False) -> None:
@@ -140,12 +119,3 @@ def blank(make: Callable[[], nn.Module], limit: int) -> nn.Module:
     if sum(value.nbytes for value in empty.buffers()) > _TABLES:
         raise ValueError(f"it asks for tables of more than {_TABLES} bytes; its sizes are too large")
     return empty
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """From the file's header; safetensors checks its length and that the tensors fill the rest of the file."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error

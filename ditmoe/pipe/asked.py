@@ -16,7 +16,7 @@ from torch import Tensor
 
 from samplers import image_generators, initial_noise
 
-from .data.pixels import to_pil, to_pixels
+from ..data.pixels import to_pil, to_pixels
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 

@@ -1,0 +1,1 @@
+"""What `ditmoe.pipeline` is made of: a call's arguments, images drawn from images, its folder."""
