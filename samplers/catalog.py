@@ -143,11 +143,9 @@ def adopted(scheduler: Any, prediction_type: str, steps: int, options: Mapping[s
     known, config = signature(kind.__init__).parameters, getattr(scheduler, "config", {})
     flows = bool(config.get("use_flow_sigmas")) or ("shift" in known and "prediction_type" not in known)
     steps_by = signature(getattr(kind, "step", lambda: 0)).parameters.values()
-    more = [p.name for p in steps_by if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][
-        4:
-    ]  # after self, ...
+    needed = [p.name for p in steps_by if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     noises = hasattr(kind, "add_noise") or hasattr(kind, "scale_noise")
-    if more or not noises or (not flows and not {"prediction_type", "beta_start"} <= known.keys()):
+    if len(needed) > 4 or not noises or (not flows and not {"prediction_type", "beta_start"} <= known.keys()):
         raise ValueError(f"scheduler {kind.__name__} is not for such networks; use one such as DDIM, Euler, DPM-Solver")
     reads = FLOW[0] if flows else prediction_type if prediction_type in ("epsilon", "v_prediction") else "v_prediction"
     try:
@@ -172,13 +170,8 @@ def shift_field(name: str) -> str | None:
     return next((field for field in ("shift", "grid_shift") if field in known), None)
 
 
-_CHAIN = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-)  # what alpha_bar follows from
+# What alpha_bar follows from.
+_CHAIN = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 LIBRARY_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of diffusers
 

@@ -7,26 +7,16 @@
 Shapes: images (N, C, H, W) in any float dtype; timesteps float or int, () or (N,), one per image.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from samplers.gaussian import per_image
-from samplers.grid import check_saved_variance, check_steps
+from samplers.grid import check_saved_variance, check_steps, told
 from samplers.noise import Generators, draw_noise
-
-
-@dataclass
-class FlowOutput(BaseOutput):  # type: ignore[misc]
-    """The next image and the clean image that the velocity points to, both (N, C, H, W)."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -142,8 +132,7 @@ class FlowEulerScheduler(FlowScheduler):
             x_prev = x_s + per_image(s_next - s, x_s) * v
         else:
             x_prev = x0 + per_image(s_next, x_s) * model_output_uncond.float()
-        x_prev, x0 = x_prev.to(sample.dtype), x0.to(sample.dtype)
-        return (x_prev, x0) if not return_dict else FlowOutput(x_prev, x0)
+        return told(x_prev, x0, sample, return_dict)
 
 
 class FlowHeunScheduler(FlowScheduler):
@@ -192,8 +181,7 @@ class FlowHeunScheduler(FlowScheduler):
             x_prev = start + length * (v_start + v) / 2
             self._half = None
         self._index += 1
-        x_prev, x0 = x_prev.to(sample.dtype), x0.to(sample.dtype)
-        return (x_prev, x0) if not return_dict else FlowOutput(x_prev, x0)
+        return told(x_prev, x0, sample, return_dict)
 
 
 class FlowSDEScheduler(FlowScheduler):
@@ -237,5 +225,4 @@ class FlowSDEScheduler(FlowScheduler):
         if not bool(is_last.all()):
             spread = ((s - s_next) * s).sqrt() * ~is_last
             x_prev = x_prev + per_image(spread, x) * draw_noise(sample.shape, generator, sample.device)
-        x_prev, x0 = x_prev.to(sample.dtype), x0.to(sample.dtype)
-        return (x_prev, x0) if not return_dict else FlowOutput(x_prev, x0)
+        return told(x_prev, x0, sample, return_dict)

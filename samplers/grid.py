@@ -8,11 +8,13 @@ num_train_timesteps, () for the whole batch or (N,), one per image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from samplers import gaussian
@@ -36,6 +38,20 @@ class Levels(NamedTuple):
     start: Tensor
     end: Tensor
     is_last: Tensor
+
+
+@dataclass
+class StepOutput(BaseOutput):  # type: ignore[misc]
+    """The next image and the clean image that the network's answer points to, both (N, C, H, W)."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+def told(x_prev: Tensor, x0: Tensor, sample: Tensor, return_dict: bool) -> StepOutput | tuple[Tensor, Tensor]:
+    """What a step gives, in the dtype of ``sample``: a `StepOutput`, or with ``return_dict=False`` a tuple."""
+    both = x_prev.to(sample.dtype), x0.to(sample.dtype)
+    return StepOutput(*both) if return_dict else both
 
 
 def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:

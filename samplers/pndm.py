@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from samplers import gaussian
-from samplers.grid import ExplicitGrid, Levels, refuse_lost, stock_config
+from samplers.grid import ExplicitGrid, Levels, refuse_lost, stock_config, told
 from samplers.noise import Generators
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
@@ -121,10 +120,7 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
         ``generator`` is taken as diffusers' pipelines give one, and not used. With ``return_dict=False``: a tuple of
         the two. Raises ValueError for a timestep out of turn and for another batch than the one the run began with.
         """
-        x_prev, x0 = self.update(model_output, sample, self.levels(timestep))
-        if not return_dict:
-            return x_prev, x0
-        return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+        return told(*self.update(model_output, sample, self.levels(timestep)), sample, return_dict)
 
     def update(self, model_output: Tensor, sample: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """(prev_sample, pred_original_sample) of the next call; after the warm-up, between any levels."""

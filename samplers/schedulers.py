@@ -12,13 +12,11 @@ from typing import Any
 
 import diffusers
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from samplers import gaussian
-from samplers.grid import ExplicitGrid, Levels, stock_config
+from samplers.grid import ExplicitGrid, Levels, stock_config, told
 from samplers.noise import Generators, draw_noise
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
@@ -64,10 +62,7 @@ class DDPMScheduler(ExplicitGrid, diffusers.DDPMScheduler):  # type: ignore[misc
         ``model_output`` is (N, C, H, W), or (N, 2C, H, W) with learned_range. ``generator`` may be
         one per image. The last step draws nothing. With ``return_dict=False``: a tuple of the two.
         """
-        x_prev, x0 = self.update(model_output, sample, self.levels(timestep), generator)
-        if not return_dict:
-            return x_prev, x0
-        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+        return told(*self.update(model_output, sample, self.levels(timestep), generator), sample, return_dict)
 
     def update(
         self, model_output: Tensor, sample: Tensor, levels: Levels, generator: Generators = None
@@ -126,9 +121,7 @@ class DDIMScheduler(ExplicitGrid, diffusers.DDIMScheduler):  # type: ignore[misc
             model_output, sample, self.levels(timestep), eta, generator,
             variance_noise=variance_noise, clip_again=use_clipped_model_output, model_output_uncond=model_output_uncond,
         )  # fmt: skip
-        if not return_dict:
-            return x_prev, x0
-        return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x0)
+        return told(x_prev, x0, sample, return_dict)
 
     def update(
         self, model_output: Tensor, sample: Tensor, levels: Levels, eta: float = 0.0, generator: Generators = None,

@@ -10,7 +10,6 @@ Shapes: images (N, C, H, W) in any float dtype, returned in the dtype of ``sampl
 """
 
 import math
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -18,11 +17,11 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from samplers import gaussian
 from samplers.grid import (
+    StepOutput,
     check_chain,
     check_steps,
     checked_timestep,
@@ -30,19 +29,12 @@ from samplers.grid import (
     refuse_lost,
     stock_config,
     timestep_grid,
+    told,
 )
 from samplers.noise import Generators
 
 # DiffusionPipeline.from_pretrained looks for SchedulerMixin in the module a saved pipeline names.
 __all__ = ["DPMSolverScheduler", "SchedulerMixin", "UniPCScheduler"]
-
-
-@dataclass
-class SolverOutput(BaseOutput):  # type: ignore[misc]
-    """What a step gives: prev_sample, and the prediction of the clean image, both (N, C, H, W)."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class _Solver:
@@ -110,14 +102,13 @@ class _Solver:
     def step(
         self, model_output: Tensor, timestep: Tensor | int, sample: Tensor, return_dict: bool = True,
         generator: Generators = None,
-    ) -> SolverOutput | tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> StepOutput | tuple[Tensor, Tensor]:  # fmt: skip
         """The stock step in float32, and what it took the clean image for, as the other samplers tell it.
 
         ``generator`` is taken as diffusers' pipelines give one, and not used.
         """
         x_prev = super().step(model_output.float(), timestep, sample.float(), return_dict=False)[0]  # type: ignore[misc]
-        both = x_prev.to(sample.dtype), self.model_outputs[-1].to(sample.dtype)  # both solvers keep data predictions
-        return SolverOutput(*both) if return_dict else both
+        return told(x_prev, self.model_outputs[-1], sample, return_dict)  # both solvers keep data predictions
 
 
 class DPMSolverScheduler(_Solver, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]

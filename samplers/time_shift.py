@@ -12,7 +12,6 @@ Shapes: images (N, C, H, W) in any float dtype; timesteps are integers 0..T-1, T
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import logging
 from torch import Tensor
 
 from samplers.criterion import VarianceCriterion, clean_variance
-from samplers.grid import Levels
+from samplers.grid import Levels, StepOutput
 from samplers.noise import Generators
 from samplers.pndm import PNDMScheduler
 from samplers.schedulers import DDIMScheduler, DDPMScheduler
@@ -56,18 +55,14 @@ def window_of(network_calls: int, num_train_timesteps: int) -> int:
 
 
 @dataclass
-class TimeShiftOutput(BaseOutput):  # type: ignore[misc]
-    """What a step gives.
+class TimeShiftOutput(StepOutput):
+    """What a step gives, and how it was shifted.
 
     Attributes:
-        prev_sample: (N, C, H, W).
-        pred_original_sample: (N, C, H, W).
         shift: (N,) int64, the chosen timestep minus the scheduled one: of this step's end in mode "target", of the
             next network call in the others.
     """
 
-    prev_sample: Tensor
-    pred_original_sample: Tensor
     shift: Tensor
 
 
@@ -103,6 +98,8 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     order = 1
+    _base: DDIMScheduler | DDPMScheduler | PNDMScheduler
+    _chosen: Tensor | None  # timesteps (N,) to ask the network about next
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -125,8 +122,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._alpha_bar = self._base._alpha_bar  # (T,) float64
         self._variance = clean_variance(exposure_variance, data_variance, num_train_timesteps)
         self._criterion = VarianceCriterion(self._alpha_bar, self._variance, exposure_cutoff, exposure_min_snr)
-        self._chosen: Tensor | None = None  # timesteps (N,) to ask the network about next
-        self._levels_on: dict[torch.device, Tensor] = {}
         self._restart()
 
     def __len__(self) -> int:
@@ -135,14 +130,12 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def timesteps(self) -> Tensor:
         """The scheduled timesteps, one for each network call, descending int64."""
-        timesteps: Tensor = self._base.timesteps
-        return timesteps
+        return self._base.timesteps
 
     @property
     def num_inference_steps(self) -> int | None:
         """Steps of the grid, or None before `set_timesteps`."""
-        steps: int | None = self._base.num_inference_steps
-        return steps
+        return self._base.num_inference_steps
 
     @property
     def window(self) -> int:
@@ -154,7 +147,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: list[int] | None = None,
     ) -> None:
         """Choose the grid, as the base does, and start again."""
         self._base.set_timesteps(num_inference_steps, device, timesteps)
@@ -167,13 +160,11 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t of clean images, as the base has it."""
-        noisy: Tensor = self._base.add_noise(original_samples, noise, timesteps)
-        return noisy
+        return self._base.add_noise(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v of clean images, as the base has it."""
-        velocity: Tensor = self._base.get_velocity(sample, noise, timesteps)
-        return velocity
+        return self._base.get_velocity(sample, noise, timesteps)
 
     def model_timestep(self, timestep: int | Tensor) -> Tensor:
         """What to ask the network about at the scheduled ``timestep``: itself, or (N,) int64 for shifted images."""
@@ -192,12 +183,10 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if torch.as_tensor(timestep).ndim:
             raise ValueError("time-shift takes one scheduled timestep for all images; it shifts each image's itself")
-        if eta and self.config.base != "ddim":
-            raise ValueError(f"eta is {eta}, but base {self.config.base!r} has no eta; use base 'ddim'")
-        if use_clipped_model_output and self.config.base != "ddim":
-            raise ValueError(
-                f"use_clipped_model_output is True, but base {self.config.base!r} has no such option; use base 'ddim'"
-            )
+        of_ddim = {"eta": (eta, "eta"), "use_clipped_model_output": (use_clipped_model_output, "such option")}
+        for name, (asked, what) in of_ddim.items():
+            if asked and self.config.base != "ddim":
+                raise ValueError(f"{name} is {asked}, but base {self.config.base!r} has no {what}; use base 'ddim'")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, but it must be from 0 (DDIM) to 1 (the noise of DDPM)")
         self._restart_at(timestep)
@@ -237,7 +226,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise ValueError(
                     f"{len(sample)} images follow {len(self._chosen)}; call set_timesteps before another batch"
                 )
-            net = self._alpha_bar_on(sample.device)[self._chosen]
+            net = self._alpha_bar_at(self._chosen)
             return levels._replace(net=net, start=net if mode == "both" else levels.start), None
         after = self._after(timestep, self._calls)
         if self._calls == 0 or after is None or self._warming_up():
@@ -245,7 +234,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         chosen = self._criterion.choose(sample, after, highest=timestep - 1 if stochastic else None)
         if chosen is None:
             return levels, None
-        return levels._replace(end=self._alpha_bar_on(sample.device)[chosen]), chosen - after
+        return levels._replace(end=self._alpha_bar_at(chosen)), chosen - after
 
     def _choose_next(self, x: Tensor, timestep: int, stochastic: bool) -> Tensor | None:
         """Choose for the network call that comes after this one; the shift, or None."""
@@ -281,11 +270,9 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _warming_up(self) -> bool:
         return bool(getattr(self._base, "in_warm_up", False))
 
-    def _alpha_bar_on(self, device: torch.device) -> Tensor:
-        if device not in self._levels_on:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._levels_on[device] = self._alpha_bar.to(dtype).to(device)
-        return self._levels_on[device]
+    def _alpha_bar_at(self, chosen: Tensor) -> Tensor:
+        dtype = torch.float32 if chosen.device.type == "mps" else torch.float64
+        return self._alpha_bar.to(dtype).to(chosen.device)[chosen]
 
     def _check(self) -> None:
         c, T = self.config, self.config.num_train_timesteps
@@ -299,12 +286,9 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= T:
                 raise ValueError(f"{name} is {value!r}, but it is {what}: an integer from 0 to {T}")
-        lacking = [
-            name
-            for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr")
-            if c[name] and name not in signature(BASES[c.base].__init__).parameters
-        ]
-        if lacking:
+        known = signature(BASES[c.base].__init__).parameters
+        limits = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
+        if lacking := [name for name in limits if c[name] and name not in known]:
             raise ValueError(f"base {c.base!r} has no {lacking[0]}; leave it off, or use another base")
         if not 0 <= c.exposure_min_snr < math.inf:
             raise ValueError(f"exposure_min_snr is {c.exposure_min_snr}, but it must be 0 or more; 0 is no guard")

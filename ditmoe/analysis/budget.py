@@ -267,12 +267,7 @@ def needs(
     Yuan, 2009), of split experts over n / d devices. An all-to-all sends S K D b (d - 1) / d at even load: two in each
     direction, with checkpointing two more. Where a step looks ahead, each micro-batch has one more pass forward.
     """
-    n, again, accumulates, ahead = (
-        config.plan.devices,
-        checkpointing,
-        config.train.accumulation > 1,
-        looks_ahead(config),
-    )
+    n, again, ahead = config.plan.devices, checkpointing, looks_ahead(config)
     routed, (T, b, _) = _routed(config), _sizes(config)
     moved = matrices(model, experts=config.train.muon_on == "all") if config.train.optimizer == "muon" else {}
     outside = _share((x for x in model.named_parameters() if not x[0].startswith("blocks.")), config, way, d)
@@ -293,7 +288,7 @@ def needs(
     momenta = sum(p.numel() // (d if ".experts." in n else 1) for n, p in model.named_parameters() if n in moved)
     moments = 8 * total["held"] - 4 * momenta
     gradients, block = 4 * total["held"], 4 * (total["held"] - outside["held"]) / len(parts)
-    early = gradients if accumulates else 0
+    early = gradients if config.train.accumulation > 1 else 0
     forward = total["copy"] + max(size[0] + x["expert copy"] for size, x in zip(sizes, parts, strict=True))
     moving = max(there + one + (early or block), there / len(parts) + one + gradients)
     moving = max(moving, there + forward + early) if again else moving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from .sections import PredictionType
 
 Family = Literal["dit", "sit", "dit-moe", "diffusers"]
 CHANGES = ("upcycle", "more", "prune", "merge", "split")
+_OF_OTHERS = ("source", "num_heads", "prediction_type", "vae")  # options of others' checkpoints
 _OF = {  # options of some changes alone
     "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "num": ("prune", "split"),
     "data_path": ("prune", "split"), "seed": ("upcycle", "more", "prune", "split"),
@@ -91,10 +93,13 @@ class ConvertArgs:
             require(unused, f"--{flag} is of what experts are measured by, and --by random measures none")
         if self.change:
             require(self.top_k is None or self.change == "upcycle", f"--top-k does not apply to --{self.change}")
-            for name in ("source", "num_heads", "prediction_type", "vae"):
-                flag = {"source": "from"}.get(name, name.replace("_", "-"))
-                require(getattr(self, name) is None, f"--{flag} does not apply to --{self.change}; leave it out")
+            self._refuse(_OF_OTHERS, f"--{self.change}")
             require(self.to == "ditmoe", f"--to {self.to} does not go with --{self.change}; do one after the other")
+
+    def _refuse(self, names: Sequence[str], beside: str) -> None:
+        for name in names:
+            flag = {"source": "from"}.get(name, name.replace("_", "-"))
+            require(getattr(self, name) is None, f"--{flag} does not apply to {beside}; leave it out")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "top_k", "num")
@@ -112,6 +117,4 @@ class ConvertArgs:
         else:
             require(not self.out.is_file(), f"out {self.out} is a file; a folder is written")
         if self.to != "ditmoe":
-            for name in ("source", "num_heads", "top_k", "prediction_type", "vae"):
-                flag = {"source": "from"}.get(name, name.replace("_", "-"))
-                require(getattr(self, name) is None, f"--{flag} does not apply to --to {self.to}; leave it out")
+            self._refuse((*_OF_OTHERS, "top_k"), f"--to {self.to}")

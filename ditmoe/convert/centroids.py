@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +23,11 @@ from ..config.sample import CentroidsArgs
 from ..config.sections import Config, ObjectiveConfig
 from ..data.open import open_data
 from ..files import whole
-from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS, Objective
 from ..pipeline import load
+from .split import tokens_of
 
-TOKENS = 20_000  # of a block that centres are fitted to, about
 FORWARD = 128  # images in one forward pass
 EVEN = 2.5  # largest load over the smallest that a fit looks for; other tokens then have 3 at most, about
 LLOYD, PRICED, MOVES = 30, 40, 10  # steps of k-means, of making loads even, and moves of a centre at most
@@ -99,7 +98,16 @@ def training_images(
     return x, torch.from_numpy(data.labels[rows]), t
 
 
-@torch.no_grad()
+def noised(
+    net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, y: Tensor, t: Tensor, generator: torch.Generator,
+    size: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:  # fmt: skip
+    """Batches of clean images x (n, C, H, W) noised to times t (n,): x_t, t, and labels of a network that has them."""
+    x_t, _ = Objective(config).corrupt(x, t, torch.randn(x.shape, generator=generator))
+    for rows in torch.arange(len(x)).split(size):
+        yield x_t[rows], t[rows], None if net.null_label is None else y[rows]
+
+
 def tokens_seen(
     net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, y: Tensor, t: Tensor, router_input: str,
     generator: torch.Generator,
@@ -113,28 +121,11 @@ def tokens_seen(
         router_input: "plain": before adaLN modulates them; "token": after.
         generator: of noise, and of which tokens are looked at.
     """
-    noise, T = torch.randn(x.shape, generator=generator), tokens_per_image(net)
-    x_t, _ = Objective(config).corrupt(x, t, noise)
-    some = torch.rand(len(x), T, generator=generator).argsort(dim=1)[:, : -(-TOKENS // len(x))].unsqueeze(-1)
-    seen: list[list[Tensor]] = [[] for _ in net.blocks]
-    rows: Tensor
-
-    def note(kept: list[Tensor]) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        def keep(_module: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
-            z = (out if router_input == "plain" else given[0]).float().cpu()
-            kept.append(z.gather(1, some[rows].expand(-1, -1, z.shape[2])).flatten(0, 1))
-
-        return keep
-
-    with ExitStack() as stack:
-        for block, kept in zip(net.blocks, seen, strict=True):
-            feed_forward = block.moe if hasattr(block, "moe") else block.mlp
-            watched: Any = block.norm2 if router_input == "plain" else feed_forward
-            stack.callback(watched.register_forward_hook(note(kept)).remove)
-        for rows in torch.arange(len(x)).split(FORWARD):
-            labels = None if net.null_label is None else y[rows].to(net.device)
-            net(x_t[rows].to(net.device), t[rows].to(net.device), labels)
-    return [torch.cat(kept) for kept in seen]
+    plain = router_input == "plain"
+    feed_forward = [block.moe if hasattr(block, "moe") else block.mlp for block in net.blocks]
+    watched: list[Any] = [block.norm2 for block in net.blocks] if plain else feed_forward
+    batches = noised(net, config, x, y, t, generator, FORWARD)
+    return tokens_of(net, watched, batches, generator, after=plain)
 
 
 def fitted(tokens: Tensor, num: int, generator: torch.Generator, name: str = "tokens") -> Fit:

@@ -18,8 +18,7 @@ from ..config.presets import PRESETS
 from ..config.sections import Config, ObjectiveConfig, SampleConfig
 from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
-from ..objective import Objective
-from .centroids import training_images
+from .centroids import noised, training_images
 from .merge import merge
 from .more import more
 from .prune import by_chance, check_keep, prune, usage
@@ -90,6 +89,4 @@ def _batches(
     """Training images noised to all times: x_t (n, C, H, W), t (n,), and labels (n,) of a model that has them."""
     generator = torch.Generator().manual_seed(args.seed)
     x, y, t = training_images(config, net, args.num, generator, args.data_path)
-    x_t, _ = Objective(config.objective).corrupt(x, t, torch.randn(x.shape, generator=generator))
-    for rows in torch.arange(len(x)).split(BATCH):
-        yield x_t[rows], t[rows], None if net.null_label is None else y[rows]
+    return noised(net, config.objective, x, y, t, generator, BATCH)

@@ -5,20 +5,20 @@ Shapes: N images, S tokens of a block, D width, E experts, F hidden units of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model import DiTMoETransformer2DModel
+from ..model import DiTMoETransformer2DModel, tokens_per_image
 from ..moe import FeedForward, Router
 from .prune import Batches
 from .rebuild import SILENT, TOPK, cut, dense_layers, rebuilt, shared
 
-TOKENS = 20_000  # of a block that its router is fitted to, about
+TOKENS = 20_000  # of a block that are looked at, about
 LLOYD = 20  # steps of k-means at most
 BATCH, RATE = 512, 3e-3  # of the fit, with Adam; the rate falls to 0
 FLOOR = 1e-2  # of a block's mean norm: what is less is as good as nothing
@@ -66,8 +66,8 @@ def split(
         raise ValueError(f"tau is {tau}; it must lie in [0, 1]")
     generator, weights = torch.Generator().manual_seed(seed), dict[str, Tensor]()
     served, error = [], []
-    for name, tokens in tokens_of(net, layers, batches, generator).items():
-        layer = layers[name]
+    seen = tokens_of(net, [*layers.values()], batches, generator)
+    for (name, layer), tokens in zip(layers.items(), seen, strict=True):
         units = clusters(layer, E)
         router, wrong = fitted(tokens, norms(layer, units, tokens), steps, generator)
         logits = router([tokens.unsqueeze(0)])[0][0].detach()
@@ -88,32 +88,32 @@ def split(
 
 @torch.no_grad()
 def tokens_of(
-    net: DiTMoETransformer2DModel, layers: Mapping[str, FeedForward], batches: Batches, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """What goes into some dense layers, by name (S, D) float32 on the CPU: of images, the same share of each batch."""
+    net: DiTMoETransformer2DModel, layers: Sequence[nn.Module], batches: Batches, generator: torch.Generator, *,
+    after: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """What goes into some layers (or comes out), (S, D) float32 on the CPU each: the same number of tokens an image."""
     batches = list(batches)
     images = sum(len(x) for x, _, _ in batches)
     if not images:
         raise ValueError("no image was given to take tokens of")
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    seen: list[list[Tensor]] = [[] for _ in layers]
     some = torch.empty(0)
 
-    def note(kept: list[Tensor]) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        def keep(_module: Any, given: tuple[Tensor, ...]) -> None:
-            z = given[0].float().cpu()
+    def note(kept: list[Tensor]) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def keep(_module: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
+            z = (out if after else given[0]).float().cpu()
             kept.append(z.gather(1, some.expand(-1, -1, z.shape[2])).flatten(0, 1))
 
         return keep
 
     with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(note(seen[name])).remove)
-        T = (net.config.sample_size // net.config.patch_size) ** 2
+        for layer, kept in zip(layers, seen, strict=True):
+            stack.callback(layer.register_forward_hook(note(kept)).remove)
         for x_t, t, y in batches:
-            order = torch.rand(len(x_t), T, generator=generator).argsort(dim=1)
+            order = torch.rand(len(x_t), tokens_per_image(net), generator=generator).argsort(dim=1)
             some = order[:, : -(-TOKENS // images)].unsqueeze(-1)
             net(*(None if v is None else v.to(net.device) for v in (x_t, t, y)))
-    return {name: torch.cat(kept) for name, kept in seen.items()}
+    return [torch.cat(kept) for kept in seen]
 
 
 @torch.no_grad()

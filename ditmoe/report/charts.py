@@ -12,6 +12,7 @@ from PIL import Image
 from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, load_matplotlib, save_png
 
 LINE, SECOND = "#2b6cb0", "#c2571a"
+FLOOR = 2.0**-9  # ratios below this are drawn alike
 SMALL_PANELS = {  # in this order beside the loss, as far as a run has them
     "vlb": "variational bound", "balance": "balance loss (1 = even)", "contrastive": "routing contrastive loss",
     "load_max_over_mean": "busiest expert ÷ mean load", "z": "router z-loss", "grad_norm": "gradient norm",
@@ -132,6 +133,29 @@ def bare_axes(ax: Any) -> None:
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color(FAINT)
     ax.tick_params(length=0, labelsize=8, labelcolor=MUTED, which="both")
+
+
+def octaves(*ratios: Array) -> float:
+    """Half the colour range of ratios in octaves: 1, 2 or 3, the first that holds 98 % of all values."""
+    values = np.concatenate([ratio[np.isfinite(ratio)] for ratio in ratios])
+    return float(np.clip(np.ceil(np.quantile(np.abs(np.log2(np.maximum(values, FLOOR))), 0.98)), 1, 3))
+
+
+def show_ratios(ax: Any, ratios: Array, limit: float, aspect: str = "equal") -> Any:
+    """Ratios as log2 colours, white at 1, without smoothing and without a frame; the drawn image."""
+    colours = np.log2(np.maximum(ratios, FLOOR))
+    drawn = ax.imshow(colours, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest")
+    bare_axes(ax)
+    ax.spines[:].set_visible(False)
+    return drawn
+
+
+def ratio_ticks(bar: Any, limit: float, one: str) -> None:
+    """A colour bar of `show_ratios` with ticks as fractions and multiples of `one`, the name of 1."""
+    names = ("⅛×", "¼×", "½×", one, "2×", "4×", "8×")[3 - int(limit) : 4 + int(limit)]
+    bar.set_ticks(np.arange(-limit, limit + 1), labels=names, fontsize=9, color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
 
 
 def save_figure(fig: Any, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..analysis.findings import CONDITIONS, Row
 from ..generate.pictures import FAINT, INK, MUTED, WIDTH, load_matplotlib, spread
-from .charts import LINE, SECOND, bare_axes, save_figure, title
+from .charts import LINE, SECOND, bare_axes, octaves, ratio_ticks, save_figure, show_ratios, title
 
 SHOWN_LAYERS = 5  # evenly chosen ones
 SHOWN_PAIRS = 2
@@ -124,16 +124,11 @@ def _pairs(fig: Any, place: Any, rows: Sequence[Row]) -> None:
     """Matrices of lift, experts by experts, of a few layers, under one heading."""
     chosen = [rows[i] for i in spread(len(rows), SHOWN_PAIRS)]
     inner = place.subgridspec(2, len(chosen), height_ratios=[20, 1])
-    logs = [np.log2(np.maximum(row["lift"], 2.0**-9)) for row in chosen]
-    values = np.abs(np.concatenate([x[np.isfinite(x)] for x in logs]))
-    limit = float(np.clip(np.ceil(np.quantile(values, 0.98)), 1, 3))
-    E = len(logs[0])
-    for k, (row, log) in enumerate(zip(chosen, logs, strict=True)):
+    limit, E = octaves(*(row["lift"] for row in chosen)), len(chosen[0]["lift"])
+    for k, row in enumerate(chosen):
         ax = fig.add_subplot(inner[0, k])
-        drawn = ax.imshow(log, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        bare_axes(ax)
+        drawn = show_ratios(ax, row["lift"], limit)
         ax.set_anchor("N")
-        ax.spines[:].set_visible(False)
         ticks = range(0, E, max(1, E // 8))
         ax.set_xticks(ticks, [str(e) for e in ticks])
         ax.set_yticks(ticks if k == 0 else [], [str(e) for e in ticks] if k == 0 else [])
@@ -141,10 +136,7 @@ def _pairs(fig: Any, place: Any, rows: Sequence[Row]) -> None:
         if k == 0:
             title(ax, "Experts that are chosen together")
     bar = fig.colorbar(drawn, cax=fig.add_subplot(inner[1, :]), orientation="horizontal", extend="both")
-    names = ("⅛×", "¼×", "½×", "chance", "2×", "4×", "8×")[3 - int(limit) : 4 + int(limit)]
-    bar.set_ticks(np.arange(-limit, limit + 1), labels=names, fontsize=9, color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
+    ratio_ticks(bar, limit, "chance")
 
 
 def _finish(ax: Any, heading: str, *, columns: int, handles: Sequence[Any] | None = None) -> None:

@@ -13,10 +13,9 @@ import numpy as np
 
 from ..analysis.routing import relative_load
 from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, load_matplotlib, shorten, spread
-from .charts import bare_axes, save_figure, title
+from .charts import FLOOR, octaves, ratio_ticks, save_figure, show_ratios, title
 
 MARGIN = 0.9  # inches that labels take from the width of the picture
-FLOOR = 2.0**-9  # loads below this are drawn alike
 
 
 def expert_maps(
@@ -50,7 +49,7 @@ def expert_maps(
     by_time = relative_load(some.sum(axis=(2, 3))).transpose(1, 0, 2)
     by_class = relative_load(some.sum(axis=(1, 3))).transpose(1, 0, 2)
     by_place = relative_load(some.sum(axis=(1, 2))).reshape(len(layers), *grid, E)
-    limit = _limit(by_layer, by_time, by_class, by_place)
+    limit = octaves(by_layer, by_time, by_class, by_place)
     panel = WIDTH / 100 / (1 if wide else 2) - MARGIN
     few = 4 if len(layers) * -(-E // 4) * panel / 4 <= 4.5 else 8  # small maps on a line of half a page, by its height
     maps, corners = _tile(by_place, 32 if wide else few)
@@ -66,13 +65,6 @@ def expert_maps(
     save_figure(fig, path)
 
 
-def _limit(*loads: Array) -> float:
-    """Half the colour range in octaves: 1, 2 or 3, the first that holds 98 % of all values."""
-    values = np.concatenate([load[np.isfinite(load)] for load in loads])
-    octaves = np.abs(np.log2(np.maximum(values, FLOOR)))
-    return float(np.clip(np.ceil(np.quantile(octaves, 0.98)), 1, 3))
-
-
 def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     """A figure and four axes of these heights in inches: one above the other when wide, else two by two."""
     load_matplotlib()
@@ -85,20 +77,12 @@ def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     return fig, list(fig.subplots(len(rows), 4 // len(rows), height_ratios=rows).flat)
 
 
-def _show(ax: Any, loads: Array, limit: float, aspect: str) -> None:
-    """Loads as log2 colours, without smoothing and without a frame."""
-    colours = np.log2(np.maximum(loads, FLOOR))
-    ax.imshow(colours, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest")
-    bare_axes(ax)
-    ax.spines[:].set_visible(False)
-
-
 def _matrix(ax: Any, loads: Array, rows: Sequence[str], groups: Sequence[str], limit: float, heading: str) -> None:
     """Loads (rows, groups, E) as one matrix, a blank column between groups; figures in the cells when they fit."""
     num_rows, num_groups, E = loads.shape
     gap = max(1, E // 16)
     padded = np.pad(loads, ((0, 0), (0, 0), (0, gap)), constant_values=np.nan).reshape(num_rows, -1)[:, :-gap]
-    _show(ax, padded, limit, "auto")
+    show_ratios(ax, padded, limit, "auto")
     ax.set_yticks(range(num_rows), [shorten(name) for name in rows], fontsize=9, color=INK, parse_math=False)
     if num_groups > 1 or groups[0]:
         centres = [g * (E + gap) + (E - 1) / 2 for g in range(num_groups)]
@@ -141,7 +125,7 @@ def _positions(
     """The canvas of `_tile` with a frame around every map and the layer's name above its first."""
     from matplotlib.patches import Rectangle
 
-    _show(ax, maps, limit, "equal")
+    show_ratios(ax, maps, limit, "equal")
     for name, layer in zip(names, corners, strict=True):
         ax.text(layer[0][1] - 0.5, layer[0][0] - 0.5 - 0.1 * grid[0], name, fontsize=9, color=INK, va="bottom")
         for y, x in layer:
@@ -153,10 +137,7 @@ def _positions(
 
 def _load_bar(fig: Any, axes: list[Any], limit: float) -> None:
     """The colour bar all panels share, with ticks as fractions and multiples of the even load."""
-    names = ("⅛×", "¼×", "½×", "even load", "2×", "4×", "8×")[3 - int(limit) : 4 + int(limit)]
     bar = fig.colorbar(
         axes[0].images[0], ax=axes, location="bottom", shrink=0.4, aspect=40, extend="both", panchor=False
     )
-    bar.set_ticks(np.arange(-limit, limit + 1), labels=names, fontsize=9, color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
+    ratio_ticks(bar, limit, "even load")
