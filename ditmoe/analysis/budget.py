@@ -67,41 +67,37 @@ class Needs(NamedTuple):
 
 
 def flops(config: Config) -> Flops:
-    """Matrix products of one image: a token's weights twice, and attention.
+    """Matrix products of one image: of a weight twice its size for every row that it is multiplied with, and attention.
 
-    A block: 12 D^2 for adaLN, 8 T D^2 for qkv and projection (with experts of attention 4 T D^2 (1 + K), and 4 T D H E
-    for the gates of H heads), 4 T^2 D for attention, 2 (1 + m) T D w for feed-forward layers of width w (K F + shared
-    in an MoE layer; factorised experts: see `factors`), 2 T D E for a token that a router sees, 2 D E for a time or
-    label (of an mlp 2 h (D + E), h wide), 16 m T K F for biases of experts; for the sums of a prototype router as much
-    again. Then the final layer's heads with their gate, and the convolutions that refine. Backward, each product has
-    two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
+    Backward, each product has two, sums one where there is a contrastive loss. Source: as torch.utils.flop_counter.
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
-    D, pixels = m.hidden_size, T * m.in_channels * m.patch_size**2
-    maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
-    maps, heads = maps if e.attention_experts else 8 * T * D**2, max(1, m.head_experts)
-    blocks, sums, choices, factorised = 0.0, 0, e.num_experts + e.null_experts, e.experts == "factorised"
-    router_of = 2 * MLP_WIDTH * (D + choices) if e.router == "mlp" else 2 * D * choices  # a vector that it sees
-    active = 0 if factorised else e.rule.active(e.num_experts) * e.expert_width
+    D, H, pixels = m.hidden_size, max(1, m.head_experts), T * m.in_channels * m.patch_size**2
+    maps = 8 * T * D**2  # qkv and projection
+    if e.attention_experts:  # queries and keys; the experts; gates of every head
+        maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
+    choices, factorised = e.num_experts + e.null_experts, e.experts == "factorised"
+    (tokens, image), active = _seen(config), e.rule.active(e.num_experts) * e.expert_width
+    router = 2 * MLP_WIDTH * (D + choices) if e.router == "mlp" else 2 * D * choices  # of a vector that it sees
+    router *= T * tokens + image  # not of places, which it sees once for all images
+    blocks, layers = 0.0, sum(_routed(config))
     for routed in _routed(config):
-        width = active + e.shared_width if routed else m.ffn_width
-        blocks += factors.operations(config, T, T * _decisions(config)) if routed and factorised else 0
-        own = routed and e.scope == "layer"
-        tokens, image = _seen(config) if own else (0, 0)  # a router by place: once for all images
-        router = router_of * (T * tokens + image)
-        sums += router if e.router == "prototype" else 0
-        router += 2 * T * D if routed and e.shared_gate else 0
-        biased = 16 * T * (both - 1) * active * (routed and e.biases)
-        blocks += 12 * D**2 + maps + 4 * T**2 * D + 2 * D * T * both * width + router + biased
+        blocks += 12 * D**2 + maps + 4 * T**2 * D  # adaLN; attention's maps; attention
+        if not routed:
+            blocks += 2 * D * T * both * m.ffn_width
+            continue
+        blocks += 2 * D * T * both * e.shared_width + (2 * T * D if e.shared_gate else 0)
+        if factorised:
+            blocks += factors.operations(config, T, T * _decisions(config))
+        else:
+            blocks += 2 * D * T * both * active + 16 * T * (both - 1) * active * e.biases
+    routers = router * (layers if e.scope == "layer" else min(layers, 1))
+    sums = routers if e.router == "prototype" else 0
     across, refined = _refined(config)
-    if e.scope == "shared" and any(_routed(config)):
-        tokens, image = _seen(config)
-        router = router_of * (T * tokens + image)
-        blocks += router
-        sums += router if e.router == "prototype" else 0
-    ends = 2 * D * (pixels + 256 + D) + 2 * D * (2 * D + heads * T * m.patch_size**2 * across) + refined
-    ends += 2 * D * heads if heads > 1 else 0
-    return Flops(blocks + sums + ends, blocks + sums, 2 * (blocks + ends) + (sums if e.contrastive_weight else 0))
+    ends = 2 * D * (pixels + 256 + D) + 4 * D**2 + refined  # patches, time; adaLN of the final layer; convolutions
+    ends += 2 * D * H * T * m.patch_size**2 * across + (2 * D * H if H > 1 else 0)  # heads and their gate
+    blocks += routers + sums
+    return Flops(blocks + ends, blocks, 2 * (blocks - sums + ends) + (sums if e.contrastive_weight else 0))
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:
@@ -146,50 +142,39 @@ def _decisions(config: Config) -> float:
 def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[float, float, float]:
     """Bytes of one image in one block: saved for the backward pass; kept by checkpointing; passing in it, at most.
 
-    Saved, a token:
-    * 2 (8 D + 8) + b D: both norms in float32, the input of qkv; b D for that of a dense layer; for experts 4 D (the
-      router's, where it is a token's) and b D (the shared expert's), in fp32 one and the same.
-    * 6 b D + 4 heads: qkv, attention and its statistics, its projection, and what the second gate multiplies.
-    * 2 b D for q and k that were normalised or turned; where normalised b D more (attention then has another layout),
-      and in bf16 their 8 D in float32.
-    * b (1 + m) F of a dense layer or the shared expert; of routed experts K b (2 D + (1 + m) F) with grouped
-      products and of those that are `exchanged`, K b (D + m F) in the loop, which gathers and activates again.
-    * 8 E + 48 K of a decision, which belongs to a token or an image; a router by place alone has one for all images.
-      Of prototypes 4 E + 12 more, products before they are cosines, and 4 E of a token or image that is seen: who
-      serves. Of factorised experts instead of K's: see `factors`.
-    * With experts of attention what `_attending` says.
-    An image: (7 b + 8) D for adaLN; 4 D + 8 of a time or label that the router sees, in bf16 4 D more of a time. Kept:
-    the block's input, the router's record. Passing: the gradients of the residual stream, and of the widest layer.
+    Kept: the block's input, the router's record. Passing: gradients of the residual stream and of the widest layer.
 
     Source: what model.py, layers.py and moe/ leave with autograd on a GPU; a test counts it with saved_tensors_hooks.
     Small layers routed by place keep less (`Experts.joins`); the rms norm of fp32 on a CPU keeps 2 b D more.
     """
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
-    half, (tokens, image), D = b == 2, _seen(config), m.hidden_size
-    token, record, widest = 2.0 * (8 * D + 8) + 7 * b * D + 4 * m.num_heads, 0.0, float(both * m.ffn_width)
-    seen, (more, pairs) = 0, _attending(config)
-    token += more
-    token += 2 * b * D if m.qk_norm != "none" or m.positions == "rope" else 0
-    if m.qk_norm != "none":
+    half, normed, D, (more, pairs) = b == 2, m.qk_norm != "none", m.hidden_size, _attending(config)
+    token = 2.0 * (8 * D + 8) + b * D  # both norms in float32, the input of qkv
+    token += 6 * b * D + 4 * m.num_heads  # qkv, attention, its statistics and projection, what its gate multiplies
+    token += more + (2 * b * D if normed or m.positions == "rope" else 0)  # experts of attention; q and k, changed
+    if normed:  # another layout for attention; in bf16 q and k in float32; statistics
         token += b * D + (8 * D if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
-    if routed:
-        K, F = e.rule.active(e.num_experts), e.expert_width
-        loop = not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16)))
-        decisions, factorised = _decisions(config), e.experts == "factorised"
-        experts, listed = K * b * (D + (both - 1) * F if loop else 2 * D + both * F), 0 if factorised else K
-        token += (factors.kept(config, b, decisions) if factorised else experts) + b * both * e.shared_width
-        copied = half and (factorised or e.shared_width > 0)
-        token += (4 * D if "token" in e.router_input or not half else 0) + b * D * copied
-        sees = 1.0 if tokens else (1 / T if image else 0.0)  # vectors that are not the places', for each token
-        record = decisions * (8 * (e.num_experts + e.null_experts) + 12 * listed)
-        token += record + decisions * 36 * listed
-        if e.router == "prototype":
-            token += decisions * (4 * e.num_experts + 12) + sees * 4 * e.num_experts
-        seen = image * (4 * D + 8) + (4 * D if half and "time" in e.router_input else 0)
-        widest = factors.widest(config) if factorised else (K * D if loop else K * both * F)
-    else:
+    image_too = (7 * b + 8) * D  # adaLN
+    if not routed:
         token += b * D + b * both * m.ffn_width
-    return T * token + (7 * b + 8) * D + seen, T * (b * D + record), T * b * (2 * D + max(3 * D, widest, pairs))
+        return T * token + image_too, T * b * D, T * b * (2 * D + max(3 * D, both * m.ffn_width, pairs))
+    K, F, E, factorised = e.rule.active(e.num_experts), e.expert_width, e.num_experts, e.experts == "factorised"
+    (tokens, image), decisions = _seen(config), _decisions(config)
+    token += b * both * e.shared_width
+    if factorised:
+        token, listed, widest = token + factors.kept(config, b, decisions), 0.0, float(factors.widest(config))
+    elif not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16))):
+        token, listed, widest = token + K * b * (D + (both - 1) * F), K, K * D  # the loop gathers, activates again
+    else:
+        token, listed, widest = token + K * b * (2 * D + both * F), K, K * both * F
+    token += 4 * D if "token" in e.router_input or not half else 0  # the router's input
+    token += b * D if half and (factorised or e.shared_width > 0) else 0  # the shared expert's; in fp32 they are one
+    record = decisions * (8 * (E + e.null_experts) + 12 * listed)
+    token += record + decisions * 36 * listed
+    if e.router == "prototype":  # products before they are cosines; who serves a token or image that is seen
+        token += decisions * (4 * E + 12) + (1.0 if tokens else min(image, 1) / T) * 4 * E
+    image_too += image * (4 * D + 8) + (4 * D if half and "time" in e.router_input else 0)  # time and label
+    return T * token + image_too, T * (b * D + record), T * b * (2 * D + max(3 * D, widest, pairs))
 
 
 def _attending(config: Config) -> tuple[float, int]:
