@@ -28,7 +28,6 @@ from ..model import DiTMoETransformer2DModel, build, count_parameters
 from ..moe.router import MLP_WIDTH
 from ..training.muon import matrices
 from ..training.muon import work as muon_work
-from . import factors
 
 Way = Literal["DDP", "FSDP2"]  # of all but split experts; FSDP2 on two devices or more
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
@@ -88,7 +87,8 @@ def flops(config: Config) -> Flops:
             continue
         blocks += 2 * D * T * both * e.shared_width + (2 * T * D if e.shared_gate else 0)
         if factorised:
-            blocks += factors.operations(config, T, T * _decisions(config))
+            C, F = e.factors(D, m.activation), e.expert_width
+            blocks += 2 * C * (2 * D + both * F) * T + 4 * e.num_experts * C * T * _decisions(config)
         else:
             blocks += 2 * D * T * both * active + 16 * T * (both - 1) * active * e.biases
     routers = router * (layers if e.scope == "layer" else min(layers, 1))
@@ -162,7 +162,9 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     (tokens, image), decisions = _seen(config), _decisions(config)
     token += b * both * e.shared_width
     if factorised:
-        token, listed, widest = token + factors.kept(config, b, decisions), 0.0, float(factors.widest(config))
+        C = e.factors(D, m.activation)  # of each of both layers; a decision weighs them
+        token += b * (4 * C + both * F) + decisions * (2 * b * C + (2 * E if half else 0))
+        listed, widest = 0.0, 2.0 * C + both * F
     elif not exchanged and (e.backend == "loop" or (e.backend == "auto" and bool(D * b % 16 or F * b % 16))):
         token, listed, widest = token + K * b * (D + (both - 1) * F), K, K * D  # the loop gathers, activates again
     else:
