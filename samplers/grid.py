@@ -185,11 +185,9 @@ class ExplicitGrid:
         self._previous[grid] = torch.tensor([*grid[1:], -1])
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
         timesteps: list[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Choose the grid: a number of steps (spaced as the config says) or the timesteps.
 
         Sets ``timesteps`` (descending int64 on ``device``). Raises ValueError unless exactly one of

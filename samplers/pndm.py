@@ -79,11 +79,9 @@ class PNDMScheduler(ExplicitGrid, diffusers.PNDMScheduler):  # type: ignore[misc
         self.timesteps = torch.tensor([call.timestep for call in calls], dtype=torch.int64, device=device)
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
         timesteps: list[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Choose the grid, as `ExplicitGrid.set_timesteps`; ``timesteps`` then lists every network call.
 
         Forgets earlier calls. Raises ValueError for fewer than 4 steps too.

@@ -144,11 +144,9 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return window_of(len(self.timesteps), len(self)) if asked is None else int(asked)
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
         timesteps: list[int] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Choose the grid, as the base does, and start again."""
         self._base.set_timesteps(num_inference_steps, device, timesteps)
         self._restart()
@@ -196,8 +194,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"{self.window}, which shifts nothing; set exposure_window to shift all the same"
             )
         stochastic = eta > 0 or self.config.base == "ddpm"
-        levels = self._base.levels(timestep)
-        levels, shift = self._shifted(levels, sample, int(timestep), stochastic)
+        levels, shift = self._shifted(self._base.levels(timestep), sample, int(timestep), stochastic)
         noise: dict[str, Any] = {} if self.config.base == "pndm" else {"generator": generator}
         if self.config.base == "ddim":
             noise |= {"eta": eta, "clip_again": use_clipped_model_output}
@@ -229,7 +226,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             net = self._alpha_bar_at(self._chosen)
             return levels._replace(net=net, start=net if mode == "both" else levels.start), None
         after = self._after(timestep, self._calls)
-        if self._calls == 0 or after is None or self._warming_up():
+        if self._calls == 0 or after is None or getattr(self._base, "in_warm_up", False):
             return levels, None
         chosen = self._criterion.choose(sample, after, highest=timestep - 1 if stochastic else None)
         if chosen is None:
@@ -239,7 +236,7 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _choose_next(self, x: Tensor, timestep: int, stochastic: bool) -> Tensor | None:
         """Choose for the network call that comes after this one; the shift, or None."""
         t = self._after(timestep, self._calls - 1)
-        if t is None or self._warming_up():
+        if t is None or getattr(self._base, "in_warm_up", False):
             return None
         lowest = 0
         if stochastic and self.config.exposure_mode == "both":  # a step with noise never starts below its end
@@ -267,9 +264,6 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         after = int(self._base.previous_timestep(timestep))
         return None if after < 0 else after
 
-    def _warming_up(self) -> bool:
-        return bool(getattr(self._base, "in_warm_up", False))
-
     def _alpha_bar_at(self, chosen: Tensor) -> Tensor:
         dtype = torch.float32 if chosen.device.type == "mps" else torch.float64
         return self._alpha_bar.to(dtype).to(chosen.device)[chosen]
@@ -282,9 +276,8 @@ class TimeShiftScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"exposure_mode {c.exposure_mode!r} is not one of {', '.join(MODES)}")
         for name, what in (("exposure_window", "the full width in training steps"), ("exposure_cutoff", "a timestep")):
             value = c[name]
-            if value is None and name == "exposure_window":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= T:
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if (value is not None or name != "exposure_window") and not (is_int and 0 <= value <= T):
                 raise ValueError(f"{name} is {value!r}, but it is {what}: an integer from 0 to {T}")
         known = signature(BASES[c.base].__init__).parameters
         limits = ("clip_sample", "thresholding", "rescale_betas_zero_snr")

@@ -115,7 +115,10 @@ def same_tau(net: DiTMoETransformer2DModel) -> dict[str, float | None]:
 
 def cut(layer: FeedForward, units: Tensor) -> dict[str, Tensor]:
     """Experts of a dense layer's hidden units (E, F): `w_in` (E, m F, D or D + 8 where it has biases), `w_out`."""
-    first = _first(layer)  # (m, H, D)
+    first: Tensor = layer.fc1.weight
+    if layer.fc1.bias is not None:  # as weights of 8 inputs of 1/8
+        first = torch.cat([first, layer.fc1.bias.unsqueeze(1).expand(-1, 8)], dim=1)
+    first = first.view(-1, layer.fc2.weight.shape[1], first.shape[1])  # (m, H, D or D + 8)
     w_in = first[:, units].transpose(0, 1).flatten(1, 2)
     return {"w_in": w_in, "w_out": layer.fc2.weight[:, units].transpose(0, 1)}
 
@@ -134,11 +137,3 @@ def shared(layer: FeedForward, units: Tensor) -> dict[str, Tensor]:
     if layer.fc1.bias is not None:
         parts |= {"fc1.bias": layer.fc1.bias[units], "fc2.bias": layer.fc2.bias}
     return parts
-
-
-def _first(layer: FeedForward) -> Tensor:
-    """(m, H, D), or (m, H, D + 8) with the biases as weights of 8 inputs of 1/8."""
-    weight: Tensor = layer.fc1.weight
-    if layer.fc1.bias is not None:
-        weight = torch.cat([weight, layer.fc1.bias.unsqueeze(1).expand(-1, 8)], dim=1)
-    return weight.view(-1, layer.fc2.weight.shape[1], weight.shape[1])
