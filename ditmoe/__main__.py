@@ -18,7 +18,7 @@ def train(argv: Sequence[str], prog: str) -> None:
     config = cli.parse_train(argv, prog)
     from eval import fid, judge
 
-    from .analysis.budget import describe
+    from .analysis.plan import describe
     from .data.open import reference
     from .launch.start import is_first, shutdown
     from .report import progress, write

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plan_check, train_step
 from ditmoe import layers
 from ditmoe.analysis import budget
-from ditmoe.analysis.budget import describe
+from ditmoe.analysis.plan import USABLE, describe
 from ditmoe.config.experts import RouterInput
 from ditmoe.config.file import save, to_dict
 from ditmoe.config.presets import PRESETS
@@ -492,7 +492,7 @@ def test_the_largest_model_on_64_devices() -> None:
     for way, d, column in (("FSDP2", 1, 3), ("DDP", 16, 5), ("FSDP2", 16, 6)):
         again = column % 2 == 1
         largest = int(cells(text, "largest")[column].replace(",", ""))
-        limit = budget.USABLE * 80 * GB
+        limit = USABLE * 80 * GB
         assert plan_of(config, way, d, largest, again).peak <= limit < plan_of(config, way, d, largest + 1, again).peak
     seconds = 16 * budget.flops(config).training(False) / (989e12 * 0.4)
     assert float(cells(text, "seconds")[0]) == pytest.approx(seconds, abs=1e-4)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ditmoe import cli
-from ditmoe.analysis.budget import describe
+from ditmoe.analysis.plan import describe
 from ditmoe.config.file import read_file, save
 from ditmoe.config.sections import Config, DataConfig
 from ditmoe.data import open as opening

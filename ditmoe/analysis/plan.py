@@ -1,0 +1,103 @@
+"""The plan of --dry-run: what a run would need on many devices, as a table; the configuration and its counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from functools import partial
+
+import torch
+
+from .. import pipeline
+from ..config.file import to_dict
+from ..config.sections import Config, looks_ahead, micro_batch_size
+from ..model import DiTMoETransformer2DModel, build, count_parameters
+from ..training.muon import work as muon_work
+from .budget import Way, flops, needs, routed_blocks
+
+USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
+_ROWS = (
+    "a device, in {}", "parallel.experts", "gradient checkpointing", "weights", "gradients", "optimiser",
+    "moving average", "buffers", "activations", "peak", "fits", "largest micro-batch", "sent a step: all-reduce",
+    "  all-gather, reduce-scatter", "  all-to-all", "seconds a step, arithmetic", "  sending, nothing hidden",
+)  # fmt: skip
+
+
+def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
+    """The plan as text, for micro-batches of so many images: two columns for each way to use the devices.
+
+    Experts are split over `parallel.experts` devices, or where that is 1 over as many as send least of those that fit,
+    or else need least memory. The step's time is its arithmetic alone, at `plan.efficiency`; sending may hide behind.
+    """
+    plan, count, degrees, times = config.plan, flops(config), _degrees(config), config.train.accumulation
+    large = sum(p.numel() for p in model.parameters()) > 1e7
+    muon = config.train.optimizer == "muon"  # which FSDP2's slices do not go with
+    trunk, whole = (muon_work(model, experts=x)[2] if muon else 0 for x in (False, config.train.muon_on == "all"))
+    usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if large else ("MB", 1e6)
+
+    def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
+        at = partial(needs, config, model, way)
+        found = {d: at(d, images, checkpointing) for d in degrees}
+        fitting = [d for d in degrees if found[d].peak <= usable]
+        d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
+        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size, checkpointing).peak)
+        most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
+        more = trunk + (whole - trunk) / d  # a device makes its own experts orthogonal
+        passes = count.training(checkpointing) + count.forward * looks_ahead(config)
+        work = (times * images * passes + more) / plan.tflops / 1e12
+        seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
+        sizes = [_cell(size / scale) for size in found[d]]
+        return [way, str(d), _cell(checkpointing), *sizes[:7], _cell(bool(fitting)), most, *sizes[7:], *seconds]
+
+    precision = "fp32" if config.train.precision == "fp32" else "bf16 autocast"
+    rests: tuple[Way, ...] = ("DDP", "FSDP2") if plan.devices > 1 and not muon else ("DDP",)
+    columns = [column(way, some, again) for some in ([1], degrees) if some for way in rests for again in (False, True)]
+    head = (
+        f"plan (a calculation, not a run): {plan.devices} devices of {plan.memory:g} GB ({USABLE:.0%} usable), "
+        f"{plan.tflops:g} TFLOP/s at {plan.efficiency:.0%}, {plan.bandwidth:g} GB/s\n"
+        f"micro-batches of {images}, accumulation {times}, {precision}, "
+        f"FSDP2 gathers {config.parallel.gather}\n"
+        f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
+        f"{count.training(True) / 1e9:.2f} with gradient checkpointing" + f"; Muon {whole / 1e9:.3g} a step more" * muon
+    )
+    rows = zip(_ROWS, *columns, strict=True)
+    return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])
+
+
+def _degrees(config: Config) -> list[int]:
+    """Over how many devices experts may be split. ValueError where `parallel` asks for what cannot be."""
+    n, E, asked = config.plan.devices, config.moe.num_experts, config.parallel.experts
+    if n % asked or E % asked:
+        raise ValueError(f"parallel.experts {asked} must divide plan.devices {n} and moe.num_experts {E}")
+    if config.parallel.shard and n == 1:
+        raise ValueError("parallel.shard needs several devices, but plan.devices is 1")
+    if config.parallel.gather == "bfloat16" and config.train.precision == "fp32":
+        raise ValueError("parallel.gather bfloat16 needs --train.precision bf16, not fp32")
+    common = math.gcd(n, E) if any(routed_blocks(config)) and config.moe.experts == "stacked" else 1
+    return [asked] if asked > 1 else [d for d in range(2, common + 1) if common % d == 0]
+
+
+def _cell(value: float, digits: int = 3) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = f"{value:.{digits}f}"
+    if 0 < value < 10.0 ** (1 - digits):
+        return f"{value:.1e}"
+    return text if len(text) <= 10 else f"{value:.3e}"
+
+
+def describe(config: Config) -> str:
+    """The configuration as JSON and the parameter counts; allocates nothing, reads no images."""
+    with torch.device("meta"):
+        classes = [{"digits": 10, "fashion": 10}.get(part.name, 0) for part, _ in config.data.sets()]
+        known = sum(classes) if all(classes) else 0
+        model = build(config, known if config.model.num_classes is None else config.model.num_classes)
+    pipeline.assemble(model, config, {})  # what the samplers refuse is refused here too
+    total, activated = count_parameters(model)
+    counts = f"{total / 1e6:.2f} M parameters, {activated / 1e6:.2f} M activated by a token"
+    if config.model.num_classes is None and not known:
+        counts += ", without the label table, whose size the data set decides"
+    if config.plan.devices:
+        counts += "\n" + table(config, model, micro_batch_size(config.train, config.plan.devices))
+    return json.dumps(to_dict(config), indent=2) + "\n" + counts
