@@ -19,8 +19,7 @@ from ..config.sections import Config, ObjectiveConfig, SampleConfig
 from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
 from .centroids import noised, training_images
-from .merge import merge
-from .more import more
+from .grow import merge, more
 from .prune import by_chance, check_keep, prune, usage
 from .rebuild import described
 from .split import split

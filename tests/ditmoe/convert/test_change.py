@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditmoe.convert.merge import merge
-from ditmoe.convert.more import more
+from ditmoe.convert.grow import merge, more
 from ditmoe.convert.prune import by_chance, prune, usage
 from ditmoe.convert.split import split
 from ditmoe.convert.upcycle import upcycle

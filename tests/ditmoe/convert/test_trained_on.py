@@ -10,8 +10,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.file import from_dict, to_dict
 from ditmoe.config.sections import Config, MoEConfig
-from ditmoe.convert.merge import merge
-from ditmoe.convert.more import more
+from ditmoe.convert.grow import merge, more
 from ditmoe.convert.prune import by_chance, prune
 from ditmoe.convert.rebuild import described
 from ditmoe.convert.split import split
