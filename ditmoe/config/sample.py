@@ -175,7 +175,8 @@ class AnalyzeArgs:
     """Who serves what: what the choice of experts depends on, how even it is, and how it changes with the noise.
 
     Held-out images of the model's own data set (training images where it has none) are noised to every time step and
-    pass through the network once. Prints tables; writes analysis.json and analysis.png.
+    pass through the network once. Prints tables; writes analysis.json and analysis.png. `analyze contrast MODEL --a
+    class=3 --b class=7` says which experts serve one group more than another.
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
