@@ -97,7 +97,12 @@ def exposure(argv: Sequence[str], prog: str) -> None:
 
 
 def analyze(argv: Sequence[str], prog: str) -> None:
-    """Say which experts serve what, how evenly, and at which noise."""
+    """Say which experts serve what, how evenly, and at which noise; contrast: which serve a more than b."""
+    if argv[:1] == ["contrast"]:
+        asked = cli.parse(cli.ContrastArgs, argv[1:], f"{prog} contrast")
+        from .report import contrast
+
+        return contrast.run(asked)
     args = cli.parse(cli.AnalyzeArgs, argv, prog)
     from .report import analyze
 

@@ -17,6 +17,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from .config import PRESETS, Config
+from .config.contrast import ContrastArgs as ContrastArgs
 from .config.convert import ConvertArgs as ConvertArgs
 from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file

@@ -67,6 +67,8 @@ class SampleArgs:
     tau: tuple[str, ...] | None = None
     """Of models that select relative, top_p or threshold, instead of their own: a number, or LOW-HIGH=TAU for each span
     of the network's time (0..1000)."""
+    policy: Path | None = None
+    """JSON file of experts that are suppressed, forced or favoured (docs/steering.md)."""
     epsilon_scale: float = 1.0
     """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
     exposure_window: int | None = None
@@ -173,7 +175,8 @@ class AnalyzeArgs:
     """Who serves what: what the choice of experts depends on, how even it is, and how it changes with the noise.
 
     Held-out images of the model's own data set (training images where it has none) are noised to every time step and
-    pass through the network once. Prints tables; writes analysis.json and analysis.png.
+    pass through the network once. Prints tables; writes analysis.json and analysis.png. `analyze contrast MODEL --a
+    class=3 --b class=7` says which experts serve one group more than another.
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]

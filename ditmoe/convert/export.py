@@ -11,7 +11,7 @@ from .. import pipeline
 from ..config.file import read_config
 from ..config.sample import ExportArgs
 from ..files import read_object
-from ..moe.guide import EXPERTS_OFF
+from ..pipe.asked import EXPERTS_OFF
 from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 

@@ -41,6 +41,7 @@ class Mixture(ImageSet):
         self._ends = np.cumsum(self.sizes)
         labelled = any(one.id2label for one in sets)
         names = [f"{name} {number}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+        self.names = tuple(names)
         classes = [one.id2label or ({0: name} if labelled else {}) for one, name in zip(sets, names, strict=True)]
         self.id2label = _side_by_side(names, [[known[c] for c in sorted(known)] for known in classes])
         starts = np.cumsum([0, *map(len, classes)])

@@ -44,7 +44,7 @@ def run(args: AnalyzeArgs) -> None:
         ValueError: A folder holds no model of ours, or one without experts; its data are gone or too few; the models
             differ in what is compared.
     """
-    shapes = [_shape(load(model).transformer, model) for model in args.models]  # every one is checked first
+    shapes = [shape_of(load(model).transformer, model) for model in args.models]  # every one is checked first
     for model, shape in zip(args.models, shapes, strict=True):
         if shape != shapes[0]:
             raise ValueError(f"{model} has {_said(shape)}, {args.models[0]} has {_said(shapes[0])}; give equal ones")
@@ -58,7 +58,7 @@ def run(args: AnalyzeArgs) -> None:
     draw_choices([r["layers"] for r in runs], args.out / PICTURE, timesteps=timesteps)
     asked = {"num": args.num, "bins": args.bins, "seed": args.seed}
     found = {"asked": asked, "timesteps": timesteps, "runs": runs, "mean": rows[-1], "findings": judged}
-    write_json(args.out / JSON, _plain(found))
+    write_json(args.out / JSON, plain(found))
     print(f"\nwrote {args.out / JSON} and {args.out / PICTURE}")
 
 
@@ -77,25 +77,35 @@ def _one(args: AnalyzeArgs, model: Path) -> Row:
 
 
 def _images(args: AnalyzeArgs, config: Config, net: DiTMoETransformer2DModel) -> Images:
-    """Images of the run's own data: held-out ones, or where there are none those that it was trained on."""
+    """Images of the run's own data, of evenly chosen classes."""
+    data, source = images_of(args, config, net)
+    classes = chosen_classes(data, MOST_CLASSES)
+    chosen, x = a_class_each(data, classes, args.num, args.seed)
+    return Images(x, chosen, [data.id2label.get(c, "all") for c in chosen], source)
+
+
+def images_of(args: AnalyzeArgs, config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet, str]:
+    """A run's held-out images, or where there are none those that it was trained on, and a sentence on which."""
     size, channels = net.config.sample_size, net.config.in_channels
     where = config.data if args.data_path is None else replace(config.data, path=args.data_path)
     held_out: ImageSet | None = open_held_out(where, size=size, channels=channels)
     data = open_data(where, size=size, channels=channels) if held_out is None else held_out
     if net.null_label is not None and len(data.id2label) > net.null_label:
         raise ValueError(f"{data.source}: {len(data.id2label)} classes, but the model knows {net.null_label}")
-    classes = chosen_classes(data, MOST_CLASSES)
+    return data, f"{'training' if held_out is None else 'held out'}: {data.source}"
+
+
+def a_class_each(data: ImageSet, classes: Sequence[int], num: int, seed: int) -> tuple[list[int], Tensor]:
+    """`num` images, as many of each class, fewer where one has fewer: see `batch_a_class`. ValueError for too few."""
     fewest = min((int((data.labels == c).sum()), c) for c in classes)
     if fewest[0] < 2:
         raise ValueError(f"{data.source}: class {fewest[1]} has one image, and two are needed; give other --data.path")
-    if args.num < 2 * len(classes):
-        raise ValueError(f"num is {args.num}; {len(classes)} classes need {2 * len(classes)} images or more")
-    chosen, x = batch_a_class(data, classes, min(args.num // len(classes), fewest[0]), args.seed)
-    source = f"{'training' if held_out is None else 'held out'}: {data.source}"
-    return Images(x, chosen, [data.id2label.get(c, "all") for c in chosen], source)
+    if num < 2 * len(classes):
+        raise ValueError(f"num is {num}; {len(classes)} classes need {2 * len(classes)} images or more")
+    return batch_a_class(data, classes, min(num // len(classes), fewest[0]), seed)
 
 
-def _shape(net: DiTMoETransformer2DModel, model: Path) -> tuple[list[str], int, int]:
+def shape_of(net: DiTMoETransformer2DModel, model: Path) -> tuple[list[str], int, int]:
     """What runs that are compared have in common: layers, experts, experts a token."""
     if not (layers := moe_layer_names(net)):
         raise ValueError(f"{model} has no experts (a dense model); give one with experts")
@@ -110,12 +120,12 @@ def _said(shape: tuple[Sequence[str], int, int]) -> str:
     return f"{top_k} of {experts} experts a token in {where}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values: arrays as lists, what is not finite as null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value

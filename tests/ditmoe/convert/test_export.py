@@ -9,7 +9,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.sample import ExportArgs
 from ditmoe.convert.export import export
-from ditmoe.moe.guide import ExpertsOff
+from ditmoe.pipe.asked import ExpertsOff
 from tests.ditmoe.test_saved_files import SAVED
 
 RUN = SAVED / "by-token"
