@@ -34,13 +34,14 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "analysis": 9,
     "convert": 9.5,
     "report": 10,
+    "play": 10.5,
     "cli": 11,
     "__main__": 12,
 }
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
 HEAVY = {
     "accelerate": {"launch", "training"},
-    "samplers": {"handed_in", "objective", "asked", "edit", "model_folder", "pipeline", "analysis"},
+    "samplers": {"handed_in", "objective", "asked", "edit", "model_folder", "pipeline", "analysis", "play"},
 }
 
 
