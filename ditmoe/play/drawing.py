@@ -68,7 +68,7 @@ class Drawing:
         self._routing = made.routing or self._routing  # a pass without routed experts has none
 
     def draw(self, query: Query, tell: Tell, stopped: Event) -> None:
-        """Draw what an address asks for, until `stopped`; tells a start, steps and the end, or an error, as JSON has it."""
+        """Draw what an address asks for, until `stopped`; tells a start, steps, the end or an error: JSON values."""
         if not self._places.acquire(blocking=False):
             return tell({"error": f"{MOST_DRAWINGS} drawings are under way here; try again when one has ended"})
         try:

@@ -35,25 +35,19 @@ OWN = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 
 def run(args: PlayArgs) -> None:
     """Load the model and serve its page until a signal comes. ValueError where the port cannot be had."""
     try:
-        listening = socket.create_server((args.host, args.port), family=_family(args.host))
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listening = socket.create_server((args.host, args.port), family=family)
     except OSError as error:
         why = f"cannot serve at {args.host}, port {args.port} ({error.strerror or error})"
         raise ValueError(f"{why}; give another one with --port, or --port 0 for any") from error
     with listening:
         app = application(Drawing(load(args.model, fast=True), args.model), local=args.host in HERE)
-        where = f"[{args.host}]" if ":" in args.host else args.host
-        print(
-            f"a page to play with {args.model}: http://{where}:{listening.getsockname()[1]}  (Ctrl-C ends it)",
-            flush=True,
-        )
+        where = (f"[{args.host}]" if ":" in args.host else args.host) + f":{listening.getsockname()[1]}"
+        print(f"a page to play with {args.model}: http://{where}  (Ctrl-C ends it)", flush=True)
         if args.host not in HERE:
             print(f"everybody who can reach {args.host} can draw with this machine", flush=True)
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[listening])
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def application(drawing: Drawing, *, local: bool = True) -> Starlette:

@@ -38,7 +38,8 @@ def _guide(word: str) -> str:
     return word
 
 
-FIELDS: dict[str, tuple[Callable[[str], Any], str, int | None]] = {  # how a word is read, what it is, how many (None: any)
+# how a word is read, what it is, how many there are (None: any number)
+FIELDS: dict[str, tuple[Callable[[str], Any], str, int | None]] = {
     "classes": (_class, "the label or the name of every image's class", None),
     "num": (int, "a whole number", 1),
     "seed": (int, "a whole number, 0 or more", 1),
@@ -69,9 +70,9 @@ def read(query: Query, model: Path) -> tuple[SampleArgs, dict[str, Any] | None]:
     args = SampleArgs(model=model, **found)
     for name, count in (("classes", len(args.classes or ())), ("num", args.num or 0)):
         if count > MOST_IMAGES:
-            raise ValueError(
-                f"{name} asks for {count} images; this page draws up to {MOST_IMAGES}, sample.py any number"
-            )
+            raise ValueError(f"{name} asks for {count} images; a page draws up to {MOST_IMAGES}, sample.py any number")
+    if args.classes is None and args.num is None:
+        raise ValueError("no image is asked for; give classes, or num of a model without labels")
     return args, _policy(query.get(POLICY, ()))
 
 
@@ -121,8 +122,8 @@ def python(query: Query, model: Path) -> str:
     values |= {"tau": args.tau_spans()} if args.tau else {}
     values |= {POLICY: policy} if policy else {}
     lines = [f"    {CALL.get(name, name)}={_shown(value)},\n" for name, value in values.items()]
-    start = f"from pathlib import Path\nfrom ditmoe import pipeline\n\npipe = pipeline.load(Path({str(model)!r}), fast=True)\n"
-    return f"{start}images = pipe(\n{''.join(lines)}).images"
+    before = "from pathlib import Path\nfrom ditmoe import pipeline\n\n"
+    return f"{before}pipe = pipeline.load(Path({str(model)!r}), fast=True)\nimages = pipe(\n{''.join(lines)}).images"
 
 
 def _shown(value: Any) -> str:
