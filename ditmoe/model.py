@@ -45,6 +45,7 @@ from .moe import (
     MoELayer,
     Router,
     Routing,
+    Steering,
     decide,
 )
 
@@ -317,7 +318,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
-        return_dict: bool = True, routed: bool = True, tau: Tensor | float | None = None,
+        return_dict: bool = True, routed: bool = True, steering: Steering | None = None,
     ) -> DiTMoEOutput | tuple[Tensor, list[Routing]] | tuple[Tensor, list[Routing], Heads]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
@@ -327,29 +328,28 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             class_labels: y (N,) int64 in [0, num_classes]; None is the null label.
             return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing), or with heads those too.
             routed: False leaves the routed experts out: of a layer with experts the shared one alone.
-            tau: Of a rule that has one, instead of it: (N,) or one for all.
+            steering: Another tau of a rule that has one, biases of single experts: see `ditmoe.moe.policy`.
 
         Raises:
             ValueError: Labels for a model without classes, x_t of another shape, or tau for a rule that has none.
         """
         self._check(hidden_states, class_labels)
         condition = self._condition(hidden_states, timestep, class_labels)
-        if tau is not None:
-            if not self.rule.has_tau:
-                raise ValueError(f"tau is {tau}, but this model selects {self.rule.kind}, which has none")
-            condition = condition._replace(
-                tau=torch.as_tensor(tau).to(hidden_states.device).float().expand(len(hidden_states))
-            )
+        if steering is not None and steering.tau is not None and not self.rule.has_tau:
+            raise ValueError(f"tau is {steering.tau}, but this model selects {self.rule.kind}, which has none")
         x = self.x_embedder(hidden_states)  # (N, T, D)
         table, rotary = self._positions(hidden_states)
         if table is not None:
             x = x + table.to(x.dtype)
-        if self.router is not None:
-            plain = nn.functional.layer_norm(x, x.shape[-1:])
-            decision = decide(self.router, self.rule, x, condition._replace(plain=plain), self.capacity)
-            condition = condition._replace(routing=decision)
+        tokens, decision = x, None
         routing: list[Routing] = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if steering is not None:
+                condition = condition._replace(steering=steering.at(i))
+            if self.router is not None and (decision is None or steering is not None):
+                plain = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+                decision = decide(self.router, self.rule, tokens, condition._replace(plain=plain), self.capacity)
+                condition = condition._replace(routing=decision)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, record = self._gradient_checkpointing_func(block, x, condition, rotary, routed)
             else:

@@ -14,11 +14,11 @@ from torch import Tensor
 from samplers.catalog import LIBRARY_ERRORS, SAMPLERS, shift_field
 
 from . import handed_in
+from .asked import EXPERTS_OFF
 from .data.latents import is_normalization
 from .data.vae import check_vae, load_vae
 from .files import replacing
 from .model import DiTMoETransformer2DModel, check_network
-from .moe.guide import EXPERTS_OFF
 
 
 def _is_scale(value: Any) -> bool:

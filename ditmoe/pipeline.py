@@ -18,6 +18,7 @@ from samplers import make_scheduler, sample
 from samplers.catalog import adopted, name_of, scheduler_for
 
 from . import asked
+from .asked import EXPERTS_OFF, choose
 from .config.sections import Config
 from .data import decode
 from .data.latents import read_normalization
@@ -30,8 +31,7 @@ from .model_folder import add_vae as add_vae
 from .model_folder import checked, opened
 from .model_folder import save as save
 from .model_folder import shift_option as shift_option
-from .moe.guide import EXPERTS_OFF, choose
-from .moe.tau import Spans, WithTau
+from .moe.policy import Policy, Spans, Steered
 from .objective import scheduler_config
 
 
@@ -49,7 +49,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
             "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
-        guide: A weaker network for autoguidance (`ditmoe.moe.guide`), in the folder `guide/`; None for none.
+        guide: A weaker network for autoguidance (`ditmoe.asked`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
         guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
         guidance_channels: How many of the first channels to guide when no other number is asked for; None: all.
@@ -106,7 +106,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_interval: tuple[float, float] | None = None, guidance_channels: int | None = None,
         guidance_rule: str = "cfg", guide: nn.Module | str | None = None, guide_scale: float | None = None,
         epsilon_scale: float = 1.0, eta: float = 0.0, tau: Spans | float | None = None,
-        sampler_options: Mapping[str, Any] | None = None, seed: int | None = None,
+        policy: Policy | Mapping[str, Any] | None = None, sampler_options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None, indices: Sequence[int] | None = None,
         latents: Tensor | None = None, num_images_per_label: int = 1, output_type: str = "pil",
         return_dict: bool = True, callback: Callable[..., None] | None = None,
@@ -123,11 +124,12 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_images: How many images of a model without labels.
             sampler: A name of samplers.SAMPLERS; default: `scheduler`, whatever it was set to.
             guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
-                that the model names, if any, see `ditmoe.moe.guide.choose`. Beside classifier-free guidance.
+                that the model names, if any, see `ditmoe.asked.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             guidance_interval: Default: the saved one, where anything guides; (0, 1000) is all.
             guidance_channels: Likewise; as many as there are is all.
             tau: Of a model with such a rule, instead of its own: a number, or spans (lowest, highest time, tau).
+            policy: Experts that are suppressed, forced or favoured, all the time or in some steps; not the guide's.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone; default 0.
             generator: Instead: a seed, see `ditmoe.asked.generators_of`; or one for each image, which draws all of it.
@@ -161,16 +163,18 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_channels = self.channels_for(guidance_channels, guidance_scale, w)
         generators = asked.generators_of(N, seed, generator, indices)
         spans = [(0.0, 1000.0, float(tau))] if isinstance(tau, int | float) else tau
+        policy = policy if policy is None or isinstance(policy, Policy) else Policy.from_dict(policy)
+        told = Steered(net, policy, spans, len(scheduler.timesteps) - first)
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
         noise = asked.noise_of(latents, generators, shape, device)
         known = None if edit is None else edit.begin(self, noise, scheduler, first)
         x = sample(
-            net if spans is None else WithTau(net, spans), scheduler, noise if known is None else known.start,
+            told, scheduler, noise if known is None else known.start,
             class_labels=labels, num_inference_steps=steps, null_label=net.null_label, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, guidance_rule=guidance_rule,
             guide=guide, guide_scale=w, epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,
             progress=getattr(self, "_progress_bar_config", {}), first=first,
-            on_step_end=on_step_end if known is None else known.after(on_step_end),
+            on_step_end=told.after(on_step_end if known is None else known.after(on_step_end)),
         )  # fmt: skip
         if output_type != "latent":
             x = self.decode(x) if known is None else known.pasted(self.decode(x))

@@ -67,6 +67,8 @@ class SampleArgs:
     tau: tuple[str, ...] | None = None
     """Of models that select relative, top_p or threshold, instead of their own: a number, or LOW-HIGH=TAU for each span
     of the network's time (0..1000)."""
+    policy: Path | None = None
+    """JSON file of experts that are suppressed, forced or favoured (docs/steering.md)."""
     epsilon_scale: float = 1.0
     """Epsilon scaling: the predicted noise is divided by this; 1 is off, 1.005 typical."""
     exposure_window: int | None = None

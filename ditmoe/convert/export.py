@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from .. import pipeline
+from ..asked import EXPERTS_OFF
 from ..config.file import read_config
 from ..config.sample import ExportArgs
 from ..files import read_object
-from ..moe.guide import EXPERTS_OFF
 from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from ..asked import EXPERTS_OFF, NONE, ExpertsOff
 from ..config.file import trained_by
+from ..config.policy import Policy
 from ..config.sample import SampleArgs
 from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
-from ..moe.guide import EXPERTS_OFF, NONE, ExpertsOff
-from ..moe.tau import WithTau
+from ..moe.policy import Steered
 from ..pipeline import DiTMoEPipeline, load, shift_option
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
@@ -77,9 +78,11 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     asked, timesteps = more["guidance_interval"], scheduler.timesteps
     more["guidance_interval"] = pipe.interval_for(asked, 1.0 if cfg is None else cfg, scale, timesteps)
     more["guidance_channels"] = pipe.channels_for(more["guidance_channels"], 1.0 if cfg is None else cfg, scale)
+    policy = None if args.policy is None else Policy.read(args.policy)
     options = {
         "sampler": name, "num_inference_steps": steps, "guidance_scale": cfg, "seed": args.seed, **more,
         "sampler_options": of_sampler, "guide": guide, "guide_scale": args.guide_scale, "tau": args.tau_spans(),
+        "policy": policy,
     }  # fmt: skip
     noted = {
         "name": name or type(pipe.scheduler).__name__,
@@ -91,8 +94,8 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     }
     noted |= {} if guided is None else {"guide_scale": scale}
     noted |= {} if args.tau is None else {"tau": args.tau_spans()}
-    if args.tau is not None:
-        WithTau(pipe.transformer, args.tau_spans() or ())  # refused before a folder is made
+    noted |= {"policy": policy.to_dict()["rules"]} if policy is not None and policy.rules else {}
+    Steered(pipe.transformer, policy, args.tau_spans(), len(scheduler.timesteps))  # refused before a folder is made
     return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
 
 

@@ -17,6 +17,7 @@ from ..config.rule import RoutingRule
 from .experts import Experts, FeedForward
 from .factorised import FactorisedExperts
 from .kernels import autocast_dtype
+from .policy import Steering, steered
 from .router import Condition, Input, Kind, Router
 from .select import Plan, select
 
@@ -63,13 +64,17 @@ def decide(
     keys = condition.keys(router.salt) if random and condition is not None else None
     seen = router.seen(x, condition)
     logits, prototypes = router(seen, keys)
-    tau = None if condition is None else condition.tau
-    if tau is not None:  # which may differ where images share their logits
+    told, bias = Steering() if condition is None or condition.steering is None else condition.steering
+    if told is not None:  # it may differ where images share their logits
         logits = logits.expand(N, -1, -1)
     n, t, E = logits.shape
-    logits = logits.reshape(n * t, E)
-    tau = None if tau is None else tau.repeat_interleave(t).unsqueeze(1)
-    scores, plan, counts = select(logits, rule, router.expert_bias, images=n, keys=keys, tau=tau, capacity=capacity)
+    logits = steered(logits.reshape(n * t, E), bias)
+    tau = (
+        None if told is None else torch.as_tensor(told, device=x.device).float().expand(N).repeat_interleave(t)[:, None]
+    )
+    scores, plan, counts = select(
+        logits, rule, router.expert_bias, images=n, keys=keys, tau=tau, capacity=capacity, policy=bias
+    )
     shared = N * T // max(1, n * t)  # tokens that share a row's decision
     routing = Routing(logits, scores, plan, counts * shared, n, prototypes, alike=not router.per_image and tau is None)
     return routing if prototypes is None else routing._replace(sums=_sums(seen, routing, (n, t, E)))

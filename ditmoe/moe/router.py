@@ -17,6 +17,7 @@ from .noise import keys_of, uniform
 
 if TYPE_CHECKING:
     from .layer import Routing
+    from .policy import Steering
 
 Input = Literal["token", "plain", "time", "label", "position"]
 Kind = Literal["linear", "mlp", "prototype", "centroid"]
@@ -32,7 +33,7 @@ class Condition(NamedTuple):
         y: (N, D) the label's embedding, None for a model without labels.
         plain: (N, T, D) the tokens before they were modulated, normalised.
         timestep: (N,) the time itself, 0..1000, on which random choices depend.
-        tau: (N,) float32, instead of the routing rule's own.
+        steering: What a call tells the routers, `at` a block its own.
         routing: The decision of a router that all layers share.
     """
 
@@ -41,7 +42,7 @@ class Condition(NamedTuple):
     y: Tensor | None = None
     plain: Tensor | None = None
     timestep: Tensor | None = None
-    tau: Tensor | None = None
+    steering: Steering | None = None
     routing: Routing | None = None
 
     def keys(self, salt: int) -> Tensor:

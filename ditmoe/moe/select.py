@@ -100,7 +100,7 @@ def entmax(logits: Tensor) -> Tensor:
 
 def select(
     logits: Tensor, rule: RoutingRule, bias: Tensor | None = None, *, images: int = 1, keys: Tensor | None = None,
-    tau: Tensor | None = None, capacity: float | None = None,
+    tau: Tensor | None = None, capacity: float | None = None, policy: Tensor | None = None,
 ) -> Selection:  # fmt: skip
     """Scores and plan: the experts of every row and their weights.
 
@@ -116,6 +116,7 @@ def select(
         keys: (n,) int64, what the random overflow of an image depends on.
         tau: (R, 1), instead of the rule's.
         capacity: Instead of the rule's.
+        policy: (E + Z,), of logits that were `steered` by it: experts at -inf are never chosen, those at +inf always.
 
     Source: DiT-MoE (arXiv 2407.11633) eq. 4: softmax, not renormalised; DeepSeek-V3 (arXiv 2412.19437) eq. 12-16:
     sigmoid, renormalised, scaled, with a bias; ProMoE (arXiv 2510.24711) Table 8: identity, of cosines.
@@ -127,6 +128,9 @@ def select(
     scores = _scores(logits, rule.score)
     worth = scores if rule.weights == "scores" else 1 + 0 * scores  # a gradient of 0: the router stays
     choice = scores.detach() if bias is None else scores.detach() + bias
+    if policy is not None:
+        choice = choice.masked_fill(policy == -math.inf, 0.0 if rule.kind == "top_p" else -1e6)
+        choice = choice.masked_fill((policy == math.inf) & (rule.kind == "topk"), 1e9)  # among the K of its groups
     if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
         experts = _best(choice, rule)  # (R, K), best first
         weights = worth.gather(-1, experts)
@@ -138,6 +142,8 @@ def select(
         plan = plan_of(experts.flatten(), weights.flatten(), starts, E, rule.top_k)
         return Selection(scores, plan, plan.counts)
     chosen = _chosen(choice, rule, images, tau, capacity)
+    if policy is not None:
+        chosen = (chosen & (policy > -math.inf)) | (policy == math.inf)
     counts, chosen = chosen.sum(dim=0), chosen[:, :E]
     weights = worth[:, :E] * rule.scale if rule.scale != 1.0 else worth[:, :E]
     if rule.renormalize:

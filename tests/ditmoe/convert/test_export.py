@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ditmoe import pipeline
+from ditmoe.asked import ExpertsOff
 from ditmoe.config.sample import ExportArgs
 from ditmoe.convert.export import export
-from ditmoe.moe.guide import ExpertsOff
 from tests.ditmoe.test_saved_files import SAVED
 
 RUN = SAVED / "by-token"

@@ -12,7 +12,7 @@ from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters, initial
-from ditmoe.moe import Condition, Experts, MoELayer, Router, decide
+from ditmoe.moe import Condition, Experts, MoELayer, Router, Steering, decide
 from tests.checkpoints import load, newest
 from tests.faults import runs
 
@@ -173,14 +173,14 @@ def test_the_gate_of_the_shared_expert_halves_it_at_the_start() -> None:
 def test_tau_may_change_when_a_model_draws(centroids: Path) -> None:
     model = network("relative", centroids).eval()
     x, t, y = inputs()
-    few, many = (model(x, t, y, tau=tau).routing[0].plan for tau in (0.0, 1.0))
+    few, many = (model(x, t, y, steering=Steering(tau=tau)).routing[0].plan for tau in (0.0, 1.0))
     assert len(few.row) == 4 * 16
     assert len(many.row) == 4 * 16 * 8
-    each = model(x, t, y, tau=torch.tensor([0.0, 1.0, 0.0, 1.0])).routing[0].served().sum(dim=(1, 2)).tolist()
-    assert each == [16, 128, 16, 128]
-    assert torch.equal(model(x, t, y, tau=0.12).sample, model(x, t, y).sample)
+    each = model(x, t, y, steering=Steering(tau=torch.tensor([0.0, 1.0, 0.0, 1.0]))).routing[0].served()
+    assert each.sum(dim=(1, 2)).tolist() == [16, 128, 16, 128]
+    assert torch.equal(model(x, t, y, steering=Steering(tau=0.12)).sample, model(x, t, y).sample)
     with pytest.raises(ValueError, match="this model selects topk, which has none"):
-        network("dit-moe", centroids)(x, t, y, tau=0.5)
+        network("dit-moe", centroids)(x, t, y, steering=Steering(tau=0.5))
 
 
 def test_centroids_are_nearest_first_and_do_not_learn(centroids: Path) -> None:
@@ -278,11 +278,11 @@ def test_an_images_tau_is_its_own_where_places_decide(centroids: Path) -> None:
     model = network("relative", centroids, router_input="position").eval()
     x, t, y = inputs()
     tau = torch.tensor([0.0, 1.0, 0.3, 0.0])
-    together = model(x, t, y, tau=tau)
+    together = model(x, t, y, steering=Steering(tau=tau))
     assert together.routing[0].served().sum(dim=(1, 2))[:2].tolist() == [16, 128]
     for i in range(4):
         torch.testing.assert_close(
-            model(x[i : i + 1], t[i : i + 1], y[i : i + 1], tau=tau[i]).sample[0], together.sample[i]
+            model(x[i : i + 1], t[i : i + 1], y[i : i + 1], steering=Steering(tau=tau[i])).sample[0], together.sample[i]
         )
 
 

@@ -12,7 +12,7 @@ from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
 from ditmoe.generate.request import facts, requested
 from ditmoe.model import build
-from ditmoe.moe.tau import WithTau
+from ditmoe.moe.policy import Steered, Steering
 
 MODEL = ModelConfig(sample_size=8, hidden_size=32, depth=2, num_heads=2, ffn_width=32)
 
@@ -32,10 +32,10 @@ def made(**moe: Any) -> pipeline.DiTMoEPipeline:
 def test_spans_of_time_have_their_own_tau(select: str, own: float) -> None:
     net = made(select=select, tau=own).transformer
     x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([100.0, 400.0, 600.0, 900.0]), torch.tensor([0, 1, 2, 3])
-    found = WithTau(net, [(0, 500, 0.1), (350, 450, 0.9)])(x, t, y)
-    wanted = net(x, t, y, tau=torch.tensor([0.1, 0.9, own, own]))
+    found = Steered(net, spans=[(0, 500, 0.1), (350, 450, 0.9)])(x, t, y)
+    wanted = net(x, t, y, steering=Steering(tau=torch.tensor([0.1, 0.9, own, own])))
     assert torch.equal(found.sample, wanted.sample)
-    assert torch.equal(WithTau(net, [])(x, t, y).sample, net(x, t, y).sample)
+    assert torch.equal(Steered(net, spans=[])(x, t, y).sample, net(x, t, y).sample)
     assert not torch.equal(found.sample, net(x, t, y).sample)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ditmoe import pipeline
+from ditmoe.asked import ExpertsOff
 from ditmoe.model import DiTMoETransformer2DModel
 from ditmoe.moe import Experts, Router
-from ditmoe.moe.guide import ExpertsOff
 from samplers import SAMPLERS
 from tests.ditmoe.test_model import inputs, small
 from tests.ditmoe.test_pipeline import make
