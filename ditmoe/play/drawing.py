@@ -24,7 +24,7 @@ from ..generate.pictures import spread
 from ..generate.request import requested
 from ..moe import Routing
 from ..pipeline import DiTMoEPipeline
-from .settings import POLICY, Query, command, python, read
+from .settings import Query, command, python, read
 
 MOST_DRAWINGS = 12  # at once, of all pages
 MOST_FRAMES = {True: 12, False: 100}  # steps that are shown of one drawing: with a VAE to decode them, and without
@@ -108,7 +108,7 @@ class Drawing:
                     raise Stopped
                 began = time.perf_counter()
 
-            options = {**wanted.options, "callback": after, **({POLICY: policy} if policy else {})}
+            options = {**wanted.options, "callback": after, "policy": policy}
             images = replace(wanted, options=options).batch(range(wanted.num))
             seconds += time.perf_counter() - began
             tell({"done": {"images": [_png(image) for image in visible(images)], "seconds": seconds}})

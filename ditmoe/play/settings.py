@@ -9,21 +9,19 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from samplers import SAMPLERS
 
-from ..asked import names_of
+from ..asked import EXPERTS_OFF, NONE, names_of
+from ..config.policy import Policy
 from ..config.sample import SampleArgs
 from ..model import count_parameters, moe_layer_names
-from ..moe.guide import EXPERTS_OFF, NONE
 from ..pipeline import DiTMoEPipeline
 
 MOST_IMAGES = 16  # of one drawing
 POLICY = "policy"
-STEERING = POLICY in signature(DiTMoEPipeline.__call__).parameters
 
 Query = Mapping[str, Sequence[str]]
 
@@ -56,7 +54,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str, int | None]] = {
 CALL = {"classes": "class_labels", "num": "num_images", "steps": "num_inference_steps", "cfg": "guidance_scale"}
 
 
-def read(query: Query, model: Path) -> tuple[SampleArgs, dict[str, Any] | None]:
+def read(query: Query, model: Path) -> tuple[SampleArgs, Policy | None]:
     """The options that an address asks for, and the policy beside them, None for none.
 
     Raises ValueError, a sentence, for a setting that there is not, and a value that it cannot have.
@@ -87,20 +85,16 @@ def _value(name: str, words: Sequence[str]) -> Any:
     return values[0] if count == 1 else values
 
 
-def _policy(words: Sequence[str]) -> dict[str, Any] | None:
-    """A policy as JSON has it; its rules are checked where it is used."""
+def _policy(words: Sequence[str]) -> Policy | None:
+    """The policy that a word of JSON is; None where it has no rules, or there is no word."""
     if not words:
         return None
     try:
         (word,) = words
-        policy = json.loads(word)
-    except ValueError:
-        policy = None
-    if not isinstance(policy, dict):
-        raise ValueError(f"policy is {' '.join(words)!r:.60}; give one JSON object, such as " + '{"rules": []}')
-    if policy.get("rules") and not STEERING:
-        raise ValueError("this version of ditmoe cannot steer experts; leave policy out")
-    return policy if policy.get("rules") else None
+        found = json.loads(word)
+    except (ValueError, RecursionError):
+        raise ValueError(f"policy is {' '.join(words)!r:.60}; give one JSON object") from None
+    return Policy.from_dict(found) if found != {"rules": []} else None
 
 
 def command(query: Query, model: Path) -> str:
@@ -109,9 +103,9 @@ def command(query: Query, model: Path) -> str:
     for name, values in query.items():
         if name != POLICY:
             words += [f"--{name}", *values]
-        elif _policy(values):
+        elif policy := _policy(values):
             words += ["--policy", "policy.json"]
-            before = f"echo {shlex.quote(json.dumps(_policy(values)))} > policy.json\n"
+            before = f"echo {shlex.quote(json.dumps(policy.to_dict()))} > policy.json\n"
     return before + shlex.join([*words, "--out", "drawn.png"])
 
 
@@ -120,7 +114,7 @@ def python(query: Query, model: Path) -> str:
     args, policy = read(query, model)
     values = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in query if name != POLICY}
     values |= {"tau": args.tau_spans()} if args.tau else {}
-    values |= {POLICY: policy} if policy else {}
+    values |= {POLICY: policy.to_dict()} if policy else {}
     lines = [f"    {CALL.get(name, name)}={_shown(value)},\n" for name, value in values.items()]
     before = "from pathlib import Path\nfrom ditmoe import pipeline\n\n"
     return f"{before}pipe = pipeline.load(Path({str(model)!r}), fast=True)\nimages = pipe(\n{''.join(lines)}).images"
@@ -149,7 +143,7 @@ def described(pipe: DiTMoEPipeline, model: Path) -> dict[str, Any]:
         "model": str(model), "classes": [[word_of(c, pipe.id2label), pipe.id2label.get(c, str(c))] for c in labels],
         "size": pipe.image_shape[1], "side": side, "parameters": total, "activated": active,
         "layers": [int(name.split()[-1]) for name in moe_layer_names(net)], "experts": C.num_experts,
-        "samplers": list(SAMPLERS), "saved_guide": saved, "steering": STEERING, "most": MOST_IMAGES,
+        "samplers": list(SAMPLERS), "saved_guide": saved, "steering": net.rule.kind != "dense", "most": MOST_IMAGES,
         "by_place": C.router_input == "position",
         "defaults": {
             "sampler": config.sampler or "", "steps": config.num_inference_steps, "cfg": config.guidance_scale,

@@ -2,11 +2,9 @@
 
 import base64
 import io
-import os
 import shlex
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,26 +14,24 @@ from PIL import Image
 
 from ditmoe import pipeline
 from ditmoe.generate.pictures import write_grid
-from ditmoe.play.settings import STEERING
+from tests.doors import command as typed
+from tests.processes import door, start
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: chromium, chromium-browser or google-chrome")
 MODEL = "models/digits"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
-def address():
-    """Where the command serves the model, in a process of its own."""
-    words = [sys.executable, "-m", "ditmoe", "play", MODEL, "--port", "0"]
-    served = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    line = served.stdout.readline()
-    assert "http://127.0.0.1:" in line
-    yield next(word for word in line.split() if word.startswith("http"))
-    served.terminate()
-    assert served.wait(20) == 143
+def address(tmp_path_factory):
+    """Where `ditmoe play` serves the model, in a process of its own."""
+    served = start(door, "ditmoe", ["play", MODEL, "--port", "0"], folder=tmp_path_factory.mktemp("served"))
+    served.until(lambda: "Ctrl-C" in served.out())
+    yield next(word for word in served.out().split() if word.startswith("http://127.0.0.1:"))
+    served.kill(signal.SIGTERM)
+    assert served.wait(20) == [143]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +86,7 @@ def copied(page, text):
     return page.evaluate("() => navigator.clipboard.readText()")
 
 
-def test_choose_draw_and_run_the_copied_command(visit, tmp_path):
+def test_choose_draw_and_run_the_copied_command(visit, tmp_path, monkeypatch):
     page = visit()
     assert page.locator(".images button").count() == 4
     for chip in ("0", "1", "2"):
@@ -112,9 +108,9 @@ def test_choose_draw_and_run_the_copied_command(visit, tmp_path):
         "--guidance-interval 100 1000 --out drawn.png"
     )
     shown = np.stack(images(page))
-    words = shlex.split(command)
-    ran = [sys.executable, ROOT / words[1], ROOT / words[2], *words[3:]]
-    subprocess.run(ran, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    assert typed("sample", *shlex.split(command)[2:]) == 0
     write_grid(shown[..., None], [3, 3, 8, 8], {n: str(n) for n in range(10)}, tmp_path / "shown.png")
     assert (tmp_path / "drawn.png").read_bytes() == (tmp_path / "shown.png").read_bytes()
     page.locator("[data-text=python]").click()
@@ -165,7 +161,6 @@ def test_two_settings_from_the_same_noise(visit):
     assert np.abs(first - second).max() > 8
 
 
-@pytest.mark.skipif(not STEERING, reason="this version cannot steer experts")
 def test_a_suppressed_expert(visit):
     page = visit("?classes=3&classes=8&steps=5")
     tile = page.locator("[data-layer='1'][data-expert='4']")

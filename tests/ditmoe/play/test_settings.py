@@ -1,11 +1,14 @@
 """The words of an address, and the command and the Python that draw the same."""
 
+import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from ditmoe import cli
+from ditmoe.config.policy import Policy
 from ditmoe.config.sample import SampleArgs
 from ditmoe.play import settings
 from tests.ditmoe.test_pipeline import make
@@ -22,8 +25,21 @@ def test_an_address_has_the_words_of_the_command_line() -> None:
     args, policy = settings.read(QUERY, MODEL)
     assert args.classes == ("Sneaker", 3, "T-shirt/top")
     assert (args.guidance_interval, args.seed, policy) == ((100.0, 800.0), 7, None)
+    assert settings.read({**QUERY, "policy": ['{"rules": []}']}, MODEL)[1] is None
     _, _, *words = shlex.split(settings.command(QUERY, MODEL))
     assert cli.parse(SampleArgs, words) == SampleArgs(**{**vars(args), "out": Path("drawn.png")})
+
+
+def test_a_policy_is_written_before_it_is_used(tmp_path: Path) -> None:
+    rules = {"rules": [{"layer": 1, "expert": 2, "action": "suppress"}]}
+    query = {"classes": ["1"], "policy": [json.dumps(rules)]}
+    _, policy = settings.read(query, MODEL)
+    assert policy == Policy.from_dict(rules)
+    write, draw = settings.command(query, MODEL).splitlines()
+    subprocess.run(write, shell=True, cwd=tmp_path, check=True)
+    assert Policy.read(tmp_path / "policy.json") == policy
+    assert draw == "python sample.py 'models/a b' --classes 1 --policy policy.json --out drawn.png"
+    assert f"    policy={rules!r},\n" in settings.python(query, MODEL)
 
 
 def test_the_python_has_the_names_of_the_call() -> None:
@@ -46,7 +62,8 @@ def test_the_python_has_the_names_of_the_call() -> None:
         ({"guidance-interval": ["3"]}, "guidance-interval has 1 values; give two numbers"),
         ({"guide": ["/some/folder"]}, "guide is '/some/folder'; give experts-off or none"),
         ({"policy": ["{"]}, "policy is '{'; give one JSON object"),
-        ({"policy": ["[]"]}, "policy is '[]'; give one JSON object"),
+        ({"policy": ["[]"]}, "it must be {"),
+        ({"policy": ['{"rules": [{"layer": 1, "expert": 0, "action": "burn"}]}']}, "action is 'burn'"),
         ({"classes": ["1"] * 17}, "classes asks for 17 images; a page draws up to 16"),
         ({}, "no image is asked for"),
     ],
