@@ -51,7 +51,11 @@ def render(
         "duration": duration, "text": _text, "quote": shlex.quote, "repr": repr,
     }  # fmt: skip
     return room.get_template("page.html").render(
-        report=report, captions=CAPTIONS, figures=figures, config=json.dumps(config, indent=2), live=live or {}
+        report=report,
+        captions=CAPTIONS,
+        figures=figures,
+        config=json.dumps(config, indent=2),
+        live={"film": None, "loads": None, **(live or {})},
     )
 
 

@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from ditmoe import pipeline
-from ditmoe.generate.pictures import write_grid
+from ditmoe.generate import pictures
+from ditmoe.report import maps
+from ditmoe.report import page as report_page
 from tests.doors import command as typed
+from tests.faults.test_security import REPORT
 from tests.processes import door, start
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -111,7 +114,7 @@ def test_choose_draw_and_run_the_copied_command(visit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     assert typed("sample", *shlex.split(command)[2:]) == 0
-    write_grid(shown[..., None], [3, 3, 8, 8], {n: str(n) for n in range(10)}, tmp_path / "shown.png")
+    pictures.write_grid(shown[..., None], [3, 3, 8, 8], {n: str(n) for n in range(10)}, tmp_path / "shown.png")
     assert (tmp_path / "drawn.png").read_bytes() == (tmp_path / "shown.png").read_bytes()
     page.locator("[data-text=python]").click()
     page.locator(".copy").click()
@@ -229,3 +232,31 @@ def test_two_browsers_at_once(visit):
 def test_a_narrow_screen_has_nothing_beside_it(visit):
     page = visit("?classes=3&steps=3&b.steps=4", viewport={"width": 360, "height": 700})
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+
+
+def test_the_page_of_a_run_moves_too(browser, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1)).astype(np.uint8)
+    film = pictures.film_strip(noise, noise, [999.0, 500.0, 1.0], tmp_path / "film.png", names=["<b>", "1"])
+    counts = np.ones((1, 2, 2, 4, 4), int)
+    counts[:, :, :, 0, 3] = 9
+    known = {"class_names": ["<i>", "1"], "timesteps": [250, 750], "grid": (2, 2), "layer_names": ["block 1"]}
+    maps.expert_maps(counts, tmp_path / "experts.png", **known)
+    drawings = {name: (tmp_path / name).read_bytes() for name in ("film.png", "experts.png")}
+    live = {"film": film, "loads": maps.expert_loads(counts, **known)}
+    (tmp_path / "index.html").write_text(report_page.render(REPORT, drawings, {}, live))
+    said, page = [], browser.new_page()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(f"file://{tmp_path}/index.html")
+    shown = page.locator("#film .way canvas").first
+    page.locator("#film input").fill("0")
+    before = shown.evaluate("one => one.toDataURL()")
+    page.locator("#film input").press("ArrowRight")
+    assert page.locator("#film label span").inner_text() == "t = 500"
+    assert shown.evaluate("one => one.toDataURL()") != before
+    page.locator("#loads button").nth(3).hover()
+    told = page.locator("#loads .one").inner_text()
+    assert "block 1, expert 3: 1.71 \u00d7" in told
+    assert "<i>" in told
+    page.close()
+    assert said == []
