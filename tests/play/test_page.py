@@ -74,7 +74,7 @@ def drawn(page):
 def images(page, side=1):
     """What a side shows, uint8 arrays."""
     found = page.locator(f"section:nth-of-type({side}) .images img").evaluate_all("all => all.map(one => one.src)")
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2])))) for src in found]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))).convert("L")) for src in found]
 
 
 def error(page):
@@ -158,6 +158,9 @@ def test_two_settings_from_the_same_noise(visit):
     assert np.array_equal(images(again, 2), images(page, 2))
     first, second = (np.stack(images(page, side)).astype(int) for side in (1, 2))
     page.locator("section:nth-of-type(2) [data-view=change]").click()
+    assert np.abs(np.stack(images(page, 2)) - (128 + (second - first) / 2)).max() <= 0.5
+    mean = np.abs(second - first).mean()
+    assert f"{mean:.1f} of 255 levels from A" in page.locator(".facts").last.inner_text()
     sliders = page.locator("input[type=range]")
     sliders.first.fill("1")
     assert sliders.last.input_value() == "1"
@@ -256,7 +259,7 @@ def test_the_page_of_a_run_moves_too(browser, tmp_path):
     assert shown.evaluate("one => one.toDataURL()") != before
     page.locator("#loads button").nth(3).hover()
     told = page.locator("#loads .one").inner_text()
-    assert "block 1, expert 3: 1.71 \u00d7" in told
+    assert "block 1, expert 3: 2.00 \u00d7" in told
     assert "<i>" in told
     page.close()
     assert said == []
