@@ -117,9 +117,17 @@ def centroids(argv: Sequence[str], prog: str) -> None:
     centroids.run(args)
 
 
+def play(argv: Sequence[str], prog: str) -> None:
+    """Serve a page to draw from a model: compare settings, suppress or force experts."""
+    args = cli.parse(cli.PlayArgs, argv, prog)
+    from .play import serve
+
+    serve.run(args)
+
+
 COMMANDS = {
     command.__name__: command
-    for command in (train, sample, score, encode, export, convert, exposure, analyze, centroids)
+    for command in (train, sample, score, encode, export, convert, exposure, analyze, centroids, play)
 }
 
 

@@ -21,6 +21,7 @@ from .config.contrast import ContrastArgs as ContrastArgs
 from .config.convert import ConvertArgs as ConvertArgs
 from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
+from .config.play import PlayArgs as PlayArgs
 from .config.rules import NUMBERS, RULES, with_rule
 from .config.sample import AnalyzeArgs as AnalyzeArgs
 from .config.sample import CentroidsArgs as CentroidsArgs

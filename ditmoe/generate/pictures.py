@@ -63,8 +63,8 @@ def write_grid(
 
 def film_strip(
     x_t: Array, x0: Array, timesteps: Sequence[float], path: Path, *, names: Sequence[str] | None = None
-) -> None:
-    """Write, for a few samples, the noisy x_t above the predicted x_0 over the sampling steps.
+) -> dict[str, Any]:
+    """Write, for a few samples, the noisy x_t above the predicted x_0 over the sampling steps; where what is.
 
     Args:
         x_t: uint8 (n, steps, H, W, C), the noisy images.
@@ -73,7 +73,9 @@ def film_strip(
         path: the PNG to write.
         names: of the n samples, to go before "noisy".
 
-    At most 12 steps are drawn, evenly chosen with the first and the last.
+    At most 12 steps are drawn, evenly chosen with the first and the last. What comes back are JSON values: the left
+    edges `x` of the columns and their `times`, the upper edges `y` of the rows and their names `rows`, the `size`
+    (width, height) of a picture.
     Raises ValueError where the arrays, timesteps and names do not agree.
     """
     names = [""] * len(x_t) if names is None else names
@@ -85,7 +87,8 @@ def film_strip(
     rows = np.stack([x_t[:, chosen], x0[:, chosen]], axis=1).reshape(-1, len(chosen), *x_t.shape[2:])
     heads = [("t = " if k == 0 else "") + f"{timesteps[i]:.0f}" for k, i in enumerate(chosen)]
     labels = [text for name in names for text in (f"{shorten(name)}  noisy xₜ".strip(), "predicted x₀")]
-    _image_table(rows, labels, heads, path, group=2)
+    places = _image_table(rows, labels, heads, path, group=2)
+    return {**places, "times": [round(float(timesteps[i]), 1) for i in chosen], "rows": labels}
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -93,7 +96,9 @@ def spread(count: int, most: int) -> list[int]:
     return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
 
 
-def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | None, path: Path, group: int = 1) -> None:
+def _image_table(
+    images: Array, names: Sequence[str], heads: Sequence[str] | None, path: Path, group: int = 1
+) -> dict[str, Any]:
     """Images (R, columns, H, W, C) as a table with row names, column heads and a wider gap every `group` rows."""
     if images.ndim != 5 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images {images.shape} of {images.dtype} are not uint8 (R, columns, H, W, C) with C 1 or 3")
@@ -118,6 +123,7 @@ def _image_table(images: Array, names: Sequence[str], heads: Sequence[str] | Non
         for image, x in zip(row, xs, strict=True):
             canvas.paste(to_pil(image).resize((cell_w, cell_h), how), (x, y))
     save_png(canvas, path)
+    return {"x": xs, "y": ys, "size": [cell_w, cell_h]}
 
 
 def shorten(name: str) -> str:

@@ -62,9 +62,9 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
         score(out)
 
 
-def requested(args: SampleArgs) -> RequestedSet:
-    """The set that a command line asks for."""
-    pipe = load(args.model, fast=True)
+def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> RequestedSet:
+    """The set that a command line asks for, of its model, which may be loaded already."""
+    pipe = load(args.model, fast=True) if pipe is None else pipe
     num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
     note_numbers(pipe, args.classes or ())
     labels = balanced_labels(pipe, num) if args.classes is None else pipe.get_label_ids(args.classes)

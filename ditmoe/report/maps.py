@@ -65,6 +65,24 @@ def expert_maps(
     save_figure(fig, path)
 
 
+def expert_loads(
+    counts: Array, *, class_names: Sequence[str], timesteps: Sequence[float], grid: tuple[int, int],
+    layer_names: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What a page shows of one expert, JSON values: by layer and expert the share of assignments over the even share.
+
+    Of `expert_maps`' layers, `load` is (L, E), `time` (L, E, B), `class` (L, E, Y), `place` (L, E, T); the arguments
+    are its own. Where nothing was counted there is 0.
+    """
+    layers = spread(len(layer_names), max(2, 128 // counts.shape[-1]))
+    sums = {"load": (1, 2, 3), "time": (2, 3), "class": (1, 3), "place": (1, 2)}
+    loads = {name: np.moveaxis(relative_load(counts[layers].sum(axis=axes)), -1, 1) for name, axes in sums.items()}
+    return {
+        **{name: np.nan_to_num(load).round(2).tolist() for name, load in loads.items()},
+        "layers": [layer_names[i] for i in layers], "classes": [*class_names], "times": [*timesteps], "grid": [*grid],
+    }  # fmt: skip
+
+
 def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     """A figure and four axes of these heights in inches: one above the other when wide, else two by two."""
     load_matplotlib()

@@ -29,13 +29,17 @@ CAPTIONS = {  # of the pictures, by their names in the run folder
 }  # fmt: skip
 
 
-def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Mapping[str, Any]) -> str:
+def render(
+    report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Mapping[str, Any],
+    live: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """The page of a run as one HTML text.
 
     Args:
         report: what `report.write` returns.
         pictures: PNG files by the keys of `CAPTIONS`; one that is missing is left out.
         config: the run's config.json, shown folded.
+        live: what can be looked at closely: the `film` (`pictures.film_strip`), the `loads` (`maps.expert_loads`).
     """
     figures = {name: base64.b64encode(pictures[name]).decode() for name in CAPTIONS if name in pictures}
     room = Environment(
@@ -47,7 +51,11 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, bytes], config: Map
         "duration": duration, "text": _text, "quote": shlex.quote, "repr": repr,
     }  # fmt: skip
     return room.get_template("page.html").render(
-        report=report, captions=CAPTIONS, figures=figures, config=json.dumps(config, indent=2)
+        report=report,
+        captions=CAPTIONS,
+        figures=figures,
+        config=json.dumps(config, indent=2),
+        live={"film": None, "loads": None, **(live or {})},
     )
 
 

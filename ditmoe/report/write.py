@@ -30,7 +30,7 @@ from ..run_folder.log import read_rows
 from ..run_folder.place import EXPERTS, FILM, LOSS, METRICS, PAGE, REPORT, SAMPLES, locked
 from . import charts, page
 from .facts import describe, summarise
-from .maps import expert_maps
+from .maps import expert_loads, expert_maps
 
 Images = NDArray[np.uint8]
 Score = Callable[[Images], Mapping[str, Any]]
@@ -85,10 +85,11 @@ def write(
         (run / name).unlink(missing_ok=True)  # none may be left from another report
     pictures.write_grid(images, labels, pipe.id2label, run / SAMPLES, columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
     notes: list[str] = []
-    none: list[dict[str, Any]] = []
-    _tried(notes, "There is no film", lambda: _draw_film(pipe, config, labels, run / FILM), None)
+    none: tuple[list[dict[str, Any]], dict[str, Any] | None] = ([], None)
+    film = _tried(notes, "There is no film", lambda: _draw_film(pipe, config, labels, run / FILM), None)
     if rows:
         charts.loss_curve(rows, run / LOSS)
+    experts, loads = _tried(notes, "No routing", lambda: _draw_experts(net, config, data, run / EXPERTS), none)
     report = {
         **describe(run, net, config, data, held_out),
         "training": summarise(rows, config),
@@ -97,14 +98,14 @@ def write(
             "nfe": pipe.network_calls(sample.sampler, sample.steps), "guidance": guidance, "seed": config.seed,
             "seconds": seconds,
         },
-        "experts": _tried(notes, "No routing", lambda: _draw_experts(net, config, data, run / EXPERTS), none),
+        "experts": experts,
         **_tried(notes, NOT_JUDGED, lambda: _judge(judge, images, labels, data, held_out, config), UNJUDGED),
         **_tried(notes, NOT_SCORED, lambda: _score(score, images, held_out), _score(None, images, None)),
     }  # fmt: skip
     report["notes"] = notes + _notes(report, images, " ".join(notes))
     write_json(run / REPORT, report)
     shown = {name: (run / name).read_bytes() for name in page.CAPTIONS if (run / name).exists()}
-    write_text(run / PAGE, page.render(report, shown, to_dict(config)))
+    write_text(run / PAGE, page.render(report, shown, to_dict(config), {"film": film, "loads": loads}))
     print(_summary(report), flush=True)
     return report
 
@@ -153,8 +154,8 @@ def _summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, path: Path) -> None:
-    """Four of the judged images (evenly chosen classes) on their way from noise."""
+def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, path: Path) -> dict[str, Any]:
+    """Four of the judged images (evenly chosen classes) on their way from noise; what is where in the picture."""
     indices = pictures.spread(4 if labels is None else len(set(labels)), 4)  # the first image of every class
     chosen = None if labels is None else [labels[i] for i in indices]
     states: list[tuple[Tensor, Tensor, float]] = []
@@ -171,21 +172,25 @@ def _draw_film(pipe: DiTMoEPipeline, config: Config, labels: list[int] | None, p
     x_t, x_0, times = zip(*(states[k] for k in pictures.spread(len(states), 12)), strict=True)
     noisy, clean = (np.stack([visible(to_pixels(pipe.decode(x))) for x in some], axis=1) for some in (x_t, x_0))
     names = None if chosen is None else [pipe.id2label.get(label, str(label)) for label in chosen]
-    pictures.film_strip(noisy, clean, times, path, names=names)
+    return pictures.film_strip(noisy, clean, times, path, names=names)
 
 
-def _draw_experts(net: DiTMoETransformer2DModel, config: Config, data: ImageSet, path: Path) -> list[dict[str, Any]]:
-    """Write the expert maps, where there are experts; the same in numbers, a row a layer."""
+def _draw_experts(
+    net: DiTMoETransformer2DModel, config: Config, data: ImageSet, path: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Write the expert maps, where there are experts; the same in numbers, a row a layer, and expert by expert."""
     if not (layers := moe_layer_names(net)):
-        return []
+        return [], None
     chosen, x = _one_batch_a_class(net, data, config.seed)
     counts = count_experts(net, config.objective, x, chosen, TIME_BINS, config.seed)
     side = net.config.sample_size // net.config.patch_size
-    expert_maps(
-        counts, path, class_names=[data.id2label.get(c, "all images") for c in chosen],
-        timesteps=[(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)], grid=(side, side), layer_names=layers,
-    )  # fmt: skip
-    return [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
+    known: Any = {
+        "class_names": [data.id2label.get(c, "all images") for c in chosen], "grid": (side, side),
+        "layer_names": layers, "timesteps": [(b + 0.5) * 1000 / TIME_BINS for b in range(TIME_BINS)],
+    }  # fmt: skip
+    expert_maps(counts, path, **known)
+    rows = [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
+    return rows, expert_loads(counts, **known)
 
 
 def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int) -> tuple[list[int], Tensor]:

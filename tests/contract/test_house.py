@@ -31,13 +31,14 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "analysis": 9,
     "convert": 9.5,
     "report": 10,
+    "play": 10.5,
     "cli": 11,
     "__main__": 12,
 }
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
 HEAVY = {
     "accelerate": {"launch", "training"},
-    "samplers": {"objective", "pipe", "pipeline", "analysis"},
+    "samplers": {"objective", "pipe", "pipeline", "analysis", "play"},
 }
 
 

@@ -16,7 +16,7 @@ from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import DataConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "sample", "score", "encode", "export", "convert", "exposure", "analyze", "centroids"]
+COMMANDS = ["train", "sample", "score", "encode", "export", "convert", "exposure", "analyze", "centroids", "play"]
 
 
 def test_a_rule_goes_by_the_numbers_asked_for_in_any_order() -> None:

@@ -68,7 +68,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
 
 def test_the_installed_command_trains_alone_and_launched(python: Path, tmp_path: Path) -> None:
     ditmoe = python.with_name("ditmoe")
-    assert done(ditmoe, "--help", cwd=tmp_path).count("\n  ") == 9
+    assert done(ditmoe, "--help", cwd=tmp_path).count("\n  ") == 10
     assert "1497 real 8x8 digits" in done(ditmoe, "train", *TINY, "--out", "alone", cwd=tmp_path)
     launch = (python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
     words = ("-m", "ditmoe", "train", *TINY, "--out", "launched")

@@ -97,6 +97,16 @@ def test_film_strip_shows_the_first_and_last_step(tmp_path: Path) -> None:
         pictures.film_strip(steps, steps, [1.0, 2.0], tmp_path / "film.png")
 
 
+def test_film_strip_says_where_every_picture_is(tmp_path: Path) -> None:
+    levels = np.arange(2 * 3 * 2, dtype=np.uint8).reshape(2, 3, 2) * 20  # of a sample, step, noisy or clean
+    noisy, clean = (np.broadcast_to(levels[:, :, k, None, None, None], (2, 3, 8, 8, 1)) for k in (0, 1))
+    where = pictures.film_strip(noisy, clean, [999.0, 499.96, 0.0], tmp_path / "film.png", names=["0", "1"])
+    assert (where["times"], where["rows"][:2]) == ([999.0, 500.0, 0.0], ["0  noisy xₜ", "predicted x₀"])
+    grey, (w, h) = np.asarray(Image.open(tmp_path / "film.png").convert("L")), where["size"]
+    cells = [[np.unique(grey[y : y + h, x : x + w]).tolist() for x in where["x"]] for y in where["y"]]
+    assert cells == [[[int(levels[n, k, part])] for k in range(3)] for n in (0, 1) for part in (0, 1)]
+
+
 def test_spread_keeps_the_ends() -> None:
     assert pictures.spread(3, 12) == [0, 1, 2]
     assert pictures.spread(50, 4) == [0, 16, 33, 49]

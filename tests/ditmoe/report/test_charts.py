@@ -9,7 +9,7 @@ from PIL import Image
 
 from ditmoe.analysis.routing import mutual_information, relative_load, routing_summary
 from ditmoe.report import charts
-from ditmoe.report.maps import expert_maps
+from ditmoe.report.maps import expert_loads, expert_maps
 
 
 def log(count: int, **more: Any) -> list[dict[str, Any]]:
@@ -47,6 +47,21 @@ def test_smooth_is_a_centred_mean_that_skips_what_is_not_finite() -> None:
     assert charts.smooth(values, 1)[[0, 1, 3, 4]].tolist() == [1, 2, 4, 9]
     assert charts.smooth(values, 3).tolist() == [1.5, 1.5, 3.0, 6.5, 6.5]
     assert np.allclose(charts.smooth(np.arange(20.0), 5)[2:-2], np.arange(2, 18))  # no lag
+
+
+def test_loads_of_single_experts() -> None:
+    counts = np.zeros((3, 2, 1, 2, 2), int)
+    counts[:, 0, 0, 0], counts[:, 1, 0, 1] = [3, 1], [0, 4]  # early at the first place, late at the second
+    known: Any = {"class_names": ["a"], "timesteps": [250, 750], "grid": (1, 2), "layer_names": ["x", "y", "z"]}
+    loads = expert_loads(counts, **known)
+    assert loads["load"] == [[0.75, 1.25]] * 3
+    assert loads["time"][0] == [[1.5, 0], [0.5, 2]]
+    assert loads["place"] == loads["time"]
+    assert loads["class"][2] == [[0.75], [1.25]]
+    assert (loads["layers"], loads["grid"]) == (["x", "y", "z"], [1, 2])
+    many = expert_loads(counts.repeat(64, axis=-1), **known)
+    assert many["layers"] == ["x", "z"]  # as in the picture
+    assert expert_loads(counts * 0, **known)["load"] == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 4), (2, 8), (14, 4), (14, 64)])

@@ -1,0 +1,91 @@
+"""The page's server: one page, one stream of events a drawing, nothing from elsewhere.
+
+A drawing is a thread that ends when the browser closes its stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import uvicorn
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ..config.play import PlayArgs
+from ..pipeline import load
+from .drawing import Drawing
+from .settings import described
+
+HERE = ("127.0.0.1", "localhost", "::1")  # addresses of this machine alone
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+OWN = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+def run(args: PlayArgs) -> None:
+    """Load the model and serve its page until a signal comes. ValueError where the port cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listening = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        why = f"cannot serve at {args.host}, port {args.port} ({error.strerror or error})"
+        raise ValueError(f"{why}; give another one with --port, or --port 0 for any") from error
+    with listening:
+        app = application(Drawing(load(args.model, fast=True), args.model), local=args.host in HERE)
+        where = (f"[{args.host}]" if ":" in args.host else args.host) + f":{listening.getsockname()[1]}"
+        print(f"a page to play with {args.model}: http://{where}  (Ctrl-C ends it)", flush=True)
+        if args.host not in HERE:
+            print(f"everybody who can reach {args.host} can draw with this machine", flush=True)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def application(drawing: Drawing, *, local: bool = True) -> Starlette:
+    """`/`, the page, and `/draw?...`, a drawing as server-sent events; to this machine's names alone if `local`."""
+    room = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    text = room.get_template("page.html").render(model=described(drawing.pipe, drawing.model))
+
+    async def page(_: Request) -> Response:
+        return HTMLResponse(text, headers={**HEADERS, "Content-Security-Policy": OWN})
+
+    async def draw(request: Request) -> Response:
+        asked = request.query_params
+        query = {name: asked.getlist(name) for name in asked}
+        return StreamingResponse(events(drawing, query), media_type="text/event-stream", headers=HEADERS)
+
+    names = [*HERE, "[::1]"] if local else ["*"]  # another site's name for this address is refused
+    guard = Middleware(TrustedHostMiddleware, allowed_hosts=names)
+    return Starlette(routes=[Route("/", page), Route("/draw", draw)], middleware=[guard])
+
+
+async def events(drawing: Drawing, query: dict[str, list[str]]) -> AsyncIterator[str]:
+    """What a drawing tells, as server-sent events, the last of them empty; the drawing stops where this is closed."""
+    loop, told, stopped = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None](), Event()
+
+    def tell(event: dict[str, Any] | None) -> None:
+        if not stopped.is_set():
+            loop.call_soon_threadsafe(told.put_nowait, event)
+
+    def work() -> None:
+        try:
+            drawing.draw(query, tell, stopped)
+        finally:
+            tell(None)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        while (event := await told.get()) is not None:
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: {}\n\n"
+    finally:
+        stopped.set()
