@@ -42,7 +42,7 @@ class SampleArgs:
     batch_size: int | None = None
     """Images drawn at once; does not change them. Default: what suits the model and the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the network; auto: bf16 where products in it are fast (GPUs, CPUs with AMX), else fp32."""
+    """Of the network; auto: bf16 where products in it are fast (recent GPUs, some CPUs), else fp32."""
     compile: bool = False
     """Compile the network's blocks: pays for many images, as it takes a minute or more."""
     cache: str | None = None
