@@ -5,11 +5,13 @@ Shapes: images (N, C, H, W); labels int64 (N,); timesteps () or (N,).
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
@@ -174,6 +176,11 @@ class Network:
         return torch.cat([joined, rest], dim=1), null if self.guidance.rule == "cfg++" else None
 
     @cached_property
+    def _caching(self) -> list[CacheMixin]:
+        """The networks that keep something between steps; what it is a step of is told by a context."""
+        return caching(self.model, self.guide)
+
+    @cached_property
     def _dtypes(self) -> list[torch.dtype]:
         """What the model and the guide compute in, which under layerwise casting is not what they store."""
         found = []
@@ -192,7 +199,10 @@ class Network:
             said: Tensor = model(x.to(dtype), t.to(x.device).expand(len(x)), class_labels=labels).sample
             return said.float()
 
-        output = ask(x, t) if translation is None else translation(ask, x, t)
+        with ExitStack() as contexts:
+            for net in self._caching:
+                contexts.enter_context(net.cache_context(f"{'guide' if of_guide else 'model'} of {len(x)}"))
+            output = ask(x, t) if translation is None else translation(ask, x, t)
         channels = x.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise ValueError(
@@ -200,6 +210,12 @@ class Network:
                 f"it must emit {channels}, or {2 * channels} with a learned variance"
             )
         return output
+
+
+def caching(*networks: nn.Module | None) -> list[CacheMixin]:
+    """Of these networks, wrapped or not, those whose cache is enabled."""
+    parts = {part for net in networks if net is not None for part in net.modules()}
+    return [part for part in parts if isinstance(part, CacheMixin) and part.is_cache_enabled]
 
 
 def epsilon_scaling(scheduler: Any, prediction_type: str, scale: float | tuple[float, float]) -> Rescale | None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from samplers.catalog import prediction_type_of
 from samplers.flow import FlowHeunScheduler
 from samplers.grid import check_steps
-from samplers.guidance import Guidance, Network, Rescale, epsilon_scaling
+from samplers.guidance import Guidance, Network, Rescale, caching, epsilon_scaling
 from samplers.translate import translation
 
 Callback = Callable[[int, Tensor, Tensor, Tensor | None], None]
@@ -89,6 +89,8 @@ def sample(
     in_training = [module for each in networks for module in each.modules() if module.training]
     for each in networks:
         each.eval()
+    for kept in caching(*networks):
+        kept._reset_stateful_cache()  # of another call
     try:
         with torch.inference_mode():
             x = noise.float() if first else noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)

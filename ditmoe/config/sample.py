@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,8 +39,15 @@ class SampleArgs:
     """The class of every image, its label (a number) or its name (Sneaker), instead of --num."""
     seed: int = 0
     """Image i depends on (seed, i, its label) alone."""
-    batch_size: int = 64
-    """Images drawn at once; does not change them."""
+    batch_size: int | None = None
+    """Images drawn at once; does not change them. Default: what suits the model and the device."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the network; auto: bf16 where products in it are fast (recent GPUs, some CPUs), else fp32."""
+    compile: bool = False
+    """Compile the network's blocks: pays for many images, as it takes a minute or more."""
+    cache: str | None = None
+    """Work kept between steps, taylor:N: the blocks are run every N steps, and foretold from the last two times in
+    between. Faster, and other images."""
     score: str | None = None
     """Score the images against this reference, as python -m eval.fid has it: folder, .npz, fashion:train, ..."""
     extractor: str | None = None
@@ -114,7 +122,9 @@ class SampleArgs:
         variance = self.exposure_variance
         if variance not in (None, "published", "calibrated") and not _is_number(variance):
             raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
-        at_least(self, 1, "num", "steps", "batch_size")
+        if self.cache is not None and not re.fullmatch(r"taylor:([2-9]|10)", self.cache):
+            raise ValueError(f"cache is {self.cache!r}; give taylor:N with N from 2 to 10, such as taylor:2")
+        at_least(self, 1, "num", "steps", *(("batch_size",) if self.batch_size is not None else ()))
 
     def tau_spans(self) -> list[tuple[float, float, float]] | None:
         """(lowest time, highest time, tau) of each span. ValueError for a word that is none."""
@@ -123,7 +133,8 @@ class SampleArgs:
     def score_options(self) -> dict[str, Any]:
         """What `eval.fid.score` is told."""
         extractor = self.extractor or "random-conv-v1"
-        return {"weights": self.weights, "metrics": self.metrics, "batch_size": self.batch_size, "extractor": extractor}
+        at_once = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return {"weights": self.weights, "metrics": self.metrics, "extractor": extractor, **at_once}
 
     def sampler_options(self) -> dict[str, Any]:
         """Fields of the scheduler that were asked for, by the names that the schedulers have for them."""

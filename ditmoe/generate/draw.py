@@ -24,8 +24,9 @@ Pixels = NDArray[np.uint8]
 class RequestedSet:
     """`num` images that a pipeline is asked for, with `labels`, one an image, or None of a model without labels.
 
-    `options` are arguments of the pipeline's call; `sampler` is its name, steps, network calls and options, as a report
-    has them.
+    `options` are arguments of the pipeline's call; `sampler` is its name, steps, network calls and options, `made` who
+    guides and how the network is run, as a report has them. `batch_size` are drawn at once; where they are `filled` a
+    smaller batch is drawn with its last image repeated, as a compiled network wants one size.
     """
 
     pipe: DiTMoEPipeline
@@ -33,6 +34,9 @@ class RequestedSet:
     num: int
     options: Mapping[str, Any]
     sampler: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    made: Mapping[str, Any] = field(default_factory=dict)
+    filled: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -48,9 +52,11 @@ class RequestedSet:
     def batch(self, indices: Sequence[int]) -> Pixels:
         """The images of these indices, uint8 (n, H, W, C)."""
         self.pipe.set_progress_bar_config(disable=True)
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        x = self.pipe(labels, num_images=len(indices), indices=indices, output_type="pt", **self.options).images
-        return to_pixels(x)
+        more = max(0, self.batch_size - len(indices)) if self.filled else 0
+        drawn = [*indices, *[indices[-1]] * more]
+        labels = None if self.labels is None else [self.labels[i] for i in drawn]
+        x = self.pipe(labels, num_images=len(drawn), indices=drawn, output_type="pt", **self.options).images
+        return to_pixels(x[: len(indices)])
 
     def whole(self, batch_size: int) -> Pixels:
         """All N images in memory, uint8 (N, H, W, C)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
 from .set_files import Processes, write_folder, write_npz
+from .speed import batch_size, prepare
 
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 
@@ -45,16 +46,21 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if out is None:
         assert score is not None
         labels = None if images.labels is None else np.asarray(images.labels, np.int64)
+
+        # the score has a batch size of its own
+        def read(limit: int, _: int, rank: int, world: int) -> Iterator[Any]:
+            return images.read(limit, images.batch_size, rank, world)
+
         return score({
-            "kind": "model", "path": str(args.model), "count": images.num, "shape": images.shape, "read": images.read,
+            "kind": "model", "path": str(args.model), "count": images.num, "shape": images.shape, "read": read,
             "labels": labels, "facts": facts(args, images),
         })  # fmt: skip
     if kind != ".png":
         write = write_npz if kind == ".npz" else write_folder
-        write(images, facts(args, images), out, args.batch_size, processes)
+        write(images, facts(args, images), out, processes)
     elif processes.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_grid(images.whole(args.batch_size), images.labels, images.pipe.id2label, out)
+        write_grid(images.whole(images.batch_size), images.labels, images.pipe.id2label, out)
     if processes.rank == 0:
         what = "{name}, {steps} steps, {nfe} network calls an image".format_map(images.sampler)
         print(f"{images.num} images in {out} ({what})", flush=True)
@@ -96,7 +102,12 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     noted |= {} if args.tau is None else {"tau": args.tau_spans()}
     noted |= {"policy": policy.to_dict()["rules"]} if policy is not None and policy.rules else {}
     Steered(pipe.transformer, policy, args.tau_spans(), len(scheduler.timesteps))  # refused before a folder is made
-    return RequestedSet(pipe, labels, num, options, {**noted, **_time_shift(scheduler)})
+    if args.cache is not None and len(scheduler.timesteps) != steps:
+        raise ValueError(f"cache is {args.cache}, but {name} calls the network more than once a step; leave it out")
+    noted |= _time_shift(scheduler)
+    made = {"guide": _guide(args, guided)} | prepare(pipe, guided, args)
+    size = args.batch_size or batch_size(pipe)
+    return RequestedSet(pipe, labels, num, options, noted, size, made, filled=args.compile and num > size)
 
 
 def note_numbers(pipe: DiTMoEPipeline, classes: Sequence[int | str]) -> None:
@@ -116,21 +127,19 @@ def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:
         **_trained(args.model),
         "vae": None if pipe.vae is None else getattr(pipe.vae.config, "_name_or_path", "unknown"),
         "sampler": images.sampler,
-        "guide": _guide(args, images),
         "seed": args.seed,
         "label_sampling": drawn if args.classes is None else "given",
         "labels_sha256": None if labels is None else hashlib.sha256(repr(labels).encode()).hexdigest(),
         "num": images.num,
         "quantize": QUANTIZE,
-        "dtype": "float32",
+        **images.made,
         "device": pipe.device.type,
     }
     return dict(json.loads(json.dumps(found)))
 
 
-def _guide(args: SampleArgs, images: RequestedSet) -> dict[str, Any] | str | None:
+def _guide(args: SampleArgs, guide: Any) -> dict[str, Any] | str | None:
     """Who guides, beside `guide_scale` of the sampler: a hash of its settings and weights, wherever they lie."""
-    guide: Any = images.pipe.guide_for(images.options["guide"], images.options["guide_scale"])[0]
     if guide is None or isinstance(guide, ExpertsOff):
         return None if guide is None else EXPERTS_OFF
     settings = {name: value for name, value in guide.config.items() if not name.startswith("_")}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from ..files import read_object, whole, write_json
 from .draw import Pixels, RequestedSet, batches
 
 NOTE = "sampling.json"  # what made the images of a folder
+WRITERS = 4  # threads, at most
 _NETWORKS = ("checkpoint", "guide")  # facts with a path and a hash
 
 Facts = Mapping[str, Any]  # what makes a set, as JSON values
@@ -35,7 +37,7 @@ class Processes(Protocol):
         """Every process's value; all wait for the last."""
 
 
-def write_folder(images: RequestedSet, facts: Facts, folder: Path, batch_size: int, processes: Processes) -> None:
+def write_folder(images: RequestedSet, facts: Facts, folder: Path, processes: Processes) -> None:
     """One PNG an image, 000000.png, or 000000-class7.png, and what made them in sampling.json.
 
     A folder that holds a part of the same set is completed; each file is whole or absent. ValueError where it holds
@@ -46,15 +48,16 @@ def write_folder(images: RequestedSet, facts: Facts, folder: Path, batch_size: i
         ends = [f"-class{images.labels[i]}" if images.labels else "" for i in indices]
         return [folder / f"{i:06d}{end}.png" for i, end in zip(indices, ends, strict=True)]
 
+    def write(path: Path, picture: Pixels) -> None:
+        if not path.exists():
+            with whole(path, durable=False) as file:
+                to_pil(picture).save(file, format="PNG")
+
     _same_set(folder, facts, "--out")
-    for indices, pixels in _missing(images, facts, folder, files, batch_size, processes):
-        for path, picture in zip(files(indices), pixels, strict=True):
-            if not path.exists():
-                with whole(path, durable=False) as file:
-                    to_pil(picture).save(file, format="PNG")
+    _complete(images, facts, folder, files, list, write, processes)
 
 
-def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, processes: Processes) -> None:
+def write_npz(images: RequestedSet, facts: Facts, path: Path, processes: Processes) -> None:
     """ADM's layout: arr_0 uint8 (N, H, W, C) and, for a model with classes, arr_1 labels (N,) int64; and `facts`.
 
     Batches are kept in `path`.parts until all are there, so an interrupted set is continued; memory does not grow
@@ -65,12 +68,14 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, p
     def files(indices: range) -> list[Path]:
         return [parts / f"{indices[0]:09d}-{indices[-1]:09d}.npy"]
 
-    _same_set(parts, facts, f"the unfinished set of {path}, ")
-    for indices, pixels in _missing(images, facts, parts, files, batch_size, processes):
-        with whole(files(indices)[0], durable=False) as file:
+    def write(part: Path, pixels: Pixels) -> None:
+        with whole(part, durable=False) as file:
             np.save(file, pixels)
+
+    _same_set(parts, facts, f"the unfinished set of {path}, ")
+    _complete(images, facts, parts, files, lambda pixels: [pixels], write, processes)
     if processes.rank == 0:
-        written = (files(indices)[0] for indices in batches(images.num, batch_size, shown=False))
+        written = (files(indices)[0] for indices in batches(images.num, images.batch_size, shown=False))
         _join(written, images, facts, path)
         finished = parts.with_name(parts.name + ".done")
         shutil.rmtree(finished, ignore_errors=True)  # of a process that was killed below
@@ -79,12 +84,13 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, batch_size: int, p
     processes.gather(None)
 
 
-def _missing(
-    images: RequestedSet, facts: Facts, folder: Path, files: Callable[[range], list[Path]], batch_size: int,
-    processes: Processes,
-) -> Iterator[tuple[range, Pixels]]:  # fmt: skip
-    """This process's batches of which a file is missing, drawn whole: the last bits may depend on a batch's size.
+def _complete(
+    images: RequestedSet, facts: Facts, folder: Path, files: Callable[[range], list[Path]],
+    shares: Callable[[Pixels], Sequence[Pixels]], write: Callable[[Path, Pixels], None], processes: Processes,
+) -> None:  # fmt: skip
+    """Draw this process's batches of which a file is missing, whole: the last bits may depend on a batch's size.
 
+    Other threads write each file's share while the next batch is drawn, which waits for all of the one before.
     A command that is refused takes a folder with it that has nothing but its note.
     """
     processes.gather(None)  # every process has looked at the folder
@@ -95,18 +101,24 @@ def _missing(
         if not (folder / NOTE).exists():
             write_json(folder / NOTE, facts)
     processes.gather(None)
-    for indices in batches(images.num, batch_size, processes.rank, processes.world):
-        if all(file.exists() for file in files(indices)):
-            continue
-        try:
-            pixels = images.batch(indices)
-        except ValueError:
-            with suppress(OSError):  # another process has been faster
-                if {entry.name for entry in folder.iterdir()} == {NOTE}:
-                    (folder / NOTE).unlink()
-                    folder.rmdir()
-            raise
-        yield indices, pixels
+    written: list[Future[None]] = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for indices in batches(images.num, images.batch_size, processes.rank, processes.world):
+            if all(file.exists() for file in files(indices)):
+                continue
+            try:
+                pixels = images.batch(indices)
+            except ValueError:
+                with suppress(OSError):  # another process has been faster
+                    if {entry.name for entry in folder.iterdir()} == {NOTE}:
+                        (folder / NOTE).unlink()
+                        folder.rmdir()
+                raise
+            for done in written:
+                done.result()  # what went wrong there is raised here
+            written = [pool.submit(write, *each) for each in zip(files(indices), shares(pixels), strict=True)]
+        for done in written:
+            done.result()
     processes.gather(None)  # all is there
 
 

@@ -62,6 +62,17 @@ def test_auto_is_bf16_where_it_is_fast(fast: bool, monkeypatch) -> None:
     assert resolve_precision("auto", torch.device("mps")) == "fp32"
 
 
+@pytest.mark.parametrize(("maker", "precision"), [("GenuineIntel", "fp32"), ("AuthenticAMD", "bf16")])
+def test_avx512_bf16_alone_is_fast_on_other_cpus_than_intels(
+    maker: str, precision: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}\n")
+    monkeypatch.setattr("ditmoe.launch.start.CPUINFO", tmp_path / "cpuinfo")
+    assert resolve_precision("auto", torch.device("cpu")) == precision
+
+
 ENGINES = {f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")}
 OVERRULED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",

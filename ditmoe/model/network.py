@@ -5,37 +5,30 @@ Shapes: N images, C channels, H W size, T tokens of an image, D width.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from inspect import signature
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_type_hints
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config.experts import RouterInput, RouterKind, has_experts
-from .config.file import check_types
-from .config.rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
-from .config.sections import Config, ModelConfig, MoEConfig
-from .layers import (
+from ..config.experts import RouterInput, RouterKind, has_experts
+from ..config.rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
+from ..layers import (
     Attention,
     LabelEmbedder,
     PatchEmbed,
     Refiner,
     TimestepEmbedder,
-    modulate,
     rotary_positions,
     sincos_positions,
     unpatchify,
 )
-from .moe import (
+from ..moe import (
     AttentionExperts,
     Condition,
     Experts,
@@ -48,118 +41,10 @@ from .moe import (
     Steering,
     decide,
 )
+from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
 
 
-@dataclass
-class DiTMoEOutput(BaseOutput):  # type: ignore[misc]
-    """What one forward pass gives.
-
-    Attributes:
-        sample: (N, C, H, W) the prediction; (N, 2C, H, W) with `learn_sigma`: prediction, then variance values.
-        routing: One record for every block with experts, in order; none where they are left out.
-        heads: What each head of the final layer says, where there are several.
-    """
-
-    sample: Tensor
-    routing: list[Routing]
-    heads: Heads | None = None
-
-
-class DiTBlock(nn.Module):
-    """Attention and a feed-forward layer, each modulated and gated by the condition (adaLN-Zero).
-
-    Exactly one of `moe` and `mlp` is there. Source: DiT (arXiv 2212.09748) Figure 3.
-    """
-
-    def __init__(
-        self, hidden_size: int, attn: Attention, feed_forward: MoELayer | FeedForward, norm2_eps: float = 1e-6
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
-        if isinstance(feed_forward, MoELayer):
-            self.moe = feed_forward
-        else:
-            self.mlp = feed_forward
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(
-        self, x: Tensor, condition: Condition, rotary: tuple[Tensor, Tensor] | None, routed: bool = True
-    ) -> tuple[Tensor, Routing | None]:
-        """x (N, T, D) -> x (N, T, D), and the routing record where the block has experts, which are `routed` to."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition.c).chunk(6, dim=1)
-        x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
-        plain = self.norm2(x)
-        h = modulate(plain, shift2, scale2)
-        routing = None
-        if not hasattr(self, "moe"):
-            y = self.mlp(h)
-        elif routed:
-            y, routing = self.moe(h, condition._replace(plain=plain))
-        else:
-            y = self.moe.without_routed(h)
-        return torch.addcmul(x, gate2.unsqueeze(1), y), routing
-
-
-class Heads(NamedTuple):
-    """What the K heads of a final layer say: `gates` (N, K), float32, and `predictions` (N, K, C or 2C, H, W).
-
-    The prediction is the sum of g_k p_k; what refines it, if anything does, comes after.
-    """
-
-    gates: Tensor
-    predictions: Tensor
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and a linear map from tokens to patches, or several, K heads: sum_k g_k p_k of their p_k.
-
-    g = softmax(W c) of the normalised condition c, one for all tokens of an image, by a `Router`: it starts with logits
-    of about 1, without which all heads, which start at zero, would stay alike.
-    """
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, heads: int = 0) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, max(1, heads) * patch_size * patch_size * out_channels)
-        self.router = Router(hidden_size, heads) if heads > 1 else None
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x (N, T, D), c (N, D) -> (N, T, patch_size^2 * out_channels); of several heads gates (N, K), each's likewise.
-
-        The sum is float32, of the dtype of what is summed.
-        """
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        y: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
-        if self.router is None:
-            return y, None
-        logits, _ = self.router([nn.functional.layer_norm(c.float(), c.shape[-1:]).unsqueeze(1)])
-        gates, each = logits[:, 0].softmax(dim=-1), y.unflatten(-1, (logits.shape[-1], -1)).transpose(1, 2)
-        return (gates[..., None, None] * each.float()).sum(dim=1).to(y.dtype), (gates, each)
-
-
-KEYS = {  # fields of the configuration that the network, and so a saved model, knows by another name
-    "blocks": "moe_blocks",
-    "router": "router_kind",
-    "score": "router_score",
-    "renormalize": "router_renormalize",
-    "scale": "router_scale",
-    "scope": "router_scope",
-    "select": "router_select",
-    "tau": "router_tau",
-    "capacity": "router_capacity",
-    "overflow": "router_overflow",
-    "groups": "router_groups",
-    "top_groups": "router_top_groups",
-    "rank": "expert_rank",
-    "weights": "router_weights",
-    "biases": "expert_biases",
-}
-
-
-class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin):  # type: ignore[misc]
     """DiT with mixture-of-experts feed-forward layers. Saved and loaded as any diffusers model.
 
     Args: the fields of `ditmoe.config.ModelConfig`, `MoEConfig` and `ObjectiveConfig` of the same names, or of those in
@@ -177,8 +62,9 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ValueError: The router is to look at labels, of which there are none; or freq_shift or norm2_eps is no such
             value.
 
-    Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633).
-    """
+    Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633)."""
+
+    __module__ = "ditmoe.model"  # which is in saved files
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DiTBlock",)
@@ -311,6 +197,14 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             for weight in module.parameters(recurse=False) if isinstance(module, Experts | AttentionExperts) else ():
                 weight.data = weight.data.to(storage_dtype)
 
+    def enable_cache(self, config: FirstBlockCacheConfig | TaylorSeerCacheConfig) -> None:
+        """As in diffusers, of its caches those that hook whole blocks. There are no routing records meanwhile."""
+        if not isinstance(config, FirstBlockCacheConfig | TaylorSeerCacheConfig):
+            kind = type(config).__name__
+            raise ValueError(f"config is {kind}; this model takes FirstBlockCacheConfig and TaylorSeerCacheConfig")
+        TransformerBlockRegistry.register(DiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
     @property
     def null_label(self) -> int | None:
         """The label that means "no class"; None for a model without labels."""
@@ -352,6 +246,8 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 condition = condition._replace(routing=decision)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, record = self._gradient_checkpointing_func(block, x, condition, rotary, routed)
+            elif self.is_cache_enabled:
+                x, record = block(x, condition, rotary, routed, True), None
             else:
                 x, record = block(x, condition, rotary, routed)
             if record is not None:
@@ -402,89 +298,3 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"x_t must be (N, C, H, W) with (C, H, W) = {expected}, got {tuple(x.shape)}")
         if y is not None and self.y_embedder is None:
             raise ValueError("class_labels were given to a model that was trained without labels")
-
-
-def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
-    """A new model with the weights of torch's current random state."""
-    known = signature(DiTMoETransformer2DModel.__init__).parameters
-    fields = {**vars(config.model), **vars(config.moe), **vars(config.objective)}
-    options = {KEYS.get(name, name): value for name, value in fields.items()}
-    options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
-    options |= {"router_scale": config.moe.routed_scale, "other_sizes": tuple(config.other_sizes())}
-    if config.moe.experts == "factorised":
-        options["expert_rank"] = config.moe.factors(config.model.hidden_size, config.model.activation)
-    model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})
-    return model
-
-
-def initial(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
-    """What training begins from: a new model, with the centres of its centroid routers, which `build` leaves at 0.
-
-    ValueError where the file of the centres cannot be read, or is not for this model.
-    """
-    model = build(config, num_classes)
-    if config.moe.router == "centroid" and config.moe.blocks != "none":
-        _set_centroids(model, config.moe.centroids)
-    return model
-
-
-def _set_centroids(model: DiTMoETransformer2DModel, file: Path | None) -> None:
-    """Give every router its centres: the file's `blocks.3` (E, I D) is of block 3, `router` of a shared router."""
-    if file is None:
-        raise ValueError("moe.router centroid needs --moe.centroids FILE, made by python -m ditmoe centroids")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            seen = (opened.metadata() or {}).get("router_input", model.config.router_input)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"moe.centroids {file} cannot be read: {error}") from error
-    if seen != model.config.router_input:
-        what = f"was made for router_input {seen}, not {model.config.router_input}"
-        raise ValueError(f"moe.centroids {file} {what}; add --moe.router-input {seen}, or make another file")
-    for name, module in model.named_modules():
-        if isinstance(module, Router) and module.kind == "centroid":
-            key, shape = name.removesuffix(".moe.router"), tuple(module.weight.shape)
-            if key not in found or tuple(found[key].shape) != shape:
-                has = tuple(found[key].shape) if key in found else "nothing"
-                raise ValueError(f"moe.centroids {file} has {has} for {key}, and this model needs {shape}")
-            module.weight.copy_(found[key])
-
-
-def count_parameters(model: DiTMoETransformer2DModel) -> tuple[int, int]:
-    """(total, activated) parameters; activated = total without the experts that a token does not visit.
-
-    The fixed sine-cosine table counts, as it does in DiT's published numbers.
-    """
-    total = sum(p.numel() for p in model.parameters())
-    total += 0 if model.pos_embed is None else model.pos_embed.numel()
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, MoELayer) and isinstance(module.experts, Experts):
-            E = module.experts.w_in.shape[0]
-            one = (module.experts.w_in.numel() + module.experts.w_out.numel()) // E
-            idle += round((E - module.rule.active(E)) * one)
-        elif isinstance(module, AttentionExperts):
-            E, K = module.num_experts, module.top_k
-            idle += (module.w_v.numel() + module.w_o.numel()) * (E - K) // E
-    return total, total - idle
-
-
-def tokens_per_image(model: DiTMoETransformer2DModel) -> int:
-    """T, the tokens of one image."""
-    return math.prod((model.config.sample_size // model.config.patch_size,) * 2)
-
-
-def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
-    """Names of the blocks that hold experts, counted from 0."""
-    return [f"block {i}" for i, b in enumerate(net.blocks) if any(isinstance(m, MoELayer) for m in b.modules())]
-
-
-def check_network(values: Mapping[str, Any]) -> None:
-    """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
-    make = DiTMoETransformer2DModel.__init__
-    check_types(values, get_type_hints(make))
-    c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values, "router_renormalize": False}
-    c |= {"balance_weight": 0.0, "experts": "factorised" if c["expert_rank"] is not None else "stacked"}
-    for section in (ModelConfig, MoEConfig):
-        keys = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(section)}
-        section(**{name: c[key] for name, key in keys.items() if key in c})

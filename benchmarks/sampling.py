@@ -1,0 +1,132 @@
+"""Images a second: the plain path, bfloat16, compiled, a cache between steps, the dense twin, diffusers' DiTPipeline.
+
+    python -m benchmarks.sampling [fashion | s] --num 32 --rounds 5 --threads 1
+
+One run, in turns, medians. `plain` is what `sample.py` did before it had the options: float32, nothing compiled or
+kept. `fashion` is models/fashion without its guide, `s` the preset with random weights and 256 tokens; the twin and
+diffusers' DiT are random too, the latter of our width, depth, heads and patches, with the stock feed-forward layer of
+as many multiplications. All draw with DDIM and guidance over all steps. The differences are of pixels, 0 to 255, from
+the plain path's. `--cpu-time` counts processor seconds, of one thread, where others use the machine.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from benchmarks.timing import machine, round_robin
+from ditmoe import pipeline
+from ditmoe.config.presets import PRESETS
+from ditmoe.config.sample import SampleArgs
+from ditmoe.config.sections import Config
+from ditmoe.generate.draw import Pixels, RequestedSet, balanced_labels
+from ditmoe.generate.speed import prepare
+from ditmoe.model import build
+from ditmoe.pipeline import DiTMoEPipeline
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"precision": "bf16"},
+    "compiled": {"compile": True},
+    "cached": {"cache": "taylor:2"},
+    "compiled and cached": {"compile": True, "cache": "taylor:2"},
+    "compiled, cached by 3": {"compile": True, "cache": "taylor:3"},
+    "dense twin": {},
+    "dense twin, compiled": {"compile": True},
+}
+
+
+def random_pipe(config: Config, dense: bool) -> DiTMoEPipeline:
+    """With random weights everywhere, where a new network has gates and outputs of zero."""
+    config = replace(config, moe=replace(config.moe, blocks="none")) if dense else config
+    classes = config.model.num_classes or 10
+    torch.manual_seed(0)
+    net = build(config, classes)
+    for weight in net.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    return pipeline.assemble(net.eval(), config, {i: str(i) for i in range(classes)})
+
+
+class Identity(torch.nn.Module):
+    """Stands where DiTPipeline has a VAE."""
+
+    config, device, dtype = SimpleNamespace(scaling_factor=1.0), torch.device("cpu"), torch.float32
+
+    def decode(self, x: torch.Tensor) -> Any:
+        """x itself."""
+        return SimpleNamespace(sample=x)
+
+
+def stock(config: Config) -> DiTPipeline:
+    """Diffusers' own, of our width, depth, heads and patches."""
+    model = config.model
+    net = DiTTransformer2DModel(
+        num_attention_heads=model.num_heads, attention_head_dim=model.hidden_size // model.num_heads,
+        in_channels=model.in_channels, out_channels=model.in_channels, num_layers=model.depth,
+        sample_size=model.sample_size, patch_size=model.patch_size, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    pipe = DiTPipeline(net.eval(), Identity(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", choices=["fashion", "s"], default="fashion")
+    parser.add_argument("--num", type=int, default=32, help="images of a turn, one batch")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=[*WAYS, "DiTPipeline"], default=[*WAYS, "DiTPipeline"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = PRESETS[args.preset]
+    own = pipeline.load(Path("models/fashion")) if args.preset == "fashion" else random_pipe(config, dense=False)
+    options = {"sampler": "ddim", "num_inference_steps": args.steps, "guidance_scale": args.cfg, "seed": 0}
+    options |= {"guide": "none", "guidance_interval": (0, 1000)}
+    turns: dict[str, Callable[[], object]] = {}
+    drawn: dict[str, Pixels] = {}
+
+    def turn(name: str, images: RequestedSet) -> Callable[[], None]:
+        def draw() -> None:
+            drawn[name] = images.batch(range(args.num))
+
+        return draw
+
+    for name in [name for name in args.only if name in WAYS]:
+        pipe = random_pipe(config, dense=True) if "dense" in name else own
+        pipe = DiTMoEPipeline(copy.deepcopy(pipe.transformer), pipe.scheduler, id2label=pipe.config.id2label)
+        prepare(pipe, None, replace(SampleArgs(Path("models/fashion"), precision="fp32"), **WAYS[name]))
+        turns[name] = turn(name, RequestedSet(pipe, balanced_labels(pipe, args.num), args.num, options))
+    if "DiTPipeline" in args.only:
+        rival, labels = stock(config), [i % 10 for i in range(args.num)]
+        turns["DiTPipeline"] = lambda: rival(labels, args.cfg, num_inference_steps=args.steps, output_type="np")
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    seconds = round_robin(turns, args.rounds, clock)
+    words = f"{args.num} images, {args.steps} steps of ddim, guidance {args.cfg}, median of {args.rounds}"
+    print(f"{args.preset}: {words}{', processor time' if args.cpu_time else ''}; {machine()}\n")
+    print("| | images/s | of plain | of the dense twin | of DiTPipeline | pixels differ by, mean | most |")
+    print("|---" * 7 + "|")
+    rivals = ("plain", "dense twin", "DiTPipeline")
+    for name, took in seconds.items():
+        shares = [f"{seconds[rival] / took:.2f}" if rival in seconds else "" for rival in rivals]
+        far = ["", ""]
+        if name in WAYS and "dense" not in name and "plain" in drawn:
+            difference = np.abs(drawn[name].astype(int) - drawn["plain"])
+            far = [f"{difference.mean():.2f}", f"{difference.max()}"]
+        print(f"| {name} | {args.num / took:.3g} | " + " | ".join([*shares, *far]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

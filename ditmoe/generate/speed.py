@@ -1,0 +1,76 @@
+"""How fast a set is drawn: precision, compilation, a cache between steps, and how many images at once.
+
+Shapes: T tokens of an image, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.hooks import TaylorSeerCacheConfig
+from torch import nn
+
+from ..config.sample import SampleArgs
+from ..launch.start import resolve_precision
+from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..moe import Router
+from ..pipeline import DiTMoEPipeline
+
+CPU_TOKENS = 3136  # of a batch on a CPU; see `batch_size`
+VALUES = 64  # of width D that a forward pass holds at once for a token, at most
+PIXEL_BYTES = 4096  # of a picture that a VAE decodes, in float32
+
+
+def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> dict[str, Any]:
+    """Make the networks of a pipeline run as a command line asks; the facts of it, beside the dtype where it is so.
+
+    In bfloat16 are the weights of all but the routers. A compiled network wants batches of one size.
+    """
+    precision = resolve_precision(args.precision, pipe.device)
+    networks = [net for net in (pipe.transformer, guide) if isinstance(net, DiTMoETransformer2DModel)]
+    for net in networks:
+        if precision == "bf16":
+            _halve(net)
+        for block in net.blocks if args.compile else ():
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if args.cache is not None:
+            last = len(net.blocks) - 1
+            net.enable_cache(
+                TaylorSeerCacheConfig(
+                    cache_interval=int(args.cache.partition(":")[2]),
+                    cache_identifiers=[f"blocks\\.{last}"],
+                    skip_predict_identifiers=[f"blocks\\.{i}" for i in range(last)],
+                    taylor_factors_dtype=torch.float32,
+                )
+            )
+    found: dict[str, Any] = {"dtype": "bfloat16" if precision == "bf16" else "float32"}
+    found |= {"compiled": True} if args.compile else {}
+    return found | ({} if args.cache is None else {"cache": args.cache})
+
+
+def _halve(net: nn.Module) -> None:
+    """Weights and tables in bfloat16, but those of routers, which decide in float32."""
+    kept = {part for module in net.modules() if isinstance(module, Router) for part in module.modules()}
+    for module in set(net.modules()) - kept:
+        parts: Iterable[torch.Tensor] = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        for part in parts:
+            part.data = part.data.to(torch.bfloat16)
+
+
+def batch_size(pipe: DiTMoEPipeline) -> int:
+    """Images to draw at once where nobody says, the same on every machine with such a device.
+
+    A CPU is as fast with few images as with many: about `CPU_TOKENS` tokens. Elsewhere what fits into a third of the
+    device's memory with guidance, at most 1,024, as a power of two.
+    """
+    net = pipe.transformer
+    tokens = tokens_per_image(net)
+    if pipe.device.type not in ("cuda", "xpu"):
+        return max(1, min(64, CPU_TOKENS // tokens))
+    memory = torch.get_device_module(pipe.device).get_device_properties(pipe.device).total_memory // 3
+    one = 2 * tokens * net.config.hidden_size * VALUES * net.dtype.itemsize
+    if pipe.vae is not None:
+        one = max(one, pipe.image_shape[1] * pipe.image_shape[2] * PIXEL_BYTES)
+    return int(2 ** min(10, max(0, (memory // one).bit_length() - 1)))
