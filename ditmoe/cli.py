@@ -40,11 +40,12 @@ def parse(kind: type[Args], argv: Sequence[str], prog: str = "ditmoe") -> Args:
 
     Mistakes end the program with exit code 2 and a sentence; `--help` ends it with 0.
     """
-    return tyro.cli(kind, prog=prog, args=list(argv))
+    return tyro.cli(kind, prog=prog, args=_words(argv))
 
 
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
     """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config; ends as `parse` does."""
+    argv = _words(argv)
     named = bool(argv) and not argv[0].startswith("-")
     start, rest = (argv[0], argv[1:]) if named else ("digits", argv)
     base = PRESETS[start] if start in PRESETS else _load(start)
@@ -54,6 +55,18 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
         f"Presets: {', '.join(PRESETS)}. Rules of routing: {', '.join(RULES)}. Defaults below are those of {start}."
     )
     return tyro.cli(Config, prog=f"{prog} {start}", description=description, default=base, args=list(rest))
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """The words that were typed; ends as `parse` where one is empty, or asks for a device, which is no option."""
+    for at, word in enumerate(argv):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            option = word or (argv[at - 1] if at else "the first word")
+            stop(f"{option.rstrip('=')} is empty; give a value, or leave it out")
+        if word.partition("=")[0] in ("--device", "--gpu", "--cuda"):
+            what = "the accelerator that torch finds is used, else the CPU, and a run says which"
+            stop(f"there is no {word}: {what}; CUDA_VISIBLE_DEVICES=1 before the command chooses another one")
+    return list(argv)
 
 
 def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:

@@ -15,11 +15,24 @@ from .checks import MOST, at_least, require
 class DataConfig:
     """Where the images come from."""
 
-    name: Literal["digits", "fashion", "folder", "latents"] = "digits"
-    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), latents (safetensors shards, made by
-    python -m ditmoe encode)."""
+    name: Literal["digits", "fashion", "folder", "hf", "latents"] = "digits"
+    """digits (bundled), fashion (Fashion-MNIST), folder (one sub-folder a class), hf (a data set as Hugging Face's
+    `datasets` has them; extra: data), latents (safetensors shards, made by python -m ditmoe encode)."""
     path: Path | None = None
-    """Folder of the images, of the IDX files, or of the latent shards."""
+    """Folder of the images, of the IDX files, or of the latent shards; hf: a folder of parquet files or one that
+    save_to_disk made, or OWNER/NAME of the Hub."""
+    label_column: str | None = None
+    """folder: the column of its metadata.jsonl (or .csv) that is the class; hf: of the table, None: the only one that
+    says it is of classes, or is called label."""
+    image_column: str | None = None
+    """hf: the column of the images; None: the only one."""
+    split: str = "train"
+    """hf: the split to train on; test or validation, where it is another, is held out."""
+    subset: str | None = None
+    """hf: the configuration of a data set that has several."""
+    stream: bool = False
+    """hf: read parquet files a group of rows at a time, from where they are; images are shuffled among 256 MB of them
+    (sets below 2 GB in pixels are read once, and shuffled as a whole)."""
     vae: Path | None = None
     """latents: folder of the VAE that made them, saved with the model so that it draws pictures."""
     download: bool = False
@@ -32,7 +45,7 @@ class DataConfig:
     num_workers: int = 0
     """Processes that read images; 0 reads in the training process."""
     max_bad: int = 0
-    """folder: files that cannot be used and are skipped, each named, before the run stops."""
+    """folder, hf: images that cannot be used and are skipped, each named, before the run stops."""
     mixture: tuple[str, ...] = ()
     """Several sets in one run, instead of `name`: SET, SET=WEIGHT or SET@SIZE each, where SET is digits, fashion or a
     folder of images, and samples are of a set in proportion to its weight (1 if not given). The number of a set, from
@@ -45,7 +58,12 @@ class DataConfig:
         self._check_mixture()
         names = [part.name for part, _ in self.sets()] if self.mixture else [self.name]
         name = " and ".join(dict.fromkeys(names))
-        require(not self.max_bad or "folder" in names, f"max_bad works with folder, not {name}")
+        require(not self.max_bad or bool({"folder", "hf"} & {*names}), f"max_bad works with folder and hf, not {name}")
+        labelled = name in ("folder", "hf") and not self.mixture
+        require(self.label_column is None or labelled, f"label_column works with folder and hf, not {name}")
+        for option, given in (("image_column", self.image_column), ("subset", self.subset), ("stream", self.stream)):
+            require(not given or name == "hf", f"{option} works with the data set hf, not {name}")
+        require(self.split == "train" or name == "hf", f"split works with the data set hf, not {name}")
         require(not self.download or "fashion" in names, f"download works with the data set fashion, not {name}")
         require(self.path is None or name != "digits", "path does not apply to digits, which are bundled")
         require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")

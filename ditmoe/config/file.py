@@ -53,6 +53,10 @@ def read_file(path: Path, what: str = "a configuration that can be read", needed
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The configuration that `to_dict` gave. ValueError where a name, a type or a value is none of ours."""
+    train = values.get("train")
+    if isinstance(train, dict) and "tensorboard" in train:  # of a version before there were other trackers
+        known = {name: value for name, value in train.items() if name != "tensorboard"}
+        values = {**values, "train": {"tracker": "tensorboard" if train["tensorboard"] else "none", **known}}
     return _built(Config, values)
 
 

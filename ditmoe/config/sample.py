@@ -269,8 +269,17 @@ class ExportArgs:
     """Scale of the guide when none is asked for; default: 2."""
     force: bool = False
     """Replace the folder if it is there."""
+    license: str = "unknown"
+    """The licence that the README names, as the Hub spells it: apache-2.0, cc-by-4.0, other, ..."""
+    standalone: bool = False
+    """Add a pipeline.py, with which diffusers reads the folder where ditmoe is not installed (trust_remote_code=True);
+    ditmoe itself, which runs no code of folders, does not."""
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face Hub to upload it to, privately (after hf auth login)."""
 
     def __post_init__(self) -> None:
+        if self.push is not None and self.push.strip("/").count("/") != 1:
+            raise ValueError(f"push is {self.push!r}; give OWNER/NAME")
         if self.guide_scale is not None and self.guide is None:
             raise ValueError(
                 f"guide_scale is {self.guide_scale}, but there is no guide; give --guide PATH or experts-off"

@@ -147,8 +147,9 @@ class TrainConfig:
     """Steps in a row that are skipped because a loss, gradient or router logit is not finite, before the run stops."""
     sample_every: int = 0
     """Steps between sample grids and scores during training; 0 makes none."""
-    tensorboard: bool = False
-    """Also write the metrics for TensorBoard (extra: track)."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Whom to send metrics and sample grids to, beside metrics.jsonl; its package has to be installed (tensorboard
+    comes with the extra track). WANDB_MODE=offline and the like are read as ever."""
 
     def __post_init__(self) -> None:
         positive(self, "batch_size", "accumulation", "learning_rate", "muon_factor", "log_every", "checkpoint_every")

@@ -7,21 +7,26 @@ from typing import Any
 
 import torch
 
-from .. import pipeline
+from .. import __version__, pipeline
 from ..config.file import read_config
 from ..config.sample import ExportArgs
 from ..files import read_object
 from ..pipe.asked import EXPERTS_OFF
 from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
+from .standalone import make_standalone
+
+_TASK = "unconditional-image-generation"  # the Hub's word for images without a text
 
 
 def export(args: ExportArgs) -> None:
     """Write the pipeline folder: weights in `dtype`, the run's config.json as training.json, and a README.md.
 
+    With `standalone` also a pipeline.py for those who have no ditmoe; with `push` all goes to the Hub, too.
+
     Raises:
-        ValueError: The run holds no model, the folder exists, the VAE is not that of the latents, or the guide cannot
-            guide it.
+        ValueError: The run holds no model, the folder exists, the VAE is not that of the latents, the guide cannot
+            guide it, or the Hub does not take it.
     """
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
@@ -40,7 +45,64 @@ def export(args: ExportArgs) -> None:
     pipeline.save(pipe, args.folder)
     (args.folder / "training.json").write_text((args.run / CONFIG).read_text())
     (args.folder / "README.md").write_text(page)
-    print(f"wrote {args.folder}; python sample.py {args.folder} --out grid.png draws from it")
+    if args.standalone:
+        make_standalone(args.folder, __version__)
+    print(f"wrote {args.folder}; {_use(args)}")
+    if args.push is not None:
+        _push(args.push, args.folder)
+
+
+_STANDALONE = [
+    "With diffusers and without ditmoe, which pipeline.py carries along (`pip install diffusers accelerate`):",
+    "",
+    "```python", "from diffusers import DiffusionPipeline", "",
+    'pipe = DiffusionPipeline.from_pretrained("FOLDER or OWNER/NAME", trust_remote_code=True)', "```", "",
+]  # fmt: skip
+
+
+def _use(args: ExportArgs) -> str:
+    if args.standalone:
+        return (
+            f"DiffusionPipeline.from_pretrained({str(args.folder)!r}, trust_remote_code=True) reads it without ditmoe"
+        )
+    return f"`python sample.py {args.folder} --out grid.png` draws a grid of samples"
+
+
+def _push(name: str, folder: Path) -> None:
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(name, exist_ok=True, private=True)
+        huggingface_hub.upload_folder(repo_id=name, folder_path=folder)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        what = f"push {name}: {folder} is finished, but the Hub did not take it ({why})"
+        raise ValueError(f"{what}; hf auth login, then hf upload {name} {folder}") from error
+    print(f"pushed to https://huggingface.co/{name}, private until you change that")
+
+
+def _metadata(args: ExportArgs, report: dict[str, Any]) -> str:
+    """What the Hub reads of a model: with its score, where there is one, the score's protocol."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    score, results = report.get("score"), None
+    if score:
+        drawn = {
+            name: value for name, value in report.get("sampling", {}).items() if isinstance(value, str | int | float)
+        }
+        protocol = {name: score.get(name) for name in ("n_gen", "n_ref", "extractor", "resize", "crop")}
+        results = [
+            EvalResult(
+                task_type=_TASK, dataset_type="image-folder", dataset_name=report["data"]["name"],
+                metric_type=score["metric"], metric_name=score["metric"], metric_value=score["value"],
+                metric_args={**protocol, "sampling": drawn},
+            )
+        ]  # fmt: skip
+    data = ModelCardData(
+        library_name="diffusers", license=args.license, pipeline_tag=_TASK, model_name=args.folder.name,
+        tags=["ditmoe", "diffusion", "mixture-of-experts", "image-generation"], eval_results=results,
+    )  # fmt: skip
+    return str(data.to_yaml())
 
 
 def card(args: ExportArgs) -> str:
@@ -50,11 +112,13 @@ def card(args: ExportArgs) -> str:
     commands = dict.fromkeys(line for file in files for line in file.read_text().splitlines())
     guide = "" if args.guide is None else f" --guide {args.guide}"
     guide += "" if args.guide_scale is None else f" --guide-scale {args.guide_scale}"
+    guide += " --standalone" if args.standalone else ""
     lines = [
+        "---", _metadata(args, read_object(report) if report.exists() else {}), "---", "",
         f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
         "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}{guide}", "```", "",
         *(_facts(read_object(report)) if report.exists() else []),
-        f"`python sample.py {args.folder} --out grid.png` draws a grid of samples.", "",
+        *(_STANDALONE if args.standalone else [_use(args) + ".", ""]),
         *([f"They are guided by {args.guide}; `--guide none` draws without.", ""] if args.guide else []),
     ]  # fmt: skip
     return "\n".join(lines)

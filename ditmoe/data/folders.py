@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
 from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
+from .columns import METADATA, column_of, labelled, metadata_of
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
 
@@ -42,27 +44,39 @@ class FolderImages(ImageSet):
         channels: 1 (grey) or 3 (RGB).
         fit: "exact": other sizes and modes cannot be used; "crop": resized, centre-cropped and converted. Either
             way a picture is turned upright first, as its EXIF orientation says.
+        label_column: The classes are of this column of metadata.jsonl, whatever the sub-folders.
 
     Raises:
         ValueError: No images, some beside class folders or a class folder without any, or as `files_below`.
     """
 
-    def __init__(self, root: Path, size: int, channels: int, fit: str) -> None:
+    def __init__(self, root: Path, size: int, channels: int, fit: str, label_column: str | None = None) -> None:
         if not root.is_dir():
             raise ValueError(f"data.path {root} is not a folder; give a folder of images with --data.path")
-        if channels not in (1, 3):
-            raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
-        self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", fit
+        self.size, self.mode, self.fit, self.root = size, mode_of(channels), fit, root
         found = files_below(root)
-        images = [file for file in found if is_image(file)]
-        classes = _classes(root, images)
-        self.files = [file for files in classes.values() for file in files] if classes else images
-        labels = [label for label, files in enumerate(classes.values()) for _ in files] or [0] * len(images)
-        if not self.files:
-            raise ValueError(f"data.path {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self.root, self.labels, self.id2label = root, np.asarray(labels, dtype=np.int64), dict(enumerate(classes))
-        said = _misnumbered(classes) + left_out(file.relative_to(root) for file in found if not is_image(file))
-        self.source = f"{len(self.files)} images of {len(classes)} classes in {root}{said}"
+        images, metadata = [file for file in found if is_image(file)], metadata_of(root)
+        if not images:
+            kinds = f"({', '.join(sorted(IMAGE_SUFFIXES))}){left_out(file.relative_to(root) for file in found)}"
+            raise ValueError(f"data.path {root} holds no images {kinds}")
+        if label_column is not None:
+            if metadata is None:
+                raise ValueError(
+                    f"data.label_column {label_column} is one of {' or '.join(METADATA)}, and {root} has none"
+                )
+            values = column_of(metadata, label_column, [file.relative_to(root).as_posix() for file in images])
+            self.labels, self.id2label, said = labelled(metadata, label_column, values)
+            self.files, found = images, [file for file in found if file != metadata]
+        else:
+            classes = _classes(root, images)
+            self.files = [file for files in classes.values() for file in files] if classes else images
+            labels = [label for label, files in enumerate(classes.values()) for _ in files] or [0] * len(images)
+            self.labels, self.id2label = np.asarray(labels, dtype=np.int64), dict(enumerate(classes))
+            said = _misnumbered(classes) + (
+                f"; a class may be in {metadata.name}: --data.label-column" if metadata else ""
+            )
+        said += left_out(file.relative_to(root) for file in found if not is_image(file))
+        self.source = f"{len(self.files)} images of {len(self.id2label)} classes in {root}{said}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
@@ -100,20 +114,31 @@ class FolderImages(ImageSet):
             raise ValueError(f"{file} is {size}, the model takes {want}; {fix}")
 
     def _image(self, row: int) -> NDArray[np.uint8]:
+        file = Path(self.name(row))
         try:
-            return self._read(self.files[row])
-        except ValueError as error:
-            raise BadImage(row, str(error)) from error
+            return self._read(file, self._content(row))
+        except (OSError, ValueError) as error:
+            raise BadImage(row, re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", str(error))) from error
         except Exception as error:  # no damage that is known: it ends the run, which says at which file
-            raise RuntimeError(f"{self.files[row]} could not be read: {error!r}") from error
+            raise RuntimeError(f"{file} could not be read: {error!r}") from error
 
-    def _read(self, file: Path) -> NDArray[np.uint8]:
+    def _content(self, row: int) -> BinaryIO | None:
+        """What is read instead of a file of its own."""
+
+    def _read(self, file: Path, content: BinaryIO | None) -> NDArray[np.uint8]:
         if self.fit == "crop":
-            return read_cropped(file, self.size, self.mode)
-        with _opened(file) as image:
+            return read_cropped(file, self.size, self.mode, content)
+        with _opened(file, content) as image:
             self._check(file, image)
             decoded = _decoded(file, image).convert(self.mode)
             return np.asarray(decoded, dtype=np.uint8).reshape(self.size, self.size, -1)
+
+
+def mode_of(channels: int) -> str:
+    """Pillow's name of images of so many channels. ValueError where there are none."""
+    if channels not in (1, 3):
+        raise ValueError(f"model.in_channels is {channels}; images have 1 (grey) or 3 (RGB)")
+    return "L" if channels == 1 else "RGB"
 
 
 def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = None) -> NDArray[np.uint8]:
@@ -130,7 +155,7 @@ def read_cropped(file: Path, size: int, mode: str, content: BinaryIO | None = No
 
 def cropped(pixels: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
     """Images (n, H, W, C) as `read_cropped` makes those of files: uint8 (n, size, size, channels)."""
-    mode = "L" if channels == 1 else "RGB"
+    mode = mode_of(channels)
     made = [np.asarray(_centre_crop(to_pil(image).convert(mode), size), dtype=np.uint8) for image in pixels]
     return np.stack(made).reshape(len(pixels), size, size, channels)
 

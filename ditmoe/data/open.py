@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..config.sections import DataConfig
 from ..rng import sample_rng
@@ -15,9 +16,10 @@ from .latents import open_latents
 from .mixture import Mixture
 from .named import open_digits, open_fashion
 from .sets import ArrayImages, BadImage, ImageSet, check_bad, check_classes
+from .tables import TableImages, has_held_out
 
 _IN_MEMORY_BYTES = 2 * 2**30
-_WITHOUT_TEST = ("folder", "latents")
+_WITHOUT_TEST = ("folder", "latents")  # hf: see `has_held_out`
 
 
 def open_data(config: DataConfig, *, size: int, channels: int, split: str = "train") -> ImageSet:
@@ -36,14 +38,17 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
         raise ValueError(f"split is {split!r}; it must be train or test")
     if config.mixture:
         return _open_mixture(config, size, channels, split)
-    if config.name in _WITHOUT_TEST and config.path is None:
-        raise ValueError(f"the data set {config.name} needs --data.path FOLDER")
+    if config.name in (*_WITHOUT_TEST, "hf") and config.path is None:
+        raise ValueError(f"the data set {config.name} needs --data.path {'PLACE' if config.name == 'hf' else 'FOLDER'}")
     if config.name in _WITHOUT_TEST and split == "test":
         raise ValueError(f"the data set {config.name} has no test split")
     data: ImageSet
     found: tuple[int, ...] = (channels, size, size)
     if config.name == "folder":
-        data = _open_folder(config, size, channels)
+        assert config.path is not None
+        data = _checked(config, FolderImages(config.path, size, channels, config.fit, config.label_column))
+    elif config.name == "hf":
+        data = _checked(config, TableImages(config, size, channels, held_out=split == "test"))
     elif config.name == "latents":
         assert config.path is not None
         data = open_latents(config.path, flip=config.flip)
@@ -66,6 +71,8 @@ def open_held_out(config: DataConfig, *, size: int, channels: int) -> ImageSet |
     """The test split of a configuration's set; None of one that has none. Raises ValueError as `open_data`."""
     if any(part.name in _WITHOUT_TEST for part, _ in config.sets()):
         return None
+    if config.name == "hf" and not has_held_out(config):
+        return None
     return open_data(config, size=size, channels=channels, split="test")
 
 
@@ -76,7 +83,7 @@ def reference(data: ImageSet, seed: int) -> str | NDArray[np.uint8]:
     """
     if data.eval_name is not None:
         return data.eval_name
-    order = sample_rng(seed, 5, 0).permutation(len(data)).tolist()
+    order = data.order(sample_rng(seed, 5, 0)).tolist()
     return data.images(data.readable(data.in_proportion(order, 10_000)))
 
 
@@ -86,7 +93,7 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
     Images with values that are not finite are left out; where there are no others it is 0. Noise of level 1 - alpha_bar
     makes of it alpha_bar v + 1 - alpha_bar, which calibrates time-shift sampling.
     """
-    order = sample_rng(seed, 6, 0).permutation(len(data)).tolist()
+    order = data.order(sample_rng(seed, 6, 0)).tolist()
     rows = data.readable(data.in_proportion(order, 2000))
     if not rows:
         return 0.0
@@ -124,20 +131,20 @@ def _fitted(arrays: ArrayImages, size: int, channels: int) -> ArrayImages:
     return replace(arrays, pixels=cropped(arrays.pixels, size, channels), source=source, eval_name=None)
 
 
-def _open_folder(config: DataConfig, size: int, channels: int) -> ArrayImages | FolderImages:
-    """A folder small enough is decoded once, which also finds every bad file before training starts."""
-    assert config.path is not None
-    folder = FolderImages(config.path, size, channels, config.fit)
-    small = len(folder) * size**2 * channels <= _IN_MEMORY_BYTES
-    pixels = np.zeros((len(folder) if small else 0, size, size, channels), np.uint8)
-    bad = {} if small else folder.check_headers()
+def _checked(config: DataConfig, images: FolderImages) -> ArrayImages | FolderImages:
+    """Few enough images are decoded once, which also finds every bad one before training starts."""
+    size, channels = images.size, len(Image.new(images.mode, (1, 1)).getbands())
+    small = len(images) * size**2 * channels <= _IN_MEMORY_BYTES
+    pixels = np.zeros((len(images) if small else 0, size, size, channels), np.uint8)
+    bad = {} if small else images.check_headers()
     for row in range(len(pixels)):
         try:
-            pixels[row] = folder.images([row])[0]
+            pixels[row] = images.images([row])[0]
         except BadImage as error:
             bad[row] = str(error)
     check_bad(list(bad.values()), config.max_bad)
-    if len(bad) == len(folder):
-        raise ValueError(f"data.path {config.path}: none of {len(folder)} images can be used; the first: {bad[0]}")
-    check_classes(folder.source, np.delete(folder.labels, list(bad)), folder.id2label)
-    return ArrayImages(pixels, folder.labels, folder.id2label, folder.source, bad=bad) if small else folder
+    if len(bad) == len(images):
+        raise ValueError(f"data.path {config.path}: none of {len(images)} images can be used; the first: {bad[0]}")
+    named = {label: images.id2label[label] for label in set(images.labels.tolist()) & images.id2label.keys()}
+    check_classes(images.source, np.delete(images.labels, list(bad)), named)
+    return ArrayImages(pixels, images.labels, images.id2label, images.source, bad=bad) if small else images

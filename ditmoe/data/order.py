@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class _Stream(Dataset[Batch]):
-    """The `size` samples of a run from a number on; i is image `permutation(epoch)[position]`, perhaps mirrored.
+    """The `size` samples of a run from a number on; i is image `order(epoch)[position]`, perhaps mirrored.
 
     Of a mixture, `unit` samples in a row are of one set, each set with epochs and permutations of its own. In the place
     of an image that cannot be used comes the next one of the permutation that can.
@@ -79,8 +79,7 @@ class _Stream(Dataset[Batch]):
         epoch, position = divmod(number, sizes[domain])
         known, order = self._orders.get(domain, (-1, None))
         if order is None or known != epoch:
-            drawn = sample_rng(self.seed, 4, epoch * len(sizes) + domain).permutation(sizes[domain])
-            order = drawn + sum(sizes[:domain])
+            order = self.data.order(sample_rng(self.seed, 4, epoch * len(sizes) + domain), domain)
             self._orders[domain] = epoch, order
         if len(self._bad) >= len(order) and self._bad.issuperset(order.tolist()):
             raise ValueError(f"none of the images can be used: {self.data.source}")

@@ -49,6 +49,12 @@ class ImageSet(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def order(self, rng: np.random.Generator, domain: int | None = None) -> NDArray[np.int64]:
+        """All rows in random order, or those of one of the sets that this one is a mixture of."""
+        starts = [0, *np.cumsum(self.sizes).tolist()]
+        first, end = (0, len(self)) if domain is None else starts[domain : domain + 2]
+        return rng.permutation(end - first) + first
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Images of each of the sets that this one is a mixture of, in the order of its rows."""

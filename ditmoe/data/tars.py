@@ -6,17 +6,15 @@ The files are read in place with `tarfile`; nothing is unpacked.
 from __future__ import annotations
 
 import io
-import re
 import tarfile
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
-from .folders import FolderImages, read_cropped
-from .sets import MOST_LABELS, BadImage
+from .folders import FolderImages, mode_of
+from .sets import MOST_LABELS
 
 
 class _Member(NamedTuple):
@@ -38,7 +36,7 @@ class TarImages(FolderImages):
     """
 
     def __init__(self, root: Path, size: int, channels: int) -> None:
-        self.size, self.mode, self.fit = size, "L" if channels == 1 else "RGB", "crop"
+        self.size, self.mode, self.fit = size, mode_of(channels), "crop"
         tars = tar_files(root)
         beside = [file for file in files_below(root) if file not in tars] if root.is_dir() else []
         if stray := next(filter(is_image, beside), None):
@@ -66,16 +64,11 @@ class TarImages(FolderImages):
         """The tar file and the key in it."""
         return f"{self._members[row].tar}/{self._members[row].key}"
 
-    def _image(self, row: int) -> NDArray[np.uint8]:
+    def _content(self, row: int) -> BinaryIO:
         member = self._members[row]
-        try:
-            with member.tar.open("rb") as file:
-                file.seek(member.offset)
-                content = io.BytesIO(file.read(member.size))
-            return read_cropped(Path(self.name(row)), self.size, self.mode, content)
-        except (OSError, ValueError) as error:
-            sentence = re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", str(error))  # another one each time
-            raise BadImage(row, sentence) from error
+        with member.tar.open("rb") as file:
+            file.seek(member.offset)
+            return io.BytesIO(file.read(member.size))
 
 
 def tar_files(root: Path) -> list[Path]:

@@ -25,10 +25,11 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def launched(train: TrainConfig) -> Accelerator:
+def launched(train: TrainConfig, tracked_in: Path | None = None) -> Accelerator:
     """The processes of this launch, which with torchrun end with it. ValueError as `check_launch`.
 
-    What decides over the model is said here, so that Accelerate does not read it from its environment.
+    `tracked_in`: the run folder, where `train.tracker` is to be used. What decides over the model is said here, so that
+    Accelerate does not read it from its environment.
     """
     _check_environment()
     device = torch.device("cpu") if _flag("ACCELERATE_USE_CPU") else best_device()
@@ -37,6 +38,8 @@ def launched(train: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if resolve_precision(train.precision, device) == "bf16" else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=train.accumulation),
         dynamo_backend="no",
+        log_with=None if tracked_in is None or train.tracker == "none" else train.tracker,
+        project_dir=tracked_in,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
     )
     check_launch(accelerator)

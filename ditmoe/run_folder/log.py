@@ -1,11 +1,11 @@
-"""What a run says about itself while it trains: metrics.jsonl, a progress bar or plain lines, TensorBoard."""
+"""What a run says about itself while it trains: metrics.jsonl, a progress bar or plain lines."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,16 +14,20 @@ from tqdm.auto import tqdm
 
 from ..config.sections import Config
 from ..files import write_text
-from .place import METRICS, TENSORBOARD
+from .place import METRICS
 
 
 class Log:
-    """metrics.jsonl, a progress bar on a terminal, plain lines elsewhere, TensorBoard when asked.
+    """metrics.jsonl, a progress bar on a terminal, plain lines elsewhere.
 
-    `first_step` steps were done before; the first one of several processes writes it, and is alone `shown`.
+    `first_step` steps were done before; the first one of several processes writes it, and is alone `shown`. `track`
+    is told each row that is written, but those of skipped steps.
     """
 
-    def __init__(self, config: Config, first_step: int, *, shown: bool) -> None:
+    def __init__(
+        self, config: Config, first_step: int, *, shown: bool, track: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self.track = track
         self.config, self.first_step, self.shown = config, first_step, shown
         self.every = 1 if config.max_steps <= 200 else config.train.log_every
         self.turns = len(config.data.mixture) if config.data.alternate else 1  # rows in a row: of each set one
@@ -31,7 +35,6 @@ class Log:
     def __enter__(self) -> Log:
         config, hidden = self.config, None if self.shown else True
         self.file = _reopen(config.out / METRICS, self.first_step) if self.shown else None
-        self.board: Any = _tensorboard(config.out / TENSORBOARD) if self.shown and config.train.tensorboard else None
         self.bar = tqdm(total=config.max_steps, initial=self.first_step, desc="training", disable=hidden)
         self.mark, self.images, self.spoken = time.perf_counter(), 0, -math.inf
         return self
@@ -41,8 +44,6 @@ class Log:
         if self.file:
             with suppress(OSError):
                 self.file.close()
-        if self.board:
-            self.board.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,9 +82,8 @@ class Log:
             self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
-        for name, value in row.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(name, value, row["step"])
+        if self.track:
+            self.track(row)
         step, steps, loss = row["step"], self.config.max_steps, f"{row['loss']:.4f}"
         self.bar.set_postfix(loss=loss)
         if self.bar.disable and (step == steps or time.perf_counter() - self.spoken > 10):
@@ -118,11 +118,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not all(isinstance(row.get(name), int | float) for name in ("loss", "images_per_second")):
             raise ValueError(f"{path} has a row for step {row['step']} without a loss or images_per_second")
     return rows
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("train.tensorboard needs TensorBoard: pip install 'ditmoe[track]'") from error
-    return SummaryWriter(str(folder))

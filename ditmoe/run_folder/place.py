@@ -15,7 +15,6 @@ from ..config.sections import Config
 CONFIG = "config.json"
 COMMAND = "command.txt"
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 SAVED = ".saved"  # there once a checkpoint has been
 MODEL = "model"
@@ -28,7 +27,7 @@ PAGE = "index.html"
 # (data.path and data.mixture have: the data's fingerprint is checked instead.)
 _FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard", "parallel.gather"}
 _FREE |= {f"data.{name}" for name in ("path", "mixture", "vae", "download", "num_workers", "max_bad")}
-_FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tensorboard")}
+_FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tracker")}
 _FREE |= {"train.max_skipped", "train.on_save_error"}
 
 

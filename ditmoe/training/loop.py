@@ -29,6 +29,7 @@ from .parallel import Parallel
 from .saving import Saving, begin, newest, resume
 from .state import new_state, num_classes, update_ema
 from .step import Run, log_row, optimise
+from .tracking import Tracking, check_tracker
 
 OnSample = Callable[[int, Any], None]
 
@@ -36,6 +37,7 @@ OnSample = Callable[[int, Any], None]
 def open_images(config: Config) -> ImageSet:
     """The training images, on every process of the launch: a ValueError of one of them is raised on all."""
     size, channels = config.model.sample_size, config.model.in_channels
+    check_tracker(config.train)
     accelerator = start.launched(config.train)  # before anything that one of them may find wrong
     return agree.agreed(accelerator, lambda: open_data(config.data, size=size, channels=channels))
 
@@ -63,7 +65,8 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         FloatingPointError: More than `train.max_skipped` steps in a row were not finite.
         OSError: A checkpoint that must be written could not be.
     """
-    accelerator = start.launched(config.train)
+    check_tracker(config.train)
+    accelerator = start.launched(config.train, tracked_in=config.out)
     agree.agreed(accelerator, data.check_labels)
     images, processes = data.fingerprint(), accelerator.num_processes
     agree.check_alike(accelerator, {**_common(config), "images": images})
@@ -92,12 +95,13 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
             place.open_folder(config, argv, goes_on=bool(saved))
         _announce(config, data, accelerator, precision, first)
         signals = stack.enter_context(Signals())
-        log = stack.enter_context(Log(config, first, shown=accelerator.is_main_process))
+        tracking = stack.enter_context(closing(Tracking(accelerator, config, first)))
+        log = stack.enter_context(Log(config, first, shown=accelerator.is_main_process, track=tracking.row))
         saving = Saving(config, data, parallel, state, variance, first if saved else -1)
         stack.push(saving.__exit__)
         run = Run.of(config, data, parallel, state, signals, saved)
         stack.enter_context(closing(run.batches))
-        _loop(run, facts, saving, log, on_sample, first)
+        _loop(run, facts, saving, log, on_sample and _tracked(on_sample, config, tracking), first)
         saving.export(last)
         if agree.total(accelerator, [float(bool(signals.received))])[0]:
             raise Interrupted(f"stopped after step {last}, all saved; the same command makes the page")
@@ -146,6 +150,16 @@ def _loop(run: Run, facts: dict[str, Any], saving: Saving, log: Log, on_sample: 
             keep(done, wait=done == last)  # while steps are skipped, what went before them stays
             due = False
         show(done)
+
+
+def _tracked(on_sample: OnSample, config: Config, tracking: Tracking) -> OnSample:
+    """The same, and the tracker gets the grid that it has written."""
+
+    def show(step: int, pipe: Any) -> None:
+        on_sample(step, pipe)
+        tracking.picture(config.out / place.PROGRESS / f"step-{step:06d}.png", step)
+
+    return show
 
 
 def _show(on_sample: OnSample, run: Run, saving: Saving, log: Log, step: int) -> None:

@@ -180,10 +180,10 @@ def slow_readers(seconds, at_rank):
     read_from_files()
     read = FolderImages._read
 
-    def slow(self, file):
+    def slow(self, file, content=None):
         if get_worker_info() and rank() == at_rank:
             time.sleep(seconds)
-        return read(self, file)
+        return read(self, file, content)
 
     FolderImages._read = slow
 
@@ -265,14 +265,14 @@ def reader_fault(kind, name):
     read_from_files()
     read = FolderImages._read
 
-    def faulty(self, file):
+    def faulty(self, file, content=None):
         if get_worker_info() and file.name == name:
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "raises":
                 raise RuntimeError("decoder failed")
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as with a full /dev/shm
-        return read(self, file)
+        return read(self, file, content)
 
     FolderImages._read = faulty
 

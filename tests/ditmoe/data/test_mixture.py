@@ -234,7 +234,7 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         ({"mixture": ("digits", "a"), "name": "folder", "path": Path("b")}, "path does not apply to a mixture"),
         ({"mixture": ("digits", "a"), "vae": Path("b")}, "vae works with latents"),
         ({"mixture": ("digits", "a"), "download": True}, "download works with the data set fashion, not digits and fo"),
-        ({"mixture": ("digits", "fashion"), "max_bad": 1}, "max_bad works with folder, not digits and fashion"),
+        ({"mixture": ("digits", "fashion"), "max_bad": 1}, "max_bad works with folder and hf, not digits"),
         ({"alternate": True}, "alternate needs several sets; give them as --data.mixture SET SET"),
         ({"mixture": ("digits=2", "a"), "alternate": True}, "alternate takes the sets in turn, so it does not go with"),
         ({"mixture": ("digits", "digits@4")}, "a step takes those of one; add --data.alternate"),
