@@ -170,6 +170,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
             embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
         reverse_time: Embed 1000 - t instead of t, for a model whose time ran from noise to data (SiT).
         freq_shift: Of the time's sinusoids: 0 as in the official DiT, 1 as in diffusers'.
+        expert_storage: "int8": the weights of experts are 8 bits wide, see `store_int8`.
         norm2_eps: Epsilon of the norm before the feed-forward layers (diffusers' DiT: 1e-5).
 
     Raises:
@@ -201,6 +202,7 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         backend: Literal["auto", "grouped", "loop"] = "auto", learn_sigma: bool = False,
         prediction_type: str = "v_prediction", time_scale: float = 1000.0, reverse_time: bool = False,
         freq_shift: int = 0, norm2_eps: float = 1e-6, other_sizes: tuple[int, ...] = (),
+        expert_storage: Literal["float", "int8"] = "float",
     ) -> None:  # fmt: skip
         super().__init__()
         if freq_shift not in (0, 1) or norm2_eps <= 0:
@@ -263,6 +265,20 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         features = 0 if self.refiner is None else self.refiner.FEATURES
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features, head_experts)
         self._initialise()
+        if expert_storage == "int8":
+            self.store_int8()
+
+    def store_int8(self) -> None:
+        """Store stacked experts in a quarter of the memory, see `Experts.store_int8`. Such a model is not trained.
+
+        ValueError where there are none.
+        """
+        stacked = [module for module in self.modules() if isinstance(module, Experts)]
+        if not stacked:
+            raise ValueError("int8 is for stacked experts, and this model has none")
+        for module in stacked:
+            module.store_int8()
+        self.register_to_config(expert_storage="int8")
 
     def _add_positions(self, kind: str, hidden_size: int, head_dim: int, side: int) -> None:
         self.register_buffer("pos_embed", None, persistent=False)

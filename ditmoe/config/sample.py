@@ -40,6 +40,9 @@ class SampleArgs:
     """Image i depends on (seed, i, its label) alone."""
     batch_size: int = 64
     """Images drawn at once; does not change them."""
+    cached_experts: int | None = None
+    """Room in memory for so many experts of a layer; the others are read from the model's folder when they are needed.
+    Default: all are in memory."""
     score: str | None = None
     """Score the images against this reference, as python -m eval.fid has it: folder, .npz, fashion:train, ..."""
     extractor: str | None = None
@@ -112,7 +115,7 @@ class SampleArgs:
         variance = self.exposure_variance
         if variance not in (None, "published", "calibrated") and not _is_number(variance):
             raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
-        at_least(self, 1, "num", "steps", "batch_size")
+        at_least(self, 1, "num", "steps", "batch_size", "cached_experts")
 
     def tau_spans(self) -> list[tuple[float, float, float]] | None:
         """(lowest time, highest time, tau) of each span. ValueError for a word that is none."""

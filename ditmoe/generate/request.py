@@ -63,7 +63,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
 
 def requested(args: SampleArgs) -> RequestedSet:
     """The set that a command line asks for."""
-    pipe = load(args.model, fast=True)
+    pipe = load(args.model, fast=True, cached_experts=args.cached_experts)
     num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
     note_numbers(pipe, args.classes or ())
     labels = balanced_labels(pipe, num) if args.classes is None else pipe.get_label_ids(args.classes)
