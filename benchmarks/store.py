@@ -110,7 +110,9 @@ def main() -> None:
     for cached in args.cached:
         if args.cold:
             drop(args.out)
-        subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.store", *sys.argv[1:], "--one", str(cached)])
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.store", *sys.argv[1:], "--one", str(cached)], check=True
+        )
     return None
 
 

@@ -41,7 +41,7 @@ def stored_network(folder: Path, cached: int) -> DiTMoETransformer2DModel:
 
         places = [slices.places[each] for each in names]
         net.set_submodule(name, StoredExperts(net.get_submodule(name), read, places, cached, reader))
-    whole = {name: slices.tensor(name) for name in slices.places if name.rpartition(".")[0] not in stored}
-    net.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in whole.items()}, assign=True)
+    rest = [name for name in slices.places if name.rpartition(".")[0] not in stored]
+    net.load_state_dict({name: slices.tensor(name).float() for name in rest}, assign=True)
     net.eval().requires_grad_(False)
     return net
