@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, cast, get_type_hints
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from safetensors import SafetensorError, safe_open
@@ -158,7 +159,7 @@ KEYS = {  # fields of the configuration that the network, and so a saved model, 
 }
 
 
-class DiTMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class DiTMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """DiT with mixture-of-experts feed-forward layers. Saved and loaded as any diffusers model.
 
     Args: the fields of `ditmoe.config.ModelConfig`, `MoEConfig` and `ObjectiveConfig` of the same names, or of those in

@@ -12,7 +12,7 @@ from .checks import at_least, require
 from .sections import PredictionType
 
 Family = Literal["dit", "sit", "dit-moe", "diffusers"]
-CHANGES = ("upcycle", "more", "prune", "merge", "split", "int8")
+CHANGES = ("upcycle", "more", "prune", "merge", "split", "int8", "lora")
 _OF = {  # options of some changes alone
     "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "num": ("prune", "split"),
     "data_path": ("prune", "split"), "seed": ("upcycle", "more", "prune", "split"),
@@ -22,7 +22,7 @@ _OF = {  # options of some changes alone
 @dataclass(frozen=True)
 class ConvertArgs:
     """Make a model folder of a checkpoint of DiT, SiT, DiT-MoE or diffusers' DiT; or take a dense model out of one; or,
-    with one of --upcycle, --more, --prune, --merge, --split and --int8, make of a model another one.
+    with one of --upcycle, --more, --prune, --merge, --split, --int8 and --lora, make of a model another one.
 
     Of others' checkpoints weights keep their precision, and what one does not say is asked for. A changed model is in
     float32 (but for --int8), and its training.json trains it on: python train.py OUT/training.json --out RUN.
@@ -61,6 +61,8 @@ class ConvertArgs:
     """Cut every dense layer into so many experts of like units (D2DMoE), of which a token has as many as it needs."""
     int8: bool = False
     """Store experts as int8 with a scale a row, and the rest in bfloat16: to draw with, not to train on."""
+    lora: Path | None = None
+    """Add to the weights what this folder holds, a LoRA adapter of the model."""
     blocks: Literal["all", "every-second"] = "all"
     """upcycle, split: which blocks get experts."""
     tau: float = 0.5

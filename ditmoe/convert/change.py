@@ -20,6 +20,8 @@ from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
 from ..objective import Objective
 from .centroids import training_images
+from .lora import load
+from .lora import merge as merge_lora
 from .merge import merge
 from .more import more
 from .prune import by_chance, check_keep, prune, usage
@@ -86,6 +88,10 @@ def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -
         return made, ", the same function"
     if args.more:
         return more(net, args.seed), ", the same function"
+    if args.lora:
+        load(net, args.lora)
+        merge_lora(net)
+        return net, ", the adapter among them"
     if args.merge:
         return merge(net, pipeline.load(args.merge).transformer.eval()), ""
     if args.prune is not None:

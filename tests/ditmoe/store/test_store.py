@@ -27,7 +27,8 @@ RULES = {
 
 
 def network(moe: MoEConfig, activation: Literal["swiglu", "gelu"] = "swiglu") -> DiTMoETransformer2DModel:
-    moe = replace(moe, num_experts=6, expert_width=16, shared_width=16, blocks="all", backend="loop")
+    moe = moe if moe.blocks == "none" else replace(moe, blocks="all")
+    moe = replace(moe, num_experts=6, expert_width=16, shared_width=16, backend="loop")
     model = ModelConfig(sample_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2, ffn_width=48)
     torch.manual_seed(0)
     net = build(Config(model=replace(model, activation=activation), moe=moe), 4)
