@@ -262,13 +262,15 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 diffusers.DiTMoEPipeline = DiTMoEPipeline  # where DiffusionPipeline.from_pretrained looks a saved class up
 
 
-def load(folder: Path, *, fast: bool = False) -> DiTMoEPipeline:
+def load(folder: Path, *, fast: bool = False, cached_experts: int | None = None) -> DiTMoEPipeline:
     """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
 
-    On the CPU, or with `fast` where this machine computes fast. Raises ValueError where there is no pipeline, saying
-    what was looked for, or where what is there is not one of ours.
+    On the CPU, or with `fast` where this machine computes fast. With `cached_experts` so many experts of a layer have
+    room in memory, and are read from the folder when they are needed, see `ditmoe.store`.
+
+    Raises ValueError where there is no pipeline, saying what was looked for, or where what is there is not one of ours.
     """
-    pipe: DiTMoEPipeline = opened(DiTMoEPipeline, folder)
+    pipe: DiTMoEPipeline = opened(DiTMoEPipeline, folder, cached_experts)
     return pipe.to(best_device()) if fast else pipe
 
 

@@ -13,7 +13,7 @@ from .checks import at_least, require
 from .sections import PredictionType
 
 Family = Literal["dit", "sit", "dit-moe", "diffusers"]
-CHANGES = ("upcycle", "more", "prune", "merge", "split")
+CHANGES = ("upcycle", "more", "prune", "merge", "split", "int8", "lora")
 _OF_OTHERS = ("source", "num_heads", "prediction_type", "vae")  # options of others' checkpoints
 _OF = {  # options of some changes alone
     "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "num": ("prune", "split"),
@@ -24,10 +24,10 @@ _OF = {  # options of some changes alone
 @dataclass(frozen=True)
 class ConvertArgs:
     """Make a model folder of a checkpoint of DiT, SiT, DiT-MoE or diffusers' DiT; or take a dense model out of one; or,
-    with one of --upcycle, --more, --prune, --merge and --split, make of a model another one.
+    with one of --upcycle, --more, --prune, --merge, --split, --int8 and --lora, make of a model another one.
 
     Of others' checkpoints weights keep their precision, and what one does not say is asked for. A changed model is in
-    float32, and its training.json trains it on: python train.py OUT/training.json --out RUN.
+    float32 (but for --int8), and its training.json trains it on: python train.py OUT/training.json --out RUN.
     """
 
     src: Annotated[Path, tyro.conf.Positional]
@@ -61,6 +61,10 @@ class ConvertArgs:
     """Take in the experts of this model too, and the mean of all else."""
     split: int | None = None
     """Cut every dense layer into so many experts of like units (D2DMoE), of which a token has as many as it needs."""
+    int8: bool = False
+    """Store experts as int8 with a scale a row, and the rest in bfloat16: to draw with, not to train on."""
+    lora: Path | None = None
+    """Add to the weights what this folder holds, a LoRA adapter of the model."""
     blocks: Literal["all", "every-second"] = "all"
     """upcycle, split: which blocks get experts."""
     tau: float = 0.5

@@ -48,6 +48,9 @@ class SampleArgs:
     cache: str | None = None
     """Work kept between steps, taylor:N: the blocks are run every N steps, and foretold from the last two times in
     between. Faster, and other images."""
+    cached_experts: int | None = None
+    """Room in memory for so many experts of a layer; the others are read from the model's folder when they are needed.
+    Default: all are in memory."""
     score: str | None = None
     """Score the images against this reference, as python -m eval.fid has it: folder, .npz, fashion:train, ..."""
     extractor: str | None = None
@@ -124,7 +127,7 @@ class SampleArgs:
             raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
         if self.cache is not None and not re.fullmatch(r"taylor:([2-9]|10)", self.cache):
             raise ValueError(f"cache is {self.cache!r}; give taylor:N with N from 2 to 10, such as taylor:2")
-        at_least(self, 1, "num", "steps", *(("batch_size",) if self.batch_size is not None else ()))
+        at_least(self, 1, "num", "steps", "batch_size", "cached_experts")
 
     def tau_spans(self) -> list[tuple[float, float, float]] | None:
         """(lowest time, highest time, tau) of each span. ValueError for a word that is none."""

@@ -20,6 +20,8 @@ from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
 from .centroids import noised, training_images
 from .grow import merge, more
+from .lora import load
+from .lora import merge as merge_lora
 from .prune import by_chance, check_keep, prune, usage
 from .rebuild import described
 from .split import split
@@ -36,6 +38,10 @@ def change(args: ConvertArgs) -> None:
     """
     pipe = pipeline.load(args.src)
     config, before = _trained_by(args, pipe), pipe.transformer.eval()
+    if before.config.expert_storage == "int8":
+        raise ValueError(f"{args.src} stores its experts as int8; change the model that it was made of")
+    if args.int8:
+        return _store_int8(args, pipe, config)
     after, words = _changed(args, before, config)
     pipe.register_modules(transformer=after)
     with replacing(args.out) as temporary:
@@ -47,6 +53,17 @@ def change(args: ConvertArgs) -> None:
     sizes = [f"{n / 1e6:.2f} M" for net in (before, after) for n in count_parameters(net)]
     print(f"{args.src}: {sizes[0]} parameters, {sizes[1]} activated; {args.out}: {sizes[2]}, {sizes[3]}{words}")
     print(f"wrote {args.out}; python train.py {args.out}/training.json --out RUN trains it on")
+
+
+def _store_int8(args: ConvertArgs, pipe: pipeline.DiTMoEPipeline, config: Config) -> None:
+    net = pipe.transformer.bfloat16()
+    net.store_int8()
+    with replacing(args.out) as temporary:
+        pipe.save_pretrained(temporary)
+        save(config, temporary / "training.json")
+    stored = [tensor for name, tensor in net.state_dict().items() if ".experts." in name]
+    experts, wide = sum(v.nbytes for v in stored), sum(2 * v.numel() for v in stored if v.dtype == torch.int8)
+    print(f"wrote {args.out}; its experts take {experts / 1e6:.2f} MB instead of {wide / 1e6:.2f} MB in bfloat16")
 
 
 def _trained_by(args: ConvertArgs, pipe: pipeline.DiTMoEPipeline) -> Config:
@@ -69,6 +86,10 @@ def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -
         return made, ", the same function"
     if args.more:
         return more(net, args.seed), ", the same function"
+    if args.lora:
+        load(net, args.lora)
+        merge_lora(net)
+        return net, ", the adapter among them"
     if args.merge:
         return merge(net, pipeline.load(args.merge).transformer.eval()), ""
     if args.prune is not None:

@@ -70,7 +70,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
 
 def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> RequestedSet:
     """The set that a command line asks for, of its model, which may be loaded already."""
-    pipe = load(args.model, fast=True) if pipe is None else pipe
+    pipe = load(args.model, fast=True, cached_experts=args.cached_experts) if pipe is None else pipe
     num = len(args.classes) if args.classes else args.num or 8 * min(max(len(pipe.id2label), 1), 20)
     note_numbers(pipe, args.classes or ())
     labels = balanced_labels(pipe, num) if args.classes is None else pipe.get_label_ids(args.classes)

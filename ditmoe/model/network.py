@@ -12,6 +12,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from ..moe import (
 from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
 
 
-class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin):  # type: ignore[misc]
+class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """DiT with mixture-of-experts feed-forward layers. Saved and loaded as any diffusers model.
 
     Args: the fields of `ditmoe.config.ModelConfig`, `MoEConfig` and `ObjectiveConfig` of the same names, or of those in
@@ -56,6 +57,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin):  # type: ig
             embeds t * time_scale / 1000; an imported model that saw t in [0, 1] has time_scale 1.
         reverse_time: Embed 1000 - t instead of t, for a model whose time ran from noise to data (SiT).
         freq_shift: Of the time's sinusoids: 0 as in the official DiT, 1 as in diffusers'.
+        expert_storage: "int8": the weights of experts are 8 bits wide, see `store_int8`.
         norm2_eps: Epsilon of the norm before the feed-forward layers (diffusers' DiT: 1e-5).
 
     Raises:
@@ -88,6 +90,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin):  # type: ig
         backend: Literal["auto", "grouped", "loop"] = "auto", learn_sigma: bool = False,
         prediction_type: str = "v_prediction", time_scale: float = 1000.0, reverse_time: bool = False,
         freq_shift: int = 0, norm2_eps: float = 1e-6, other_sizes: tuple[int, ...] = (),
+        expert_storage: Literal["float", "int8"] = "float",
     ) -> None:  # fmt: skip
         super().__init__()
         if freq_shift not in (0, 1) or norm2_eps <= 0:
@@ -150,6 +153,20 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin):  # type: ig
         features = 0 if self.refiner is None else self.refiner.FEATURES
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features, head_experts)
         self._initialise()
+        if expert_storage == "int8":
+            self.store_int8()
+
+    def store_int8(self) -> None:
+        """Store stacked experts in a quarter of the memory, see `Experts.store_int8`. Such a model is not trained.
+
+        ValueError where there are none.
+        """
+        stacked = [module for module in self.modules() if isinstance(module, Experts)]
+        if not stacked:
+            raise ValueError("int8 is for stacked experts, and this model has none")
+        for module in stacked:
+            module.store_int8()
+        self.register_to_config(expert_storage="int8")
 
     def _add_positions(self, kind: str, hidden_size: int, head_dim: int, side: int) -> None:
         self.register_buffer("pos_embed", None, persistent=False)

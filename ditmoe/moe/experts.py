@@ -107,6 +107,19 @@ class Experts(nn.Module):
         nn.init.zeros_(self.w_in[..., self.w_out.shape[1] :])
         nn.init.uniform_(self.w_out, -bound, bound)
 
+    def store_int8(self) -> None:
+        """From now on the weights are int8, with a float32 scale a row, `w_in_scale` (E, 2F, 1), `w_out_scale`."""
+        for name in ("w_in", "w_out"):
+            weight = getattr(self, name).detach().float()
+            scale = weight.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
+            setattr(self, name, nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False))
+            self.register_buffer(f"{name}_scale", scale)
+
+    def matrices(self, dtype: torch.dtype) -> list[Tensor]:
+        """w_in and w_out, of that dtype."""
+        scales = getattr(self, "w_in_scale", None), getattr(self, "w_out_scale", None)
+        return [unscaled(w, scale, dtype) for w, scale in zip((self.w_in, self.w_out), scales, strict=True)]
+
     def forward(self, x: Tensor, plan: Plan, *, alike: bool = False) -> Tensor:
         """The weighted sum of every row's experts: x (R, B, D) -> (R, B, D), of x's dtype or autocast's.
 
@@ -132,7 +145,7 @@ class Experts(nn.Module):
         y: Tensor
         way = plan.row, plan.slot, plan.starts
         if self.exchange is None and not self.biases and not self._use_grouped(x):
-            w_in, w_out = self.w_in.to(x.dtype), self.w_out.to(x.dtype)
+            w_in, w_out = self.matrices(x.dtype)
             y = _Loop.apply(x, w_in, w_out, plan.weight, *way, plan.counts, self.activation)
             return y
         R, B, D = x.shape
@@ -145,7 +158,7 @@ class Experts(nn.Module):
 
     def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Both products and the activation, for rows (P, D) sorted by expert: (P, D)."""
-        w_in, w_out = self.w_in.to(rows.dtype), self.w_out.to(rows.dtype)
+        w_in, w_out = self.matrices(rows.dtype)
         rows = F.pad(rows, (0, 8), value=1 / 8) if self.biases else rows
         if self._use_grouped(rows):
             hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P, F)
@@ -164,9 +177,10 @@ class Experts(nn.Module):
         """
         R, K = expert.shape
         D, width = self.w_out.shape[1:]
-        w_in = F.embedding(expert, self.w_in.to(x.dtype).flatten(1)).view(R, K, -1, width, self.w_in.shape[2])
+        w_in, w_out = self.matrices(x.dtype)
+        w_in = F.embedding(expert, w_in.flatten(1)).view(R, K, -1, width, self.w_in.shape[2])
         w_in = w_in.transpose(1, 2).reshape(R, -1, self.w_in.shape[2])  # gate rows of all K, then up rows of all K
-        w_out = F.embedding(expert, self.w_out.to(x.dtype).flatten(1)).view(R, K, D, width)
+        w_out = F.embedding(expert, w_out.flatten(1)).view(R, K, D, width)
         w_out = (w_out * weight[..., None, None].to(x.dtype)).transpose(1, 2).reshape(R, D, -1)
         x = F.pad(x, (0, 8), value=1 / 8) if self.biases else x
         hidden = _activate(torch.bmm(x, w_in.transpose(1, 2)), self.activation)  # (R, B, K * F)
@@ -178,6 +192,11 @@ class Experts(nn.Module):
         D, width = self.w_out.shape[1:]
         fits = _fits_grouped(D, width, x.dtype)
         return fits and (x.device.type != "cpu" or D * width < _LOOP_PAYS)
+
+
+def unscaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Stored weights, times the scales of their rows where they have some."""
+    return weight.to(dtype) if scale is None else (weight * scale).to(dtype)
 
 
 def _inner(width: int, activation: Activation) -> int:

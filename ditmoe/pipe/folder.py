@@ -17,6 +17,7 @@ from ..data.latents import is_normalization
 from ..data.vae import check_vae, load_vae
 from ..files import replacing
 from ..model import DiTMoETransformer2DModel, check_network
+from ..store.load import stored_network
 from . import handed_in
 from .asked import EXPERTS_OFF
 
@@ -53,13 +54,14 @@ def find(folder: Path) -> Path:
     return place
 
 
-def opened(kind: Any, folder: Path) -> Any:
+def opened(kind: Any, folder: Path, cached_experts: int | None = None) -> Any:
     """The pipeline, of the class `kind`, of a run folder or of its `model/`, see `ditmoe.pipeline.load`."""
     place = find(folder)
     try:
         checked(kind, place)
         logging.disable_progress_bar()
-        pipe = kind.from_pretrained(place, local_files_only=True, use_safetensors=True)
+        own = {} if cached_experts is None else {"transformer": stored_network(place / "transformer", cached_experts)}
+        pipe = kind.from_pretrained(place, local_files_only=True, use_safetensors=True, **own)
         if any(v.is_meta for part in (pipe.transformer, pipe.vae, pipe.guide) if part for v in part.parameters()):
             raise ValueError("its weights are not in the files that diffusers reads")
         pipe.transformer.float()

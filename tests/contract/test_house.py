@@ -20,6 +20,7 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "layers": 1,
     "moe": 1.5,
     "model": 2,
+    "store": 3,
     "objective": 3,
     "launch": 4,
     "data": 5,
@@ -37,7 +38,7 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
 }
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
 HEAVY = {
-    "accelerate": {"launch", "training"},
+    "accelerate": {"launch", "training", "store"},
     "samplers": {"objective", "pipe", "pipeline", "analysis", "play"},
 }
 

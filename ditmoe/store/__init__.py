@@ -1,0 +1,1 @@
+"""Networks larger than the memory: experts that stay on the disk until a token asks for them."""
