@@ -43,7 +43,7 @@ def test_a_model_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"x.ckpt is a file, no model folder; python -m ditmoe convert"):
+    with pytest.raises(ValueError, match=r"x.ckpt holds no model: it is a file; python -m ditmoe convert"):
         pipeline.load(tmp_path / "x.ckpt")
 
 
