@@ -67,8 +67,7 @@ def read_object(file: Path) -> dict[str, Any]:
 def check_no_code(folder: Path) -> None:
     """ValueError where a folder that others made holds a script."""
     for script in sorted(folder.glob("*.py")):
-        what = "holds settings and weights alone; remove it (what was exported --standalone is for diffusers)"
-        raise ValueError(f"{script} is code, and a model folder {what}")
+        raise ValueError(f"{script} is code, and a model folder holds settings and weights alone; remove it")
 
 
 def check_component(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -100,6 +100,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The labels of class names. ValueError for a name that no class has, or several."""
         return asked.labels_of(label, self.transformer.config.num_classes, self.id2label)
 
+    @asked.unmoved_if_refused
     def __call__(
         self, class_labels: int | str | Sequence[int | str] | None = None, *, num_images: int | None = None,
         sampler: str | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,

@@ -147,6 +147,9 @@ class TrainConfig:
     """Steps in a row that are skipped because a loss, gradient or router logit is not finite, before the run stops."""
     sample_every: int = 0
     """Steps between sample grids and scores during training; 0 makes none."""
+    moved: bool = False
+    """A run goes on on other hardware: its learning_rate, precision and accumulation may change, which is said and
+    noted in command.txt."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Whom to send metrics and sample grids to, beside metrics.jsonl; its package has to be installed (tensorboard
     comes with the extra track). WANDB_MODE=offline and the like are read as ever."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from .. import __version__
 from ..config.file import check_types
 from ..config.sections import Config, ModelConfig, MoEConfig
+from ..files import CODE
 from ..moe import AttentionExperts, Experts, MoELayer, Router
 from .network import DiTMoETransformer2DModel
 
@@ -114,7 +115,7 @@ def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
 def check_network(values: Mapping[str, Any]) -> None:
     """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
     make = DiTMoETransformer2DModel.__init__
-    if strange := sorted(name for name in values.keys() - signature(make).parameters if name[0] != "_"):
+    if strange := sorted(name for name in values.keys() - {*CODE, *signature(make).parameters} if name[:1] != "_"):
         what = f"has {strange[0]} {values[strange[0]]!r:.100}, which ditmoe {__version__} does not know"
         raise ValueError(f"its config.json {what}; it may be of a newer version: pip install --upgrade ditmoe")
     check_types(values, get_type_hints(make))

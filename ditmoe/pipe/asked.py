@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any, ParamSpec, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from samplers import image_generators, initial_noise
 from ..data.pixels import to_pil, to_pixels
 from ..moe import MoELayer
 
+Arguments = ParamSpec("Arguments")
 OUTPUTS = ("pil", "np", "pt", "latent")
 EXPERTS_OFF = "experts-off"
 NONE = "none"
@@ -98,6 +100,24 @@ def images_of(
             "with num_images_per_label"
         )
     return labels, len(labels)
+
+
+def unmoved_if_refused(call: Callable[Arguments, Any]) -> Callable[Arguments, Any]:
+    """The call, after a refusal of which every torch.Generator that was handed in is as it was before."""
+
+    @wraps(call)
+    def guarded(*args: Arguments.args, **options: Arguments.kwargs) -> Any:
+        given: Any = options.get("generator")
+        generators = [g for g in (given if isinstance(given, list | tuple) else [given]) if hasattr(g, "get_state")]
+        states = [g.get_state() for g in generators]
+        try:
+            return call(*args, **options)
+        except ValueError:
+            for one, state in zip(generators, states, strict=True):
+                one.set_state(state)
+            raise
+
+    return guarded
 
 
 def generators_of(

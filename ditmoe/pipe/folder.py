@@ -47,7 +47,7 @@ def checked(kind: type, folder: Path) -> dict[str, Any]:
 def find(folder: Path) -> Path:
     """The pipeline folder that a run folder or its `model/` is; ValueError where there is none."""
     if folder.is_file():
-        raise ValueError(f"{folder} is a file, no model folder; python -m ditmoe convert {folder} FOLDER makes one")
+        raise ValueError(f"{folder} holds no model: it is a file; python -m ditmoe convert {folder} FOLDER makes one")
     place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
     if place is None:
         raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")

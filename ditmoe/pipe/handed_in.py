@@ -34,7 +34,6 @@ def check_pipeline(
     config.json that `check_network` does not refuse. `settings`: what further entries have to fulfil where they are
     there. ValueError where it names anything but our classes and diffusers', holds code, or its parts do not fit.
     """
-    check_no_code(folder)
     index = read_object(folder / "model_index.json")
     known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(pipeline).parameters}
     ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
@@ -56,6 +55,7 @@ def check_pipeline(
     for entry, fitting in fits.items():
         if not fitting:
             raise ValueError(f"model_index.json has {entry} {index.get(entry)!r:.200}, which is not ditmoe's")
+    check_no_code(folder)
     check_component(place := folder / "scheduler")
     steps = read_object(place / "scheduler_config.json").get("num_train_timesteps", 1000)
     if not isinstance(steps, int) or not 0 < steps <= _STEPS:

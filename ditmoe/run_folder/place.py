@@ -28,7 +28,8 @@ PAGE = "index.html"
 _FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard", "parallel.gather"}
 _FREE |= {f"data.{name}" for name in ("path", "mixture", "vae", "download", "num_workers", "max_bad")}
 _FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tracker")}
-_FREE |= {"train.max_skipped", "train.on_save_error"}
+_FREE |= {"train.max_skipped", "train.on_save_error", "train.moved"}
+_MOVED = {"train.learning_rate", "train.precision", "train.accumulation"}  # may change too, where train.moved says so
 
 
 @contextmanager
@@ -50,13 +51,21 @@ def check_place(config: Config) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
     if path.exists():
-        lines = differences(_told(read_file(path)), _told(config))
-        changed = [x for x in lines if x.split(":")[0] not in _FREE and not x.startswith(("sample.", "plan."))]
-        if changed:
-            found = "; ".join(changed[:5])
-            raise ValueError(f"{config.out} holds another run ({found}); give another --out, or the same values")
+        changed = _changed(config)
+        if refused := [line for line in changed if not config.train.moved or line.split(":")[0] not in _MOVED]:
+            what = f"{config.out} holds another run ({'; '.join(refused[:5])}); give another --out, or the same values"
+            movable = {line.split(":")[0] for line in changed} <= _MOVED
+            raise ValueError(what + (", or --train.moved if it goes on on other hardware" if movable else ""))
+    elif config.train.moved:
+        raise ValueError(f"train.moved is for a run that goes on, and {config.out} holds none; leave it out")
     elif config.out.exists() and any(p.name not in (files.LOCK, f"{CONFIG}.tmp") for p in config.out.iterdir()):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
+
+
+def _changed(config: Config) -> list[str]:
+    """What differs from the run that the folder holds, and has an influence on its weights."""
+    lines = differences(_told(read_file(config.out / CONFIG)), _told(config))
+    return [x for x in lines if x.split(":")[0] not in _FREE and not x.startswith(("sample.", "plan."))]
 
 
 def _told(config: Config) -> dict[str, Any]:
@@ -73,9 +82,12 @@ def open_folder(config: Config, argv: Sequence[str], *, goes_on: bool) -> None:
     """
     for leftover in config.out.glob(f"{MODEL}.tmp-*"):  # of an export that was killed
         files.remove(leftover)
+    moved = _changed(config) if (config.out / CONFIG).exists() else []
     save(config, config.out / CONFIG)
     (config.out / PAGE).unlink(missing_ok=True)
     if goes_on:
         (config.out / SAVED).touch()
     with (config.out / COMMAND).open("a") as file:
-        file.write(shlex.join(argv) + "\n")
+        file.write("".join([shlex.join(argv) + "\n", *(f"# {line}\n" for line in moved)]))
+    for line in moved:
+        print(f"note: {line} from here on, as --train.moved allows", flush=True)

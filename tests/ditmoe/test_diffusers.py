@@ -495,3 +495,13 @@ def test_masks_that_cannot_be_used() -> None:
     for mask, sentence in ((None, "mask_image is None"), (np.zeros((4, 8)), "mask_image is not 1 or 1 of 8 x 8")):
         with pytest.raises(ValueError, match=sentence):
             make().inpaint(picture(), mask, 1)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_refused_call_leaves_generators_where_they_were(listed: bool) -> None:
+    pipe, g = make(), seeds(7)[0]
+    before = g.get_state()
+    for wrong in ({"epsilon_scale": -1.0}, {"sampler": "nothing"}, {"eta": 0.5, "sampler": "unipc"}):
+        with pytest.raises(ValueError):  # noqa: PT011 - any of them
+            pipe([0], generator=[g] if listed else g, num_inference_steps=2, **wrong)
+        assert torch.equal(g.get_state(), before)
