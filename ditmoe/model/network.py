@@ -252,8 +252,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         table, rotary = self._positions(hidden_states)
         if table is not None:
             x = x + table.to(x.dtype)
-        tokens, decision = x, None
-        routing: list[Routing] = []
+        tokens, decision, routing = x, None, list[Routing]()
         for i, block in enumerate(self.blocks):
             if steering is not None:
                 condition = condition._replace(steering=steering.at(i))

@@ -131,9 +131,9 @@ def _draw(
     bar.set_label("% of tokens served, difference", color=MUTED, fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=MUTED)
-    for k, (i, e) in enumerate(top[:SHOWN]):  # the first is widest: lines that coincide are all seen
-        times, width = (np.arange(B) + 0.5) * 1000 / B, 1.5 + 1.2 * (len(top[:SHOWN]) - 1 - k)
-        lines.plot(times, 100 * by_time[i, :, e], linewidth=width, label=f"layer {layers[i]}, expert {e}")
+    for k, (i, e) in enumerate(top[:SHOWN]):  # lines that coincide are both seen
+        times, dashes = (np.arange(B) + 0.5) * 1000 / B, ("-", "--")[k % 2]
+        lines.plot(times, 100 * by_time[i, :, e], dashes, linewidth=2, label=f"layer {layers[i]}, expert {e}")
     lines.set_xlim(1000, 0)
     lines.set_xlabel("t, from noise to image", color=MUTED, fontsize=9)
     bare_axes(lines)
