@@ -4,9 +4,9 @@
 
 One run, in turns, medians. `plain` is what `sample.py` did before it had the options: float32, nothing compiled or
 kept. `fashion` is models/fashion without its guide, `s` the preset with random weights and 256 tokens; the twin and
-diffusers' DiT are random too, the latter of our width, depth, heads and patches, with the stock feed-forward layer of
-as many multiplications. All draw with DDIM and guidance over all steps. The differences are of pixels, 0 to 255, from
-the plain path's. `--cpu-time` counts processor seconds, of one thread, where others use the machine.
+diffusers' DiT are random too, the latter of our heads and patches, and of our width and depth, or of as many parameters
+as are active in ours, or as ours has. All draw with DDIM and guidance over all steps. The differences are of pixels,
+0 to 255, from the plain path's. `--cpu-time` counts processor seconds, of one thread, where others use the machine.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from benchmarks.rival_models import _dit_shapes
 from benchmarks.timing import machine, round_robin
 from ditmoe import pipeline
 from ditmoe.config.presets import PRESETS
@@ -29,7 +31,7 @@ from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config
 from ditmoe.generate.draw import Pixels, RequestedSet, balanced_labels
 from ditmoe.generate.speed import prepare
-from ditmoe.model import build
+from ditmoe.model import build, count_parameters
 from ditmoe.pipeline import DiTMoEPipeline
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -56,6 +58,9 @@ def random_pipe(config: Config, dense: bool) -> DiTMoEPipeline:
     return pipeline.assemble(net.eval(), config, {i: str(i) for i in range(classes)})
 
 
+RIVALS = ("DiTPipeline", "DiTPipeline, active parameters", "DiTPipeline, all parameters")
+
+
 class Identity(torch.nn.Module):
     """Stands where DiTPipeline has a VAE."""
 
@@ -66,15 +71,23 @@ class Identity(torch.nn.Module):
         return SimpleNamespace(sample=x)
 
 
-def stock(config: Config) -> DiTPipeline:
-    """Diffusers' own, of our width, depth, heads and patches."""
+def stock(config: Config, target: int | None) -> DiTPipeline:
+    """Diffusers' own, of our heads and patches: of our width and depth, or nearest to so many parameters."""
     model = config.model
-    net = DiTTransformer2DModel(
-        num_attention_heads=model.num_heads, attention_head_dim=model.hidden_size // model.num_heads,
-        in_channels=model.in_channels, out_channels=model.in_channels, num_layers=model.depth,
-        sample_size=model.sample_size, patch_size=model.patch_size, num_embeds_ada_norm=1000,
-    )  # fmt: skip
-    pipe = DiTPipeline(net.eval(), Identity(), DDIMScheduler())
+
+    def make(depth: int, head: int) -> DiTTransformer2DModel:
+        return DiTTransformer2DModel(
+            num_attention_heads=model.num_heads, attention_head_dim=head, in_channels=model.in_channels,
+            out_channels=model.in_channels, num_layers=depth, sample_size=model.sample_size,
+            patch_size=model.patch_size, num_embeds_ada_norm=1000,
+        )  # fmt: skip
+
+    def far(shape: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            return abs(sum(p.numel() for p in make(*shape).parameters()) - (target or 0))
+
+    shapes = [(model.depth, model.hidden_size // model.num_heads)] if target is None else _dit_shapes(model, target)
+    pipe = DiTPipeline(make(*min(shapes, key=far)).eval(), Identity(), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -88,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=[*WAYS, "DiTPipeline"], default=[*WAYS, "DiTPipeline"])
+    parser.add_argument("--only", nargs="+", choices=[*WAYS, *RIVALS], default=[*WAYS, *RIVALS])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = PRESETS[args.preset]
@@ -109,16 +122,19 @@ def main() -> None:
         pipe = DiTMoEPipeline(copy.deepcopy(pipe.transformer), pipe.scheduler, id2label=pipe.config.id2label)
         prepare(pipe, None, replace(SampleArgs(Path("models/fashion"), precision="fp32"), **WAYS[name]))
         turns[name] = turn(name, RequestedSet(pipe, balanced_labels(pipe, args.num), args.num, options))
-    if "DiTPipeline" in args.only:
-        rival, labels = stock(config), [i % 10 for i in range(args.num)]
-        turns["DiTPipeline"] = lambda: rival(labels, args.cfg, num_inference_steps=args.steps, output_type="np")
+    total, active = count_parameters(own.transformer)
+    labels = [i % 10 for i in range(args.num)]
+    how = {"num_inference_steps": args.steps, "output_type": "np"}
+    for name, target in zip(RIVALS, (None, active, total), strict=True):
+        if name in args.only:
+            turns[name] = partial(stock(config, target), labels, args.cfg, **how)
     clock = time.process_time if args.cpu_time else time.perf_counter
     seconds = round_robin(turns, args.rounds, clock)
     words = f"{args.num} images, {args.steps} steps of ddim, guidance {args.cfg}, median of {args.rounds}"
     print(f"{args.preset}: {words}{', processor time' if args.cpu_time else ''}; {machine()}\n")
-    print("| | images/s | of plain | of the dense twin | of DiTPipeline | pixels differ by, mean | most |")
-    print("|---" * 7 + "|")
-    rivals = ("plain", "dense twin", "DiTPipeline")
+    print("| | images/s | of plain | of the dense twin | of DiTPipeline | active | all | differs by | at most |")
+    print("|---" * 9 + "|")
+    rivals = ("plain", "dense twin", *RIVALS)
     for name, took in seconds.items():
         shares = [f"{seconds[rival] / took:.2f}" if rival in seconds else "" for rival in rivals]
         far = ["", ""]

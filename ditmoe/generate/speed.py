@@ -5,7 +5,6 @@ Shapes: T tokens of an image, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,15 +35,10 @@ def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> 
         for block in net.blocks if args.compile else ():
             block.forward = torch.compile(block.forward, dynamic=False)
         if args.cache is not None:
-            last = len(net.blocks) - 1
-            net.enable_cache(
-                TaylorSeerCacheConfig(
-                    cache_interval=int(args.cache.partition(":")[2]),
-                    cache_identifiers=[f"blocks\\.{last}"],
-                    skip_predict_identifiers=[f"blocks\\.{i}" for i in range(last)],
-                    taylor_factors_dtype=torch.float32,
-                )
-            )
+            *others, last = (f"blocks\\.{i}" for i in range(len(net.blocks)))  # what the last gives is all of them
+            how = {"cache_identifiers": [last], "skip_predict_identifiers": others}
+            every = int(args.cache.partition(":")[2])
+            net.enable_cache(TaylorSeerCacheConfig(every, taylor_factors_dtype=torch.float32, **how))
     found: dict[str, Any] = {"dtype": "bfloat16" if precision == "bf16" else "float32"}
     found |= {"compiled": True} if args.compile else {}
     return found | ({} if args.cache is None else {"cache": args.cache})
@@ -54,8 +48,7 @@ def _halve(net: nn.Module) -> None:
     """Weights and tables in bfloat16, but those of routers, which decide in float32."""
     kept = {part for module in net.modules() if isinstance(module, Router) for part in module.modules()}
     for module in set(net.modules()) - kept:
-        parts: Iterable[torch.Tensor] = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        for part in parts:
+        for part in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             part.data = part.data.to(torch.bfloat16)
 
 

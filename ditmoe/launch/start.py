@@ -113,9 +113,8 @@ def _is_fast_cpu() -> bool:
 
     One thread of a Xeon made 80 GFLOP/s of products in bfloat16, 135 in float32 (torch 2.14).
     """
-    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
-        return bool(torch.cpu._is_amx_tile_supported())
-    return not (CPUINFO.is_file() and "GenuineIntel" in CPUINFO.read_text())
+    intel = CPUINFO.is_file() and "GenuineIntel" in CPUINFO.read_text()
+    return bool(torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not intel))
 
 
 def check_launch(accelerator: Accelerator | PartialState) -> None:
