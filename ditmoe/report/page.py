@@ -50,12 +50,9 @@ def render(
         "share": "{:.1%}".format, "whole": "{:,}".format, "number": _number, "millions": _millions,
         "duration": duration, "text": _text, "quote": shlex.quote, "repr": repr,
     }  # fmt: skip
+    given = {"report": report, "figures": figures, "config": json.dumps(config, indent=2)}
     return room.get_template("page.html").render(
-        report=report,
-        captions=CAPTIONS,
-        figures=figures,
-        config=json.dumps(config, indent=2),
-        live={"film": None, "loads": None, **(live or {})},
+        **given, captions=CAPTIONS, live={"film": None, "loads": None, **(live or {})}
     )
 
 
