@@ -3,8 +3,6 @@
 A command is a function of its words and of what messages call it. Nothing heavy is imported before the words are read.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

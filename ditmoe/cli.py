@@ -3,8 +3,6 @@
 Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal after saving, 1 anything else.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Files and folders that are on the disk whole or not at all, digests, locks; what others wrote, read safely."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

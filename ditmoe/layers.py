@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size, T tokens of an image, D width. Names are those of the official DiT.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -8,8 +8,6 @@ scale at the model's door.
 * Flow: x_t = (1 - s) x_0 + s eps with s = t / 1000 in (0, 1]; target eps - x_0 (arXiv 2209.03003, 2403.03206).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One counter-based generator a thing, so that nothing but (seed, stream, index) decides what is drawn."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -6,8 +6,6 @@ Shapes: T tokens of an image, D width, E experts, K experts per token, F hidden 
 devices, d of them share a layer's experts; m is 2 for swiglu, 1 for gelu; b is 2 bytes in bf16, 4 in fp32.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple

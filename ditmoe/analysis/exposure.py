@@ -7,8 +7,6 @@ images' mean variance over pixels, step by step, against the training marginal `
 clean training images: above 1 the images are too noisy for their timestep, below 1 too smooth.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from pathlib import Path

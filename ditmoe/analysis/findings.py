@@ -6,8 +6,6 @@ deeper layers spread it more evenly; it is concentrated at the early, noisy step
 Shapes: N images, n of each of Y classes, B time bins, T tokens of an image, E experts, L layers with experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: X conditions (places, time bins or classes), E experts.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The plan of --dry-run: what a run would need on many devices, as a table; the configuration and its counts."""
 
-from __future__ import annotations
-
 import json
 import math
 from bisect import bisect_right

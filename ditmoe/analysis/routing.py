@@ -3,8 +3,6 @@
 Shapes: L layers with experts, B time bins, Y classes, n images of each, T tokens of an image, E experts, K of a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Shapes: N images (n of each of Y classes), B time bins, T tokens of an image, E 
 decision, P (row, expert) pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple

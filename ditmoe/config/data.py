@@ -1,7 +1,5 @@
 """The section `data` of a configuration: one set of images, or several. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -69,7 +67,7 @@ class DataConfig:
         require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")
         require(self.vae is None or name == "latents", f"vae works with latents, not {name}")
 
-    def sets(self) -> list[tuple[DataConfig, int]]:
+    def sets(self) -> "list[tuple[DataConfig, int]]":
         """The sets of the run, a configuration of each alone, with whole numbers in proportion to their weights."""
         entries = [_weighted(entry) for entry in self.mixture]
         whole = math.lcm(*(weight.denominator for _, weight in entries))
@@ -79,7 +77,7 @@ class DataConfig:
         """Of each set of the mixture the pixels that its images have in height and width, None: as the model says."""
         return [_sized(_weighted(entry)[0])[1] for entry in self.mixture]
 
-    def _alone(self, word: str, size: int | None) -> DataConfig:
+    def _alone(self, word: str, size: int | None) -> "DataConfig":
         named = word in ("digits", "fashion")
         kind: Any = word if named else "folder"
         path, bad, download = None if named else Path(word), 0 if named else self.max_bad, self.download

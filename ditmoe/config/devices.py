@@ -1,7 +1,5 @@
 """The sections `parallel` and `plan` of a configuration: a run's devices, and those it is planned for. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

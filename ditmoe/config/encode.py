@@ -1,7 +1,5 @@
 """What `encode` is asked. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """The section `moe` of a configuration: routers, who is chosen, experts, losses. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

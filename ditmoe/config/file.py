@@ -1,7 +1,5 @@
 """config.json out and in: one writer, one reader, what differs between two, types of values from others."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the command play is asked. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path

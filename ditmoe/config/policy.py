@@ -1,12 +1,10 @@
 """What becomes of single experts while a model draws: suppressed, forced or favoured, by step. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from ..files import read_object
 from .rule import RoutingRule
@@ -74,12 +72,12 @@ class Policy:
                 _refuse(str(a) == str(b) and x <= v and u <= y, f"two rules are for {a} in step {max(x, u)}")
 
     @classmethod
-    def read(cls, path: Path) -> Policy:
+    def read(cls, path: Path) -> Self:
         """Of a JSON file. ValueError where it cannot be read or is none."""
         return cls.from_dict(read_object(path))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """{"rules": [{"layer", "expert", "action", "bias" of favour, "steps": [first, last] or not at all}, ...]}."""
         rules = data.get("rules") if isinstance(data, Mapping) and data.keys() == {"rules"} else None
         _refuse(not isinstance(rules, list | tuple), f'it is {data!r:.100}; it must be {{"rules": [...]}}')

@@ -1,7 +1,5 @@
 """The presets: whole configurations by name. The paper's models, ours, and small ones that train on a laptop."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """How rows of router logits and experts find each other: the rule, and what cannot go together. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from statistics import NormalDist

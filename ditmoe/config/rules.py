@@ -3,8 +3,6 @@
 Each is what it changes of E experts of width F, K a token, and keeps how many parameters a token activates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

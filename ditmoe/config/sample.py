@@ -1,7 +1,5 @@
 """What the commands that take a trained model are asked: sample, exposure, analyze, centroids, export. No torch."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A run's `config.json` is this tree. Every value is in the unit its docstring nam
 batch sizes are global (over all processes and accumulation).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ Shapes: n images, T tokens of one, m of them looked at, C channels, D width; S =
 Source: Moirai-MoE (arXiv 2410.10469), whose centres are k-means of a dense model's tokens; even loads are ours.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Shapes: n images, C channels, H W size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The command convert: a checkpoint of others in, a model folder out; or a dense model of ours taken out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model to give away: the pipeline of a run in bfloat16, with a page that says how it came about."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: C channels, D width, E experts, F hidden width, T tokens of an image, p patch size.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A dense model of ours taken out: as diffusers' DiTPipeline, or as a file with the names of the official DiT."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from inspect import signature

@@ -3,8 +3,6 @@
 Shapes: E experts.
 """
 
-from __future__ import annotations
-
 import torch
 
 from ..model import DiTMoETransformer2DModel

@@ -3,8 +3,6 @@
 Shapes: C channels, D width, E experts, F hidden width of an expert, T tokens of an image.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

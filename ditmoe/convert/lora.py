@@ -3,8 +3,6 @@
 Routers are left out: what experts have learnt is for the tokens that these routers send.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: N images, L layers with experts, E experts, Z null experts behind them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Shapes: D width, E experts, F hidden units of one, H hidden units of a dense lay
 for swiglu and 1 for gelu.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from inspect import signature

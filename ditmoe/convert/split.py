@@ -3,8 +3,6 @@
 Shapes: N images, S tokens of a block, D width, E experts, F hidden units of one, H = E F of a dense layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple

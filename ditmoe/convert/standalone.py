@@ -1,7 +1,5 @@
 """A model folder that diffusers reads with trust_remote_code where ditmoe is not installed: our modules in one file."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

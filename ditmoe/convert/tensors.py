@@ -1,7 +1,5 @@
 """Tensors of checkpoints: read one by one from mapped files, and streamed into .safetensors files."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

@@ -3,8 +3,6 @@
 Shapes: D width, E experts, K of a token, F hidden units of an expert, H of a dense layer.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

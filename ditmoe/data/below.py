@@ -3,8 +3,6 @@
 `eval.sources.open` goes by the same rule, in words of its own; `tests/contract/test_images.py` holds the two equal.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable

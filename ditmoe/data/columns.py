@@ -1,7 +1,5 @@
 """The classes of images by a column: of a table, or of the metadata.jsonl that lies in a folder of images."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size of pixels or latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

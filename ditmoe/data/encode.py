@@ -7,8 +7,6 @@ shard, so they do not depend on who made which. A shard is whole or absent.
 Shapes: n images, C channels, H W size of the latents.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -8,8 +8,6 @@ channel over the set. In the simple form, shards without a latents.json, the lat
 Shapes: n images asked for, C channels, H W size of the latents.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

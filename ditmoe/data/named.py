@@ -1,7 +1,5 @@
 """The data sets that are known by name: digits (bundled) and Fashion-MNIST."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

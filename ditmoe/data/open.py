@@ -1,7 +1,5 @@
 """Where images come from: the set that a configuration asks for, and what is drawn of it once."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

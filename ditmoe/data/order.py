@@ -3,13 +3,11 @@
 Shapes: n images of a micro-batch, C channels, H W size.
 """
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -135,7 +133,7 @@ class Batches:
         except OSError as error:
             raise ValueError(f"data.num_workers {workers}: readers could not be started ({error}); {_FIX}") from error
 
-    def __iter__(self) -> Batches:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:

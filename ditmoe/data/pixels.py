@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

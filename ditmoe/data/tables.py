@@ -3,8 +3,6 @@
 Shapes: n images asked for, C channels, H W size; pixels are uint8 (n, H, W, C).
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -3,8 +3,6 @@
 The files are read in place with `tarfile`; nothing is unpacked.
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 from pathlib import Path, PurePath, PurePosixPath

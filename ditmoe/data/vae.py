@@ -1,7 +1,5 @@
 """The VAE between pixels and latents: opened from a local folder, and known by its weights."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

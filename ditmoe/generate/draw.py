@@ -4,8 +4,6 @@ Image i is a function of (seed, i, its label) alone, so a set does not depend on
 processes, or on how often it was interrupted. Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ Images are uint8 (..., H, W, C) with C 1 or 3; small ones are enlarged without s
 Shapes: R rows, H W size of an image, C its channels.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

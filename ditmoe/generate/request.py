@@ -1,7 +1,5 @@
 """What `sample.py` is asked for: drawn, written, scored; and the facts of how it was made."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile

@@ -3,8 +3,6 @@
 Shapes: T tokens of an image, D width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the processes of a launch agree on. With one process each function is its plain form."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -4,8 +4,6 @@ Launchers hand on the signals that they get, so one request may arrive twice: wi
 counts as the same. Both ways out have exit code 143.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
@@ -14,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEST = signal.SIGUSR2  # to itself, for another process that got one of these; it does not count as a first one
@@ -34,7 +33,7 @@ class Signals:
     def __init__(self, *, raising: bool = False) -> None:
         self.received, self._raising = "", raising
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         main = threading.current_thread() is threading.main_thread()
         outer = getattr(signal.getsignal(STOPPING[0]), "__self__", None)
         self._outer = outer if main and isinstance(outer, Signals) else None

@@ -1,7 +1,5 @@
 """How a launch begins and ends: its processes, their device and precision."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

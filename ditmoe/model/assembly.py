@@ -1,7 +1,5 @@
 """Networks by their configuration: made, checked, counted."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

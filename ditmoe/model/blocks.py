@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size, T tokens of an image, D width, K heads of the final layer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size, T tokens of an image, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 

@@ -4,8 +4,6 @@ Shapes: N images, T tokens of an image, D width, H heads of d channels, E expert
 serve a token in a head; R = N T tokens, P = R H K (token, head, expert) pairs sorted by expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Literal

@@ -4,8 +4,6 @@ Shapes: R rows with a plan, B tokens that share a row's, D width, E experts, F h
 (row, expert) pairs sorted by expert; K experts of a row where all have as many.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

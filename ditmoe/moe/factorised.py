@@ -4,8 +4,6 @@ Shapes: R rows with weights, B tokens that share a row's, D width, E experts, F 
 a layer, C factors of it (its rank).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -6,8 +6,6 @@ Shapes: R rows with a plan, B tokens that share a row's, D width, E experts, F h
 (row, expert) pairs sorted by expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal

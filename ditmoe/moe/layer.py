@@ -5,8 +5,6 @@ and t tokens with a decision of their own, each all of them or 1; R = n * t rows
 tokens of each; I inputs of the router.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 

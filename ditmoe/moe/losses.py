@@ -3,8 +3,6 @@
 Shapes: E experts, K experts per token, I inputs of the router of width D.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Shapes: n images.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

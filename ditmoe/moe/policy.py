@@ -3,11 +3,9 @@
 Shapes: N images, S sampling steps, B blocks, E experts, Z null experts behind them, R rows with a decision.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ class Steering(NamedTuple):
     tau: Tensor | float | None = None
     bias: Tensor | None = None
 
-    def at(self, block: int) -> Steering:
+    def at(self, block: int) -> Self:
         """What the routers of a block are told."""
         return self if self.bias is None else self._replace(bias=self.bias[block])
 

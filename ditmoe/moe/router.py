@@ -3,8 +3,6 @@
 Shapes: N images, T tokens of an image, D width, E experts, I inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -42,8 +40,8 @@ class Condition(NamedTuple):
     y: Tensor | None = None
     plain: Tensor | None = None
     timestep: Tensor | None = None
-    steering: Steering | None = None
-    routing: Routing | None = None
+    steering: "Steering | None" = None
+    routing: "Routing | None" = None
 
     def keys(self, salt: int) -> Tensor:
         """(N,) int64, of random numbers that are the image's own, others for every salt."""

@@ -6,8 +6,6 @@ Shapes: R rows, n images with t rows each; E experts and Z null experts behind t
 a row where all have as many, P = R * K; C rows that an expert takes of one image.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

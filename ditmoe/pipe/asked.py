@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches

@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size; pixels are x in [-1, 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +44,7 @@ class Edit:
             raise ValueError(f"strength {self.strength} of {steps} steps is none; give {1 / steps:.3g} or more")
         return steps - taken
 
-    def begin(self, pipe: Any, noise: Tensor, scheduler: Any, first: int) -> Known:
+    def begin(self, pipe: Any, noise: Tensor, scheduler: Any, first: int) -> "Known":
         """The images of a call with this noise (N, C, H, W), from the scheduler's timestep number `first` on."""
         N, (C, H, W), times = len(noise), pipe.image_shape, scheduler.timesteps
         pixels = pixels_of(self.image, N, (C, H, W)).to(noise.device)

@@ -1,7 +1,5 @@
 """A pipeline's folder: what it may hold, how it is read and written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

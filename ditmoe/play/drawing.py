@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size, T tokens of an image, E experts; n images with decisions of their own, N or 1.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import time

@@ -3,8 +3,6 @@
 A drawing is a thread that ends when the browser closes its stream.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

@@ -3,8 +3,6 @@
 A link and a command line have the same words: `?classes=Sneaker&steps=20` is `--classes Sneaker --steps 20`.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The command analyze: images through a model or several, what the experts did in tables, a picture and a JSON file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

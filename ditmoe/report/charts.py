@@ -1,7 +1,5 @@
 """The loss curves of a run, and what its charts share. All use matplotlib's object API, never pyplot."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: B time bins, E experts, L layers with experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Source: difference of activation rates, MoTE (arXiv 2502.11096). Shapes: L layers with experts, E experts, B time bins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

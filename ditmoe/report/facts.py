@@ -1,7 +1,5 @@
 """What is known about a run before anything is drawn: its configuration, its log, its model, the machine."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Shapes: L layers with experts, B time bins, Y classes, T tokens of an image, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Its words stand in page.html, beside the values that they are about; here is how values are written.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import shlex

@@ -1,7 +1,5 @@
 """What a run shows while it trains."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

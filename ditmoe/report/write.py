@@ -3,8 +3,6 @@
 Shapes: N images, C channels, H W size, L layers with experts, B time bins, Y classes, T tokens of an image, E experts.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Mapping

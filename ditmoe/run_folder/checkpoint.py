@@ -6,8 +6,6 @@ split over processes lie in files of their own, `model.shard-0.safetensors`, ...
 same temporary folder; of what is read back a process reads the rows that it needs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

@@ -1,14 +1,12 @@
 """What a run says about itself while it trains: metrics.jsonl, a progress bar or plain lines."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm.auto import tqdm
 
@@ -32,7 +30,7 @@ class Log:
         self.every = 1 if config.max_steps <= 200 else config.train.log_every
         self.turns = len(config.data.mixture) if config.data.alternate else 1  # rows in a row: of each set one
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> Self:
         config, hidden = self.config, None if self.shown else True
         self.file = _reopen(config.out / METRICS, self.first_step) if self.shown else None
         self.bar = tqdm(total=config.max_steps, initial=self.first_step, desc="training", disable=hidden)

@@ -1,7 +1,5 @@
 """A network from wherever it lies: a model folder, a run folder, or one of a run's checkpoints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run folder: what is in it, whose it is; it belongs to one configuration, and at any time to one process group."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Checkpoints written: in the background, whole or not at all, older ones pruned once newer ones were read back."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading
@@ -10,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -72,7 +70,7 @@ class Writer:
         if wait:
             self.finish()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -4,8 +4,6 @@ Shapes: R rows with a plan, B tokens that share a row's, D width, E experts, F h
 (row, expert) pairs sorted by expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 

@@ -1,7 +1,5 @@
 """A network whose experts stay on the disk."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Read, not mapped: pages of a mapped file count as memory of the process, and nothing says when they go.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -3,10 +3,8 @@
 Shapes: P (token, expert) pairs sorted by expert, E experts, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,7 +19,7 @@ class Exchange:
         self.group, self.degree = group, dist.get_world_size(group)
         self.bytes_sent = 0  # to other processes, forward and backward, since the start
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def __call__(self, rows: Tensor, counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -1,7 +1,5 @@
 """Micro-batches until the run ends or is asked to stop."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import suppress
 

@@ -1,7 +1,5 @@
 """Values that are not finite, on any process: seen before the optimiser moves; the step is skipped and counted."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Data, noise, times and dropped labels are functions of (seed, running number of 
 step: a run is resumed from weights, moments and the step alone, and equals the undisturbed run bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any

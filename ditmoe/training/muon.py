@@ -8,8 +8,6 @@ root mean square that AdamW's has, so that AdamW's learning rate carries over. S
 Shapes: a weight holds M matrices of (out, in): stacked experts E, gate and up two, query, key and value three.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -6,8 +6,6 @@ trains on images of its own. The rest is replicated (DDP), or with `sharded` eve
 parameter along its first dimension, gathered block by block when it is needed (torch's `fully_shard`).
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping

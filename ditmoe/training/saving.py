@@ -1,7 +1,5 @@
 """What a run leaves and goes on from: checkpoints out and in, pipelines to sample with, also of a split state."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Shapes: N images, T tokens of an image, H hidden units.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

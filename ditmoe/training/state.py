@@ -1,7 +1,5 @@
 """What a run is made of: the network, its moving average, the optimiser."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, NamedTuple
 

@@ -1,10 +1,8 @@
 """One optimiser step: micro-batches, losses, gradients, what moves, and what is said of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +54,7 @@ class Run(NamedTuple):
     @classmethod
     def of(
         cls, config: Config, data: ImageSet, parallel: Parallel, state: State, signals: Signals, saved: dict[str, Any]
-    ) -> Run:
+    ) -> Self:
         """A run that goes on from what a checkpoint has `saved`; {} begins it. The state goes to its device."""
         accelerator, step = parallel.accelerator, int(saved.get("step", 0))
         rank, world = accelerator.process_index, accelerator.num_processes

@@ -1,7 +1,5 @@
 """What a run tells TensorBoard, wandb or trackio, by Accelerate's trackers; it never costs the run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from hashlib import sha256
 from importlib.util import find_spec
