@@ -33,7 +33,7 @@ class SampleArgs:
     """Classifier-free guidance scale, 1 for none; default: saved with the model."""
     num: int | None = None
     """Number of images, classes in turn; default: 8 a class."""
-    classes: tuple[int | str, ...] | None = None
+    classes: tuple[str | int, ...] | None = None
     """The class of every image, its label (a number) or its name (Sneaker), instead of --num."""
     seed: int = 0
     """Image i depends on (seed, i, its label) alone."""
@@ -95,6 +95,9 @@ class SampleArgs:
     dpm++2m and unipc where this is given; not time-shift sampling. Default: saved with the model."""
 
     def __post_init__(self) -> None:
+        if self.classes is not None:  # 7 is a label; 007, +7 and 7_0 are names
+            labels = [int(w) if isinstance(w, str) and w.isdecimal() and str(int(w)) == w else w for w in self.classes]
+            object.__setattr__(self, "classes", tuple(labels))
         if self.classes is not None and self.num is not None:
             raise ValueError("give --num or --classes, not both")
         if self.classes == ():

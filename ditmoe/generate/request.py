@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..config.file import trained_by
 from ..config.policy import Policy
@@ -102,6 +103,10 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     Steered(pipe.transformer, policy, args.tau_spans(), len(scheduler.timesteps))  # refused before a folder is made
     if args.cache is not None and len(scheduler.timesteps) != steps:
         raise ValueError(f"cache is {args.cache}, but {name} calls the network more than once a step; leave it out")
+    some = [rule for rule in policy.rules if rule.steps is not None] if policy is not None else []
+    some += [span for span in args.tau_spans() or () if span[:2] != (0.0, 1000.0)]
+    if args.cache is not None and some:
+        raise ValueError(f"cache is {args.cache}, which leaves steps out; policy and tau must then be for all of them")
     noted |= _time_shift(scheduler)
     made = {"guide": _guide(args, guided)} | prepare(pipe, guided, args)
     size = args.batch_size or batch_size(pipe)
@@ -143,7 +148,7 @@ def _guide(args: SampleArgs, guide: Any) -> dict[str, Any] | str | None:
     settings = {name: value for name, value in guide.config.items() if not name.startswith("_")}
     content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in sorted(guide.state_dict().items()):
-        content.update(name.encode() + value.cpu().numpy().tobytes())
+        content.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {"path": args.guide or str(args.model), "sha256": content.hexdigest()}
 
 

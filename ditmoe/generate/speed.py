@@ -43,11 +43,12 @@ def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> 
 
 
 def _halve(net: nn.Module) -> None:
-    """Weights and tables in bfloat16, but those of routers, which decide in float32."""
+    """Weights and tables in bfloat16, but those of routers, which decide in float32, and int8 ones and their scales."""
     kept = {part for module in net.modules() if isinstance(module, Router) for part in module.modules()}
     for module in set(net.modules()) - kept:
-        for part in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            part.data = part.data.to(torch.bfloat16)
+        for name, part in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if part.is_floating_point() and not name.endswith("_scale"):
+                part.data = part.data.to(torch.bfloat16)
 
 
 def batch_size(pipe: DiTMoEPipeline) -> int:

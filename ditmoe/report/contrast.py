@@ -64,6 +64,10 @@ def run(args: ContrastArgs) -> None:
         table(policy, net)
     least = [cell for cell in order[::-1][: args.top] if cell not in top][::-1]
     print(f"\n{_table(layers, [*top, *least], a, b, error)}\n")
+    if weak := sum(a[cell] - b[cell] < 2 * error[cell] for cell in top):
+        print(
+            f"note: {weak} of the first {len(top)} may be chance, within two standard errors; --num takes more images"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     asked = {"model": str(model), "a": args.a, "b": args.b, "num": args.num, "bins": args.bins, "seed": args.seed}
     found = {"layers": layers, "rate_a": a, "rate_b": b, "difference": a - b, "error": error, "by_time": by_time}

@@ -310,3 +310,12 @@ def test_a_model_saved_with_a_scheduler_of_diffusers_is_drawn_from(tmp_path: Pat
         requested(replace(args, flow_shift=2.0))
     with pytest.raises(ValueError, match="set pipe.scheduler = DDIMScheduler.from_config"):
         requested(replace(args, exposure_window=20))
+
+
+def test_words_that_are_not_a_label_as_it_is_written_are_names(tmp_path: Path) -> None:
+    pipe = make()
+    pipe.register_to_config(id2label={"0": "001", "1": "002", "2": "20_29", "3": "+3"})
+    pipeline.save(pipe, tmp_path / "model")
+    asked = parse(SampleArgs, [str(tmp_path), "--classes", "001", "1", "20_29", "+3", "3"])
+    assert asked.classes == ("001", 1, "20_29", "+3", 3)
+    assert requested(asked).labels == [0, 1, 2, 3, 3]

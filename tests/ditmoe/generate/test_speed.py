@@ -1,5 +1,7 @@
 """Drawing fast: bfloat16 but for routers, compiled blocks in batches of one size, a cache between steps."""
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from ditmoe.config.sample import SampleArgs
 from ditmoe.generate import speed
 from ditmoe.generate.draw import RequestedSet
 from ditmoe.generate.request import facts, requested, run
-from ditmoe.moe import Router
+from ditmoe.moe import Experts, Router
 from tests.ditmoe.generate.test_request import Alone
 from tests.ditmoe.test_pipeline import make
 
@@ -41,6 +43,28 @@ def test_bfloat16_leaves_routers_as_they_are_and_images_close(tmp_path: Path) ->
     assert facts(args, plain)["guide"] == facts(args, half)["guide"]
     difference = np.abs(plain.whole(4).astype(int) - half.whole(4))
     assert 0 < difference.mean() < 3
+
+
+def test_experts_of_eight_bits_and_their_scales_stay_so_in_bfloat16(tmp_path: Path) -> None:
+    args = saved(tmp_path)
+    pipe = pipeline.load(tmp_path)
+    pipe.transformer.store_int8()
+    pipeline.save(pipe, tmp_path / "small")
+    half = requested(replace(args, model=tmp_path / "small", precision="bf16"))
+    experts = next(m for m in half.pipe.transformer.modules() if isinstance(m, Experts))
+    assert {experts.w_in.dtype, experts.w_out.dtype} == {torch.int8}
+    assert {scale.dtype for scale in experts.buffers()} == {torch.float32}
+    assert half.whole(4).any()
+
+
+@pytest.mark.parametrize("steps", [None, (2, 3)])
+def test_a_policy_of_some_steps_does_not_go_with_a_cache(tmp_path: Path, steps: tuple[int, int] | None) -> None:
+    args = saved(tmp_path)
+    rule = {"layer": 1, "expert": 0, "action": "suppress"} | ({} if steps is None else {"steps": [*steps]})
+    (tmp_path / "p.json").write_text(json.dumps({"rules": [rule]}))
+    asked = replace(args, cache="taylor:2", policy=tmp_path / "p.json")
+    with nullcontext() if steps is None else pytest.raises(ValueError, match="taylor:2, which leaves steps out"):
+        requested(asked)
 
 
 def test_a_compiled_network_gets_batches_of_one_size_and_draws_the_same(

@@ -55,6 +55,7 @@ def test_who_serves_one_class_more_than_another(
     assert "| 1 | 3 | 100.0% | 0.0% | +100.0% ± 0.0% |" in text
     assert "| 1 | 0 | 0.0% | 50.0% | -50.0% ± " in text
     assert "suppress 1 experts; python sample.py" in text
+    assert "may be chance" not in text
     assert Policy.read(tmp_path / "p.json") == Policy((Rule(1, 3, "suppress"),))
     found = json.loads((tmp_path / "new/contrast.json").read_text())
     assert found["difference"] == [[-0.5, -0.5, 0.0, 1.0]]
@@ -129,3 +130,14 @@ def test_a_policy_that_cannot_be_followed_is_refused_before_anything_is_written(
     assert "no expert serves a more than b" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "p.json").exists()
+
+
+def test_what_may_be_chance_is_said(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(moe={"router_input": "token"})
+    assert (
+        contrast(folder, "--a", "class=1", "--b", "class=2", "--num", 2, "--bins", 2, "--top", 9, "--out", tmp_path)
+        == 0
+    )
+    assert "may be chance, within two standard errors" in capsys.readouterr().out
