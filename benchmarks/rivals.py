@@ -140,6 +140,10 @@ class Contest:
             return None
         return self.judges[self.args.tune_extractor].distance(images)
 
+    def steps(self, who: Contestant, minutes: float) -> int:
+        """How many fit into them."""
+        return max(1, round(60 * minutes * self.speeds[who.name]))
+
     def rate(self, who: Contestant) -> Row:
         """The line of the learning rate that ends the short runs best, without guidance; and what was tried."""
         way, minutes, rows = self.way(who), self.args.tune_minutes or self.args.minutes / 5, []
@@ -147,7 +151,7 @@ class Contest:
         rates = sorted(self.args.rates or (RATES if who.kind != "ours" else [factor * peak for factor in FACTORS]))
 
         def make(rate: float) -> Row:
-            training = Training(who, self.data, way, rate, round(60 * minutes * self.speeds[who.name]))
+            training = Training(who, self.data, way, rate, self.steps(who, minutes))
             training.go()
             fd = None if training.diverged else self.tune_distance(training.state.ema, way, 1.0)
             return {"fd": fd, **training.facts()}
@@ -177,7 +181,7 @@ class Contest:
     def train(self, who: Contestant, key: Row, rate: Row) -> Row:
         """Train, write the averaged weights, and give what their line says."""
         speed = self.speeds[who.name]
-        training = Training(who, self.data, self.way(who), key["rate"], round(60 * self.args.minutes * speed))
+        training = Training(who, self.data, self.way(who), key["rate"], self.steps(who, self.args.minutes))
         training.go()
         speed *= training.run.config.train.batch_size
         name = f"{key['preset']}-{key['contestant']}-{len(self.rows):03d}.safetensors"

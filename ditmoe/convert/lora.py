@@ -4,6 +4,7 @@ Routers are left out: what experts have learnt is for the tokens that these rout
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..moe import Experts
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _ATTENTION = r".*\.attn\.(qkv|proj)"
 _EXPERTS = ["experts.w_in", "experts.w_out"]  # (E, out, in): PEFT reads three axes so
+_MOST = 2**20  # characters of an adapter's settings
 
 
 def adapt(
@@ -28,34 +30,39 @@ def adapt(
     Raises:
         ValueError: The rank is below 1, the model stores experts as int8, or PEFT is not installed.
     """
-    peft = _peft()
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be 1 or more")
     if net.config.expert_storage == "int8":
         raise ValueError("experts stored as int8 take no LoRA; use the model that it was made of")
     stacked = experts and any(isinstance(module, Experts) for module in net.modules())
-    targets: Any = _EXPERTS if stacked else None
-    alpha = rank if alpha is None else alpha
-    net.add_adapter(
-        peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_ATTENTION, target_parameters=targets), name
-    )
+    net.add_adapter(_config(rank, rank if alpha is None else alpha, stacked), name)
 
 
 def load(net: DiTMoETransformer2DModel, folder: Path, *, name: str = "default") -> None:
     """Add a saved adapter. (`load_lora_adapter` of diffusers knows no stacked experts.)
 
     Raises:
-        ValueError: The folder holds none, or not one for this model.
+        ValueError: The folder holds none, not one for this model, or one with settings that `adapt` does not make.
     """
     peft, file = _peft(), folder / FILE
     try:
         with safe_open(file, framework="pt") as opened:
             found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            says = json.loads((opened.metadata() or {})["lora_adapter_metadata"])
-        rank, alpha = int(says["r"]), float(says["lora_alpha"])
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not an adapter that can be read: {error}") from error
-    adapt(net, rank, alpha, experts=any(".experts." in key for key in found), name=name)
+            says = json.loads((opened.metadata() or {})["lora_adapter_metadata"][:_MOST])
+        alpha = float(says["lora_alpha"])
+        rank = next(v.shape[0] for key, v in found.items() if key.endswith("attn.qkv.lora_A.weight"))
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{file} is not an adapter that can be read: {error!s:.200}") from error
+    except StopIteration as error:
+        raise ValueError(f"{file} is an adapter of another model: it has no attn.qkv") from error
+    if not math.isfinite(alpha) or not all(value.isfinite().all() for value in found.values()):
+        raise ValueError(f"{file} has values that are not finite")
+    experts = any(".experts." in key for key in found)
+    ours = json.loads(json.dumps(_config(rank, alpha, experts).to_dict(), default=sorted))
+    ours |= {entry: says.get(entry) for entry in ("peft_version", "revision", "base_model_name_or_path")}
+    if other := sorted(entry for entry in says if says[entry] != ours.get(entry)):
+        raise ValueError(f"{file} has {other[0]} {says[other[0]]!r:.100}, which ditmoe's adapters do not have")
+    adapt(net, rank, alpha, experts=experts, name=name)
     wanted = {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(net, adapter_name=name).items()}
     if wanted != {key: tuple(value.shape) for key, value in found.items()}:
         net.delete_adapters(name)
@@ -67,6 +74,11 @@ def merge(net: DiTMoETransformer2DModel) -> None:
     """Add the adapters to the weights, and leave a network as it was before there were any."""
     net.fuse_lora()
     net.unload_lora()
+
+
+def _config(rank: int, alpha: float, experts: bool) -> Any:
+    targets = _EXPERTS if experts else None
+    return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=_ATTENTION, target_parameters=targets)
 
 
 def _peft() -> Any:

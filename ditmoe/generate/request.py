@@ -103,7 +103,7 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     Steered(pipe.transformer, policy, args.tau_spans(), len(scheduler.timesteps))  # refused before a folder is made
     if args.cache is not None and len(scheduler.timesteps) != steps:
         raise ValueError(f"cache is {args.cache}, but {name} calls the network more than once a step; leave it out")
-    some = [rule for rule in policy.rules if rule.steps is not None] if policy is not None else []
+    some: list[Any] = [] if policy is None else [rule for rule in policy.rules if rule.steps is not None]
     some += [span for span in args.tau_spans() or () if span[:2] != (0.0, 1000.0)]
     if args.cache is not None and some:
         raise ValueError(f"cache is {args.cache}, which leaves steps out; policy and tau must then be for all of them")

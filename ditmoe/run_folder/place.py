@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from .. import files
@@ -81,7 +82,7 @@ def open_folder(config: Config, argv: Sequence[str], *, goes_on: bool) -> None:
     for leftover in config.out.glob(f"{MODEL}.tmp-*"):  # of an export that was killed
         files.remove(leftover)
     moved = _changed(config) if (config.out / CONFIG).exists() else []
-    save(config, config.out / CONFIG)
+    save(replace(config, train=replace(config.train, moved=False)), config.out / CONFIG)  # it is for one start
     (config.out / PAGE).unlink(missing_ok=True)
     if goes_on:
         (config.out / SAVED).touch()

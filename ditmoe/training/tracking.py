@@ -16,7 +16,8 @@ from ..config.sections import Config, TrainConfig
 
 def check_tracker(train: TrainConfig) -> None:
     """ValueError where the package of `train.tracker` is not installed."""
-    if train.tracker != "none" and find_spec(train.tracker) is None:
+    spec = None if train.tracker == "none" else find_spec(train.tracker)
+    if train.tracker != "none" and (spec is None or spec.origin is None):  # a folder of that name has no origin
         raise ValueError(f"train.tracker {train.tracker} needs its package: pip install {train.tracker}")
 
 

@@ -155,6 +155,7 @@ def test_every_option_of_model_and_experts_reaches_the_network_or_is_the_trainin
         "learn_sigma",
         "prediction_type",
         "other_sizes",
+        "expert_storage",
         *foreign,
     }
 

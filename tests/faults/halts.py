@@ -1,5 +1,6 @@
 """Tiny models and runs, and programs that stand still at a certain place until a test ends them."""
 
+import io
 import json
 import os
 import time
@@ -72,8 +73,19 @@ def halted(name, argv, place, flag, rank=None):
 
 def halt(flag):
     Path(flag).touch()
-    while True:
+    while not Path(flag).with_name("killed").exists():  # a thread beside the main one gets no signal
         time.sleep(0.01)
+
+
+def by_halves(save, file, here):
+    """Half of what `save` writes, `here()`, the other half."""
+    save(whole := io.BytesIO())
+    data = whole.getvalue()
+    file.write(data[: len(data) // 2])
+    if here is not None:
+        file.flush()
+        here()
+    file.write(data[len(data) // 2 :])
 
 
 def in_a_picture(here):
@@ -81,12 +93,8 @@ def in_a_picture(here):
     save, calls = Image.Image.save, [0]
 
     def half(self, file, **options):
-        save(self, file, **options)
         calls[0] += 1
-        if calls[0] == 50:
-            file.flush()
-            file.truncate(file.tell() // 2)
-            here()
+        by_halves(lambda out: save(self, out, **options), file, here if calls[0] == 50 else None)
 
     Image.Image.save = half
 
@@ -96,12 +104,8 @@ def in_a_part(here):
     save, calls = np.save, [0]
 
     def half(file, array):
-        save(file, array)
         calls[0] += 1
-        if calls[0] == 6:
-            file.flush()
-            file.truncate(file.tell() // 2)
-            here()
+        by_halves(lambda out: save(out, array), file, here if calls[0] == 6 else None)
 
     np.save = half
 

@@ -31,10 +31,12 @@ def stopped(name, argv, place, number, folder, *, seen=lambda: None, rank=None, 
     group.until(flag.exists)
     seen()
     group.kill(number)
+    (folder / "killed").touch()
     codes = group.wait()
     assert set(codes) == {-9 if number == signal.SIGKILL else 143}, group.err()
     assert "Traceback" not in "".join(group.err(i) for i in range(len(codes)))
     flag.unlink()
+    (folder / "killed").unlink()
     return group
 
 
@@ -77,7 +79,7 @@ def test_a_set_goes_on_after_a_kill_and_is_the_same(tmp_path, straight, out, pla
     argv = [straight / "model", *SIZES, "--out", tmp_path / "out" / out]
     stopped("sample", argv, place, number, tmp_path / "first", seen=seen)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
-    assert len(before) == (49 if place == "picture" else 0)
+    assert 40 <= len(before) < 64 if place == "picture" else not before  # a batch's are written beside each other
     finished("sample", argv, tmp_path / "second")
     assert contents(tmp_path / "out") == whole
     assert {p: p.stat().st_mtime_ns for p in before} == before  # what was there was not drawn again

@@ -42,7 +42,7 @@ def test_a_layer_that_waits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(MoELayer, "forward", waiting)
     (row,) = wrong(checks.check_waits(CPU, TINY))
-    assert "model.py 1" in row.found  # one block of two has experts
+    assert "blocks.py 1" in row.found  # one block of two has experts
 
 
 def test_waits_on_a_gpu_are_counted_by_file(monkeypatch: pytest.MonkeyPatch) -> None:

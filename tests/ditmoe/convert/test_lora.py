@@ -1,9 +1,13 @@
 """LoRA on attention and stacked experts: the sum that it should be, saved, loaded, merged."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ditmoe import pipeline
@@ -82,6 +86,36 @@ def test_attention_alone(tmp_path: Path) -> None:
     other = network(MoEConfig())
     lora.load(other, tmp_path)
     assert torch.equal(says(other), says(net))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_rslora": True}, "has use_rslora True, which"),
+        ({"alpha_pattern": {"qkv": 400}}, "has alpha_pattern"),
+        ({"r": 10**9}, "has r 1000000000, which"),
+        ({"lora_alpha": float("nan")}, "not finite"),
+        ({"lora_alpha": None}, "not an adapter that can be read"),
+        ({"invented": 1}, "has invented 1, which"),
+    ],
+)
+def test_settings_that_are_not_ours_are_refused(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    trained(network(MoEConfig())).save_lora_adapter(tmp_path)
+    with safe_open(tmp_path / lora.FILE, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        says = json.loads(file.metadata()["lora_adapter_metadata"])
+    save_file(tensors, tmp_path / lora.FILE, {"lora_adapter_metadata": json.dumps(says)})
+    lora.load(network(MoEConfig()), tmp_path)
+    save_file(tensors, tmp_path / lora.FILE, {"lora_adapter_metadata": json.dumps({**says, **changes})})
+    with pytest.raises(ValueError, match=sentence):
+        lora.load(network(MoEConfig()), tmp_path)
+    tensors[next(iter(tensors))].fill_(float("nan"))
+    save_file(tensors, tmp_path / lora.FILE, {"lora_adapter_metadata": json.dumps(says)})
+    with pytest.raises(ValueError, match="not finite"):
+        lora.load(network(MoEConfig()), tmp_path)
+    save_file(tensors, tmp_path / lora.FILE, {"lora_adapter_metadata": "[" * 200_000})
+    with pytest.raises(ValueError, match="not an adapter that can be read"):
+        lora.load(network(MoEConfig()), tmp_path)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditmoe.convert.split import clusters, fitted, norms, split
-from ditmoe.moe import FeedForward
+from ditmoe.moe import FeedForward, Steering
 from tests.ditmoe.convert.toys import BATCH, drawn, network, off
 
 
@@ -18,7 +18,7 @@ def test_all_experts_of_a_split_layer_are_the_layer(activation: str) -> None:
     assert served == [1.0] * 4
     assert made.config.top_k == 6
     with torch.no_grad():
-        fewer = made(*BATCH, tau=0.3)
+        fewer = made(*BATCH, steering=Steering(tau=0.3))
     assert all(record.counts.sum() < 6 * 6 * 16 for record in fewer.routing)
 
 

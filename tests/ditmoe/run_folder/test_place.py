@@ -31,6 +31,7 @@ def test_a_run_that_moves_to_other_hardware_says_what_changes(tiny: Tiny, capsys
     assert f"# {said}" in command
     assert "# train.accumulation: 1 -> 2" in command
     assert json.loads((config.out / "config.json").read_text())["train"]["accumulation"] == 2
+    assert '"moved": false' in (config.out / "config.json").read_text()  # it is for one start
     assert train(replace(moved, max_steps=5), data)  # nothing changes any more
     assert train(replace(config, max_steps=6), data)
 

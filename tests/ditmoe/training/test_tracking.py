@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
@@ -58,10 +59,11 @@ def test_a_tracker_that_fails_is_a_warning_once(
 
 
 def test_a_package_that_is_missing_is_said_before_anything_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     config = tiny(train={"tracker": "wandb"})
-    with pytest.raises(ValueError, match="train.tracker wandb needs its package: pip install wandb"):
-        open_images(config)
+    for spec in (None, ModuleSpec("wandb", None)):  # not there, or a folder of that name
+        monkeypatch.setattr(tracking, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(ValueError, match="train.tracker wandb needs its package: pip install wandb"):
+            open_images(config)
     assert not config.out.exists()
 
 
