@@ -15,7 +15,8 @@ class PlayArgs:
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, or a pipeline folder such as models/fashion."""
     host: str = "127.0.0.1"
-    """Address to serve at: this machine alone; 0.0.0.0 lets everybody in who can reach it."""
+    """Address or name of this machine to serve at, and be asked by; default: this machine alone. 0.0.0.0 lets everybody
+    in who can reach it, by any name."""
     port: int = 7860
     """Port to serve at; 0 takes one that is free."""
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
@@ -66,10 +67,10 @@ class Policy:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        for i, a in enumerate(self.rules):
-            for b in self.rules[:i]:
-                (x, y), (u, v) = a.steps or (0, math.inf), b.steps or (0, math.inf)
-                _refuse(str(a) == str(b) and x <= v and u <= y, f"two rules are for {a} in step {max(x, u)}")
+        spans = sorted((one.layer, one.expert, *(one.steps or (0, math.inf))) for one in self.rules)
+        for (*who, _, end), (layer, expert, first, _) in pairwise(spans):
+            twice = who == [layer, expert] and first <= end
+            _refuse(twice, f"two rules are for expert {expert} of layer {layer} in step {first}")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -103,8 +104,10 @@ class Policy:
             _refuse(limited, f"it forces {one}, but under overflow {rule.overflow} none serves every token")
             first = one.steps[0] if one.steps else 0
             _refuse(first >= steps, f"the rule for {one} begins at step {first}, but there are 0 to {steps - 1}")
-            same = [other for other in self.rules if other.layer == one.layer and other.active(first)]
-            _check_number(rule, experts, same)
+        for layer in {one.layer for one in self.rules}:
+            here = [one for one in self.rules if one.layer == layer]
+            for first in sorted({one.steps[0] if one.steps else 0 for one in here}):
+                _check_number(rule, experts, [one for one in here if one.active(first)])
 
 
 def _check_number(rule: RoutingRule, experts: int, rules: Sequence[Rule]) -> None:

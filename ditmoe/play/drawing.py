@@ -59,6 +59,7 @@ class Drawing:
     def __init__(self, pipe: DiTMoEPipeline, model: Path) -> None:
         self.pipe, self.model = pipe, model
         self._turns, self._places = Turns(), BoundedSemaphore(MOST_DRAWINGS)
+        self.ends: set[Callable[[], None]] = set()  # of each drawing under way, what ends it
         self._routing: list[Routing] = []  # of the last network call
         pipe.transformer.register_forward_hook(self._note)
 
@@ -90,7 +91,7 @@ class Drawing:
             tell({
                 "start": {
                     "calls": calls, "names": [names.get(c, "" if wanted.labels is None else str(c)) for c in labels],
-                    "command": command(query, self.model), "python": python(query, self.model),
+                    "command": command(query, args, policy), "python": python(query, args, policy),
                 }
             })  # fmt: skip
             seconds, began = 0.0, time.perf_counter()

@@ -19,13 +19,14 @@ from ..pipe.asked import EXPERTS_OFF, NONE, names_of
 from ..pipeline import DiTMoEPipeline
 
 MOST_IMAGES = 16  # of one drawing
+MOST_RULES = 1000  # of its policy
 POLICY = "policy"
 
 Query = Mapping[str, Sequence[str]]
 
 
 def _class(word: str) -> int | str:
-    return int(word) if word.isdecimal() else word
+    return int(word) if word.isdecimal() and str(int(word)) == word else word
 
 
 def _guide(word: str) -> str:
@@ -53,7 +54,7 @@ CALL = {"classes": "class_labels", "num": "num_images", "steps": "num_inference_
 
 
 def read(query: Query, model: Path) -> tuple[SampleArgs, Policy | None]:
-    """The options that an address asks for, and the policy beside them, None for none.
+    """The options that an address asks for, in float32 as a page draws; and the policy beside them, None for none.
 
     Raises ValueError, a sentence, for a setting that there is not, and a value that it cannot have.
     """
@@ -63,7 +64,7 @@ def read(query: Query, model: Path) -> tuple[SampleArgs, Policy | None]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no setting {unknown[0]!r:.60}; {hint}settings are {', '.join(known)}")
     found = {name.replace("-", "_"): _value(name, words) for name, words in query.items() if name != POLICY}
-    args = SampleArgs(model=model, **found)
+    args = SampleArgs(model=model, precision="fp32", **found)
     for name, count in (("classes", len(args.classes or ())), ("num", args.num or 0)):
         if count > MOST_IMAGES:
             raise ValueError(f"{name} asks for {count} images; a page draws up to {MOST_IMAGES}, sample.py any number")
@@ -92,30 +93,33 @@ def _policy(words: Sequence[str]) -> Policy | None:
         found = json.loads(word)
     except (ValueError, RecursionError):
         raise ValueError(f"policy is {' '.join(words)!r:.60}; give one JSON object") from None
+    rules = found.get("rules") if isinstance(found, dict) else None
+    if isinstance(rules, list) and len(rules) > MOST_RULES:
+        raise ValueError(f"policy has {len(rules)} rules; a page draws by up to {MOST_RULES}, sample.py by any number")
     return Policy.from_dict(found) if found != {"rules": []} else None
 
 
-def command(query: Query, model: Path) -> str:
-    """The command line that draws what the address asks for; before it a line that writes its policy, if any."""
-    words, before = ["python", "sample.py", str(model)], ""
+def command(query: Query, args: SampleArgs, policy: Policy | None) -> str:
+    """The command line that draws what `read` found; before it a line that writes its policy, if any."""
+    words, before = ["python", "sample.py", str(args.model)], ""
     for name, values in query.items():
         if name != POLICY:
             words += [f"--{name}", *values]
-        elif policy := _policy(values):
+        elif policy:
             words += ["--policy", "policy.json"]
             before = f"echo {shlex.quote(json.dumps(policy.to_dict()))} > policy.json\n"
-    return before + shlex.join([*words, "--out", "drawn.png"])
+    return before + shlex.join([*words, "--precision", args.precision, "--out", "drawn.png"])
 
 
-def python(query: Query, model: Path) -> str:
+def python(query: Query, args: SampleArgs, policy: Policy | None) -> str:
     """The Python that draws it."""
-    args, policy = read(query, model)
     values = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in query if name != POLICY}
     values |= {"tau": args.tau_spans()} if args.tau else {}
     values |= {POLICY: policy.to_dict()} if policy else {}
     lines = [f"    {CALL.get(name, name)}={_shown(value)},\n" for name, value in values.items()]
     before = "from pathlib import Path\nfrom ditmoe import pipeline\n\n"
-    return f"{before}pipe = pipeline.load(Path({str(model)!r}), fast=True)\nimages = pipe(\n{''.join(lines)}).images"
+    loaded = f"pipe = pipeline.load(Path({str(args.model)!r}), fast=True)\n"
+    return f"{before}{loaded}images = pipe(\n{''.join(lines)}).images"
 
 
 def _shown(value: Any) -> str:
@@ -125,7 +129,7 @@ def _shown(value: Any) -> str:
 def word_of(label: int, names: Mapping[int, str]) -> str:
     """What a label is called in an address: its name, or the number where that says more."""
     name = names.get(label, "").strip()
-    plain = names_of(names).get(name) == [label] and not name.isdecimal() and not name.startswith("-")
+    plain = names_of(names).get(name) == [label] and isinstance(_class(name), str) and not name.startswith("-")
     return name if plain else str(label)
 
 
@@ -137,8 +141,9 @@ def described(pipe: DiTMoEPipeline, model: Path) -> dict[str, Any]:
     _, scale = pipe.guide_for()
     saved = EXPERTS_OFF if config.experts_off else "weaker model" if pipe.guide is not None else ""
     total, active = count_parameters(net)
+    classes = [[word_of(c, pipe.id2label), pipe.id2label.get(c, str(c)), str(c)] for c in labels]
     return {
-        "model": str(model), "classes": [[word_of(c, pipe.id2label), pipe.id2label.get(c, str(c))] for c in labels],
+        "model": str(model), "classes": classes,
         "size": pipe.image_shape[1], "side": side, "parameters": total, "activated": active,
         "layers": [int(name.split()[-1]) for name in moe_layer_names(net)], "experts": C.num_experts,
         "samplers": list(SAMPLERS), "saved_guide": saved, "steering": net.rule.kind != "dense", "most": MOST_IMAGES,

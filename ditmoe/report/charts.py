@@ -136,6 +136,8 @@ def bare_axes(ax: Any) -> None:
 def octaves(*ratios: Array) -> float:
     """Half the colour range of ratios in octaves: 1, 2 or 3, the first that holds 98 % of all values."""
     values = np.concatenate([ratio[np.isfinite(ratio)] for ratio in ratios])
+    if not len(values):
+        return 1.0
     return float(np.clip(np.ceil(np.quantile(np.abs(np.log2(np.maximum(values, FLOOR))), 0.98)), 1, 3))
 
 

@@ -70,12 +70,14 @@ def expert_loads(
     """What a page shows of one expert, JSON values: by layer and expert the share of assignments over the even share.
 
     Of `expert_maps`' layers, `load` is (L, E), `time` (L, E, B), `class` (L, E, Y), `place` (L, E, T); the arguments
-    are its own. Where nothing was counted there is 0.
+    are its own. Where nothing was counted there is 0. `octaves` is half the colour range of `expert_maps`.
     """
     layers = spread(len(layer_names), max(2, 128 // counts.shape[-1]))
     sums = {"load": (1, 2, 3), "time": (2, 3), "class": (1, 3), "place": (1, 2)}
     loads = {name: np.moveaxis(relative_load(counts[layers].sum(axis=axes)), -1, 1) for name, axes in sums.items()}
+    by_layer = relative_load(counts.sum(axis=(1, 2, 3)))
     return {
+        "octaves": octaves(by_layer, loads["time"], loads["class"], loads["place"]),
         **{name: np.nan_to_num(load).round(2).tolist() for name, load in loads.items()},
         "layers": [layer_names[i] for i in layers], "classes": [*class_names], "times": [*timesteps], "grid": [*grid],
     }  # fmt: skip

@@ -2,11 +2,12 @@
 
 import base64
 import io
+import json
 import shlex
 import shutil
 import signal
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ditmoe import pipeline
 from ditmoe.generate import pictures
 from ditmoe.report import maps
 from ditmoe.report import page as report_page
+from tests.ditmoe.test_pipeline import make
 from tests.doors import command as typed
 from tests.faults.test_security import REPORT
 from tests.processes import door, start
@@ -108,7 +110,7 @@ def test_choose_draw_and_run_the_copied_command(visit, tmp_path, monkeypatch):
     command = copied(page, "command")
     assert command == (
         f"python sample.py {MODEL} --classes 3 3 8 8 --seed 5 --sampler ddim --steps 7 --cfg 2 "
-        "--guidance-interval 100 1000 --out drawn.png"
+        "--guidance-interval 100 1000 --precision fp32 --out drawn.png"
     )
     shown = np.stack(images(page))
     monkeypatch.chdir(tmp_path)
@@ -189,6 +191,78 @@ def test_a_suppressed_expert(visit):
     assert np.array_equal(images(page, 1), images(page, 2))
 
 
+def test_a_rule_of_some_steps(visit):
+    rules = [
+        {"layer": 1, "expert": 4, "action": "suppress", "steps": [0, 1]},
+        {"layer": 1, "expert": 4, "action": "force", "steps": [4, 4]},
+    ]
+    page = visit(f"?classes=8&steps=6&policy={quote(json.dumps({'rules': rules}))}")
+    told = "Expert 4 of block 1 suppressed (steps 1–2), expert 4 of block 1 forced (step 5)"
+    assert page.locator("h2").inner_text().lower() == told.lower()
+    marked = []
+    for k in range(6):
+        page.locator("input[type=range]").fill(str(k))
+        marked.append(page.locator("[data-layer='1'][data-expert='4']").get_attribute("class"))
+    assert marked == ["suppress", "suppress", "", "", "force", ""]
+    page.locator("input[type=range]").fill("2")
+    page.locator("[data-layer='1'][data-expert='4']").click()
+    drawn(page)
+    query = parse_qs(urlsplit(page.url).query)
+    assert json.loads(query["policy"][0])["rules"] == rules
+    more = {"layer": 1, "expert": 4, "action": "suppress", "steps": [2, 3]}
+    assert json.loads(query["b.policy"][0])["rules"] == [*rules, more]
+    assert not error(page).is_visible()
+
+
+def test_a_side_is_drawn_anew_where_its_words_are_others(visit):
+    page = visit("?classes=3&steps=4")
+    page.fill("[data-name=steps]", "9")
+    page.locator("[data-layer='1'][data-expert='4']").click()
+    drawn(page)
+    assert ["9 network calls" in facts for facts in page.locator(".facts").all_inner_texts()] == [True, True]
+    first = page.evaluate("() => sides[0].final")
+    page.locator("section:nth-of-type(2) [data-layer='1'][data-expert='4']").click()
+    drawn(page)
+    assert page.evaluate("first => sides[0].final[0] === first[0]", first)
+    expected = pipeline.load(ROOT / MODEL)([3], num_inference_steps=9).images[0]
+    assert np.array_equal(images(page)[0], np.asarray(expected))
+
+
+def test_words_of_a_link_without_a_field_are_kept_and_shown(visit):
+    page = visit("?classes=3&steps=4&sampler=ddim&eta=1")
+    before = images(page)
+    assert page.locator(".also span").inner_text() == "also: --eta 1"
+    page.click("#draw")
+    drawn(page)
+    assert parse_qs(urlsplit(page.url).query)["eta"] == ["1"]
+    assert "--eta 1" in copied(page, "command")
+    assert np.array_equal(images(page), before)
+    page.click(".also button")
+    drawn(page)
+    assert "eta" not in page.url
+    assert not page.locator(".also").is_visible()
+    assert not np.array_equal(images(page), before)
+
+
+def test_a_link_names_classes_by_label_too(browser, tmp_path):
+    pipeline.save(make(), tmp_path / "model")
+    served = start(door, "ditmoe", ["play", str(tmp_path / "model"), "--port", "0"], folder=tmp_path / "served")
+    served.until(lambda: "Ctrl-C" in served.out())
+    page = browser.new_page()
+    try:
+        page.goto(next(word for word in served.out().split() if word.startswith("http://")) + "/?classes=3&classes=1")
+        drawn(page)
+        assert page.locator(".chips [aria-pressed=true]").all_inner_texts() == ["class 1", "class 3"]
+        page.locator(".chips button").first.click()
+        page.click("#draw")
+        drawn(page)
+        assert page.locator(".images small").all_inner_texts() == ["class 3", "class 1", "class 0"]
+    finally:
+        page.close()
+        served.kill(signal.SIGTERM)
+        served.wait(20)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -196,6 +270,8 @@ def test_a_suppressed_expert(visit):
         ("?classes=threee", "there is no class 'threee'"),
         ("?classes=3&steps=4&guidance-interval=5&guidance-interval=1", "guidance_interval (5.0, 1.0) must be"),
         ("?classes=3&policy=%7B", "policy is '{'; give one JSON object"),
+        ("?classes=3&policy=" + quote('{"rules": [null]}'), "rule None must have layer"),
+        ("?classes=3&policy=" + quote('{"rules": {"x": 1}}'), "it must be {"),
     ],
 )
 def test_a_bad_link_is_a_sentence_on_the_page(visit, words, sentence):
@@ -247,7 +323,7 @@ def test_the_page_of_a_run_moves_too(browser, tmp_path):
     known = {"class_names": ["<i>", "1"], "timesteps": [250, 750], "grid": (2, 2), "layer_names": ["block 1"]}
     maps.expert_maps(counts, tmp_path / "experts.png", **known)
     drawings = {name: (tmp_path / name).read_bytes() for name in ("film.png", "experts.png")}
-    live = {"film": film, "loads": maps.expert_loads(counts, **known)}
+    live = {"film": film, "loads": maps.expert_loads(counts, **known) | {"octaves": 1}}
     (tmp_path / "index.html").write_text(report_page.render(REPORT, drawings, {}, live))
     said, page = [], browser.new_page()
     page.on("console", lambda message: said.append(message.text))
@@ -262,6 +338,7 @@ def test_the_page_of_a_run_moves_too(browser, tmp_path):
     page.locator("#loads button").nth(3).hover()
     told = page.locator("#loads .one").inner_text()
     assert "block 1, expert 3: 2.00 \u00d7" in told
+    assert page.locator("#loads button").nth(3).get_attribute("style") == "background: rgb(214, 96, 77);"  # 1 octave
     assert "<i>" in told
     page.close()
     assert said == []

@@ -57,6 +57,15 @@ def test_what_is_no_policy_is_refused(data: Any, sentence: str) -> None:
         Policy.from_dict(data)
 
 
+def test_many_rules_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    active = Rule.active
+    monkeypatch.setattr(Rule, "active", lambda self, step: asked.append(step) or active(self, step))
+    policy = Policy.from_dict({"rules": [{**RULES[0], "expert": e} for e in range(4000)]})
+    policy.check(RoutingRule(2), [1], 4002, 10)
+    assert len(asked) == 4000
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p.json cannot be read as JSON"):
         Policy.read(tmp_path / "p.json")

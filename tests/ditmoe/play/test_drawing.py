@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ditmoe.config.policy import Policy, Rule
 from ditmoe.config.sample import SampleArgs
 from ditmoe.generate.request import requested
+from ditmoe.launch import start
 from ditmoe.play import drawing
 from ditmoe.play.drawing import Drawing, Turns
 from tests.ditmoe.test_pipeline import make
@@ -78,6 +80,21 @@ def test_a_bad_value_is_a_sentence_and_leaves_the_place_free(query: dict[str, li
 
 def test_a_model_without_labels_draws_a_number() -> None:
     assert len(told(make(num_classes=0), {"num": ["3"]})[-1]["done"]["images"]) == 3
+
+
+def test_drawings_are_in_float32_where_auto_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plain = make(), told(make(), QUERY)[-1]["done"]["images"]
+    pipe.register_modules(guide=make().transformer)
+    monkeypatch.setattr(start, "_is_fast_cpu", lambda: True)
+    for _ in range(2):  # the first one leaves the network as it was
+        assert told(pipe, {**QUERY, "guide-scale": ["1"]})[-1]["done"]["images"] == plain
+
+
+def test_a_policy_is_parsed_once_a_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+    monkeypatch.setattr(Policy, "from_dict", lambda data: parsed.append(data) or Policy((Rule(1, 0, "suppress"),)))
+    assert "done" in told(make(), {**QUERY, "policy": ['{"rules": [1]}']})[-1]
+    assert parsed == [{"rules": [1]}]
 
 
 def test_turns_go_round() -> None:

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -15,9 +18,12 @@ from ditmoe.play import serve
 from ditmoe.play.drawing import MOST_DRAWINGS, Drawing
 from tests.ditmoe.test_pipeline import make
 from tests.doors import command
+from tests.processes import door, start
 
 
-def get(app: Any, path: str, query: str = "", host: str = "127.0.0.1:7860") -> tuple[int, dict[str, str], str]:
+def get(
+    app: Any, path: str, query: str = "", host: str = "127.0.0.1:7860", **more: str
+) -> tuple[int, dict[str, str], str]:
     """Status, headers and text of an answer, without a socket."""
     sent: list[dict[str, Any]] = []
 
@@ -30,7 +36,8 @@ def get(app: Any, path: str, query: str = "", host: str = "127.0.0.1:7860") -> t
 
     scope = {
         "type": "http", "http_version": "1.1", "method": "GET", "path": path, "raw_path": path.encode(),
-        "root_path": "", "query_string": query.encode(), "headers": [(b"host", host.encode())], "scheme": "http",
+        "root_path": "", "query_string": query.encode(), "scheme": "http",
+        "headers": [(name.replace("_", "-").encode(), one.encode()) for name, one in {"host": host, **more}.items()],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 7860), "asgi": {"version": "3.0"},
     }  # fmt: skip
     asyncio.run(app(scope, receive, send))
@@ -66,7 +73,23 @@ def test_a_drawing_is_a_stream_of_events(app: Any) -> None:
 def test_another_sites_name_for_this_address_is_refused(app: Any) -> None:
     assert get(app, "/", host="evil.example")[0] == 400
     assert get(app, "/", host="localhost:7860")[0] == 200
-    assert get(serve.application(Drawing(make(), Path("m")), local=False), "/", host="studio.example")[0] == 200
+    assert get(app, "/", host="[::1]:7860")[0] == 200
+    page = Drawing(make(), Path("m"))
+    anybody, studio = (serve.application(page, serve.names_of("Studio", a)) for a in ("0.0.0.0", "192.0.2.7"))
+    assert get(anybody, "/", host="studio.example")[0] == 200
+    answers = [get(studio, "/", host=host)[0] for host in ("studio:7860", "192.0.2.7:7860", "studio.example")]
+    assert answers == [200, 200, 400]
+
+
+def test_a_page_of_another_site_can_neither_draw_nor_hold_this_one(app: Any) -> None:
+    assert "frame-ancestors 'none'" in get(app, "/")[1]["content-security-policy"]
+    for told in (
+        {"origin": "https://evil.example"}, {"origin": "null"}, {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site"}, {"origin": "http://127.0.0.1:8000", "sec_fetch_site": "same-origin"},
+    ):  # fmt: skip
+        assert get(app, "/draw", "classes=1&steps=1", **told)[::2] == (403, "another site's page may not draw here")
+    for told in ({"sec_fetch_site": "same-origin", "origin": "http://127.0.0.1:7860"}, {"sec_fetch_site": "none"}):
+        assert '"done"' in get(app, "/draw", "classes=1&steps=1", **told)[2]
 
 
 def test_a_drawing_stops_when_its_stream_is_closed() -> None:
@@ -80,6 +103,23 @@ def test_a_drawing_stops_when_its_stream_is_closed() -> None:
     asyncio.run(leave())
     for _ in range(MOST_DRAWINGS):  # all places are free again
         assert page._places.acquire(timeout=20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_drawings_and_the_server_at_once(tmp_path: Path, number: int) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    served = start(door, "ditmoe", ["play", str(tmp_path / "model"), "--port", "0"], folder=tmp_path / "served")
+    served.until(lambda: "Ctrl-C" in served.out())
+    (where,) = (word for word in served.out().split() if word.startswith("http://"))
+    stream = urlopen(f"{where}/draw?classes=1&steps=1000", timeout=20)
+    assert b"start" in stream.readline()
+    began = time.monotonic()
+    served.kill(number)
+    assert stream.read().endswith(b'data: {"error": "ditmoe play was ended"}\n\ndata: {}\n\n')
+    assert served.wait(20) == [143]
+    assert time.monotonic() - began < 5
+    assert "Traceback" not in served.err()
+    assert "running task" not in served.err()
 
 
 def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -26,7 +26,8 @@ def test_an_address_has_the_words_of_the_command_line() -> None:
     assert args.classes == ("Sneaker", 3, "T-shirt/top")
     assert (args.guidance_interval, args.seed, policy) == ((100.0, 800.0), 7, None)
     assert settings.read({**QUERY, "policy": ['{"rules": []}']}, MODEL)[1] is None
-    _, _, *words = shlex.split(settings.command(QUERY, MODEL))
+    _, _, *words = shlex.split(settings.command(QUERY, args, policy))
+    assert args.precision == "fp32"
     assert cli.parse(SampleArgs, words) == SampleArgs(**{**vars(args), "out": Path("drawn.png")})
 
 
@@ -35,20 +36,21 @@ def test_a_policy_is_written_before_it_is_used(tmp_path: Path) -> None:
     query = {"classes": ["1"], "policy": [json.dumps(rules)]}
     _, policy = settings.read(query, MODEL)
     assert policy == Policy.from_dict(rules)
-    write, draw = settings.command(query, MODEL).splitlines()
+    write, draw = settings.command(query, *settings.read(query, MODEL)).splitlines()
     subprocess.run(write, shell=True, cwd=tmp_path, check=True)
     assert Policy.read(tmp_path / "policy.json") == policy
-    assert draw == "python sample.py 'models/a b' --classes 1 --policy policy.json --out drawn.png"
-    assert f"    policy={rules!r},\n" in settings.python(query, MODEL)
+    assert draw == "python sample.py 'models/a b' --classes 1 --policy policy.json --precision fp32 --out drawn.png"
+    assert f"    policy={rules!r},\n" in settings.python(query, *settings.read(query, MODEL))
 
 
 def test_the_python_has_the_names_of_the_call() -> None:
-    said = settings.python({"classes": ["Bag"], "steps": ["4"], "guidance-interval": ["0", "800"]}, MODEL)
+    query = {"classes": ["Bag"], "steps": ["4"], "guidance-interval": ["0", "800"]}
+    said = settings.python(query, *settings.read(query, MODEL))
     assert "pipeline.load(Path('models/a b'), fast=True)" in said
     assert (
         "pipe(\n    class_labels=['Bag'],\n    num_inference_steps=4,\n    guidance_interval=(0.0, 800.0),\n)" in said
     )
-    compile(settings.python(QUERY, MODEL), "copied", "exec")
+    compile(settings.python(QUERY, *settings.read(QUERY, MODEL)), "copied", "exec")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_the_python_has_the_names_of_the_call() -> None:
         ({"policy": ["{"]}, "policy is '{'; give one JSON object"),
         ({"policy": ["[]"]}, "it must be {"),
         ({"policy": ['{"rules": [{"layer": 1, "expert": 0, "action": "burn"}]}']}, "action is 'burn'"),
+        ({"policy": [json.dumps({"rules": [None] * 1001})]}, "policy has 1001 rules; a page draws by up to 1000"),
         ({"classes": ["1"] * 17}, "classes asks for 17 images; a page draws up to 16"),
         ({}, "no image is asked for"),
     ],
@@ -75,13 +78,14 @@ def test_what_an_address_cannot_have_is_a_sentence(query: dict[str, list[str]], 
 
 
 def test_classes_go_by_their_names_where_these_are_plain() -> None:
-    names = {0: "Bag", 1: "7", 2: "-x", 3: "twice", 4: "twice"}
-    assert [settings.word_of(label, names) for label in range(6)] == ["Bag", "1", "2", "3", "4", "5"]
+    names = {0: "Bag", 1: "7", 2: "-x", 3: "twice", 4: "twice", 6: "007"}
+    assert [settings.word_of(label, names) for label in range(7)] == ["Bag", "1", "2", "3", "4", "5", "007"]
+    assert settings.read({"classes": ["007", "7"]}, MODEL)[0].classes == ("007", 7)
 
 
 def test_what_a_page_is_told_of_a_model() -> None:
     told = settings.described(make(), MODEL)
-    assert told["classes"][1] == ["class 1", "class 1"]
+    assert told["classes"][1] == ["class 1", "class 1", "1"]
     assert (told["layers"], told["experts"], told["side"], told["size"]) == ([1], 4, 2, 8)
     assert told["defaults"]["steps"] == 4
     assert settings.described(make(num_classes=0), MODEL)["classes"] == []

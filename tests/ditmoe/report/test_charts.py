@@ -57,6 +57,7 @@ def test_loads_of_single_experts() -> None:
     assert loads["load"] == [[0.75, 1.25]] * 3
     assert loads["time"][0] == [[1.5, 0], [0.5, 2]]
     assert loads["place"] == loads["time"]
+    assert (loads["octaves"], expert_loads(np.ones_like(counts), **known)["octaves"]) == (3, 1)
     assert loads["class"][2] == [[0.75], [1.25]]
     assert (loads["layers"], loads["grid"]) == (["x", "y", "z"], [1, 2])
     many = expert_loads(counts.repeat(64, axis=-1), **known)
