@@ -185,19 +185,16 @@ class _Groups:
         return table.column(column).to_pylist()  # type: ignore[no-any-return]
 
 
-def has_held_out(config: DataConfig) -> bool:
-    """Whether a set has a split for scores beside the one that is trained on. ValueError as `TableImages`."""
-    return _held_out(config, _splits(config)[0]) is not None
-
-
-def _held_out(config: DataConfig, splits: Iterable[str]) -> str | None:
+def held_out_split(config: DataConfig, splits: Iterable[str] | None = None) -> str | None:
+    """The split for scores beside the one that is trained on, if a set has one. ValueError as `TableImages`."""
+    splits = _splits(config)[0] if splits is None else splits
     return next((name for name in _HELD_OUT if name in splits and name != config.split), None)
 
 
 def _opened(config: DataConfig, held_out: bool) -> tuple[Any, str, str]:
     """The table of a split, the split's name, and what is said of files that are no part of the set."""
     splits, said = _splits(config)
-    split = _held_out(config, splits) if held_out else config.split
+    split = held_out_split(config, splits) if held_out else config.split
     if split is None or split not in splits:
         what = f"has no split {split or 'for scores'}, but {', '.join(map(str, splits))}"
         raise ValueError(f"data.path {config.path} {what}; give one with --data.split")
@@ -262,8 +259,8 @@ def _roots(config: DataConfig) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     path = Path(os.path.abspath(config.path or ""))
-    caches = [str(HF_DATASETS_CACHE), HF_HUB_CACHE]
-    return [str(path if path.is_dir() else path.parent)] if path.exists() else caches
+    here = str(path if path.is_dir() else path.parent)
+    return [here] if path.exists() else [str(HF_DATASETS_CACHE), HF_HUB_CACHE]
 
 
 @contextmanager

@@ -186,7 +186,6 @@ def test_texts_and_numbers_are_classes_in_their_order(tmp_path: Path) -> None:
         ({"label": [0, 1, 1], "class": [0, 1, 1]}, {}, "has columns that may be the label: label, class"),
         ({"label": ["a", "", "a"]}, {}, "row 1 has label ''; a class is a text"),
         ({"label": [0.5] * 3, "text": ["x" * 999] * 3}, {"label_column": "image"}, r"has image .{70,90}; a class is"),
-        ({}, {"split": "dev", "stream": True}, "has no split dev, but train; give one with --data.split"),
         ({}, {"subset": "en"}, "a subset is of the Hub"),
     ],
 )
@@ -202,6 +201,8 @@ def test_places_that_are_no_table(tmp_path: Path) -> None:
         opened(tmp_path)
     with pytest.raises(ValueError, match="is not there, and no OWNER/NAME"):
         opened(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no split dev, but train, test; give one with --data.split"):
+        opened(parquet(tmp_path / "set"), split="dev", stream=True)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"bad.parquet cannot be read as a data set"):
         opened(tmp_path / "bad.parquet")
