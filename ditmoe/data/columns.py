@@ -1,8 +1,9 @@
 """The classes of images by a column: of a table, or of the metadata.jsonl that lies in a folder of images."""
 
 import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,28 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # a row an image: its `file_name`
 
 
 def labelled(
-    place: object, column: str, values: Sequence[Any], names: Sequence[str] | None = None
-) -> tuple[NDArray[np.int64], dict[int, str], str]:
+    place: object, column: str, values: Sequence[Any], names: Sequence[str] | None = None,
+    known: Mapping[int, str] | None = None,
+) -> tuple[NDArray[np.int64], dict[int, str], str]:  # fmt: skip
     """Labels (n,), the names of the classes, and what a set's `source` says where a label is not what one may expect.
 
     `names` are those of the classes that the values number; without them each value, a text or a whole number, is a
-    class, in their order. ValueError at a row without a class, and where each row has one of its own.
+    class, in their order. ValueError at a row without a class, and where each row has one of its own. Of held-out
+    images the classes are those `known` of the training images, by name; ValueError at another one.
     """
     for row, value in enumerate(values):
         if names is not None and value is not None and not 0 <= value < len(names):
-            raise ValueError(f"{place} row {row} has {column} {value}, the set has classes 0..{len(names) - 1}")
-        if value is None or isinstance(value, float) or not isinstance(value, str | int):
-            raise ValueError(f"{place} row {row} has {column} {value!r}; a class is a text or a whole number")
+            raise ValueError(f"{place} row {row} has {column} {value!r:.80}, the set has classes 0..{len(names) - 1}")
+        if not isinstance(value, str | int) or value == "":
+            raise ValueError(f"{place} row {row} has {column} {value!r:.80}; a class is a text or a whole number")
+        if type(value) is not type(values[0]):  # 1, True and "1" would be classes of one name
+            raise ValueError(f"{place} has {column} {values[0]!r:.80} and {value!r:.80}; make all texts or all numbers")
+    if known is not None:
+        by_name = {name: label for label, name in known.items()}
+        called = [str(value if names is None else names[value]) for value in values]
+        if (strange := next((name for name in called if name not in by_name), None)) is not None:
+            raise ValueError(f"{place} has {column} {strange!r:.80}, which no training image has; remove its rows")
+        return np.asarray([by_name[name] for name in called], np.int64), dict(known), ""
     if names is not None:
         labels = np.asarray(values, np.int64)
         empty = len(names) - len(np.unique(labels))
@@ -53,15 +64,17 @@ def read_metadata(file: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     try:
         text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as UTF-8 ({error})") from error
-    read = csv.DictReader(text.splitlines()) if file.suffix == ".csv" else _lines(file, text)
+        cells = csv.DictReader(io.StringIO(text, newline=""))
+        read = list(cells) if file.suffix == ".csv" else _lines(file, text)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read as rows of UTF-8 ({error})") from error
     for number, row in enumerate(read, 1):
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or name in rows:
-            what = f"names {name} a second time" if name in rows else "has no file_name"
+        name = str(row.get("file_name") or "").replace("\\", "/") if isinstance(row, dict) else ""
+        if not name or name in rows or None in row:
+            what = "has more cells than the first line" if name else "has no file_name"
+            what = f"names {name} a second time" if name in rows else what
             raise ValueError(f"{file}: row {number} {what}; each image has one row")
-        rows[name.replace("\\", "/")] = row
+        rows[name] = row
     return rows
 
 
@@ -80,9 +93,9 @@ def column_of(file: Path, column: str | None, names: Sequence[str]) -> list[Any]
 
 def _lines(file: Path, text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: line {number} is no JSON object ({error})") from error
     return rows

@@ -14,10 +14,10 @@ from .latents import open_latents
 from .mixture import Mixture
 from .named import open_digits, open_fashion
 from .sets import ArrayImages, BadImage, ImageSet, check_bad, check_classes
-from .tables import TableImages, has_held_out
+from .tables import TableImages, held_out_split
 
 _IN_MEMORY_BYTES = 2 * 2**30
-_WITHOUT_TEST = ("folder", "latents")  # hf: see `has_held_out`
+_WITHOUT_TEST = ("folder", "latents")  # hf: see `held_out_split`
 
 
 def open_data(config: DataConfig, *, size: int, channels: int, split: str = "train") -> ImageSet:
@@ -69,7 +69,7 @@ def open_held_out(config: DataConfig, *, size: int, channels: int) -> ImageSet |
     """The test split of a configuration's set; None of one that has none. Raises ValueError as `open_data`."""
     if any(part.name in _WITHOUT_TEST for part, _ in config.sets()):
         return None
-    if config.name == "hf" and not has_held_out(config):
+    if config.name == "hf" and held_out_split(config) is None:
         return None
     return open_data(config, size=size, channels=channels, split="test")
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.sections import DataConfig
-from .below import files_below, left_out
+from .below import files_below, is_image, left_out
 from .columns import labelled
 from .folders import FolderImages, mode_of
 
@@ -40,20 +40,24 @@ class TableImages(FolderImages):
 
     def __init__(self, config: DataConfig, size: int, channels: int, *, held_out: bool = False) -> None:
         self.size, self.mode, self.fit = size, mode_of(channels), config.fit
+        trained = TableImages(config, size, channels) if held_out else None
         self.table, split, others = _opened(config, held_out)
+        self._roots = _roots(config)
         features, self._place = self.table.features, f"{config.path}:{split}"
         images = [name for name, feature in features.items() if _holds_images(feature)]
         self._column = _one_of(self._place, "image", config.image_column, images, features)
         classes = [name for name, feature in features.items() if hasattr(feature, "names")]
         classes = classes or [name for name in ("label", "labels", "class") if name in features]
-        if config.label_column is None and not classes:
+        asked, known = (trained.label_column, trained.id2label) if trained else (config.label_column, None)
+        self.label_column: str | None = None
+        if asked is None and (trained or not classes):
             self.labels, self.id2label, said = np.zeros(len(self.table), np.int64), {}, ""
             if rest := [name for name in features if name != self._column]:
                 said = f"; none of the columns {', '.join(rest)} is of classes, unless --data.label-column says so"
         else:
-            label = _one_of(self._place, "label", config.label_column, classes, features)
+            self.label_column = label = _one_of(self._place, "label", asked, classes, features)
             names = getattr(features[label], "names", None)
-            self.labels, self.id2label, said = labelled(self._place, label, self.table.values(label), names)
+            self.labels, self.id2label, said = labelled(self._place, label, self.table.values(label), names, known)
         if not len(self):
             raise ValueError(f"data.path {self._place} holds no rows")
         self.source = f"{len(self)} images of {len(self.id2label)} classes in {self._place}{said}{others}"
@@ -61,8 +65,7 @@ class TableImages(FolderImages):
     @cached_property
     def inventory(self) -> list[tuple[str, int]]:
         """Sizes in bytes, of every image or, where they are streamed, of every group of rows."""
-        found: list[tuple[str, int]] = self.table.inventory(self._column)
-        return found
+        return self.table.inventory(self._column)  # type: ignore[no-any-return]
 
     def name(self, row: int) -> str:
         """The set, its split, and the number of the row there."""
@@ -80,9 +83,11 @@ class TableImages(FolderImages):
     def _content(self, row: int) -> BinaryIO:
         cell = self.table.cell(self._column, row)
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        if content is None and not os.path.isfile(path or ""):  # to open a pipe would be to wait
-            raise ValueError(f"{self.name(row)} is empty, or of a file that is not there ({path}); remove the row")
-        return io.BytesIO(Path(str(path)).read_bytes() if content is None else content)
+        file = Path(os.path.abspath(os.path.join(self._roots[0], path or "")))
+        if content is None and not (file.is_file() and any(map(file.is_relative_to, self._roots))):  # a pipe would wait
+            lost = f"is empty, or of a file that is not there or outside {self._roots[0]} ({path!r:.80})"
+            raise ValueError(f"{self.name(row)} {lost}; remove the row")
+        return io.BytesIO(file.read_bytes() if content is None else content)
 
 
 class _Rows:
@@ -130,7 +135,10 @@ class _Groups:
         for opened in self._open:
             with opened() as file:
                 self._footers.append(pq.read_metadata(file))
-        self.features = datasets.Features.from_arrow_schema(self._footers[0].schema.to_arrow_schema())
+        every = [datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema()) for footer in self._footers]
+        self.features, differs = every[0], [features != every[0] for features in every]
+        if any(differs):
+            raise ValueError(f"{files[differs.index(True)]} has other columns or classes than {files[0]}; mend it")
         self._groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
         self._ends = np.cumsum([0, *(self._footers[f].row_group(g).num_rows for f, g in self._groups)])
 
@@ -174,34 +182,39 @@ class _Groups:
         f, g = self._groups[group]
         with self._open[f]() as file:
             table = self._read(file, metadata=self._footers[f]).read_row_group(g, [column], use_threads=False)
-        values: list[Any] = table.column(column).to_pylist()
-        return values
+        return table.column(column).to_pylist()  # type: ignore[no-any-return]
 
 
-def has_held_out(config: DataConfig) -> bool:
-    """Whether a set has a split for scores beside the one that is trained on. ValueError as `TableImages`."""
-    return _held_out(config, _splits(config)[0]) is not None
-
-
-def _held_out(config: DataConfig, splits: Iterable[str]) -> str | None:
+def held_out_split(config: DataConfig, splits: Iterable[str] | None = None) -> str | None:
+    """The split for scores beside the one that is trained on, if a set has one. ValueError as `TableImages`."""
+    splits = _splits(config)[0] if splits is None else splits
     return next((name for name in _HELD_OUT if name in splits and name != config.split), None)
 
 
 def _opened(config: DataConfig, held_out: bool) -> tuple[Any, str, str]:
     """The table of a split, the split's name, and what is said of files that are no part of the set."""
     splits, said = _splits(config)
-    split = _held_out(config, splits) if held_out else config.split
+    split = held_out_split(config, splits) if held_out else config.split
     if split is None or split not in splits:
-        what = f"has no split {split or 'for scores'}, but {', '.join(splits)}"
+        what = f"has no split {split or 'for scores'}, but {', '.join(map(str, splits))}"
         raise ValueError(f"data.path {config.path} {what}; give one with --data.split")
+    from datasets import load_dataset
+
+    found = splits[split]
     with _told(config):
-        return _Groups(splits[split]) if config.stream else _Rows(splits[split]), split, said
+        if isinstance(found, list):  # no other split is prepared: one that is broken is for whoever asks for it
+            groups = _Groups(found)
+            if config.stream or not len(groups):
+                return groups, split, said
+            found = load_dataset("parquet", data_files={split: found}, split=split)
+        return _Rows(found), split, said
 
 
 def _splits(config: DataConfig) -> tuple[dict[str, Any], str]:
-    """The splits by name, each a table of `datasets` or, streamed, its files; what is said of files beside them."""
+    """The splits by name, each a table of `datasets` or its parquet files; what is said of files beside them."""
     try:
         import datasets
+        from datasets.data_files import DataFilesDict, get_data_patterns
     except ImportError as error:
         raise ValueError("data.name hf needs the library datasets: pip install 'ditmoe[data]'") from error
     path = config.path
@@ -216,23 +229,38 @@ def _splits(config: DataConfig) -> tuple[dict[str, Any], str]:
                 raise ValueError("save_to_disk made it, so stream and subset do not apply; leave them out")
             saved = datasets.load_from_disk(str(path))
             return (dict(saved) if isinstance(saved, datasets.DatasetDict) else {config.split: saved}), ""
-        place = ("parquet", None, None, str(path)) if path.is_file() else (str(path), config.subset)
-        builder = datasets.load_dataset_builder(*place)
-        files = {name: [str(file) for file in of] for name, of in (builder.config.data_files or {}).items()}
+        if path.exists() and config.subset:
+            raise ValueError("a subset is of the Hub; give the folder of its files as --data.path")
+        if path.is_file():
+            return {"train": [str(path)]}, ""
+        below = files_below(path) if path.is_dir() else []
+        if path.is_dir():
+            if not any(file.suffix == ".parquet" for file in below):
+                images = "image files, which are read as they lie; give --data.name folder"
+                raise ValueError(f"it holds {images if any(map(is_image, below)) else 'no .parquet files'}")
+            patterns = get_data_patterns(str(path))  # by names, never by a README.md, which may name any file
+            listed = DataFilesDict.from_patterns(patterns, str(path), allowed_extensions=[".parquet"])
+        else:
+            builder = datasets.load_dataset_builder(str(path), config.subset)
+            if not config.stream:
+                builder.download_and_prepare()
+                return dict(builder.as_dataset()), ""
+            listed = builder.config.data_files or {}
+        files = {str(name): list(map(str, of)) for name, of in listed.items()}
         every = [file for of in files.values() for file in of]
-        said = (
-            left_out(f.relative_to(path) for f in files_below(path) if str(f.resolve()) not in every)
-            if path.is_dir()
-            else ""
-        )
-        if path.is_dir() and "folder" in builder.name:
-            raise ValueError("it holds image files, which are read as they lie; give --data.name folder")
-        if not config.stream:
-            builder.download_and_prepare()
-            return dict(builder.as_dataset()), said
         if other := next((file for file in every if not file.endswith(".parquet")), None):
             raise ValueError(f"it is of other files than parquet ({other}); leave out --data.stream")
-        return files, said
+        return files, left_out(f.relative_to(path) for f in below if str(f.resolve()) not in every)
+
+
+def _roots(config: DataConfig) -> list[str]:
+    """Where the files may lie that a table names: in its folder, or of a set of the Hub in the caches."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    path = Path(os.path.abspath(config.path or ""))
+    here = str(path if path.is_dir() else path.parent)
+    return [here] if path.exists() else [str(HF_DATASETS_CACHE), HF_HUB_CACHE]
 
 
 @contextmanager
@@ -243,7 +271,10 @@ def _told(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, DatasetsError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the library says that something failed; what did is below
+            cause = cause.__cause__
+        why = " ".join(str(cause).split())[:200] or type(cause).__name__
         here = "" if config.path and config.path.exists() else ", of the Hub as it is not here,"
         raise ValueError(f"data.path {config.path}{here} cannot be read as a data set: {why}") from error
 
@@ -263,10 +294,7 @@ def _one_of(place: str, kind: str, asked: str | None, fitting: Sequence[str], fe
     if kind == "image" and asked is not None and asked not in fitting:
         raise ValueError(f"data.path {place}: column {asked} holds no images, but {', '.join(fitting) or 'none does'}")
     if asked is None and len(fitting) != 1:
-        what = (
-            f"columns that may be the {kind}: {', '.join(fitting)}"
-            if fitting
-            else f"no {kind}, but {', '.join(features)}"
-        )
+        found = ", ".join(fitting or features)
+        what = f"columns that may be the {kind}: {found}" if fitting else f"no {kind}, but {found}"
         raise ValueError(f"data.path {place} has {what}; name it with {option}")
     return asked or fitting[0]

@@ -86,11 +86,15 @@ def images_of(args: AnalyzeArgs, config: Config, net: DiTMoETransformer2DModel) 
     """A run's held-out images, or where there are none those that it was trained on, and a sentence on which."""
     size, channels = net.config.sample_size, net.config.in_channels
     where = config.data if args.data_path is None else replace(config.data, path=args.data_path)
-    held_out: ImageSet | None = open_held_out(where, size=size, channels=channels)
+    held_out, kind = None, "training"
+    try:
+        held_out = open_held_out(where, size=size, channels=channels)
+    except ValueError as error:
+        kind = f"training (those held out cannot be used: {error})"
     data = open_data(where, size=size, channels=channels) if held_out is None else held_out
     if net.null_label is not None and len(data.id2label) > net.null_label:
         raise ValueError(f"{data.source}: {len(data.id2label)} classes, but the model knows {net.null_label}")
-    return data, f"{'training' if held_out is None else 'held out'}: {data.source}"
+    return data, f"{kind if held_out is None else 'held out'}: {data.source}"
 
 
 def a_class_each(data: ImageSet, classes: Sequence[int], num: int, seed: int) -> tuple[list[int], Tensor]:

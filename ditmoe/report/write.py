@@ -68,7 +68,8 @@ def write(
     pipe, sample = load(run, fast=True), config.sample
     net, size, channels = pipe.transformer, pipe.transformer.config.sample_size, pipe.transformer.config.in_channels
     data = open_data(config.data, size=size, channels=channels)
-    held_out = open_held_out(config.data, size=size, channels=channels)
+    notes: list[str] = []
+    held_out = _tried(notes, "No held-out set", lambda: open_held_out(config.data, size=size, channels=channels), None)
     (run / PAGE).unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
     num = num_judged or sample.num
     labels, started = balanced_labels(pipe, num), time.perf_counter()
@@ -82,7 +83,6 @@ def write(
     for name in page.CAPTIONS:
         (run / name).unlink(missing_ok=True)  # none may be left from another report
     pictures.write_grid(images, labels, pipe.id2label, run / SAMPLES, columns=SHOWN_COLUMNS, most_rows=SHOWN_ROWS)
-    notes: list[str] = []
     none: tuple[list[dict[str, Any]], dict[str, Any] | None] = ([], None)
     film = _tried(notes, "There is no film", lambda: _draw_film(pipe, config, labels, run / FILM), None)
     if rows:

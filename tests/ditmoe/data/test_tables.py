@@ -47,6 +47,17 @@ def parquet(root: Path, *, rows: int = 12, group: int = 4) -> Path:
     return root
 
 
+def unlabelled_test(root: Path) -> Path:
+    """Parquet whose test split has the label -1 throughout, as sets of the Hub have."""
+    import datasets
+
+    made = parquet(root)
+    (made / "test-00000-of-00001.parquet").unlink()
+    plain = table(3).cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
+    plain.cast_column("label", datasets.ClassLabel(names=NAMES)).to_parquet(made / "test.parquet")
+    return made
+
+
 def hf(path: Path, **options: Any) -> DataConfig:
     return DataConfig(name="hf", path=path, **options)
 
@@ -173,6 +184,9 @@ def test_texts_and_numbers_are_classes_in_their_order(tmp_path: Path) -> None:
         ({"label": [0.5, 1, 1]}, {}, "row 0 has label 0.5; a class is a text or a whole number"),
         ({"text": ["a", "b", "c"]}, {"label_column": "text"}, "has another text in every row"),
         ({"label": [0, 1, 1], "class": [0, 1, 1]}, {}, "has columns that may be the label: label, class"),
+        ({"label": ["a", "", "a"]}, {}, "row 1 has label ''; a class is a text"),
+        ({"label": [0.5] * 3, "text": ["x" * 999] * 3}, {"label_column": "image"}, r"has image .{70,90}; a class is"),
+        ({}, {"subset": "en"}, "a subset is of the Hub"),
     ],
 )
 def test_columns_that_are_wrong(columns: Any, options: Any, sentence: str, tmp_path: Path) -> None:
@@ -187,6 +201,8 @@ def test_places_that_are_no_table(tmp_path: Path) -> None:
         opened(tmp_path)
     with pytest.raises(ValueError, match="is not there, and no OWNER/NAME"):
         opened(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no split dev, but train, test; give one with --data.split"):
+        opened(parquet(tmp_path / "set"), split="dev", stream=True)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"bad.parquet cannot be read as a data set"):
         opened(tmp_path / "bad.parquet")
@@ -194,6 +210,72 @@ def test_places_that_are_no_table(tmp_path: Path) -> None:
         open_data(DataConfig(name="hf"), size=8, channels=1)
     with pytest.raises(ValueError, match="stream works with the data set hf, not folder"):
         DataConfig(name="folder", path=tmp_path, stream=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("trained", "held_out", "labels", "sentence"),
+    [
+        (["ant", "bee", "cat", "cat"], ["cat", "bee"], [2, 1], ""),
+        ([3, 5, 7, 7], [7, 5], [2, 1], ""),
+        (["ant", "bee", "bee"], ["bee", "dog"], [], "test has kind 'dog', which no training image has"),
+        (["ant", "bee", "bee"], [], [], "test holds no rows"),
+    ],
+)
+def test_held_out_classes_have_the_numbers_of_training(
+    stream: bool, trained: Any, held_out: Any, labels: Any, sentence: str, tmp_path: Path
+) -> None:
+    table(len(trained), kind=trained).to_parquet(tmp_path / "train.parquet")
+    table(2, kind=held_out or ["a", "b"]).select(range(len(held_out))).to_parquet(tmp_path / "test.parquet")
+    config = hf(tmp_path, label_column="kind", stream=stream)
+    if sentence:
+        with pytest.raises(ValueError, match=sentence):
+            open_held_out(config, size=8, channels=1)
+    else:
+        found = open_held_out(config, size=8, channels=1)
+        assert found is not None
+        assert found.labels.tolist() == labels
+        assert list(found.id2label.values()) == [str(value) for value in trained[:3]]
+
+
+def test_a_held_out_split_that_is_broken_is_no_matter_of_training(tmp_path: Path) -> None:
+    (parquet(tmp_path / "set") / "test-00000-of-00001.parquet").write_bytes(b"PAR1 nothing")
+    assert len(opened(tmp_path / "set")) == 12
+    with pytest.raises(ValueError, match="cannot be read as a data set: .*[Pp]arquet"):  # not "An error occurred"
+        open_held_out(hf(tmp_path / "set"), size=8, channels=1)
+
+
+@pytest.mark.parametrize("place", ["../out.parquet", "https://example.org/x.parquet"])
+def test_a_readme_names_no_files(place: str, tmp_path: Path) -> None:
+    table(5).to_parquet(tmp_path / "out.parquet")
+    listed = f"- config_name: default\n  data_files:\n  - split: train\n    path: {place}\n"
+    (parquet(tmp_path / "set") / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    assert "12 images of 3 classes" in opened(tmp_path / "set").source
+
+
+def test_a_cell_names_no_file_outside_the_folder(tmp_path: Path, from_files: None) -> None:
+    import datasets
+
+    for place in ("set", "."):
+        (tmp_path / place).mkdir(exist_ok=True)
+        Image.fromarray(PIXELS[0]).save(tmp_path / place / "a.png")
+    paths = ["a.png", str(tmp_path / "a.png"), "../a.png"]
+    cells: Any = {"image": [{"bytes": None, "path": path} for path in paths]}
+    kinds = datasets.Features(image={"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    datasets.Dataset.from_dict(cells, kinds).to_parquet(tmp_path / "set" / "a.parquet")
+    data = opened(tmp_path / "set", max_bad=2)
+    assert np.array_equal(data.images([0])[0, ..., 0], PIXELS[0])
+    for row in (1, 2):
+        with pytest.raises(BadImage, match=r"that is not there or outside .*set \("):
+            data.images([row])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_files_of_other_columns_are_refused(stream: bool, tmp_path: Path) -> None:
+    table(4).to_parquet(tmp_path / "train-0.parquet")
+    table(4, kind=["a", "b"] * 2).to_parquet(tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match="train-1.parquet has other columns"):
+        opened(tmp_path, stream=stream)
 
 
 def test_files_beside_the_table_are_counted(tmp_path: Path) -> None:
@@ -242,9 +324,42 @@ def test_classes_by_a_csv_of_windows(tmp_path: Path) -> None:
         ([*ROWS, ROWS[0]], "kind", "row 5 names a/0.png a second time"),
         ([*ROWS, {"kind": "x"}], "kind", "row 5 has no file_name"),
         ([*ROWS[:3], {"file_name": "a/3.png"}], "kind", "row 3 has kind None"),
+        ([*ROWS, {"file_name": "a\\0.png", "kind": "x"}], "kind", "row 5 names a/0.png a second time"),
+        ([{**ROWS[0], "kind": 1}, {**ROWS[1], "kind": True}, *ROWS[2:]], "kind", "has kind 1 and True; make all"),
     ],
 )
 def test_metadata_that_is_wrong(rows: Any, column: str, sentence: str, tmp_path: Path) -> None:
     metadata(tmp_path, *rows)
     with pytest.raises(ValueError, match=sentence):
         open_data(DataConfig(name="folder", path=tmp_path, label_column=column), size=8, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("file_name,kind\na/0.png,x,z", "row 1 has more cells than the first line"),
+        ("file_name,kind\na/0.png," + "x" * 200_000, "field larger than field limit"),
+        ("file_name,kind\na/0.png,\na/1.png,x\na/2.png,x\na/3.png,x", "row 0 has kind ''"),
+        ("[" * 200_000, "line 1 is no JSON object .maximum recursion"),
+    ],
+)
+def test_metadata_that_is_malformed(text: str, sentence: str, tmp_path: Path) -> None:
+    (metadata(tmp_path) / "metadata.jsonl").unlink()
+    (tmp_path / f"metadata.{'jsonl' if text.startswith('[') else 'csv'}").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        open_data(DataConfig(name="folder", path=tmp_path, label_column="kind"), size=8, channels=1)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_line_ends_within_a_cell_are_kept(form: str, tmp_path: Path) -> None:
+    (metadata(tmp_path) / "metadata.jsonl").unlink()
+    end = "\n" if form == "csv" else "\u2028\x85"
+    rows = [f'a/{i}.png,"{kind}"' for i, kind in enumerate(["x" + end + "y", "b", "xy", "b"])]
+    lines = [
+        json.dumps(dict(zip(["file_name", "kind"], r.replace('"', "").split(","), strict=True)), ensure_ascii=False)
+        for r in rows
+    ]
+    text = "\n".join(["file_name,kind", *rows] if form == "csv" else lines)
+    (tmp_path / f"metadata.{form}").write_text(text, "utf-8")
+    data = open_data(DataConfig(name="folder", path=tmp_path, label_column="kind"), size=8, channels=1)
+    assert [data.id2label[label] for label in data.labels.tolist()] == [f"x{end}y", "b", "xy", "b"]

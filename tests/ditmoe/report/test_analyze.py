@@ -16,6 +16,7 @@ from ditmoe import pipeline
 from ditmoe.config.file import save
 from ditmoe.config.sections import Config
 from ditmoe.model import build
+from tests.ditmoe.data.test_tables import unlabelled_test
 from tests.doors import command
 from tests.faults.halts import save_run
 
@@ -118,6 +119,19 @@ def test_a_folder_of_images_has_none_that_were_held_out(tmp_path: Path, capsys: 
     (tmp_path / "moved/dog/0.png").rename(tmp_path / "moved/cow/0.png")
     assert analyze(model, *moved) == 2
     assert "3 classes, but the model knows 2" in capsys.readouterr().err
+
+
+def test_a_held_out_split_without_labels_is_not_taken(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(tiny(data={"name": "hf", "path": unlabelled_test(tmp_path / "set")}), out=tmp_path / "run")
+    net = build(config, 3)
+    pipeline.save(pipeline.assemble(net, config, dict(enumerate(["ant", "bee", "cat"]))), config.out / "model")
+    save(config, config.out / "config.json")
+    assert analyze(config.out, "--num", 6, "--bins", 2, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "training (those held out cannot be used: " in said
+    assert "row 0 has label -1" in said
 
 
 def test_mistakes_are_one_sentence(run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

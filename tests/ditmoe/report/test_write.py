@@ -26,6 +26,7 @@ from ditmoe.report import write as report
 from ditmoe.report.facts import summarise
 from ditmoe.training.loop import train
 from eval import fid, judge
+from tests.ditmoe.data.test_tables import unlabelled_test
 
 Tiny = Callable[..., Config]
 SAMPLE = {"steps": 3, "num": 20, "batch_size": 20}
@@ -150,6 +151,15 @@ def test_class_names_are_escaped_and_a_folder_has_no_held_out_images(tiny: Tiny,
     assert made["copies"]["num_train"] == 240  # mirror images were trained on too
     assert not made["copies"]["held_out"]
     assert made["score_real"] is None
+
+
+def test_a_held_out_split_without_labels_costs_the_page_nothing_else(tiny: Tiny, tmp_path: Path) -> None:
+    path = unlabelled_test(tmp_path / "set")
+    run = trained(tiny(data={"name": "hf", "path": path}, sample=SAMPLE))
+    made = report.write(run, score=lambda images: {"metric": "fd_test", "value": 1.0, "n_gen": len(images)})
+    assert any("No held-out set: " in note and "row 0 has label -1" in note for note in made["notes"])
+    assert (made["score"]["value"], made["score_real"]) == (1.0, None)
+    assert (run / "index.html").is_file()
 
 
 @pytest.mark.parametrize("num", [1, 13])
