@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.curve import append
 from benchmarks.rival_models import OPTIONS
-from benchmarks.rival_training import NAMES, Contestant, Row, Training, contestants
+from benchmarks.rival_training import NAMES, WARM_UP, Contestant, Row, Training, contestants
 from benchmarks.scoring import Images, Judge, precision
 from benchmarks.timing import machine, round_robin
 from ditmoe.config.presets import PRESETS
@@ -79,12 +79,18 @@ class Contest:
                 return {"precision": asked, "option": ""}
             ways = [{"precision": p, "option": o} for p in ("fp32", "bf16") for o in OPTIONS[who.kind]]
             size = min(32, who.config.train.batch_size)
-            steps = {json.dumps(way): Training(who, self.data, way, 1e-4, 10**9, size).step for way in ways}
+            steps = {json.dumps(way): self.for_timing(who, way, size).step for way in ways}
             times = round_robin(steps, 3)
             best: Row = json.loads(min(times, key=times.__getitem__))
             return {**best, "timed": {name: round(size / seconds, 1) for name, seconds in times.items()}}
 
         return self.once({"contestant": who.name, "config": who.digest, "phase": "way"}, make)
+
+    def for_timing(self, who: Contestant, way: Row, batch: int = 0) -> Training:
+        """A run past its warm-up: at the rates there, what starts at zero stays so small that products are slow."""
+        training = Training(who, self.data, way, 1e-3, 10**5, batch)
+        training.steps = round(WARM_UP * training.total)
+        return training
 
     def time_all(self, chosen: Sequence[Contestant]) -> dict[str, float]:
         """Steps a second of these and what else was timed with them: the first such line that has all of them."""
@@ -92,7 +98,7 @@ class Contest:
         for row in self.rows:
             if row["phase"] == "speed" and row["preset"] == self.args.preset and wanted <= row["speeds"].keys():
                 return dict(row["speeds"])
-        runs = {who.name + "-" + who.digest: Training(who, self.data, self.way(who), 1e-4, 10**9) for who in chosen}
+        runs = {who.name + "-" + who.digest: self.for_timing(who, self.way(who)) for who in chosen}
 
         def turn(training: Training) -> None:
             for _ in range(4):
