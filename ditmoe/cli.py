@@ -17,13 +17,13 @@ import tyro
 from .config import PRESETS, Config
 from .config.contrast import ContrastArgs as ContrastArgs
 from .config.convert import ConvertArgs as ConvertArgs
+from .config.convert import ExportArgs as ExportArgs
 from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
 from .config.play import PlayArgs as PlayArgs
 from .config.rules import NUMBERS, RULES, with_rule
 from .config.sample import AnalyzeArgs as AnalyzeArgs
 from .config.sample import CentroidsArgs as CentroidsArgs
-from .config.sample import ExportArgs as ExportArgs
 from .config.sample import ExposureArgs as ExposureArgs
 from .config.sample import SampleArgs as SampleArgs
 from .launch.signals import EXIT_CODE, Interrupted, Signals

@@ -24,13 +24,13 @@ from .model import DiTMoETransformer2DModel
 from .moe.policy import Policy, Spans, Steered
 from .objective import scheduler_config
 from .pipe import asked
-from .pipe.asked import EXPERTS_OFF, choose
 from .pipe.edit import Edit
 from .pipe.folder import add_guide as add_guide
 from .pipe.folder import add_vae as add_vae
 from .pipe.folder import checked, opened
 from .pipe.folder import save as save
 from .pipe.folder import shift_option as shift_option
+from .pipe.guide import EXPERTS_OFF, choose
 
 
 class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -47,7 +47,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
             "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
-        guide: A weaker network for autoguidance (`ditmoe.pipe.asked`), in the folder `guide/`; None for none.
+        guide: A weaker network for autoguidance (`ditmoe.pipe.guide`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
         guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
         guidance_channels: How many of the first channels to guide when no other number is asked for; None: all.
@@ -123,7 +123,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_images: How many images of a model without labels.
             sampler: A name of samplers.SAMPLERS; default: `scheduler`, whatever it was set to.
             guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
-                that the model names, if any, see `ditmoe.pipe.asked.choose`. Beside classifier-free guidance.
+                that the model names, if any, see `ditmoe.pipe.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             guidance_interval: Default: the saved one, where anything guides; (0, 1000) is all.
             guidance_channels: Likewise; as many as there are is all.

@@ -1,4 +1,4 @@
-"""What `convert` is asked. Imports no torch."""
+"""What `convert` and `export` are asked. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,3 +120,40 @@ class ConvertArgs:
             require(not self.out.is_file(), f"out {self.out} is a file; a folder is written")
         if self.to != "ditmoe":
             self._refuse((*_OF_OTHERS, "top_k"), f"--to {self.to}")
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write the averaged weights of a finished run as a pipeline folder to share."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run folder."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The new pipeline folder."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the stored weights; bfloat16 has half the size."""
+    vae: Path | None = None
+    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
+    guide: str | None = None
+    """A weaker model that the folder holds as its guide, or experts-off, as python sample.py has it."""
+    guide_scale: float | None = None
+    """Scale of the guide when none is asked for; default: 2."""
+    force: bool = False
+    """Replace the folder if it is there."""
+    license: str = "unknown"
+    """The licence that the README names, as the Hub spells it: apache-2.0, cc-by-4.0, other, ..."""
+    standalone: bool = False
+    """Add a pipeline.py, with which diffusers reads the folder where ditmoe is not installed (trust_remote_code=True);
+    ditmoe itself, which runs no code of folders, does not."""
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face Hub to upload it to, privately (after hf auth login)."""
+
+    def __post_init__(self) -> None:
+        if self.push is not None and self.push.strip("/").count("/") != 1:
+            raise ValueError(f"push is {self.push!r}; give OWNER/NAME")
+        if self.guide_scale is not None and self.guide is None:
+            raise ValueError(
+                f"guide_scale is {self.guide_scale}, but there is no guide; give --guide PATH or experts-off"
+            )
+        if self.guide == "none":
+            raise ValueError("guide is none, which a model without --guide has; leave it out")

@@ -1,4 +1,4 @@
-"""What the commands that take a trained model are asked: sample, exposure, analyze, centroids, export. No torch."""
+"""What the commands that take a trained model are asked: sample, exposure, analyze, centroids. No torch."""
 
 import math
 import re
@@ -95,9 +95,8 @@ class SampleArgs:
     dpm++2m and unipc where this is given; not time-shift sampling. Default: saved with the model."""
 
     def __post_init__(self) -> None:
-        if self.classes is not None:  # 7 is a label; 007, +7 and 7_0 are names
-            labels = [int(w) if isinstance(w, str) and w.isdecimal() and str(int(w)) == w else w for w in self.classes]
-            object.__setattr__(self, "classes", tuple(labels))
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(map(label_or_name, self.classes)))
         if self.classes is not None and self.num is not None:
             raise ValueError("give --num or --classes, not both")
         if self.classes == ():
@@ -255,41 +254,9 @@ class CentroidsArgs:
             raise ValueError(f"out {self.out} must be a .safetensors file in a folder that exists")
 
 
-@dataclass(frozen=True)
-class ExportArgs:
-    """Write the averaged weights of a finished run as a pipeline folder to share."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """A run folder."""
-    folder: Annotated[Path, tyro.conf.Positional]
-    """The new pipeline folder."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the stored weights; bfloat16 has half the size."""
-    vae: Path | None = None
-    """For a model of latents: folder of their VAE, saved along so that the pipeline draws pictures."""
-    guide: str | None = None
-    """A weaker model that the folder holds as its guide, or experts-off, as python sample.py has it."""
-    guide_scale: float | None = None
-    """Scale of the guide when none is asked for; default: 2."""
-    force: bool = False
-    """Replace the folder if it is there."""
-    license: str = "unknown"
-    """The licence that the README names, as the Hub spells it: apache-2.0, cc-by-4.0, other, ..."""
-    standalone: bool = False
-    """Add a pipeline.py, with which diffusers reads the folder where ditmoe is not installed (trust_remote_code=True);
-    ditmoe itself, which runs no code of folders, does not."""
-    push: str | None = None
-    """OWNER/NAME on the Hugging Face Hub to upload it to, privately (after hf auth login)."""
-
-    def __post_init__(self) -> None:
-        if self.push is not None and self.push.strip("/").count("/") != 1:
-            raise ValueError(f"push is {self.push!r}; give OWNER/NAME")
-        if self.guide_scale is not None and self.guide is None:
-            raise ValueError(
-                f"guide_scale is {self.guide_scale}, but there is no guide; give --guide PATH or experts-off"
-            )
-        if self.guide == "none":
-            raise ValueError("guide is none, which a model without --guide has; leave it out")
+def label_or_name(word: str | int) -> int | str:
+    """What a word says of a class: 7 is a label; 007, +7 and 7_0 are names."""
+    return int(word) if isinstance(word, str) and word.isdecimal() and str(int(word)) == word else word
 
 
 def _resolved(paths: tuple[Path, ...]) -> list[Path]:

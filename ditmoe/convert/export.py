@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from .. import __version__, pipeline
+from ..config.convert import ExportArgs
 from ..config.file import read_config
-from ..config.sample import ExportArgs
 from ..files import read_object
-from ..pipe.asked import EXPERTS_OFF
+from ..pipe.guide import EXPERTS_OFF
 from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 from .standalone import make_standalone

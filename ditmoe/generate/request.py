@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..config.file import trained_by
 from ..config.policy import Policy
@@ -17,7 +16,7 @@ from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
 from ..moe.policy import Steered
-from ..pipe.asked import EXPERTS_OFF, NONE, ExpertsOff
+from ..pipe.guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..pipeline import DiTMoEPipeline, load, shift_option
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
@@ -148,7 +147,7 @@ def _guide(args: SampleArgs, guide: Any) -> dict[str, Any] | str | None:
     settings = {name: value for name, value in guide.config.items() if not name.startswith("_")}
     content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in sorted(guide.state_dict().items()):
-        content.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        content.update(name.encode() + value.cpu().numpy().tobytes())
     return {"path": args.guide or str(args.model), "sha256": content.hexdigest()}
 
 

@@ -62,7 +62,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         ValueError: The router is to look at labels, of which there are none; or freq_shift or norm2_eps is no such
             value.
 
-    Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633)."""
+    Source: DiT (arXiv 2212.09748); DiT-MoE (arXiv 2407.11633).
+    """
 
     __module__ = "ditmoe.model"  # which is in saved files
 
@@ -254,7 +255,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         for i, block in enumerate(self.blocks):
             if steering is not None:
                 condition = condition._replace(steering=steering.at(i))
-            if self.router is not None and (decision is None or steering is not None):
+            if self.router is not None and (decision is None or (steering is not None and steering.bias is not None)):
                 plain = nn.functional.layer_norm(tokens, tokens.shape[-1:])
                 decision = decide(self.router, self.rule, tokens, condition._replace(plain=plain), self.capacity)
                 condition = condition._replace(routing=decision)

@@ -17,7 +17,7 @@ from ..files import replacing
 from ..model import DiTMoETransformer2DModel, check_network
 from ..store.load import stored_network
 from . import handed_in
-from .asked import EXPERTS_OFF
+from .guide import EXPERTS_OFF
 
 
 def _is_scale(value: Any) -> bool:

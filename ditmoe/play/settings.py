@@ -13,9 +13,10 @@ from typing import Any
 from samplers import SAMPLERS
 
 from ..config.policy import Policy
-from ..config.sample import SampleArgs
+from ..config.sample import SampleArgs, label_or_name
 from ..model import count_parameters, moe_layer_names
-from ..pipe.asked import EXPERTS_OFF, NONE, names_of
+from ..pipe.asked import names_of
+from ..pipe.guide import EXPERTS_OFF, NONE
 from ..pipeline import DiTMoEPipeline
 
 MOST_IMAGES = 16  # of one drawing
@@ -23,10 +24,6 @@ MOST_RULES = 1000  # of its policy
 POLICY = "policy"
 
 Query = Mapping[str, Sequence[str]]
-
-
-def _class(word: str) -> int | str:
-    return int(word) if word.isdecimal() and str(int(word)) == word else word
 
 
 def _guide(word: str) -> str:
@@ -37,7 +34,7 @@ def _guide(word: str) -> str:
 
 # how a word is read, what it is, how many there are (None: any number)
 FIELDS: dict[str, tuple[Callable[[str], Any], str, int | None]] = {
-    "classes": (_class, "the label or the name of every image's class", None),
+    "classes": (label_or_name, "the label or the name of every image's class", None),
     "num": (int, "a whole number", 1),
     "seed": (int, "a whole number, 0 or more", 1),
     "sampler": (str, "a name of samplers.SAMPLERS", 1),
@@ -129,7 +126,7 @@ def _shown(value: Any) -> str:
 def word_of(label: int, names: Mapping[int, str]) -> str:
     """What a label is called in an address: its name, or the number where that says more."""
     name = names.get(label, "").strip()
-    plain = names_of(names).get(name) == [label] and isinstance(_class(name), str) and not name.startswith("-")
+    plain = names_of(names).get(name) == [label] and isinstance(label_or_name(name), str) and not name.startswith("-")
     return name if plain else str(label)
 
 

@@ -14,6 +14,7 @@ from ..analysis.tally import tally
 from ..config.contrast import ContrastArgs
 from ..config.file import trained_by
 from ..config.policy import Policy, Rule
+from ..config.sample import label_or_name
 from ..data.mixture import Mixture
 from ..data.sets import ImageSet
 from ..files import write_json
@@ -86,7 +87,7 @@ def _classes(words: Sequence[str], data: ImageSet, net: DiTMoETransformer2DModel
     for word in words:
         kind, _, which = word.partition("=")
         if kind == "class":
-            found |= {*labels_of(int(which) if which.isdecimal() else which, net.config.num_classes, data.id2label)}
+            found |= {*labels_of(label_or_name(which), net.config.num_classes, data.id2label)}
             continue
         sets = data.names if isinstance(data, Mixture) else ()
         if which not in sets or not data.id2label:

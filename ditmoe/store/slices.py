@@ -5,7 +5,6 @@ Read, not mapped: pages of a mapped file count as memory of the process, and not
 
 import json
 import os
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ class Slices:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.places: Mapping[str, Place] = {}
+        self.places: dict[str, Place] = {}
         self._opened = [file.open("rb") for file in sorted(folder.glob("*.safetensors"))]
         for opened in self._opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -45,8 +44,7 @@ class Slices:
                         f"{opened.name} has {name} of {entry['dtype']}; it must be one of {', '.join(DTYPES)}"
                     )
                 begin = 8 + length + entry["data_offsets"][0]
-                place = Place(opened.fileno(), begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                self.places = {**self.places, name: place}
+                self.places[name] = Place(opened.fileno(), begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def tensor(self, name: str) -> Tensor:
         """All of it."""

@@ -8,10 +8,10 @@ import pytest
 import tyro
 
 from ditmoe import cli
-from ditmoe.config.convert import ConvertArgs
+from ditmoe.config.convert import ConvertArgs, ExportArgs
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
-from ditmoe.config.sample import AnalyzeArgs, CentroidsArgs, ExportArgs, ExposureArgs, SampleArgs
+from ditmoe.config.sample import AnalyzeArgs, CentroidsArgs, ExposureArgs, SampleArgs
 from eval import compare, sweep
 from eval.fid import Arguments
 from samplers import SAMPLERS

@@ -11,7 +11,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.model import DiTMoETransformer2DModel
 from ditmoe.moe import Experts, Router
-from ditmoe.pipe.asked import ExpertsOff
+from ditmoe.pipe.guide import ExpertsOff
 from samplers import SAMPLERS
 from tests.ditmoe.test_model import inputs, small
 from tests.ditmoe.test_pipeline import make

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ditmoe import pipeline
-from ditmoe.config.sample import ExportArgs
+from ditmoe.config.convert import ExportArgs
 from ditmoe.convert.export import export
-from ditmoe.pipe.asked import ExpertsOff
+from ditmoe.pipe.guide import ExpertsOff
 from tests.ditmoe.test_saved_files import SAVED
 
 RUN = SAVED / "by-token"

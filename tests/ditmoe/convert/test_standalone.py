@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ditmoe import pipeline
-from ditmoe.config.sample import ExportArgs
+from ditmoe.config.convert import ExportArgs
 from ditmoe.convert.export import export
 from tests.ditmoe.test_saved_files import SAVED
 
