@@ -3,6 +3,7 @@
 from .presets import PRESETS as PRESETS
 from .sections import Config as Config
 from .sections import DataConfig as DataConfig
+from .sections import DistillConfig as DistillConfig
 from .sections import ModelConfig as ModelConfig
 from .sections import MoEConfig as MoEConfig
 from .sections import ObjectiveConfig as ObjectiveConfig

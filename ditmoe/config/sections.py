@@ -13,6 +13,7 @@ from .checks import at_least, positive, require
 from .data import DataConfig as DataConfig
 from .devices import ParallelConfig as ParallelConfig
 from .devices import PlanConfig as PlanConfig
+from .distill import DistillConfig as DistillConfig
 from .experts import MoEConfig as MoEConfig
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -214,6 +215,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
@@ -241,6 +243,7 @@ class Config:
             )
         if self.moe.hoyer_weight and self.train.compile:
             raise ValueError("moe.hoyer_weight looks into layers, which train.compile closes; leave one of them out")
+        self.distill.check(self)
         self._check_domains()
         self._check_resolutions()
         if decay is not None and self.max_steps > decay:

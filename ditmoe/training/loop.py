@@ -22,7 +22,7 @@ from ..model import build, count_parameters
 from ..run_folder import place
 from ..run_folder.checkpoint import check_begins, newest_first
 from ..run_folder.log import Log
-from . import muon
+from . import distill, muon
 from .parallel import Parallel
 from .saving import Saving, begin, newest, resume
 from .state import new_state, num_classes, update_ema
@@ -75,10 +75,12 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     begun = bool(newest_first(config.out / place.CHECKPOINTS))
     state = new_state(config, num_classes(config, data), parallel, begun)
     pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
+    made, device = state.model, accelerator.device
+    teachers = agree.agreed(accelerator, lambda: distill.teachers_of(config, data, made, device))
     with ExitStack() as stack:
         agree.decided_by_first(accelerator, lambda: stack.enter_context(place.locked(config)))
         precision = start.resolve_precision(config.train.precision, accelerator.device)
-        facts = {"data": images, "precision": precision, "num_processes": processes}
+        facts = {"data": images, "precision": precision, "num_processes": processes, **distill.facts(config)}
         variance = pixel_variance(data, config.seed)
         found = newest(config.out / place.CHECKPOINTS, parallel)
         saved = {} if found is None else agree.agreed(accelerator, lambda: resume(found, state, facts, parallel))
@@ -97,7 +99,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         log = stack.enter_context(Log(config, first, shown=accelerator.is_main_process, track=tracking.row))
         saving = Saving(config, data, parallel, state, variance, first if saved else -1)
         stack.push(saving.__exit__)
-        run = Run.of(config, data, parallel, state, signals, saved)
+        run = Run.of(config, data, parallel, state, signals, saved, teachers)
         stack.enter_context(closing(run.batches))
         _loop(run, facts, saving, log, on_sample and _tracked(on_sample, config, tracking), first)
         saving.export(last)

@@ -123,12 +123,14 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
         ValueError: It is of other data, or of another network.
     """
     saved, meta = checkpoint.opened(path)
-    lacking = [name for name in ("step", *facts) if name not in meta]
+    lacking = [name for name in ("step", *facts) if name not in meta and name != "teachers"]
     if lacking:
         raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
     if meta["data"] != facts["data"]:
         other = f"the one that {path} was trained on (other images, order, weights, classes or VAE)"
         raise ValueError(f"the data set is not {other}; restore it, or give another --out")
+    if meta.get("teachers") != facts.get("teachers"):
+        raise ValueError(f"distill.teachers are not those of {path}; restore them, or give another --out")
     parts = parallel.own(saved)
     wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
     if wrong:

@@ -25,6 +25,7 @@ from ..moe import (
     z_loss,
 )
 from ..objective import Objective, expert_loss
+from .distill import Teachers
 from .exchange import all_sum
 from .feed import Watch
 from .health import Evidence, Health
@@ -36,7 +37,7 @@ from .state import State
 class Run(NamedTuple):
     """What a step needs. `raw` is the network, `model` what Accelerate made of it, `ema` its average.
 
-    `domains` is the number of sets that the data are a mixture of, 1 of none.
+    `domains` is the number of sets that the data are a mixture of, 1 of none; `teachers` is None without any.
     """
 
     config: Config
@@ -50,11 +51,13 @@ class Run(NamedTuple):
     watch: Watch
     health: Health
     domains: int
+    teachers: Teachers | None
 
     @classmethod
     def of(
-        cls, config: Config, data: ImageSet, parallel: Parallel, state: State, signals: Signals, saved: dict[str, Any]
-    ) -> Self:
+        cls, config: Config, data: ImageSet, parallel: Parallel, state: State, signals: Signals,
+        saved: dict[str, Any], teachers: Teachers | None = None,
+    ) -> Self:  # fmt: skip
         """A run that goes on from what a checkpoint has `saved`; {} begins it. The state goes to its device."""
         accelerator, step = parallel.accelerator, int(saved.get("step", 0))
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -64,9 +67,9 @@ class Run(NamedTuple):
         batches = Batches(config, data, first_step=step, rank=rank, num_processes=world)
         watch = Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", [])))
         health = Health(accelerator, config.train.max_skipped, saved)
-        objective = Objective(config.objective)
+        objective = Objective(config.objective, None if teachers is None else teachers.levels)
         ours = (state.model, model, state.ema, optimizer, objective, batches, watch, health)
-        return cls(config, parallel, *ours, domains=len(data.weights))
+        return cls(config, parallel, *ours, domains=len(data.weights), teachers=teachers)
 
 
 class StepResult(NamedTuple):
@@ -143,6 +146,7 @@ class Passed(NamedTuple):
     x_0: Tensor
     x_t: Tensor
     t: Tensor
+    labels: Tensor | None
     target: Tensor
     sample: Tensor
     routing: list[Routing]
@@ -161,7 +165,7 @@ def _passed(run: Run, batch: Batch) -> Passed:
     x_t, target = objective.corrupt(x_0, t, noise)
     with accelerator.autocast(), hidden_units(run.raw if config.moe.hoyer_weight else None) as hidden:
         sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
-    return Passed(x_0, x_t, t, target, sample, routing, heads, hidden)
+    return Passed(x_0, x_t, t, labels, target, sample, routing, heads, hidden)
 
 
 def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
@@ -196,8 +200,13 @@ def _forward(
     global batch, of all processes and micro-batches together.
     """
     config = run.config
-    x_0, x_t, t, target, sample, routing, heads, hidden = _passed(run, batch)
-    parts = [(name, 1.0, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
+    x_0, x_t, t, labels, target, sample, routing, heads, hidden = _passed(run, batch)
+    taught = 0.0 if run.teachers is None else config.distill.weight
+    parts = [(name, 1 - taught, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
+    if run.teachers is not None:
+        with run.parallel.accelerator.autocast():
+            wanted = run.teachers.target(x_t, t, labels, batch.domain.to(x_t.device))
+        parts.append(("distill", taught, (sample.float() - wanted).square().mean()))
     if heads:
         parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
     if hidden:

@@ -1,0 +1,76 @@
+"""The section `distill` of a configuration: who teaches beside the images. No torch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .checks import at_least, require
+
+if TYPE_CHECKING:
+    from .sections import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation: frozen networks say what this one should."""
+
+    teachers: tuple[str, ...] = ()
+    """Model folders or runs of the same images and classes; none: the images alone teach."""
+    by: Literal["mean", "domain"] = "mean"
+    """Of several teachers: the mean of what they say, or teacher 0 for the images of data.mixture's first set, 1 for
+    those of the second and so on; such a teacher may know the classes of its set alone."""
+    weight: float = 1.0
+    """Share of the teachers' answers in the loss, above 0; the rest is that of the images."""
+    guided: bool = False
+    """The teachers answer as their folders guide them (scale, interval, guide), so that one pass does what took two."""
+    teacher_steps: int = 0
+    """Few calls: steps of the teachers' path that one step of flow-euler in --sample.steps learns to do at once, with
+    that sampler alone; 0: the network learns what teachers say at every noise level, for all samplers."""
+    solver: Literal["midpoint", "euler"] = "midpoint"
+    """teacher_steps: how the teachers' path is followed; euler for teachers that are themselves of few calls."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "teacher_steps")
+        require(0 < self.weight <= 1, f"weight is {self.weight}; it must lie in (0, 1]")
+        if not self.teachers:
+            changed = next((n for n in ("by", "weight", "guided", "teacher_steps", "solver") if self._chosen(n)), None)
+            require(changed is None, f"{changed} needs teachers; give them as --distill.teachers MODEL")
+        one = self.by == "domain" and len(self.teachers) == 1
+        require(not one, "by domain needs a teacher for each data set; with one leave it out")
+        if self.solver != "midpoint" and not self.teacher_steps:
+            raise ValueError("solver is of a path of several steps; add --distill.teacher-steps 4, say")
+
+    def _chosen(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(type(self), name))
+
+    def check(self, config: "Config") -> None:
+        """ValueError where the rest of a configuration does not go with it."""
+        if not self.teachers:
+            return
+        sample, sets = config.sample, len(config.data.mixture)
+        if self.by == "domain" and len(self.teachers) != sets:
+            raise ValueError(
+                f"distill.by domain has {len(self.teachers)} teachers, and data.mixture {sets} sets; give one for each"
+            )
+        if config.objective.learn_sigma:
+            raise ValueError("objective.learn_sigma has no teacher for its variance; leave it or distill.teachers out")
+        if self.guided and sample.cfg != 1:
+            raise ValueError(
+                f"distill.guided puts guidance into the network, and sample.cfg {sample.cfg} would add more; "
+                f"set --sample.cfg 1"
+            )
+        if not self.teacher_steps:
+            return
+        if config.objective.prediction_type != "flow_prediction":
+            raise ValueError(
+                f"distill.teacher_steps makes steps of flow-euler, for --objective.prediction-type flow_prediction, "
+                f"not {config.objective.prediction_type}"
+            )
+        if sample.sampler != "flow-euler":
+            raise ValueError(
+                f"distill.teacher_steps teaches the steps of flow-euler, and sample.sampler is {sample.sampler}; "
+                f"add --sample.sampler flow-euler and --sample.steps N"
+            )
+        if sample.steps * self.teacher_steps > 1000:
+            raise ValueError(
+                f"distill.teacher_steps {self.teacher_steps} times sample.steps {sample.steps} is more than 1000"
+            )

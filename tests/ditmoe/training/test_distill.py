@@ -1,0 +1,291 @@
+"""Teachers: what they say is the target, at every level or a few calls on; whose labels; exact resume; refusals."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ditmoe import pipeline
+from ditmoe.config.sections import Config, DistillConfig, ObjectiveConfig
+from ditmoe.data.open import open_data
+from ditmoe.model import build
+from ditmoe.objective import Objective, scheduler_config
+from ditmoe.pipe.answers import Answers, one_step, words
+from ditmoe.pipe.guide import ExpertsOff
+from ditmoe.training.distill import Teachers
+from ditmoe.training.state import num_classes
+from samplers import make_scheduler, sample
+from samplers.catalog import chain_of
+from tests.ditmoe.training.test_domains import stripes
+from tests.ditmoe.training.test_loop import go, rows, same_checkpoint
+from tests.faults import runs
+
+Tiny = Callable[..., Config]
+FLOW = {"prediction_type": "flow_prediction"}
+FEW = {"sampler": "flow-euler", "steps": 3, "cfg": 1.0, "flow_shift": 1.5}
+
+
+@pytest.fixture
+def teacher(tiny: Tiny, tmp_path: Path) -> Path:
+    """A run of some steps, so that its output is not zero."""
+    config = tiny(
+        out=tmp_path / "teacher", objective=FLOW, sample={"sampler": "unipc", "cfg": 2.0},
+        train={"learning_rate": 0.02},
+    )  # fmt: skip
+    go(config)
+    return config.out
+
+
+def student(config: Config) -> Teachers:
+    data = open_data(config.data, size=8, channels=1)
+    net = build(config, num_classes(config, data))
+    return Teachers(config, data, net, torch.device("cpu"))
+
+
+def images(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 8, 8, generator=g)
+    return x, torch.linspace(20, 990, n), torch.tensor([0, 3, 10, 9, 10, 1])[:n]
+
+
+def test_a_teacher_says_what_its_network_says(tiny: Tiny, teacher: Path) -> None:
+    x, t, y = images()
+    net = pipeline.load(teacher).transformer
+    config = tiny(objective=FLOW, distill={"teachers": (str(teacher),)})
+    said = student(config).target(x, t, y, torch.zeros(6, dtype=torch.long))
+    with torch.no_grad():
+        assert torch.equal(said, net(x, t, class_labels=y).sample)
+    assert said.abs().mean() > 0.01
+    assert not said.requires_grad
+
+
+def test_a_guided_teacher_is_guided_within_its_interval_alone(teacher: Path) -> None:
+    x, t, y = images()
+    pipe = pipeline.load(teacher)
+    pipe.register_to_config(guidance_interval=(0.0, 800.0), experts_off=True, guide_scale=3.0)
+    answers = Answers(pipe, words(ObjectiveConfig(prediction_type="flow_prediction")), guided=True)
+    a = chain_of(make_scheduler("unipc", {}).config)[800]
+    s = float((1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt()))
+    assert answers.highest == pytest.approx(s)  # the interval is of the chain that its sampler draws by
+    t[-1] = 999.0
+    net, null = pipe.transformer, torch.full_like(y, 10)
+    with torch.no_grad():
+        cond, uncond = (net(x, t, class_labels=labels).sample for labels in (y, null))
+        weak = ExpertsOff(net)(x, t, class_labels=y).sample
+        said = answers(x, t, y)
+    guided = uncond + 2.0 * (cond - uncond) + 2.0 * (cond - weak)
+    inside = t / 1000 <= s
+    assert inside.sum() == 5
+    torch.testing.assert_close(said[inside], guided[inside], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(said[~inside], cond[~inside], rtol=1e-4, atol=1e-5)
+    assert (guided - cond).abs().max() > 1e-3
+
+
+def test_a_teacher_of_another_objective_is_translated(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(out=tmp_path / "v", train={"learning_rate": 0.02})
+    go(config)
+    x, _, y = images()
+    t = torch.tensor([1, 100, 300, 500, 700, 990])
+    said = student(tiny(objective={"prediction_type": "epsilon"}, distill={"teachers": (str(config.out),)})).target(
+        x, t.float(), y, torch.zeros(6, dtype=torch.long)
+    )
+    a = chain_of(scheduler_config(config.objective))[t].float().view(-1, 1, 1, 1)
+    with torch.no_grad():
+        v = pipeline.load(config.out).transformer(x, t.float(), class_labels=y).sample
+    torch.testing.assert_close(said, a.sqrt() * v + (1 - a).sqrt() * x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_of_the_student_lands_where_the_path_does() -> None:
+    """Of x' = x + 1 by s: exp, which midpoints follow to the second order, Euler's to the first."""
+    x = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
+    s = torch.stack(
+        [torch.linspace(1, 0.5, 9, dtype=torch.float64), torch.linspace(0.6, 0.2, 9, dtype=torch.float64)]
+    ).T
+    exact = ((x + 1) * torch.exp(s[-1] - s[0]).float().view(2, 1, 1, 1) - 1 - x) / (s[-1] - s[0]).float().view(
+        2, 1, 1, 1
+    )
+    midpoint, euler = (one_step(lambda x, t: x + 1, x, s, midpoint=way) for way in (True, False))
+    assert (midpoint - exact).abs().max() < 1e-3
+    assert 5e-3 < (euler - exact).abs().max() < 5e-2
+
+
+class OneStep(nn.Module):
+    """A student that says what it is taught."""
+
+    null_label = 10
+
+    def __init__(self, teachers: Teachers) -> None:
+        super().__init__()
+        self.teachers = teachers
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Any:
+        said = self.teachers.target(x, t, class_labels, torch.zeros(len(x), dtype=torch.long))
+        return type("Output", (), {"sample": said})
+
+
+def test_a_perfect_student_draws_in_few_calls_what_the_teacher_draws_in_many(tiny: Tiny, teacher: Path) -> None:
+    config = tiny(
+        objective=FLOW, sample=FEW,
+        distill={"teachers": (str(teacher),), "teacher_steps": 4, "solver": "euler", "guided": True},
+    )  # fmt: skip
+    teachers = student(config)
+    assert teachers.levels is not None
+    x, _, y = images()
+    options = {"shift": 1.5}
+    few = make_scheduler("flow-euler", FLOW, options)
+    many = make_scheduler("flow-euler", FLOW, options)
+    drawn = sample(OneStep(teachers), few, x, num_inference_steps=3, class_labels=y)
+    torch.testing.assert_close(few.timesteps.double(), teachers.levels, rtol=0, atol=1e-4)
+    net = pipeline.load(teacher).transformer
+    whole = sample(
+        net, many, x, num_inference_steps=12, class_labels=y, null_label=10, guidance_scale=2.0
+    )  # fmt: skip
+    torch.testing.assert_close(drawn, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_several_are_averaged(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
+    other = tiny(out=tmp_path / "other", objective=FLOW, seed=1, train={"learning_rate": 0.02})
+    go(other)
+    x, t, y = images()
+    both, first, second = (
+        student(tiny(objective=FLOW, distill={"teachers": named})).target(x, t, y, torch.zeros(6, dtype=torch.long))
+        for named in ((str(teacher), str(other.out)), (str(teacher),), (str(other.out),))
+    )
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert not torch.equal(first, second)
+
+
+def test_a_specialist_without_classes_teaches_too(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
+    """A set without classes is one of the student's."""
+    waves = stripes(tmp_path / "waves")
+    go(tiny(out=tmp_path / "second", objective=FLOW, data={"name": "folder", "path": waves}))
+    named = {"teachers": (str(teacher), str(tmp_path / "second")), "by": "domain"}
+    config = tiny(objective=FLOW, data={"mixture": ("digits", str(waves))}, distill=named)
+    x, t, _ = images()
+    said = student(config).target(x, t, torch.full((6,), 10), torch.ones(6, dtype=torch.long))
+    with torch.no_grad():
+        assert torch.equal(said, pipeline.load(tmp_path / "second").transformer(x, t).sample)
+
+
+def test_specialists_have_their_own_labels(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        stripes(tmp_path / "waves" / name, count=20, seed=len(name))
+    waves = {"name": "folder", "path": tmp_path / "waves"}
+    go(tiny(out=tmp_path / "second", objective=FLOW, data=waves, train={"learning_rate": 0.02}))
+    data = {"mixture": ("digits", str(tmp_path / "waves"))}
+    config = tiny(
+        objective=FLOW, data=data, distill={"teachers": (str(teacher), str(tmp_path / "second")), "by": "domain"}
+    )
+    x, t, _ = images()
+    y = torch.tensor([0, 3, 12, 10, 11, 12])  # 12: no class
+    domain = torch.tensor([0, 0, 0, 1, 1, 1])
+    said = student(config).target(x, t, y, domain)
+    one, two = (pipeline.load(folder).transformer for folder in (teacher, tmp_path / "second"))
+    with torch.no_grad():
+        first = one(x[:3], t[:3], class_labels=torch.tensor([0, 3, 10])).sample
+        second = two(x[3:], t[3:], class_labels=torch.tensor([0, 1, 2])).sample
+    torch.testing.assert_close(said, torch.cat([first, second]))
+
+
+@pytest.mark.parametrize(("weight", "accumulation"), [(1.0, 1), (0.25, 2)])
+def test_the_loss_is_shared_between_teachers_and_images(
+    tiny: Tiny, teacher: Path, weight: float, accumulation: int
+) -> None:
+    distill = {"teachers": (str(teacher),), "weight": weight}
+    go(tiny(max_steps=1, objective=FLOW, distill=distill, moe={"balance_weight": 0.0, "z_weight": 0.0},
+            train={"accumulation": accumulation}))  # fmt: skip
+    (row,) = rows(tiny().out)
+    assert row["loss"] == pytest.approx(weight * row["distill"] + (1 - weight) * row["mse"], rel=1e-6)
+    assert row["distill"] < row["mse"]
+
+
+@pytest.mark.parametrize("sampling", [{}, FEW])
+def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
+    tiny: Tiny, teacher: Path, tmp_path: Path, sampling: dict[str, Any]
+) -> None:
+    distill = {"teachers": (str(teacher),), "teacher_steps": 2 if sampling else 0}
+
+    def run(name: str, stop: int, **more: Any) -> Config:
+        settings = {"objective": FLOW, "sample": sampling, "distill": distill, **more}
+        config = tiny(out=tmp_path / name, max_steps=stop, train={"init": teacher, "accumulation": 2}, **settings)
+        go(config)
+        return config
+
+    straight = run("straight", 5).out
+    for stop in (2, 5):
+        cut = run("cut", stop).out
+    last = Path("checkpoints/step-000005")
+    same_checkpoint(straight / last, cut / last)
+    if sampling:
+        saved = pipeline.load(straight).config
+        assert (saved.sampler, saved.num_inference_steps, saved.guidance_scale) == ("flow-euler", 3, 1.0)
+        with pytest.raises(ValueError, match="another run .sample.steps: 3 -> 4"):
+            run("cut", 6, sample={**FEW, "steps": 4})
+    weights = next((teacher / "model/transformer").glob("*.safetensors"))
+    weights.write_bytes(next((straight / "model/transformer").glob("*.safetensors")).read_bytes())
+    with pytest.raises(ValueError, match="distill.teachers are not those of"):
+        run("cut", 6)
+
+
+def test_few_calls_are_asked_at_their_levels_alone(tiny: Tiny, teacher: Path) -> None:
+    """A third of the samples each: t is 1000 s of s = 1.5 u / (1 + 0.5 u), u = 1, 2/3, 1/3."""
+    config = tiny(objective=FLOW, sample=FEW, distill={"teachers": (str(teacher),), "teacher_steps": 2})
+    t = Objective(config.objective, student(config).levels).draw(0, range(300), (1, 8, 8)).t
+    values, counts = t.unique(return_counts=True)
+    assert values.tolist() == pytest.approx([1e3 * 1.5 * u / (1 + 0.5 * u) for u in (1 / 3, 2 / 3, 1)], abs=1e-3)
+    assert counts.min() >= 97
+
+
+def test_two_processes_equal_one(teacher: Path, tmp_path: Path) -> None:
+    flags = ["--max-steps", 4, "--objective.prediction-type", "flow_prediction", "--distill.teachers", teacher,
+             "--distill.guided", "--distill.teacher-steps", 2, "--sample.sampler", "flow-euler", "--sample.steps", 2,
+             "--sample.cfg", 1]  # fmt: skip
+    for name, world in (("one", 1), ("two", 2)):
+        group = runs.training(tmp_path / name, *flags, world=world, name=f"log-{name}")
+        assert group.wait() == [0] * world, group.err()
+    for a, b in zip(runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two"), strict=True):
+        for name in ("loss", "mse", "distill"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"distill": {"guided": True}}, "guided needs teachers; give them as --distill.teachers MODEL"),
+        ({"distill": {"teachers": ("t",), "weight": 0.0}}, "weight is 0.0; it must lie in .0, 1."),
+        ({"distill": {"teachers": ("t",), "by": "domain"}}, "by domain needs a teacher for each data set"),
+        ({"distill": {"teachers": ("t", "u"), "by": "domain"}}, "has 2 teachers, and data.mixture 0 sets"),
+        ({"distill": {"teachers": ("t",), "solver": "euler"}}, "add --distill.teacher-steps 4"),
+        ({"distill": {"teachers": ("t",), "guided": True}}, "set --sample.cfg 1"),
+        ({"distill": {"teachers": ("t",), "teacher_steps": 2}}, "for --objective.prediction-type flow_prediction"),
+        ({"distill": {"teachers": ("t",), "teacher_steps": 2}, "objective": FLOW}, "add --sample.sampler flow-euler"),
+        ({"distill": {"teachers": ("t",), "teacher_steps": 400}, "objective": FLOW, "sample": FEW}, "more than 1000"),
+        ({"distill": {"teachers": ("t",)}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
+         "no teacher for its variance"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(tiny: Tiny, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tiny(**changes)
+
+
+def test_a_teacher_of_other_images_or_classes_is_refused_before_anything_is_written(
+    tiny: Tiny, teacher: Path, tmp_path: Path
+) -> None:
+    named = {"teachers": (str(teacher),)}
+    waves = {"name": "folder", "path": stripes(tmp_path / "waves")}
+    with pytest.raises(ValueError, match="has in_channels 1, the student 3"):
+        go(tiny(distill=named, model={"in_channels": 3, "num_classes": 10}, data={**waves, "fit": "crop"}))
+    with pytest.raises(ValueError, match="have 10 classes, the student 12"):
+        go(tiny(distill=named, model={"num_classes": 12}))
+    with pytest.raises(ValueError, match="nowhere holds no model"):
+        go(tiny(distill={"teachers": ("nowhere",)}))
+    assert not tiny().out.exists()
+
+
+def test_defaults_need_no_teacher() -> None:
+    assert DistillConfig() == Config().distill
