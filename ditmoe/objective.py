@@ -46,13 +46,10 @@ def scheduler_config(config: ObjectiveConfig) -> dict[str, Any]:
 
 
 class Objective:
-    """Turns clean images into training pairs and predictions into losses.
+    """Turns clean images into training pairs and predictions into losses."""
 
-    With `levels` (K,) the times t are those alone, each as often as any other.
-    """
-
-    def __init__(self, config: ObjectiveConfig, levels: Tensor | None = None) -> None:
-        self.config, self.levels = config, levels
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
         self.is_flow = config.prediction_type == "flow_prediction"
         if not self.is_flow:
             self.alphas_cumprod = (1 - DDPMScheduler(**scheduler_config(config)).betas.double()).cumprod(0)
@@ -71,9 +68,7 @@ class Objective:
             rng.standard_normal(out=noise[row], dtype=np.float32)
         start = sample_rng(seed, 2, 0).random()
         u = torch.from_numpy((start + np.asarray(indices, dtype=np.float64) * _GOLDEN) % 1.0)
-        if self.levels is not None:
-            t = self.levels[(len(self.levels) * u).long()]
-        elif self.config.time_sampling == "logit_normal":
+        if self.config.time_sampling == "logit_normal":
             t = NUM_TIMESTEPS * torch.special.ndtri(u).sigmoid()
         else:
             t = NUM_TIMESTEPS * (1.0 - u) if self.is_flow else (NUM_TIMESTEPS * u).floor()

@@ -23,21 +23,24 @@ class DistillConfig:
     guided: bool = False
     """The teachers answer as their folders guide them (scale, interval, guide), so that one pass does what took two."""
     teacher_steps: int = 0
-    """Few calls: steps of the teachers' path that one step of flow-euler in --sample.steps learns to do at once, with
-    that sampler alone; 0: the network learns what teachers say at every noise level, for all samplers."""
-    solver: Literal["midpoint", "euler"] = "midpoint"
-    """teacher_steps: how the teachers' path is followed; euler for teachers that are themselves of few calls."""
+    """Few calls: so many steps of the teacher's own sampler, guided as its folder says, from noise to image; the
+    student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all of these.
+    0: it learns what teachers say at every noise level, for all samplers."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "teacher_steps")
         require(0 < self.weight <= 1, f"weight is {self.weight}; it must lie in (0, 1]")
         if not self.teachers:
-            changed = next((n for n in ("by", "weight", "guided", "teacher_steps", "solver") if self._chosen(n)), None)
+            changed = next((n for n in ("by", "weight", "guided", "teacher_steps") if self._chosen(n)), None)
             require(changed is None, f"{changed} needs teachers; give them as --distill.teachers MODEL")
         one = self.by == "domain" and len(self.teachers) == 1
         require(not one, "by domain needs a teacher for each data set; with one leave it out")
-        if self.solver != "midpoint" and not self.teacher_steps:
-            raise ValueError("solver is of a path of several steps; add --distill.teacher-steps 4, say")
+        if self.teacher_steps:
+            require(len(self.teachers) < 2 or self.by == "domain", "teacher_steps follows one teacher, not several")
+            require(
+                self.weight == 1, f"weight is {self.weight}, but teacher_steps takes nothing from the images; use 1"
+            )
+            require(not self.guided, "guided is what teacher_steps means; leave it out")
 
     def _chosen(self, name: str) -> bool:
         return bool(getattr(self, name) != getattr(type(self), name))
@@ -53,9 +56,10 @@ class DistillConfig:
             )
         if config.objective.learn_sigma:
             raise ValueError("objective.learn_sigma has no teacher for its variance; leave it or distill.teachers out")
-        if self.guided and sample.cfg != 1:
+        if (self.guided or self.teacher_steps) and sample.cfg != 1:
+            name = "guided" if self.guided else "teacher_steps"
             raise ValueError(
-                f"distill.guided puts guidance into the network, and sample.cfg {sample.cfg} would add more; "
+                f"distill.{name} puts guidance into the network, and sample.cfg {sample.cfg} would add more; "
                 f"set --sample.cfg 1"
             )
         if not self.teacher_steps:
@@ -70,7 +74,13 @@ class DistillConfig:
                 f"distill.teacher_steps teaches the steps of flow-euler, and sample.sampler is {sample.sampler}; "
                 f"add --sample.sampler flow-euler and --sample.steps N"
             )
-        if sample.steps * self.teacher_steps > 1000:
+        if not sample.steps <= self.teacher_steps <= 1000:
             raise ValueError(
-                f"distill.teacher_steps {self.teacher_steps} times sample.steps {sample.steps} is more than 1000"
+                f"distill.teacher_steps is {self.teacher_steps}; it must be sample.steps, {sample.steps}, or more, and "
+                f"at most 1000"
+            )
+        if config.objective.class_dropout_prob:
+            raise ValueError(
+                "distill.teacher_steps draws of classes alone, without guidance later on; add "
+                "--objective.class-dropout-prob 0"
             )

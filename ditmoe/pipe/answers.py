@@ -1,6 +1,7 @@
-"""What a pipeline's network says of images at any times, in the words of another's scheduler: a teacher's answers."""
+"""A pipeline as a teacher: what its network says at any times in another's words, and the images it draws through."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from samplers.catalog import chain_of, prediction_type_of, scheduler_for
-from samplers.gaussian import per_image
 from samplers.guidance import Guidance, Network
 from samplers.translate import FLOW, translation
 
 from ..config.sections import ObjectiveConfig
 from ..objective import scheduler_config
+
+ONE_CALL = ("ddim", "dpm++2m", "unipc", "flow-euler")  # samplers without noise of their own, of one call a step
 
 
 class Answers:
@@ -71,26 +73,36 @@ def words(objective: ObjectiveConfig, shift: float | None = None, steps: int = 1
     return scheduler_for(name, scheduler_config(objective) | ({} if shift is None else {"shift": shift}), steps)
 
 
-def one_step(ask: Any, x: Tensor, s: Tensor, *, midpoint: bool) -> Tensor:
-    """The velocity (N, C, H, W) by which one step from x lands where a path of M steps does; float32.
+def path(pipe: Any, noise: Tensor, labels: Tensor | None, steps: int, levels: Sequence[float]) -> Tensor:
+    """The images (L, N, C, H, W) through which a pipeline draws, at some of a flow's noise levels; float32.
 
-    ``ask(x, t)`` is the velocity of the path at t = 1000 s; s (M + 1, N) float64 are each image's noise levels on the
-    way, falling, see `samplers.flow`. By the midpoint method (two answers a step), or Euler's; neither asks at s = 0,
-    where networks that have seen no clean image know nothing.
+    Args:
+        pipe: Draws by a sampler of `ONE_CALL`, as its folder guides it.
+        noise: (N, C, H, W), standard normal, the image at s = 1.
+        labels: (N,), its own.
+        steps: Steps of its sampler.
+        levels: s, falling from 1, where the image is the noise, to 0, where it is what is drawn. Between two steps
+            the way is straight, as a flow's is, see `samplers.translate`.
     """
-    begin, x = x.float(), x.float()
-    for here, there in pairwise(s):
-        length = per_image(there - here, x)
-        v = ask(x, _told(here, x))
-        if midpoint:
-            v = ask(x + length / 2 * v, _told((here + there) / 2, x))
-        x = x + length * v
-    velocity: Tensor = (x - begin) / per_image(s[-1] - s[0], x)
-    return velocity
+    known: list[tuple[float, Tensor]] = [(1.0, noise.float())]
 
+    def keep(k: int, t: Tensor, x: Tensor, clean: Tensor | None) -> None:
+        s = float(_flow_time(scheduler, t))
+        if s < 1:
+            of_chain = prediction_type_of(scheduler.config) != FLOW  # x_vp = x_flow / hypot(1 - s, s)
+            known.append((s, x.float() * (math.hypot(1 - s, s) if of_chain else 1.0)))
 
-def _told(s: Tensor, x: Tensor) -> Tensor:
-    return (1000 * s).to(x.device, torch.float32)
+    scheduler = pipe.scheduler_for(None, steps)
+    drawn = pipe(
+        None if labels is None else labels.tolist(), num_images=len(noise) if labels is None else None,
+        latents=noise, num_inference_steps=steps, output_type="latent", callback=keep,
+    )  # fmt: skip
+    known.append((0.0, drawn.images.float()))
+    found = []
+    for s in levels:
+        (a, before), (b, after) = next((p, q) for p, q in pairwise(known) if p[0] >= s >= q[0])
+        found.append(torch.lerp(before, after, (a - s) / (a - b)))
+    return torch.stack(found)
 
 
 def _flow_time(scheduler: Any, t: Tensor) -> Tensor:
@@ -99,6 +111,7 @@ def _flow_time(scheduler: Any, t: Tensor) -> Tensor:
     if prediction_type_of(scheduler.config) == FLOW:
         return t / int(scheduler.config.get("num_train_timesteps", 1000))
     chain = chain_of(scheduler.config)
-    a = chain[t.round().long().clamp(0, len(chain) - 1)]
-    s: Tensor = (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
+    ratio, low = ((1 - chain) / chain).sqrt(), t.floor().long().clamp(0, len(chain) - 2)
+    r = torch.lerp(ratio[low], ratio[low + 1], (t - low).clamp(0, 1))
+    s: Tensor = r / (1 + r)
     return s

@@ -24,9 +24,10 @@ from ..run_folder.checkpoint import check_begins, newest_first
 from ..run_folder.log import Log
 from . import distill, muon
 from .parallel import Parallel
+from .row import log_row
 from .saving import Saving, begin, newest, resume
 from .state import new_state, num_classes, update_ema
-from .step import Run, log_row, optimise
+from .step import Run, optimise
 from .tracking import Tracking, check_tracker
 
 OnSample = Callable[[int, Any], None]

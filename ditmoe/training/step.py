@@ -67,7 +67,7 @@ class Run(NamedTuple):
         batches = Batches(config, data, first_step=step, rank=rank, num_processes=world)
         watch = Watch(accelerator, signals, config.data.max_bad, list(saved.get("bad_images", [])))
         health = Health(accelerator, config.train.max_skipped, saved)
-        objective = Objective(config.objective, None if teachers is None else teachers.levels)
+        objective = Objective(config.objective)
         ours = (state.model, model, state.ema, optimizer, objective, batches, watch, health)
         return cls(config, parallel, *ours, domains=len(data.weights), teachers=teachers)
 
@@ -116,7 +116,8 @@ def optimise(run: Run, step: int) -> StepResult | None:
             losses, routing, counts, own = _forward(run, batch, whole)
             accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
-        tokens = (batch.x.shape[-1] // config.model.patch_size) ** 2  # of an image
+        tokens = (batch.x.shape[-1] // config.model.patch_size) ** 2  # of an image, at all levels that it gives
+        tokens *= 1 if run.teachers is None else run.teachers.calls
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
@@ -146,8 +147,9 @@ class Passed(NamedTuple):
     x_0: Tensor
     x_t: Tensor
     t: Tensor
-    labels: Tensor | None
     target: Tensor
+    taught: Tensor | None  # what teachers say at all noise levels
+    domain: Tensor
     sample: Tensor
     routing: list[Routing]
     heads: list[Any]  # of one with several output heads, their record
@@ -163,9 +165,16 @@ def _passed(run: Run, batch: Batch) -> Passed:
     null = run.raw.null_label
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     x_t, target = objective.corrupt(x_0, t, noise)
+    teachers, taught, domain = run.teachers, None, batch.domain.to(device)
+    with accelerator.autocast():
+        if teachers is not None and teachers.levels:
+            x_t, t, target = teachers.steps(noise, labels, domain)
+            labels, domain = None if labels is None else labels.repeat(teachers.calls), domain.repeat(teachers.calls)
+        elif teachers is not None:
+            taught = teachers.target(x_t, t, labels, domain)
     with accelerator.autocast(), hidden_units(run.raw if config.moe.hoyer_weight else None) as hidden:
         sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
-    return Passed(x_0, x_t, t, labels, target, sample, routing, heads, hidden)
+    return Passed(x_0, x_t, t, target, taught, domain, sample, routing, heads, hidden)
 
 
 def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
@@ -200,13 +209,11 @@ def _forward(
     global batch, of all processes and micro-batches together.
     """
     config = run.config
-    x_0, x_t, t, labels, target, sample, routing, heads, hidden = _passed(run, batch)
-    taught = 0.0 if run.teachers is None else config.distill.weight
-    parts = [(name, 1 - taught, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
-    if run.teachers is not None:
-        with run.parallel.accelerator.autocast():
-            wanted = run.teachers.target(x_t, t, labels, batch.domain.to(x_t.device))
-        parts.append(("distill", taught, (sample.float() - wanted).square().mean()))
+    x_0, x_t, t, target, taught, domain, sample, routing, heads, hidden = _passed(run, batch)
+    share = 0.0 if taught is None else config.distill.weight
+    parts = [(name, 1 - share, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
+    if taught is not None:
+        parts.append(("distill", share, (sample.float() - taught).square().mean()))
     if heads:
         parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
     if hidden:
@@ -230,12 +237,10 @@ def _forward(
         if plans:
             parts.append(("unserved", 0.0, torch.stack([plan.unserved for plan in plans]).mean()))
         if moe.domain_weight:
-            domain = batch.domain.to(sample.device)
             values = [domain_loss(record, domain, run.domains) for record in routing]
             parts.append(("domain", moe.domain_weight, torch.stack(values).mean()))
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
-    of_set = batch.domain.to(sample.device)
-    domains = None if run.domains == 1 else _by_domain(sample[:, : target.shape[1]], target, of_set, run.domains)
+    domains = None if run.domains == 1 else _by_domain(sample[:, : target.shape[1]], target, domain, run.domains)
     losses = {"total": total, **{name: value for name, _, value in parts}}
     return losses, routing, None if own is None else own.counts, domains
 
@@ -273,40 +278,3 @@ def anneal(model: DiTMoETransformer2DModel, config: Config, step: int) -> None:
     for module in model.modules():
         if isinstance(module, MoELayer | DiTMoETransformer2DModel):
             module.capacity = moe.capacity_start + (moe.rule.usual_capacity - moe.capacity_start) * done
-
-
-def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:
-    """What the log says of a step, losses as means over the processes, which all must call it.
-
-    The row of the step that was just skipped has the loss null, and why. Of a mixture it has each set's "mse", as
-    "loss_domain_0" and so on, where the step had samples of the set.
-    """
-    skipped = {"skipped_steps": run.health.skipped}
-    if result.faults:
-        return {"step": step, "loss": None, **skipped, "faults": result.faults}
-    values: Any = run.parallel.accelerator.reduce(torch.stack([*result.losses.values()]), "mean")
-    losses = dict(zip(result.losses, values.tolist(), strict=True))
-    rate = learning_rate(run.config.train, step - 1)
-    known = {"step": step, "loss": losses.pop("total"), **losses, "grad_norm": float(result.grad_norm), "lr": rate}
-    return {**known, **_domain_losses(run, result.domains), **skipped, **expert_load(result.counts)}
-
-
-def _domain_losses(run: Run, domains: Tensor | None) -> dict[str, float]:
-    if domains is None:
-        return {}
-    sums: Any = run.parallel.accelerator.reduce(domains, "sum")
-    return {f"loss_domain_{d}": s / n for d, (s, n) in enumerate(zip(*sums.tolist(), strict=True)) if n}
-
-
-def expert_load(counts: Tensor | None) -> dict[str, list[float]]:
-    """Per MoE layer, from (L, E) assignments: max over mean load, experts without a token, entropy in 0..1."""
-    if counts is None:
-        return {}
-    counts = counts.cpu()  # not every device has float64
-    share = counts.double() / counts.sum(dim=1, keepdim=True)
-    entropy = -(share * share.clamp_min(1e-12).log()).sum(dim=1) / math.log(max(2, counts.shape[1]))
-    return {
-        "load_max_over_mean": [round(v, 4) for v in (share.amax(dim=1) * counts.shape[1]).tolist()],
-        "dead_experts": (counts == 0).sum(dim=1).tolist(),
-        "load_entropy": [round(v, 4) for v in entropy.tolist()],
-    }

@@ -12,8 +12,8 @@ from ditmoe import pipeline
 from ditmoe.config.sections import Config, DistillConfig, ObjectiveConfig
 from ditmoe.data.open import open_data
 from ditmoe.model import build
-from ditmoe.objective import Objective, scheduler_config
-from ditmoe.pipe.answers import Answers, one_step, words
+from ditmoe.objective import scheduler_config
+from ditmoe.pipe.answers import Answers, path, words
 from ditmoe.pipe.guide import ExpertsOff
 from ditmoe.training.distill import Teachers
 from ditmoe.training.state import num_classes
@@ -25,6 +25,7 @@ from tests.faults import runs
 
 Tiny = Callable[..., Config]
 FLOW = {"prediction_type": "flow_prediction"}
+TWO, FOUR = ({"teachers": ("t",), "teacher_steps": steps} for steps in (2, 4))
 FEW = {"sampler": "flow-euler", "steps": 3, "cfg": 1.0, "flow_shift": 1.5}
 
 
@@ -98,53 +99,58 @@ def test_a_teacher_of_another_objective_is_translated(tiny: Tiny, tmp_path: Path
     torch.testing.assert_close(said, a.sqrt() * v + (1 - a).sqrt() * x, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_of_the_student_lands_where_the_path_does() -> None:
-    """Of x' = x + 1 by s: exp, which midpoints follow to the second order, Euler's to the first."""
-    x = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
-    s = torch.stack(
-        [torch.linspace(1, 0.5, 9, dtype=torch.float64), torch.linspace(0.6, 0.2, 9, dtype=torch.float64)]
-    ).T
-    exact = ((x + 1) * torch.exp(s[-1] - s[0]).float().view(2, 1, 1, 1) - 1 - x) / (s[-1] - s[0]).float().view(
-        2, 1, 1, 1
-    )
-    midpoint, euler = (one_step(lambda x, t: x + 1, x, s, midpoint=way) for way in (True, False))
-    assert (midpoint - exact).abs().max() < 1e-3
-    assert 5e-3 < (euler - exact).abs().max() < 5e-2
-
-
 class OneStep(nn.Module):
-    """A student that says what it is taught."""
+    """A student that says what it is taught: of the K steps of a noise the one at t."""
 
     null_label = 10
 
-    def __init__(self, teachers: Teachers) -> None:
+    def __init__(self, teachers: Teachers, noise: Tensor, labels: Tensor) -> None:
         super().__init__()
-        self.teachers = teachers
+        self.x, self.t, self.target = teachers.steps(noise, labels, torch.zeros(len(noise), dtype=torch.long))
         self.anchor = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Any:
-        said = self.teachers.target(x, t, class_labels, torch.zeros(len(x), dtype=torch.long))
-        return type("Output", (), {"sample": said})
+        rows = (self.t - t[0]).abs() < 1e-3
+        torch.testing.assert_close(x, self.x[rows], rtol=1e-4, atol=1e-4)  # it is taught where it will be
+        return type("Output", (), {"sample": self.target[rows]})
 
 
-def test_a_perfect_student_draws_in_few_calls_what_the_teacher_draws_in_many(tiny: Tiny, teacher: Path) -> None:
-    config = tiny(
-        objective=FLOW, sample=FEW,
-        distill={"teachers": (str(teacher),), "teacher_steps": 4, "solver": "euler", "guided": True},
-    )  # fmt: skip
-    teachers = student(config)
-    assert teachers.levels is not None
+@pytest.mark.parametrize("sampler", ["unipc", "ddim", "flow-euler"])
+def test_a_perfect_student_draws_in_few_calls_what_the_teacher_draws_in_many(
+    tiny: Tiny, teacher: Path, sampler: str
+) -> None:
+    pipe = pipeline.load(teacher)
+    pipe.scheduler = make_scheduler(sampler, FLOW)
+    pipe.register_to_config(guidance_interval=(0.0, 700.0), experts_off=True, guide_scale=1.5)
+    pipe.save_pretrained(teacher / "model")
     x, _, y = images()
-    options = {"shift": 1.5}
-    few = make_scheduler("flow-euler", FLOW, options)
-    many = make_scheduler("flow-euler", FLOW, options)
-    drawn = sample(OneStep(teachers), few, x, num_inference_steps=3, class_labels=y)
-    torch.testing.assert_close(few.timesteps.double(), teachers.levels, rtol=0, atol=1e-4)
-    net = pipeline.load(teacher).transformer
-    whole = sample(
-        net, many, x, num_inference_steps=12, class_labels=y, null_label=10, guidance_scale=2.0
-    )  # fmt: skip
-    torch.testing.assert_close(drawn, whole, rtol=1e-4, atol=1e-4)
+    y[y == 10] = 4
+    config = tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW,
+                  distill={"teachers": (str(teacher),), "teacher_steps": 8})  # fmt: skip
+    few = make_scheduler("flow-euler", FLOW, {"shift": 1.5})
+    drawn = sample(OneStep(student(config), x, y), few, x, num_inference_steps=3, class_labels=y)
+    whole = pipe(y.tolist(), latents=x, num_inference_steps=8, output_type="latent").images
+    torch.testing.assert_close(drawn, whole, rtol=1e-3, atol=1e-4)
+    assert (whole - x).abs().mean() > 0.1
+
+
+def test_the_way_of_a_teacher_is_the_images_it_draws_through(teacher: Path) -> None:
+    """At the noise level of a chain's step its image there, over sqrt(a) + sqrt(1 - a); between two on the line."""
+    pipe = pipeline.load(teacher)
+    x, _, y = images()
+    y[y == 10] = 4
+    seen: list[tuple[float, Tensor]] = []
+    pipe(y.tolist(), latents=x, num_inference_steps=5, output_type="latent",
+         callback=lambda k, t, x_t, clean: seen.append((float(t), x_t.clone())))  # fmt: skip
+    t, at = seen[2]
+    chain = chain_of(pipe.scheduler.config)
+    r = [float(((1 - a) / a).sqrt()) for a in chain[[int(t), int(t) + 1]]]
+    r_t = r[0] + (t - int(t)) * (r[1] - r[0])
+    s, a = r_t / (1 + r_t), 1 / (1 + r_t**2)
+    found = path(pipe, x, y, 5, [1.0, s, 0.0])
+    torch.testing.assert_close(found[0], x)
+    torch.testing.assert_close(found[1], at / (a**0.5 + (1 - a) ** 0.5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(path(pipe, x, y, 5, [1.0, s / 2, 0.0])[1].mean(), path(pipe, x, y, 5, [s / 2]).mean())
 
 
 def test_several_are_averaged(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
@@ -207,10 +213,11 @@ def test_the_loss_is_shared_between_teachers_and_images(
 def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
     tiny: Tiny, teacher: Path, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
-    distill = {"teachers": (str(teacher),), "teacher_steps": 2 if sampling else 0}
+    distill = {"teachers": (str(teacher),), "teacher_steps": 4 if sampling else 0}
 
     def run(name: str, stop: int, **more: Any) -> Config:
-        settings = {"objective": FLOW, "sample": sampling, "distill": distill, **more}
+        objective = {**FLOW, "class_dropout_prob": 0.0 if sampling else 0.1}
+        settings = {"objective": objective, "sample": sampling, "distill": distill, **more}
         config = tiny(out=tmp_path / name, max_steps=stop, train={"init": teacher, "accumulation": 2}, **settings)
         go(config)
         return config
@@ -231,24 +238,28 @@ def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
         run("cut", 6)
 
 
-def test_few_calls_are_asked_at_their_levels_alone(tiny: Tiny, teacher: Path) -> None:
-    """A third of the samples each: t is 1000 s of s = 1.5 u / (1 + 0.5 u), u = 1, 2/3, 1/3."""
-    config = tiny(objective=FLOW, sample=FEW, distill={"teachers": (str(teacher),), "teacher_steps": 2})
-    t = Objective(config.objective, student(config).levels).draw(0, range(300), (1, 8, 8)).t
-    values, counts = t.unique(return_counts=True)
-    assert values.tolist() == pytest.approx([1e3 * 1.5 * u / (1 + 0.5 * u) for u in (1 / 3, 2 / 3, 1)], abs=1e-3)
-    assert counts.min() >= 97
+def test_an_image_gives_all_steps_of_few_calls(tiny: Tiny, teacher: Path) -> None:
+    """t is 1000 s of s = 1.5 u / (1 + 0.5 u), u = 1, 2/3, 1/3."""
+    config = tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW,
+                  distill={"teachers": (str(teacher),), "teacher_steps": 3})  # fmt: skip
+    x, _, y = images()
+    y[y == 10] = 4
+    x_t, t, target = student(config).steps(x, y, torch.zeros(6, dtype=torch.long))
+    assert x_t.shape == target.shape == (18, 1, 8, 8)
+    assert torch.equal(x_t[:6], x)
+    assert t[::6].tolist() == pytest.approx([1e3 * 1.5 * u / (1 + 0.5 * u) for u in (1, 2 / 3, 1 / 3)], abs=1e-3)
+    assert not x_t.is_inference()
 
 
 def test_two_processes_equal_one(teacher: Path, tmp_path: Path) -> None:
     flags = ["--max-steps", 4, "--objective.prediction-type", "flow_prediction", "--distill.teachers", teacher,
-             "--distill.guided", "--distill.teacher-steps", 2, "--sample.sampler", "flow-euler", "--sample.steps", 2,
-             "--sample.cfg", 1]  # fmt: skip
+             "--objective.class-dropout-prob", 0, "--distill.teacher-steps", 2, "--sample.sampler", "flow-euler",
+             "--sample.steps", 2, "--sample.cfg", 1]  # fmt: skip
     for name, world in (("one", 1), ("two", 2)):
         group = runs.training(tmp_path / name, *flags, world=world, name=f"log-{name}")
         assert group.wait() == [0] * world, group.err()
     for a, b in zip(runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two"), strict=True):
-        for name in ("loss", "mse", "distill"):
+        for name in ("loss", "mse"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
@@ -259,11 +270,15 @@ def test_two_processes_equal_one(teacher: Path, tmp_path: Path) -> None:
         ({"distill": {"teachers": ("t",), "weight": 0.0}}, "weight is 0.0; it must lie in .0, 1."),
         ({"distill": {"teachers": ("t",), "by": "domain"}}, "by domain needs a teacher for each data set"),
         ({"distill": {"teachers": ("t", "u"), "by": "domain"}}, "has 2 teachers, and data.mixture 0 sets"),
-        ({"distill": {"teachers": ("t",), "solver": "euler"}}, "add --distill.teacher-steps 4"),
+        ({"distill": {"teachers": ("t", "u"), "teacher_steps": 4}}, "teacher_steps follows one teacher, not several"),
+        ({"distill": {"teachers": ("t",), "teacher_steps": 4, "weight": 0.5}}, "takes nothing from the images; use 1"),
+        ({"distill": {"teachers": ("t",), "teacher_steps": 4, "guided": True}}, "guided is what teacher_steps means"),
+        ({"distill": FOUR}, "teacher_steps puts guidance into .* --sample.cfg 1"),
         ({"distill": {"teachers": ("t",), "guided": True}}, "set --sample.cfg 1"),
-        ({"distill": {"teachers": ("t",), "teacher_steps": 2}}, "for --objective.prediction-type flow_prediction"),
-        ({"distill": {"teachers": ("t",), "teacher_steps": 2}, "objective": FLOW}, "add --sample.sampler flow-euler"),
-        ({"distill": {"teachers": ("t",), "teacher_steps": 400}, "objective": FLOW, "sample": FEW}, "more than 1000"),
+        ({"distill": TWO, "sample": {"cfg": 1.0}}, "for --objective.prediction-type flow_prediction"),
+        ({"distill": TWO, "objective": FLOW, "sample": {"cfg": 1.0}}, "add --sample.sampler flow-euler"),
+        ({"distill": TWO, "objective": FLOW, "sample": FEW}, "sample.steps, 3, or more"),
+        ({"distill": FOUR, "objective": FLOW, "sample": FEW}, "class-dropout-prob 0"),
         ({"distill": {"teachers": ("t",)}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
          "no teacher for its variance"),
     ],
@@ -279,12 +294,21 @@ def test_a_teacher_of_other_images_or_classes_is_refused_before_anything_is_writ
     named = {"teachers": (str(teacher),)}
     waves = {"name": "folder", "path": stripes(tmp_path / "waves")}
     with pytest.raises(ValueError, match="has in_channels 1, the student 3"):
-        go(tiny(distill=named, model={"in_channels": 3, "num_classes": 10}, data={**waves, "fit": "crop"}))
+        go(tiny(distill=named, model={"in_channels": 3}, data={**waves, "fit": "crop"}))
     with pytest.raises(ValueError, match="have 10 classes, the student 12"):
         go(tiny(distill=named, model={"num_classes": 12}))
     with pytest.raises(ValueError, match="nowhere holds no model"):
         go(tiny(distill={"teachers": ("nowhere",)}))
     assert not tiny().out.exists()
+
+
+def test_a_teacher_whose_way_is_not_one_is_refused(tiny: Tiny, teacher: Path) -> None:
+    pipe = pipeline.load(teacher)
+    pipe.scheduler = make_scheduler("ddpm", FLOW)
+    pipe.save_pretrained(teacher / "model")
+    few = {"teachers": (str(teacher),), "teacher_steps": 4}
+    with pytest.raises(ValueError, match="draws by ddpm, which few calls cannot follow; .* one of ddim, dpm"):
+        student(tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW, distill=few))
 
 
 def test_defaults_need_no_teacher() -> None:
