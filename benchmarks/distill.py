@@ -1,0 +1,130 @@
+"""What teachers are worth: two specialists into one student, and the repair of a model that lost half of its experts.
+
+    python -m benchmarks.distill specialists --out runs/specialists [--steps 2200]
+    python -m benchmarks.distill repair --out runs/repair [--model models/fashion --prune 8 --steps 180]
+
+`specialists`: digits 0 to 4 and 5 to 9 as two sets; a model of each is trained for half of the steps, and students of
+both for all of them, with and without the teachers. `repair`: a model is pruned and trained on, with and without the
+whole one as teacher. Errors are those of held-out images, with the same noise and times for every model. Runs that are
+there are not made again.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks.timing import machine
+from ditmoe import pipeline
+from ditmoe.config.file import trained_by
+from ditmoe.config.sections import DataConfig
+from ditmoe.data.open import open_data, open_held_out
+from ditmoe.data.sets import ImageSet
+from ditmoe.objective import Objective
+
+
+@torch.inference_mode()
+def error(model: Path, data: ImageSet, rows: Sequence[int], first: int = 0) -> float:
+    """Mean squared error on some images; the model's label 0 is their label `first`."""
+    net, objective = pipeline.load(model).transformer, Objective(trained_by(model).objective)
+    total = 0.0
+    for start in range(0, len(rows), 250):
+        some = list(rows[start : start + 250])
+        x = data.tensors(some)
+        draws = objective.draw(12345, some, (x.shape[1], x.shape[2], x.shape[3]))
+        x_t, target = objective.corrupt(x, draws.t, draws.noise)
+        said = net(x_t, draws.t, torch.from_numpy(data.labels[some]) - first).sample[:, : x.shape[1]]
+        total += float((said - target).square().mean(dim=(1, 2, 3)).sum())
+    return total / len(rows)
+
+
+def train(out: Path, *words: object) -> Path:
+    """A run, unless it is finished."""
+    if not (out / "index.html").exists():
+        argv = [*map(str, words), "--out", str(out), "--sample.num", "50"]
+        subprocess.run([sys.executable, "train.py", *argv], check=True)
+    return out
+
+
+def specialists(args: argparse.Namespace) -> list[str]:
+    """A line of the table for each half: the specialist's error, the students'."""
+    data, test = open_data(DataConfig(), size=8, channels=1), open_held_out(DataConfig(), size=8, channels=1)
+    assert test is not None
+    halves = {"low": range(5), "high": range(5, 10)}
+    for row, (label, pixels) in enumerate(zip(data.labels, data.images(range(len(data))), strict=True)):
+        folder = args.out / ("low" if label in halves["low"] else "high") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[..., 0]).save(folder / f"{row:04}.png")
+    sets, half, whole = [args.out / name for name in halves], length(args.steps // 2), length(args.steps)
+    alone = [
+        train(args.out / f"of-{place.name}", "digits", *half, "--data.name", "folder", "--data.path", place)
+        for place in sets
+    ]
+    both = ("digits", *whole, "--data.mixture", *sets)
+    plain = train(args.out / "plain", *both)
+    taught = train(args.out / "taught", *both, "--distill.teachers", *alone, "--distill.by", "domain")
+    lines = ["| digits | specialist | student | of it | student without teachers | of it |", "|---" * 6 + "|"]
+    for specialist, (name, labels) in zip(alone, halves.items(), strict=True):
+        rows = [row for row, label in enumerate(test.labels) if label in labels]
+        own, first, second = (
+            error(specialist, test, rows, labels[0]),
+            error(taught, test, rows),
+            error(plain, test, rows),
+        )
+        lines.append(f"| {name} | {own:.4f} | {first:.4f} | {first / own:.3f} | {second:.4f} | {second / own:.3f} |")
+    return lines
+
+
+def repair(args: argparse.Namespace) -> list[str]:
+    """A line of the table for the whole, the pruned, and the two that were trained on."""
+    pruned = args.out / "pruned"
+    if not pruned.exists():
+        words = ["convert", str(args.model), str(pruned), "--prune", str(args.prune)]
+        subprocess.run([sys.executable, "-m", "ditmoe", *words], check=True)
+    more = (
+        pruned / "training.json",
+        *length(args.steps),
+        "--train.learning-rate",
+        args.rate,
+        "--train.warmup-steps",
+        10,
+    )
+    more += ("--train.ema-decay", 0.98)
+    models = {
+        "whole": args.model, "pruned": pruned, "trained on": train(args.out / "plain", *more),
+        "with the whole as teacher": train(args.out / "taught", *more, "--distill.teachers", args.model),
+        "half and half": train(args.out / "half", *more, "--distill.teachers", args.model, "--distill.weight", 0.5),
+    }  # fmt: skip
+    test = open_held_out(trained_by(args.model).data, size=28, channels=1)
+    assert test is not None
+    errors = {name: error(model, test, range(5000)) for name, model in models.items()}
+    lines = ["| | held-out error | of the whole |", "|---|---|---|"]
+    return lines + [f"| {name} | {value:.5f} | {value / errors['whole']:.4f} |" for name, value in errors.items()]
+
+
+def length(steps: int) -> tuple[object, ...]:
+    """Of a run whose learning rate ends at zero."""
+    return "--max-steps", steps, "--train.decay-steps", steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["specialists", "repair"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="default: 2,200 of digits, 180 of the repair")
+    parser.add_argument("--model", type=Path, default=Path("models/fashion"), help="repair")
+    parser.add_argument("--prune", type=int, default=8, help="repair: experts that stay")
+    parser.add_argument("--rate", type=float, default=2e-3, help="repair: learning rate")
+    args = parser.parse_args()
+    args.steps = args.steps or {"specialists": 2200, "repair": 180}[args.part]
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = {"specialists": specialists, "repair": repair}[args.part](args)
+    print("\n".join([machine(), "", *lines]))
+
+
+if __name__ == "__main__":
+    main()
