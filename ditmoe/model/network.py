@@ -17,16 +17,6 @@ from torch import Tensor, nn
 
 from ..config.experts import RouterInput, RouterKind, has_experts
 from ..config.rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
-from ..layers import (
-    Attention,
-    LabelEmbedder,
-    PatchEmbed,
-    Refiner,
-    TimestepEmbedder,
-    rotary_positions,
-    sincos_positions,
-    unpatchify,
-)
 from ..moe import (
     AttentionExperts,
     Condition,
@@ -41,6 +31,16 @@ from ..moe import (
     decide,
 )
 from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
+from .layers import (
+    Attention,
+    LabelEmbedder,
+    PatchEmbed,
+    Refiner,
+    TimestepEmbedder,
+    rotary_positions,
+    sincos_positions,
+    unpatchify,
+)
 
 
 class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]

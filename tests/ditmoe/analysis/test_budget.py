@@ -33,7 +33,7 @@ from ditmoe.moe import Experts
 from ditmoe.run_folder import place
 from ditmoe.training.exchange import local
 from ditmoe.training.muon import matrices, work
-from tests.ditmoe.test_model import PAPER, meta
+from tests.ditmoe.model.test_model import PAPER, meta
 from tests.doors import typed
 from tests.processes import start
 
