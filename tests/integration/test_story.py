@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.ditmoe.data.test_latents import save_vae
 from tests.doors import typed
+from tests.processes import door, start
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model.hidden-size", 32, "--model.depth", 2, "--model.num-heads", 2, "--moe.num-experts", 4,
@@ -24,6 +25,20 @@ def launched(*argv: object, flags: tuple[object, ...] = (), **more: str) -> subp
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     environment |= more
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def launch_here(words: list[str]) -> None:
+    """`accelerate launch WORDS` in a process of `start`, which itself becomes the `python train.py` that it begins."""
+    from accelerate.commands import launch
+
+    def become(command: list[str], env: dict[str, str]) -> None:
+        assert command[:2] == [sys.executable, "train.py"]
+        os.environ.clear()
+        os.environ.update(env)
+        door("train", command[2:])
+
+    launch.subprocess.Popen = become
+    launch.launch_command(launch.launch_command_parser().parse_args(words))
 
 
 def test_from_photos_to_a_score(tmp_path: Path) -> None:
@@ -60,28 +75,29 @@ def test_from_photos_to_a_score(tmp_path: Path) -> None:
     assert report["value"] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("told", ["by flags", "by a file", "by the default file"])
+FELL_BACK = "the launch was asked for several processes (MASTER_PORT is set) and has started 1"
+KNOWN = {"num_processes": 2, "use_cpu": True, "distributed_type": "MULTI_CPU", "num_machines": 1}
+
+
+@pytest.mark.parametrize("told", ["by flags", "by a file"])
 def test_a_launch_that_fell_back_to_one_process_is_refused(told: str, tmp_path: Path) -> None:
-    argv, asked = (
-        ["train.py", "digits", "--max-steps", 1, "--out", tmp_path / "run"],
-        tmp_path / "accelerate" / "default_config.yaml",
-    )
-    known = {"num_processes": 2, "use_cpu": True, "distributed_type": "MULTI_CPU", "num_machines": 1}
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps(KNOWN))
+    flags = ["--cpu", "--num_processes", "2"] if told == "by flags" else ["--config_file", str(asked)]
+    argv = ["train.py", "digits", "--max-steps", "1", "--out", str(tmp_path / "run")]
+    group = start(launch_here, [*flags, *argv], folder=tmp_path / "printed")
+    assert group.wait() == [2]
+    assert FELL_BACK in group.err()
+    assert not (tmp_path / "run").exists()
+
+
+def test_so_is_one_that_accelerates_default_file_asked_for(tmp_path: Path) -> None:
+    asked = tmp_path / "accelerate" / "default_config.yaml"  # as `accelerate config` leaves it
     asked.parent.mkdir()
-    if told == "by flags":
-        done = launched(*argv, flags=("--cpu", "--num_processes", 2))
-    elif told == "by a file":
-        asked.with_suffix(".json").write_text(json.dumps(known))
-        done = launched(*argv, flags=("--config_file", asked.with_suffix(".json")))
-    else:  # as `accelerate config` leaves it
-        asked.write_text(
-            "".join(f"{name}: {str(value).lower()}\n" for name, value in known.items()).replace(
-                "multi_cpu", "MULTI_CPU"
-            )
-        )
-        done = launched(*argv, HF_HOME=str(tmp_path))
+    asked.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in KNOWN.items()))
+    done = launched("train.py", "digits", "--max-steps", 1, "--out", tmp_path / "run", HF_HOME=str(tmp_path))
     assert done.returncode != 0
-    assert "the launch was asked for several processes (MASTER_PORT is set) and has started 1" in done.stderr
+    assert FELL_BACK in done.stderr
     assert not (tmp_path / "run").exists()
 
 
