@@ -7,16 +7,19 @@ The runs must have kept their checkpoints (`--train.keep 0`) and share a data se
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks.rows import Rows
 from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
 from ditmoe.config.file import read_config
+from ditmoe.config.sections import ObjectiveConfig
+from ditmoe.data.sets import ImageSet
 from ditmoe.generate.draw import balanced_labels, draw
 from ditmoe.objective import Objective
 from ditmoe.run_folder.network import averaged_network
@@ -30,19 +33,18 @@ def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipelin
 
 
 @torch.inference_mode()
-def held_out_mse(run: Path, pipe: pipeline.DiTMoEPipeline, scorer: Scorer, num: int = 5000) -> float:
-    """Mean squared error on held-out images, with the same noise and times for every model."""
-    objective = Objective(read_config(run).objective)
-    total = 0.0
+def held_out_errors(net: Any, objective: ObjectiveConfig, data: ImageSet, num: int = 5000) -> Tensor:
+    """Mean squared errors (num,) of held-out images (fewer ones again), with the same noise and times for all."""
+    drawn, errors = Objective(objective), []
     for start in range(0, num, 250):
-        rows = list(range(start, min(start + 250, num)))
-        x = scorer.test.tensors(rows)
-        draws = objective.draw(12345, rows, tuple(x.shape[1:]))
-        x_t, target = objective.corrupt(x, draws.t, draws.noise)
-        labels = torch.from_numpy(scorer.test.labels[rows])
-        out = pipe.transformer(x_t, draws.t, labels).sample[:, : x.shape[1]]
-        total += float((out - target).square().mean(dim=(1, 2, 3)).sum())
-    return total / num
+        numbers = list(range(start, min(start + 250, num)))
+        rows = [number % len(data) for number in numbers]
+        x = data.tensors(rows)
+        draws = drawn.draw(12345, numbers, tuple(x.shape[1:]))
+        x_t, target = drawn.corrupt(x, draws.t, draws.noise)
+        sample = net(x_t, draws.t, torch.from_numpy(data.labels[rows])).sample[:, : x.shape[1]]
+        errors.append((sample - target).square().mean(dim=(1, 2, 3)))
+    return torch.cat(errors)
 
 
 def main() -> None:
@@ -61,16 +63,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     scorer = Scorer(read_config(args.runs[0]), args.cache, args.extractor, args.num_ref)
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = Rows(args.out)
     protocol = {name: getattr(args, name) for name in PROTOCOL}
-    real = {"run": "real", "step": 0, "cfg": 0, **protocol}
-    if not any(real.items() <= row.items() for row in done):
-        append(args.out, {**real, **scorer.real(args.num)}, done)
+    done.once({"run": "real", "step": 0, "cfg": 0, **protocol}, lambda: scorer.real(args.num))
     for run in args.runs:
         for folder in sorted((run / "checkpoints").glob("step-*")):
             step = int(folder.name.removeprefix("step-"))
             if step % args.every == 0:
-                add_rows(run, folder, step, args.cfg, protocol, scorer, args.out, done)
+                add_rows(run, folder, step, args.cfg, protocol, scorer, done)
     print("| run | step | cfg | Fréchet distance | recognised | held-out mse |\n|---|---|---|---|---|---|")
     for row in sorted(done, key=lambda row: (row["step"], row["cfg"], row["run"])):
         mse = f"{row['mse']:.5f}" if "mse" in row else ""
@@ -78,16 +78,16 @@ def main() -> None:
 
 
 def add_rows(
-    run: Path, folder: Path, step: int, scales: list[float], protocol: dict[str, Any], scorer: Scorer, out: Path,
-    done: list[dict[str, Any]],
-) -> None:  # fmt: skip
+    run: Path, folder: Path, step: int, scales: list[float], protocol: dict[str, Any], scorer: Scorer, done: Rows
+) -> None:
     """One row a guidance scale for one checkpoint, unless it is there."""
     keys = [{"run": run.name, "step": step, "cfg": scale, **protocol} for scale in scales]
-    keys = [key for key in keys if not any(key.items() <= row.items() for row in done)]
+    keys = [key for key in keys if done.of(key) is None]
     if not keys:
         return
     pipe = averaged_pipeline(run, folder, scorer.train.id2label)
-    mse = held_out_mse(run, pipe, scorer)
+    errors = held_out_errors(pipe.transformer, read_config(run).objective, scorer.test)
+    mse = sum(float(some.sum()) for some in errors.split(250)) / len(errors)
     num = protocol["num"]
     labels = balanced_labels(pipe, num)
     for key in keys:
@@ -97,15 +97,7 @@ def add_rows(
                 seed=protocol["seed"], batch_size=250,
             )  # fmt: skip
         scores = {"fd": scorer.distance(images), "recognised": scorer.recognised(images, np.asarray(labels))}
-        append(out, {**key, **scores, "mse": mse}, done)
-
-
-def append(path: Path, row: dict[str, Any], done: list[dict[str, Any]]) -> None:
-    done.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
+        done.add({**key, **scores, "mse": mse})
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.curve import append
 from benchmarks.rival_models import OPTIONS
-from benchmarks.rival_training import NAMES, WARM_UP, Contestant, Row, Training, contestants
+from benchmarks.rival_training import NAMES, WARM_UP, Contestant, Training, contestants
+from benchmarks.rows import Row, Rows
 from benchmarks.scoring import Images, Judge, precision
 from benchmarks.timing import machine, round_robin
 from ditmoe.config.presets import PRESETS
@@ -49,8 +49,7 @@ class Contest:
     speeds: dict[str, float]  # steps a second
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.preset, self.path = args, PRESETS[args.preset], args.out / "rows.jsonl"
-        self.rows: list[Row] = [json.loads(v) for v in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.args, self.preset, self.rows = args, PRESETS[args.preset], Rows(args.out / "rows.jsonl")
         model = self.preset.model
         self.data = open_data(self.preset.data, size=model.sample_size, channels=model.in_channels)
         self.classes = sorted(self.data.id2label)
@@ -63,12 +62,7 @@ class Contest:
 
     def once(self, key: Row, make: Callable[[], Row]) -> Row:
         """The line of this key, made unless it is there."""
-        key = {"preset": self.args.preset, **key}
-        row = next((row for row in self.rows if key.items() <= row.items()), None)
-        if row is None:
-            row = {**key, **make()}
-            append(self.path, row, self.rows)
-        return row
+        return self.rows.once({"preset": self.args.preset, **key}, make)
 
     def way(self, who: Contestant) -> Row:
         """The precision, and for a diffusers network the way of running it, that trains the most images a second."""
@@ -106,22 +100,14 @@ class Contest:
 
         seconds = round_robin({name: partial(turn, run) for name, run in runs.items()}, self.args.rounds)
         speeds = {name: 4 / value for name, value in seconds.items()}
-        row = {
-            "preset": self.args.preset,
-            "contestant": "all",
-            "phase": "speed",
-            "speeds": speeds,
-            "machine": machine(),
-        }
-        append(self.path, row, self.rows)
+        key = {"preset": self.args.preset, "contestant": "all", "phase": "speed"}
+        self.rows.add({**key, "speeds": speeds, "machine": machine()})
         return speeds
 
     def images(self, net: Any, way: Row, num: int, cfg: float, seed: int) -> Images:
         """`num` images, classes in turn: image i is a function of (seed, i, its label) alone."""
-        scheduler = scheduler_for(
-            self.drawing["sampler"], scheduler_config(self.preset.objective), self.drawing["calls"]
-        )
-        model, parts = self.preset.model, []
+        calls, model, parts = self.drawing["calls"], self.preset.model, []
+        scheduler = scheduler_for(self.drawing["sampler"], scheduler_config(self.preset.objective), calls)
         shape, device = (model.in_channels, model.sample_size, model.sample_size), next(net.parameters()).device
         for first in range(0, num, 250):
             indices = range(first, min(first + 250, num))
@@ -129,7 +115,7 @@ class Contest:
             with precision(way["precision"]):
                 parts.append(sample(
                     net, scheduler, initial_noise(generators, shape, device), class_labels=self.labels(indices),
-                    num_inference_steps=self.drawing["calls"], null_label=net.null_label, guidance_scale=cfg,
+                    num_inference_steps=calls, null_label=net.null_label, guidance_scale=cfg,
                     generators=generators,
                 ))  # fmt: skip
         return to_pixels(torch.cat(parts))
@@ -212,10 +198,8 @@ class Contest:
         def make(seed: int) -> Row:
             begun = time.perf_counter()
             images = self.images(net, way, self.args.num, cfg, seed)
-            return {
-                "drawing_seconds": time.perf_counter() - begun,
-                **self.judged(images, self.labels(range(len(images)))),
-            }
+            seconds = time.perf_counter() - begun
+            return {"drawing_seconds": seconds, **self.judged(images, self.labels(range(len(images))))}
 
         key = {**common, "phase": "score", "cfg": cfg, **self.judging}
         return [self.once({**key, "seed": seed}, partial(make, seed)) for seed in self.args.seeds]
@@ -249,10 +233,8 @@ class Contest:
     def table(self, trained: dict[str, Row], scores: dict[str, list[Row]]) -> str:
         """Markdown: a row for each contestant, and the held-out images."""
         names = ["fd_" + name for name in self.args.extractors] + ["recognised", "precision", "recall"]
-        lines = [
-            "| | parameters (activated) | rate | guidance | images/s | steps | images | " + " | ".join(names) + " |"
-        ]
-        lines.append("|---" * (7 + len(names)) + "|")
+        head = ["parameters (activated)", "rate", "guidance", "images/s", "steps", "images", *names]
+        lines = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
         for name, run in trained.items():
             total, active = (f"{count / 1e6:.2f} M" for count in self.all[name].parameters)
             size = total if total == active else f"{total} ({active})"
@@ -277,12 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, each")
     parser.add_argument("--tune-minutes", type=float, help="of training for each learning rate; default: a fifth")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument(
-        "--rates",
-        type=float,
-        nargs="+",
-        help="for everyone, or with --only for some; default: FACTORS, RATES",
-    )
+    parser.add_argument("--rates", type=float, nargs="+", help="of all, or of --only; default: FACTORS, RATES")
     parser.add_argument("--rival-objective", choices=["flow-logit-normal", "flow-uniform", "preset"],
                         default="flow-logit-normal")  # fmt: skip
     parser.add_argument("--beta2", type=float, help="of the rivals' AdamW; default: the preset's")
@@ -303,9 +280,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     assert TUNE_SEED not in args.seeds, f"seed {TUNE_SEED} chooses the settings and cannot be reported"
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_autocast_dtype(
-        start.best_device().type, torch.bfloat16
-    )  # runs of both precisions share Accelerate's state
+    # runs of both precisions share Accelerate's state
+    torch.set_autocast_dtype(start.best_device().type, torch.bfloat16)
     contest = Contest(args)
     print(f"{machine()}; preset {args.preset}, {args.minutes:g} minutes each\n")
     for who in contest.all.values():

@@ -12,19 +12,19 @@ docs/pictures/rules.png.
 """
 
 import argparse
-import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.curve import append
+from benchmarks.curve import held_out_errors
+from benchmarks.rows import Row, Rows
 from benchmarks.scoring import Scorer
 from benchmarks.timing import machine, round_robin
 from benchmarks.train_step import Prepared, prepared
@@ -41,11 +41,9 @@ from ditmoe.data.sets import ArrayImages
 from ditmoe.generate.draw import balanced_labels, draw
 from ditmoe.generate.pictures import load_matplotlib
 from ditmoe.model import DiTMoETransformer2DModel, count_parameters
-from ditmoe.objective import Objective
 from ditmoe.training.state import update_ema
 from ditmoe.training.step import optimise
 
-Row = dict[str, Any]
 OURS = ("dense", "topk", "place", "label+place", "heads-0", "heads")
 MARK = ("<!-- made by benchmarks.rules -->", "<!-- end -->")
 
@@ -86,20 +84,11 @@ class Benchmark:
     """The phases, each of which finds in the file what it has done before."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.path = args, args.out / "rows.jsonl"
-        self.rows: list[Row] = [json.loads(v) for v in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.args, self.rows = args, Rows(args.out / "rows.jsonl")
         self.names = args.only or [n for n in (*OURS, *RULES) if n != "centroid" or args.centroids]
         self.preset = PRESETS[args.preset]
         size = self.preset.model.sample_size
         self.sets = {s: open_data(self.preset.data, size=size, channels=1, split=s) for s in ("train", "test")}
-
-    def once(self, key: Row, make: Callable[[], Row]) -> Row:
-        """The line of this key, made unless it is there."""
-        row = next((row for row in self.rows if key.items() <= row.items()), None)
-        if row is None:
-            row = {**key, **make()}
-            append(self.path, row, self.rows)
-        return row
 
     def data(self, split: str, shift: int) -> ArrayImages:
         """The training or held-out images, as shifted."""
@@ -118,7 +107,7 @@ class Benchmark:
             update_ema(made.state.ema, made.state.model, min(0.98, (1 + step) / (10 + step)))
             losses.append(result.losses["mse"].detach())
         net = made.state.ema.eval()
-        errors = self.held_out(net, config, shift)
+        errors = held_out_errors(net, config.objective, self.data("test", shift))
         total, active = count_parameters(net)
         found: Row = {
             "mse": errors.mean().item(), "se": (errors.std() / len(errors) ** 0.5).item(), "total": total,
@@ -127,20 +116,6 @@ class Benchmark:
         found |= self.choices(net, config, shift) if config.moe.blocks != "none" else {}
         found |= {"heads_by_time": heads_by_time(net)} if config.model.head_experts else {}
         return found | self.pictures(net, config, shift)
-
-    @torch.inference_mode()
-    def held_out(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Tensor:
-        """Mean squared errors of 5,000 held-out images (fewer ones again), with the same noise and times for all."""
-        data, objective, errors = self.data("test", shift), Objective(config.objective), []
-        for first in range(0, 5000, 250):
-            rows = list(range(first, first + 250))
-            draws = objective.draw(12345, rows, (1, *data.pixels.shape[1:3]))
-            rows = [row % len(data) for row in rows]
-            x = data.tensors(rows)
-            x_t, target = objective.corrupt(x, draws.t, draws.noise)
-            sample = net(x_t, draws.t, torch.from_numpy(data.labels[rows])).sample
-            errors.append((sample - target).square().mean(dim=(1, 2, 3)))
-        return torch.cat(errors)
 
     def choices(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
         """Means over layers: experts a token, load, and bits that place, time and class explain."""
@@ -181,11 +156,7 @@ class Benchmark:
         steps = {name: each.step for name, each in made.items()}
         size = self.preset.model.sample_size
         x, t, y = torch.randn(250, 1, size, size), torch.full((250,), 500.0), torch.arange(250) % 10
-
-        def forward(net: DiTMoETransformer2DModel) -> Callable[[], object]:
-            return torch.inference_mode()(lambda: net(x, t, y))
-
-        drawing = {name: forward(each.state.ema) for name, each in made.items()}
+        drawing = {n: partial(torch.inference_mode()(each.state.ema.forward), x, t, y) for n, each in made.items()}
         batch = self.preset.train.batch_size
         train, pictures = round_robin(steps, self.args.rounds), round_robin(drawing, self.args.rounds)
         return {
@@ -218,7 +189,7 @@ def table(rows: list[Row], steps: int) -> str:
         own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
         cells = [name, _mean([r.get("experts") for r in own[0]], 2)]
         for shift in (0, 4):
-            cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, own[shift], shift)]
+            cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, name, shift)]
         cells += [_mean([r.get(f"fd {n}") for r in own[0]], 4) for n in ("efficientnet-lite0", "random-conv-v1")]
         cells += [_mean([r.get("recognised") for r in own[0]], 3), _explained(own[0])]
         for kind in ("train", "passes"):
@@ -240,11 +211,17 @@ def _mean(values: list[float | None], digits: int) -> str:
     return f"{mean(known):.{digits}f}" if known else ""
 
 
-def _against(runs: list[Row], own: list[Row], shift: int) -> str:
-    """Mean difference to the twin of the same seed in percent, its standard error over seeds, and how often it won."""
-    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense" and r["shift"] == shift}
-    found = [100 * (r["mse"] / twins[r["seed"]] - 1) for r in own if r["seed"] in twins]
-    if not found or own[0]["rule"] == "dense":
+def _differences(runs: list[Row], name: str, shift: int) -> list[float]:
+    """Errors against the twin of the same seed, in percent."""
+    runs = [r for r in runs if r["shift"] == shift]
+    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense"}
+    return [100 * (r["mse"] / twins[r["seed"]] - 1) for r in runs if r["rule"] == name and r["seed"] in twins]
+
+
+def _against(runs: list[Row], name: str, shift: int) -> str:
+    """Mean difference to the twin in percent, its standard error over seeds, and how often it won."""
+    found = _differences(runs, name, shift)
+    if not found or name == "dense":
         return ""
     spread = f" ± {stdev(found) / math.sqrt(len(found)):.2f}" if len(found) > 1 else ""
     return f"{mean(found):+.2f} %{spread}, {sum(v < 0 for v in found)} of {len(found)}"
@@ -264,19 +241,15 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     runs = [r for r in rows if r["phase"] == "train" and r["steps"] == steps and r["shift"] == 0]
-    speed = next((row for row in reversed(rows) if row["phase"] == "speed"), None)
-    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense"}
+    speed = next((row["train"] for row in reversed(rows) if row["phase"] == "speed"), {})
     figure = Figure(figsize=(9, 6), layout="constrained")
-    axes, numbers = figure.add_subplot(), 0
-    for name in dict.fromkeys(r["rule"] for r in runs):
-        errors = [100 * (r["mse"] / twins[r["seed"]] - 1) for r in runs if r["rule"] == name and r["seed"] in twins]
-        if not errors or speed is None or name not in speed["train"]:
-            continue
-        x = speed["train"][name] / speed["train"]["dense"]
-        numbers += 1
+    axes = figure.add_subplot()
+    errors_of = {name: _differences(runs, name, 0) for name in dict.fromkeys(r["rule"] for r in runs) if name in speed}
+    for number, (name, errors) in enumerate(filter(itemgetter(1), errors_of.items()), start=1):
+        x = speed[name] / speed["dense"]
         colour = "black" if name == "dense" else "tab:blue"
-        axes.plot(x, mean(errors), "o", color=colour, markersize=4, label=f"{numbers} {name}, {mean(errors):+.1f} %")
-        axes.annotate(f"{numbers}", (x, mean(errors)), textcoords="offset points", xytext=(4, 2), fontsize=8)
+        axes.plot(x, mean(errors), "o", color=colour, markersize=4, label=f"{number} {name}, {mean(errors):+.1f} %")
+        axes.annotate(f"{number}", (x, mean(errors)), textcoords="offset points", xytext=(4, 2), fontsize=8)
     figure.legend(loc="outside right upper", fontsize=8, handlelength=0)
     axes.axhline(0, color="0.8", zorder=0)
     axes.set(xlabel="training speed, of the dense twin", ylabel="held-out error against the twin, %")
@@ -301,14 +274,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args)
     if "speed" in args.phases:
-        benchmark.once({"phase": "speed", "rules": benchmark.names}, benchmark.speed)
+        benchmark.rows.once({"phase": "speed", "rules": benchmark.names}, benchmark.speed)
     if "train" in args.phases:
-        for seed in args.seeds:
-            for shift in args.shifts:
-                for name in benchmark.names:
-                    key = {"phase": "train", "rule": name, "shift": shift, "seed": seed, "steps": args.steps}
-                    row = benchmark.once(key, lambda n=name, s=shift, k=seed: benchmark.train(n, s, k))  # type: ignore[misc]
-                    print(name, shift, seed, f"{row['mse']:.5f}", flush=True)
+        for seed, shift, name in product(args.seeds, args.shifts, benchmark.names):
+            key = {"phase": "train", "rule": name, "shift": shift, "seed": seed, "steps": args.steps}
+            row = benchmark.rows.once(key, partial(benchmark.train, name, shift, seed))
+            print(name, shift, seed, f"{row['mse']:.5f}", flush=True)
     rows = [row for row in benchmark.rows if row.get("seed", args.seeds[0]) in args.seeds]
     text = table(rows, args.steps)
     for rule in ("topk", "dit-moe"):

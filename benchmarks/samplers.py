@@ -8,7 +8,6 @@ MODEL is an exported model (its training.json names the data) or a run; a guide 
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.rows import Rows
 from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
 from ditmoe.config.file import read_config
@@ -102,7 +102,7 @@ def main() -> None:
     if args.compile:
         pipe.transformer.forward = torch.compile(pipe.transformer.forward, dynamic=False)
     labels = balanced_labels(pipe, args.num)
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = Rows(args.out)
     for seed in args.seeds:
         for part in args.parts:
             for point in points(part, pipe.scheduler.config):
@@ -113,9 +113,7 @@ def main() -> None:
                 if (args.samplers and point["sampler"] not in args.samplers) or nfe not in (args.calls or [nfe]):
                     continue
                 cutoff = options.get("exposure_cutoff")
-                if any(key.items() <= row.items() for row in done) or (
-                    args.cutoff and cutoff not in (None, args.cutoff)
-                ):
+                if done.of(key) or (args.cutoff and cutoff not in (None, args.cutoff)):
                     continue
                 more = {name: value for name, value in point.items() if name not in ("sampler", "steps")}
                 start = time.perf_counter()
@@ -124,19 +122,14 @@ def main() -> None:
                         pipe, labels, args.num, sampler=point["sampler"], steps=point["steps"], cfg=args.cfg, seed=seed,
                         batch_size=args.batch_size, more={"guide": "none", **more},
                     )  # fmt: skip
-                row = {
+                done.add({
                     **key,
                     "compiled": args.compile,
                     "nfe": nfe,
                     "seconds": round(time.perf_counter() - start, 1),
                     "fd": {name: scorer.distance(images) for name, scorer in scorers.items()},
                     "recognised": next(iter(scorers.values())).recognised(images, np.asarray(labels)),
-                }
-                done.append(row)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(row, flush=True)
+                })  # fmt: skip
 
 
 if __name__ == "__main__":

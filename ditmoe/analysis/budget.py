@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..config.experts import has_experts
 from ..config.sections import Config, looks_ahead
-from ..layers import Refiner
 from ..model import DiTMoETransformer2DModel
+from ..model.layers import Refiner
 from ..moe.router import MLP_WIDTH
 from ..training.muon import matrices
 
@@ -128,7 +128,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
 
     Kept: the block's input, the router's record. Passing: gradients of the residual stream and of the widest layer.
 
-    Source: what model/, layers.py and moe/ leave with autograd on a GPU; a test counts it with saved_tensors_hooks.
+    Source: what model/ and moe/ leave with autograd on a GPU; a test counts it with saved_tensors_hooks.
     Small layers routed by place keep less (`Experts.joins`); the rms norm of fp32 on a CPU keeps 2 b D more.
     """
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)

@@ -13,10 +13,10 @@ from ..config.convert import ConvertArgs
 from ..config.sections import Config
 from ..data.vae import identity, open_vae
 from ..files import read_object, replacing
-from ..layers import sincos_positions
 from ..model import DiTMoETransformer2DModel, check_network
-from ..pipe.folder import save_settings
-from ..pipe.handed_in import blank
+from ..model.layers import sincos_positions
+from ..pipeline.folder import save_settings
+from ..pipeline.handed_in import blank
 from .change import change
 from .foreign import Foreign, open_foreign
 from .give import give

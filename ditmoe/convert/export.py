@@ -9,7 +9,7 @@ from .. import __version__, pipeline
 from ..config.convert import ExportArgs
 from ..config.file import read_config
 from ..files import read_object
-from ..pipe.guide import EXPERTS_OFF
+from ..pipeline.guide import EXPERTS_OFF
 from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 from .standalone import make_standalone

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..config.convert import ConvertArgs
 from ..files import read_object, replacing, whole, write_json
-from ..layers import sincos_positions
 from ..model import DiTMoETransformer2DModel
-from ..pipe.folder import checked, find
-from ..pipe.handed_in import blank
-from ..pipeline import DiTMoEPipeline
+from ..model.layers import sincos_positions
+from ..pipeline.folder import find
+from ..pipeline.handed_in import blank, check_pipeline
 from .layouts import theirs
 from .tensors import Entry, Tensors, write
 
@@ -34,7 +33,7 @@ def give(args: ConvertArgs) -> None:
         ValueError: There is no model at `args.src`, or it has parts that DiT does not have.
     """
     place = find(args.src)
-    index = checked(DiTMoEPipeline, place)
+    index = check_pipeline(place)
     config = read_object(place / "transformer" / "config.json")
     defaults = {name: p.default for name, p in signature(DiTMoETransformer2DModel.__init__).parameters.items()}
     settings = {name: config.get(name, default) for name, default in defaults.items() if name != "self"}

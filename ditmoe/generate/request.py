@@ -16,8 +16,8 @@ from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
 from ..moe.policy import Steered
-from ..pipe.guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..pipeline import DiTMoEPipeline, load, shift_option
+from ..pipeline.guide import EXPERTS_OFF, NONE, ExpertsOff
 from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid

@@ -10,8 +10,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..layers import Attention, modulate
 from ..moe import Condition, FeedForward, MoELayer, Router, Routing
+from .layers import Attention, modulate
 
 
 class DiTBlock(nn.Module):

@@ -17,16 +17,6 @@ from torch import Tensor, nn
 
 from ..config.experts import RouterInput, RouterKind, has_experts
 from ..config.rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
-from ..layers import (
-    Attention,
-    LabelEmbedder,
-    PatchEmbed,
-    Refiner,
-    TimestepEmbedder,
-    rotary_positions,
-    sincos_positions,
-    unpatchify,
-)
 from ..moe import (
     AttentionExperts,
     Condition,
@@ -41,6 +31,16 @@ from ..moe import (
     decide,
 )
 from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
+from .layers import (
+    Attention,
+    LabelEmbedder,
+    PatchEmbed,
+    Refiner,
+    TimestepEmbedder,
+    position_tables,
+    sincos_positions,
+    unpatchify,
+)
 
 
 class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -100,7 +100,9 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, freq_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
-        self._add_positions(positions, hidden_size, hidden_size // num_heads, sample_size // patch_size)
+        tables = position_tables(positions, hidden_size, num_heads, sample_size // patch_size)
+        for name, table in zip(("pos_embed", "rotary_cos", "rotary_sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
         inputs, places = cast("Sequence[Input]", router_input.split("+")), None
         if "position" in inputs:
             table = sincos_positions(hidden_size, sample_size // patch_size)[0]  # (T, D)
@@ -124,19 +126,10 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             if not has_experts(moe_blocks, i):
                 return FeedForward(hidden_size, ffn_width, activation)
             return MoELayer(
-                hidden_size,
-                num_experts=num_experts,
-                expert_width=expert_width,
-                shared_width=shared_width,
-                rule=self.rule,
-                activation=activation,
-                backend=backend,
-                shared_gate=shared_gate,
-                own_router=not shared,
-                rank=expert_rank,
-                biases=expert_biases,
-                **router,
-            )
+                hidden_size, num_experts=num_experts, expert_width=expert_width, shared_width=shared_width,
+                rule=self.rule, activation=activation, backend=backend, shared_gate=shared_gate, own_router=not shared,
+                rank=expert_rank, biases=expert_biases, **router,
+            )  # fmt: skip
 
         def attention() -> Attention:
             some = attention_experts, attention_top_k, backend
@@ -167,15 +160,6 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             module.store_int8()
         self.register_to_config(expert_storage="int8")
 
-    def _add_positions(self, kind: str, hidden_size: int, head_dim: int, side: int) -> None:
-        self.register_buffer("pos_embed", None, persistent=False)
-        self.register_buffer("rotary_cos", None, persistent=False)
-        self.register_buffer("rotary_sin", None, persistent=False)
-        if kind == "sincos":
-            self.pos_embed = sincos_positions(hidden_size, side)
-        else:
-            self.rotary_cos, self.rotary_sin = rotary_positions(head_dim, side)
-
     def _initialise(self) -> None:
         """DiT's initialisation: Xavier linear maps, small embeddings, zero gates and a zero output."""
         for module in self.modules():
@@ -186,23 +170,18 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         for module in self.modules():
             if isinstance(module, (AttentionExperts, Experts, FactorisedExperts, FeedForward, Router)):
                 module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, MoELayer) and module.shared_gate is not None:
-                nn.init.zeros_(module.shared_gate.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        assert self.x_embedder.proj.bias is not None
-        nn.init.zeros_(self.x_embedder.proj.bias)
         for weight in self.t_embedder.mlp.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for part in (*self.blocks, self.final_layer):
-            nn.init.zeros_(part.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        if self.refiner is not None:
-            nn.init.zeros_(self.refiner.conv3.weight)
-            nn.init.zeros_(cast("Tensor", self.refiner.conv3.bias))
+        zero: list[Any] = [self.x_embedder.proj.bias, self.final_layer.linear.weight]
+        zero += [part.adaLN_modulation[1].weight for part in (*self.blocks, self.final_layer)]
+        zero += [m.shared_gate.weight for m in self.modules() if isinstance(m, MoELayer) and m.shared_gate is not None]
+        zero += [] if self.refiner is None else self.refiner.conv3.parameters()
+        for weight in zero:
+            nn.init.zeros_(weight)
 
     def enable_layerwise_casting(
         self, storage_dtype: torch.dtype = torch.float8_e4m3fn, compute_dtype: torch.dtype | None = None, **options: Any
@@ -281,14 +260,13 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
 
     def _positions(self, images: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """What is added to tokens, or turns them in attention, for images (N, C, H, W)."""
-        c, size = self.config, images.shape[-1]
-        if size == c.sample_size:
-            return self.pos_embed, None if self.rotary_cos is None else (self.rotary_cos, self.rotary_sin)
-        grid = size // c.patch_size, c.sample_size // c.patch_size
-        if self.pos_embed is not None:
-            return sincos_positions(c.hidden_size, *grid).to(images.device), None
-        cos, sin = rotary_positions(c.hidden_size // c.num_heads, *grid)
-        return None, (cos.to(images.device), sin.to(images.device))
+        c = self.config
+        side, span = images.shape[-1] // c.patch_size, c.sample_size // c.patch_size
+        table, cos, sin = self.pos_embed, self.rotary_cos, self.rotary_sin
+        if side != span:
+            found = position_tables(c.positions, c.hidden_size, c.num_heads, side, span)
+            table, cos, sin = (each if each is None else each.to(images.device) for each in found)
+        return table, None if cos is None else (cos, sin)
 
     def _drawn(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, patch_size^2 * channels) as images (N, channels, H, W)."""

@@ -15,9 +15,9 @@ from samplers import SAMPLERS
 from ..config.policy import Policy
 from ..config.sample import SampleArgs, label_or_name
 from ..model import count_parameters, moe_layer_names
-from ..pipe.asked import names_of
-from ..pipe.guide import EXPERTS_OFF, NONE
 from ..pipeline import DiTMoEPipeline
+from ..pipeline.asked import names_of
+from ..pipeline.guide import EXPERTS_OFF, NONE
 
 MOST_IMAGES = 16  # of one drawing
 MOST_RULES = 1000  # of its policy

@@ -21,8 +21,8 @@ from ..files import write_json
 from ..generate.pictures import INK, MUTED, WIDTH, load_matplotlib
 from ..model import DiTMoETransformer2DModel, moe_layer_names, tokens_per_image
 from ..moe.policy import table
-from ..pipe.asked import labels_of
 from ..pipeline import load
+from ..pipeline.asked import labels_of
 from .analyze import a_class_each, images_of, plain, shape_of
 from .charts import bare_axes, save_figure, title
 

@@ -7,8 +7,8 @@ from .. import pipeline
 from ..config.file import from_dict
 from ..model import DiTMoETransformer2DModel, build
 from ..objective import scheduler_config
-from ..pipe.handed_in import blank
 from ..pipeline import DiTMoEPipeline
+from ..pipeline.handed_in import blank
 from .checkpoint import find_fault, opened
 
 _LABELS = "y_embedder.embedding_table.weight"  # (classes + 1, D)

@@ -20,7 +20,7 @@ from ..data.sets import ImageSet
 from ..files import digest
 from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS
-from ..pipe.answers import ONE_CALL, Answers, path, words
+from ..pipeline.answers import ONE_CALL, Answers, path, words
 
 
 class Teachers:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention
+from ..model.layers import Attention
 from ..moe import AttentionExperts, Experts, FeedForward
 
 STEPS = 5

@@ -17,14 +17,12 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
     "files": 0,
     "rng": 0,
     "config": 1,
-    "layers": 1,
     "moe": 1.5,
     "model": 2,
     "store": 3,
     "objective": 3,
     "launch": 4,
     "data": 5,
-    "pipe": 5.5,
     "pipeline": 6,
     "run_folder": 7,
     "generate": 8,
@@ -39,7 +37,7 @@ RANK = {  # a wing or a file of the trunk a line: it may import those of a lower
 OTHERS = {"samplers": {"samplers"}, "eval": {"eval"}, "ditmoe": {"ditmoe"}}
 HEAVY = {
     "accelerate": {"launch", "training", "store"},
-    "samplers": {"objective", "pipe", "pipeline", "analysis", "play"},
+    "samplers": {"objective", "pipeline", "analysis", "play"},
 }
 
 

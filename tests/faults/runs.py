@@ -322,7 +322,7 @@ def counted_parts():
 
 def told_dtypes():
     """Say what weights a router and its block compute with."""
-    from ditmoe.layers import Attention
+    from ditmoe.model.layers import Attention
     from ditmoe.moe import Router
 
     def telling(name, forward, weight_of):

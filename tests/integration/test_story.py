@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.ditmoe.data.test_latents import save_vae
 from tests.doors import typed
+from tests.processes import door, start
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model.hidden-size", 32, "--model.depth", 2, "--model.num-heads", 2, "--moe.num-experts", 4,
@@ -19,11 +20,26 @@ TINY = ["--model.hidden-size", 32, "--model.depth", 2, "--model.num-heads", 2, "
         "--train.batch-size", 8, "--sample.num", 8, "--sample.steps", 2]  # fmt: skip
 
 
-def launched(*argv: object, flags: tuple[object, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
+def launched(*argv: object, flags: tuple[object, ...]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    environment |= more
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def launch_here(words: list[str]) -> None:
+    """`accelerate launch WORDS` in a process of `start`, which itself becomes the `python train.py` that it begins."""
+    for name in [name for name in sys.modules if name.startswith("accelerate.commands")]:
+        del sys.modules[name]  # they look where the default file is when they are imported
+    from accelerate.commands import launch
+
+    def become(command: list[str], env: dict[str, str]) -> None:
+        assert command[:2] == [sys.executable, "train.py"]
+        os.environ.clear()
+        os.environ.update(env)
+        door("train", command[2:])
+
+    launch.subprocess.Popen = become
+    launch.launch_command(launch.launch_command_parser().parse_args(words))
 
 
 def test_from_photos_to_a_score(tmp_path: Path) -> None:
@@ -62,26 +78,16 @@ def test_from_photos_to_a_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("told", ["by flags", "by a file", "by the default file"])
 def test_a_launch_that_fell_back_to_one_process_is_refused(told: str, tmp_path: Path) -> None:
-    argv, asked = (
-        ["train.py", "digits", "--max-steps", 1, "--out", tmp_path / "run"],
-        tmp_path / "accelerate" / "default_config.yaml",
-    )
     known = {"num_processes": 2, "use_cpu": True, "distributed_type": "MULTI_CPU", "num_machines": 1}
+    asked = tmp_path / "accelerate" / "default_config.yaml"  # as `accelerate config` leaves it
     asked.parent.mkdir()
-    if told == "by flags":
-        done = launched(*argv, flags=("--cpu", "--num_processes", 2))
-    elif told == "by a file":
-        asked.with_suffix(".json").write_text(json.dumps(known))
-        done = launched(*argv, flags=("--config_file", asked.with_suffix(".json")))
-    else:  # as `accelerate config` leaves it
-        asked.write_text(
-            "".join(f"{name}: {str(value).lower()}\n" for name, value in known.items()).replace(
-                "multi_cpu", "MULTI_CPU"
-            )
-        )
-        done = launched(*argv, HF_HOME=str(tmp_path))
-    assert done.returncode != 0
-    assert "the launch was asked for several processes (MASTER_PORT is set) and has started 1" in done.stderr
+    asked.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in known.items()))
+    flags = {"by flags": ["--cpu", "--num_processes", "2"], "by a file": ["--config_file", str(asked)]}.get(told, [])
+    argv = ["train.py", "digits", "--max-steps", "1", "--out", str(tmp_path / "run")]
+    home = {"HF_HOME": str(tmp_path)} if told == "by the default file" else {}
+    group = start(launch_here, [*flags, *argv], folder=tmp_path / "printed", env=home)
+    assert group.wait() == [2]
+    assert "the launch was asked for several processes (MASTER_PORT is set) and has started 1" in group.err()
     assert not (tmp_path / "run").exists()
 
 

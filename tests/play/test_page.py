@@ -17,7 +17,7 @@ from ditmoe import pipeline
 from ditmoe.generate import pictures
 from ditmoe.report import maps
 from ditmoe.report import page as report_page
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 from tests.doors import command as typed
 from tests.faults.test_security import REPORT
 from tests.processes import door, start

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ditmoe.layers import Attention, rotate
+from ditmoe.model.layers import Attention, rotate
 
 
 def gated(scores: Tensor, top_k: int) -> list[tuple[int, Tensor]]:

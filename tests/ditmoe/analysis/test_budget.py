@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plan_check, train_step
-from ditmoe import layers
 from ditmoe.analysis import budget
 from ditmoe.analysis.plan import USABLE, describe
 from ditmoe.config.experts import RouterInput
@@ -28,12 +27,12 @@ from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
 from ditmoe.launch.start import shutdown
-from ditmoe.model import DiTMoETransformer2DModel, build, tokens_per_image
+from ditmoe.model import DiTMoETransformer2DModel, build, layers, tokens_per_image
 from ditmoe.moe import Experts
 from ditmoe.run_folder import place
 from ditmoe.training.exchange import local
 from ditmoe.training.muon import matrices, work
-from tests.ditmoe.test_model import PAPER, meta
+from tests.ditmoe.model.test_model import PAPER, meta
 from tests.doors import typed
 from tests.processes import start
 

@@ -11,6 +11,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.file import read_config, save
 from ditmoe.config.sections import Config, MoEConfig
+from ditmoe.convert.split import split
 from ditmoe.data.open import open_data
 from ditmoe.model import count_parameters
 from ditmoe.training.loop import train
@@ -18,6 +19,12 @@ from tests.ditmoe.convert.toys import MODEL, drawn, network, off
 from tests.doors import command
 
 convert = partial(command, "convert")
+
+
+@pytest.fixture(autouse=True)
+def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers need not know the norms here."""
+    monkeypatch.setattr("ditmoe.convert.change.split", partial(split, steps=20))
 
 
 def saved(folder: Path, seed: int = 0, **moe: Any) -> Path:

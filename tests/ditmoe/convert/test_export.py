@@ -9,7 +9,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.convert import ExportArgs
 from ditmoe.convert.export import export
-from ditmoe.pipe.guide import ExpertsOff
+from ditmoe.pipeline.guide import ExpertsOff
 from tests.ditmoe.test_saved_files import SAVED
 
 RUN = SAVED / "by-token"

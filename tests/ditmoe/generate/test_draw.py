@@ -5,7 +5,7 @@ import pytest
 
 from ditmoe.data import pixels
 from ditmoe.generate.draw import balanced_labels, draw
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -19,7 +19,7 @@ from ditmoe.data import pixels
 from ditmoe.generate.request import facts, requested, run
 from ditmoe.model import build
 from samplers import catalog, time_shift
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 from tests.ditmoe.test_saved_files import SAVED
 
 

@@ -15,7 +15,7 @@ from ditmoe.generate import set_files
 from ditmoe.generate.draw import RequestedSet, batches
 from ditmoe.generate.request import requested, run
 from tests.ditmoe.generate.test_request import Alone
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 
 def test_a_refused_command_does_not_keep_its_folder(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ditmoe.generate.draw import RequestedSet
 from ditmoe.generate.request import facts, requested, run
 from ditmoe.moe import Experts, Router
 from tests.ditmoe.generate.test_request import Alone
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 
 def saved(folder: Path, **options: Any) -> SampleArgs:

@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter
 
 from ditmoe.config.rules import with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
-from ditmoe.layers import Attention, rotary_positions
 from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.model.layers import Attention, rotary_positions
 from ditmoe.moe import AttentionExperts, Condition, Router
 from ditmoe.training.muon import matrices
 from ditmoe.training.parallel import expert_names

@@ -16,7 +16,7 @@ from ditmoe.generate.request import requested
 from ditmoe.launch import start
 from ditmoe.play import drawing
 from ditmoe.play.drawing import Drawing, Turns
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 QUERY = {"classes": ["class 1", "3"], "seed": ["5"], "steps": ["6"]}
 

@@ -16,7 +16,7 @@ from ditmoe import pipeline
 from ditmoe.config import play
 from ditmoe.play import serve
 from ditmoe.play.drawing import MOST_DRAWINGS, Drawing
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 from tests.doors import command
 from tests.processes import door, start
 

@@ -11,7 +11,7 @@ from ditmoe import cli
 from ditmoe.config.policy import Policy
 from ditmoe.config.sample import SampleArgs
 from ditmoe.play import settings
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 MODEL = Path("models/a b")
 QUERY = {

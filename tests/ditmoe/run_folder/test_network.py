@@ -14,7 +14,7 @@ from ditmoe.config.sections import Config, ModelConfig, ObjectiveConfig
 from ditmoe.model import build
 from ditmoe.run_folder import writer
 from ditmoe.run_folder.network import load_guide
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 from tests.ditmoe.test_saved_files import RUNS, SAVED
 
 STEP = Path("checkpoints/step-000004")

@@ -15,7 +15,7 @@ from ditmoe.model import DiTMoETransformer2DModel, build
 from ditmoe.moe import Experts
 from ditmoe.store.experts import StoredExperts
 from ditmoe.store.slices import Slices
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 RULES = {
     "topk": MoEConfig(),

@@ -13,8 +13,8 @@ from ditmoe.config.sections import Config, DistillConfig, ObjectiveConfig
 from ditmoe.data.open import open_data
 from ditmoe.model import build
 from ditmoe.objective import scheduler_config
-from ditmoe.pipe.answers import Answers, path, words
-from ditmoe.pipe.guide import ExpertsOff
+from ditmoe.pipeline.answers import Answers, path, words
+from ditmoe.pipeline.guide import ExpertsOff
 from ditmoe.training.distill import Teachers
 from ditmoe.training.state import num_classes
 from samplers import make_scheduler, sample

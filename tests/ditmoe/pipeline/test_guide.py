@@ -11,10 +11,10 @@ import torch
 from ditmoe import pipeline
 from ditmoe.model import DiTMoETransformer2DModel
 from ditmoe.moe import Experts, Router
-from ditmoe.pipe.guide import ExpertsOff
+from ditmoe.pipeline.guide import ExpertsOff
 from samplers import SAMPLERS
-from tests.ditmoe.test_model import inputs, small
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.model.test_model import inputs, small
+from tests.ditmoe.pipeline.test_pipeline import make
 
 
 def without_expert_weights(net: DiTMoETransformer2DModel) -> DiTMoETransformer2DModel:

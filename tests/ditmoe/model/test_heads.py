@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ditmoe.config.sections import Config, ModelConfig, ObjectiveConfig
-from ditmoe.layers import unpatchify
 from ditmoe.model import DiTMoETransformer2DModel, FinalLayer, Heads
+from ditmoe.model.layers import unpatchify
 from ditmoe.objective import expert_loss
 from tests.checkpoints import resumed_to_the_bit
-from tests.ditmoe.test_model import inputs, small
+from tests.ditmoe.model.test_model import inputs, small
 from tests.ditmoe.training.test_step import first_row
 
 Tiny = Callable[..., Config]

@@ -1,4 +1,4 @@
-"""A pipeline's folder: what it may hold, how it is read and written."""
+"""A pipeline's folder, read and written; the pipeline of a network that was trained."""
 
 import json
 from collections.abc import Iterable
@@ -9,37 +9,20 @@ from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import Tensor
 
+from samplers import make_scheduler
 from samplers.catalog import LIBRARY_ERRORS, SAMPLERS, shift_field
 
-from ..data.latents import is_normalization
+from ..config.sections import Config
+from ..data.latents import read_normalization
 from ..data.vae import check_vae, load_vae
 from ..files import replacing
-from ..model import DiTMoETransformer2DModel, check_network
+from ..launch.start import best_device
+from ..model import DiTMoETransformer2DModel
+from ..objective import scheduler_config
 from ..store.load import stored_network
-from . import handed_in
 from .guide import EXPERTS_OFF
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_scale, value)) and value[0] < value[1]
-
-
-SETTINGS = {  # of a pipeline folder: what each has to fulfil where it is there
-    "latents": is_normalization,
-    "guide_scale": _is_scale,
-    "experts_off": lambda x: isinstance(x, bool),
-    "guidance_interval": _is_interval,
-    "guidance_channels": lambda x: type(x) is int and x > 0,
-}
-
-
-def checked(kind: type, folder: Path) -> dict[str, Any]:
-    """What model_index.json of a pipeline folder says, once the folder was found to be one of ours and harmless."""
-    return handed_in.check_pipeline(folder, kind, DiTMoETransformer2DModel, check_network, SETTINGS)
+from .handed_in import check_pipeline
+from .pipeline import DiTMoEPipeline
 
 
 def find(folder: Path) -> Path:
@@ -52,26 +35,41 @@ def find(folder: Path) -> Path:
     return place
 
 
-def opened(kind: Any, folder: Path, cached_experts: int | None = None) -> Any:
-    """The pipeline, of the class `kind`, of a run folder or of its `model/`, see `ditmoe.pipeline.load`."""
+def load(folder: Path, *, fast: bool = False, cached_experts: int | None = None) -> DiTMoEPipeline:
+    """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
+
+    On the CPU, or with `fast` where this machine computes fast. With `cached_experts` so many experts of a layer have
+    room in memory, and are read from the folder when they are needed, see `ditmoe.store`.
+
+    Raises ValueError where there is no pipeline, saying what was looked for, or where what is there is not one of ours.
+    """
     place = find(folder)
     try:
-        checked(kind, place)
+        check_pipeline(place)
         logging.disable_progress_bar()
         own = {} if cached_experts is None else {"transformer": stored_network(place / "transformer", cached_experts)}
-        pipe = kind.from_pretrained(place, local_files_only=True, use_safetensors=True, **own)
+        pipe: DiTMoEPipeline = DiTMoEPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True, **own)
         if any(v.is_meta for part in (pipe.transformer, pipe.vae, pipe.guide) if part for v in part.parameters()):
             raise ValueError("its weights are not in the files that diffusers reads")
         pipe.transformer.float()
         if pipe.vae is not None and pipe.config.latents is not None:
             check_vae(pipe.vae, pipe.config.latents)
-        return pipe
     except (OSError, *LIBRARY_ERRORS) as error:
         sentence = " ".join(str(error).split())
         raise ValueError(f"{place} is not a ditmoe pipeline that can be loaded: {sentence:.600}") from error
+    return pipe.to(best_device()) if fast else pipe
 
 
-def save_settings(pipeline: Any, folder: Path) -> Path:
+def trained_steps(folder: Path) -> int | None:
+    """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
+    try:
+        steps = check_pipeline(folder).get("trained_steps")
+    except ValueError:
+        return None
+    return steps if isinstance(steps, int) else None
+
+
+def save_settings(pipeline: DiTMoEPipeline, folder: Path) -> Path:
     """Write all of a pipeline folder but the transformer's weights; where they belong comes back."""
     pipeline.save_config(folder)
     for name, part in pipeline.components.items():
@@ -81,7 +79,7 @@ def save_settings(pipeline: Any, folder: Path) -> Path:
     return folder / "transformer"
 
 
-def save(pipeline: Any, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
+def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Tensor]] | None = None) -> None:
     """Write a pipeline folder; an older one at the same place is replaced once the new one is on the disk.
 
     `weights` are the transformer's tensors, a few at a time, each lot for a file of its own: for a transformer on the
@@ -113,12 +111,38 @@ def shift_option(sampler: str | None, flow_shift: float | None) -> dict[str, flo
     return {} if flow_shift is None or field is None else {field: flow_shift}
 
 
-def add_vae(pipe: Any, folder: Path) -> None:
+def assemble(
+    model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str], data_variance: float | None = None,
+    trained_steps: int | None = None, latents: dict[str, Any] | None = None,
+) -> DiTMoEPipeline:  # fmt: skip
+    """The pipeline of a trained network, with the sampling defaults of its configuration.
+
+    `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
+    latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
+    data does; the VAE is in it where `data.vae` gives one. Raises ValueError where there is no such sampler,
+    or the VAE is not that of the latents.
+    """
+    known: dict[str, Any] = {} if data_variance is None else {"data_variance": data_variance}
+    known |= shift_option(config.sample.sampler, config.sample.flow_shift)
+    scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
+    names = {str(label): name for label, name in id2label.items()}
+    guidance = config.sample.cfg if model.null_label is not None else 1.0
+    sampler, steps = config.sample.sampler, config.sample.steps
+    if latents is None and config.data.name == "latents":
+        latents = read_normalization(config.data.path)
+    vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
+    interval = config.sample.guidance_interval if guidance != 1 else None
+    return DiTMoEPipeline(
+        model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents, guidance_interval=interval
+    )
+
+
+def add_vae(pipe: DiTMoEPipeline, folder: Path) -> None:
     """Let a pipeline of latents decode them. ValueError unless the folder holds the VAE that made them."""
     pipe.register_modules(vae=load_vae(folder, pipe.config.latents))
 
 
-def add_guide(pipe: Any, guide: DiTMoETransformer2DModel | str, scale: float | None = None) -> None:
+def add_guide(pipe: DiTMoEPipeline, guide: DiTMoETransformer2DModel | str, scale: float | None = None) -> None:
     """Let a pipeline name its guide, a network or "experts-off", and its scale. ValueError as of `choose`."""
     _, scale = pipe.guide_for(guide, scale)
     experts_off = guide == EXPERTS_OFF

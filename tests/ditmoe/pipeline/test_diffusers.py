@@ -18,7 +18,7 @@ from ditmoe.model import build
 from ditmoe.pipeline import DiTMoEPipeline
 from samplers import DDPMScheduler, make_scheduler
 from samplers.catalog import name_of
-from tests.ditmoe.test_pipeline import make
+from tests.ditmoe.pipeline.test_pipeline import make
 
 
 def drawn(pipe: DiTMoEPipeline, labels: Any = (1, 2), **call: Any) -> torch.Tensor:

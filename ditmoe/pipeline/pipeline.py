@@ -4,7 +4,6 @@ Shapes: N images, C channels, H W size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,25 +11,15 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
-from samplers import make_scheduler, sample
+from samplers import sample
 from samplers.catalog import adopted, name_of, scheduler_for
 
-from .config.sections import Config
-from .data import decode
-from .data.latents import read_normalization
-from .data.vae import load_vae
-from .launch.start import best_device
-from .model import DiTMoETransformer2DModel
-from .moe.policy import Policy, Spans, Steered
-from .objective import scheduler_config
-from .pipe import asked
-from .pipe.edit import Edit
-from .pipe.folder import add_guide as add_guide
-from .pipe.folder import add_vae as add_vae
-from .pipe.folder import checked, opened
-from .pipe.folder import save as save
-from .pipe.folder import shift_option as shift_option
-from .pipe.guide import EXPERTS_OFF, choose
+from ..data import decode
+from ..model import DiTMoETransformer2DModel
+from ..moe.policy import Policy, Spans, Steered
+from . import asked
+from .edit import Edit
+from .guide import EXPERTS_OFF, choose
 
 
 class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -47,12 +36,14 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained_steps: Optimiser steps behind the weights, where known.
         latents: For a network of latents, which VAE made them and how they were normalised: {"vae": {"name",
             "sha256"}, "mean", "std"}, see `ditmoe.data.latents`; None: by the scaling factor of the VAE's config.
-        guide: A weaker network for autoguidance (`ditmoe.pipe.guide`), in the folder `guide/`; None for none.
+        guide: A weaker network for autoguidance (`ditmoe.pipeline.guide`), in the folder `guide/`; None for none.
         guide_scale: Its scale when none is asked for; None: 2.
         guidance_interval: (lowest, highest) timestep at which to guide when no other is asked for; None: all.
         guidance_channels: How many of the first channels to guide when no other number is asked for; None: all.
         experts_off: The guide is the network itself without its routed experts; beside a guide: ValueError.
     """
+
+    __module__ = "ditmoe.pipeline"  # which its users import
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ("latents",)
@@ -123,7 +114,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_images: How many images of a model without labels.
             sampler: A name of samplers.SAMPLERS; default: `scheduler`, whatever it was set to.
             guide: A weaker network, "experts-off" (this one without its routed experts) or "none"; default: the guide
-                that the model names, if any, see `ditmoe.pipe.guide.choose`. Beside classifier-free guidance.
+                that the model names, if any, see `ditmoe.pipeline.guide.choose`. Beside classifier-free guidance.
             guide_scale: Its scale; default: the saved one of a saved guide, else 2.
             guidance_interval: Default: the saved one, where anything guides; (0, 1000) is all.
             guidance_channels: Likewise; as many as there are is all.
@@ -131,7 +122,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             policy: Experts that are suppressed, forced or favoured, all the time or in some steps; not the guide's.
             sampler_options: Fields of the sampler's scheduler, such as {"exposure_window": 40} for "ts-ddim".
             seed: Image i is a function of (seed, indices[i], label) alone; default 0.
-            generator: Instead: a seed, see `pipe.asked.generators_of`; or one for each image, which draws all of it.
+            generator: Instead: a seed, see `asked.generators_of`; or one for each image, which draws all of it.
             indices: Running numbers of the images; default 0, 1, 2, ...
             latents: The initial noise (N, C, H, W), standard normal; default: drawn.
             num_images_per_label: Images of each label, one after the other.
@@ -185,7 +176,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Images drawn from noised ones on (SDEdit, Meng et al. 2022, arXiv 2108.01073); else as a call.
 
         Args:
-            image: One, or one for each image that is drawn, see `ditmoe.pipe.edit.pixels_of`.
+            image: One, or one for each image that is drawn, see `ditmoe.pipeline.edit.pixels_of`.
             class_labels: As of a call.
             strength: Share of the steps that are taken, the last ones; 1 is all, which ignores the image.
             call: Further arguments of a call.
@@ -197,7 +188,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Any:
         """Images drawn anew where the mask is white, and kept to the bit elsewhere (RePaint, arXiv 2201.09865, eq. 8).
 
-        Args: see `image_to_image`; mask_image: see `ditmoe.pipe.edit.mask_of`.
+        Args: see `image_to_image`; mask_image: see `ditmoe.pipeline.edit.mask_of`.
         """
         if mask_image is None:
             raise ValueError("mask_image is None; give a picture, white where something new is to be drawn")
@@ -259,50 +250,3 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 diffusers.DiTMoEPipeline = DiTMoEPipeline  # where DiffusionPipeline.from_pretrained looks a saved class up
-
-
-def load(folder: Path, *, fast: bool = False, cached_experts: int | None = None) -> DiTMoEPipeline:
-    """The pipeline of a run folder or of its `model/`, in float32. Nothing in the folder is executed.
-
-    On the CPU, or with `fast` where this machine computes fast. With `cached_experts` so many experts of a layer have
-    room in memory, and are read from the folder when they are needed, see `ditmoe.store`.
-
-    Raises ValueError where there is no pipeline, saying what was looked for, or where what is there is not one of ours.
-    """
-    pipe: DiTMoEPipeline = opened(DiTMoEPipeline, folder, cached_experts)
-    return pipe.to(best_device()) if fast else pipe
-
-
-def assemble(
-    model: DiTMoETransformer2DModel, config: Config, id2label: dict[int, str], data_variance: float | None = None,
-    trained_steps: int | None = None, latents: dict[str, Any] | None = None,
-) -> DiTMoEPipeline:  # fmt: skip
-    """The pipeline of a trained network, with the sampling defaults of its configuration.
-
-    `data_variance` (`ditmoe.data.open.pixel_variance`) goes into the scheduler's config, for time-shift sampling. For
-    latents it knows how they were normalised: as `latents` says (`ImageSet.normalization`), else as the folder of the
-    data does; the VAE is in it where `data.vae` gives one. Raises ValueError where there is no such sampler,
-    or the VAE is not that of the latents.
-    """
-    known: dict[str, Any] = {} if data_variance is None else {"data_variance": data_variance}
-    known |= shift_option(config.sample.sampler, config.sample.flow_shift)
-    scheduler = make_scheduler(config.sample.sampler, {**scheduler_config(config.objective), **known})
-    names = {str(label): name for label, name in id2label.items()}
-    guidance = config.sample.cfg if model.null_label is not None else 1.0
-    sampler, steps = config.sample.sampler, config.sample.steps
-    if latents is None and config.data.name == "latents":
-        latents = read_normalization(config.data.path)
-    vae = None if config.data.vae is None else load_vae(config.data.vae, latents)
-    interval = config.sample.guidance_interval if guidance != 1 else None
-    return DiTMoEPipeline(
-        model, scheduler, vae, names, sampler, steps, guidance, trained_steps, latents, guidance_interval=interval
-    )
-
-
-def trained_steps(folder: Path) -> int | None:
-    """Optimiser steps behind a saved pipeline; None when none is there that `load` would take, or it does not say."""
-    try:
-        steps = checked(DiTMoEPipeline, folder).get("trained_steps")
-    except ValueError:
-        return None
-    return steps if isinstance(steps, int) else None

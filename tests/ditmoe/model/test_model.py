@@ -13,8 +13,8 @@ import torch
 from ditmoe.config.experts import RouterInput, RouterKind
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
-from ditmoe.layers import rotary_positions, rotate, sincos_positions, unpatchify
 from ditmoe.model import KEYS, DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.model.layers import rotary_positions, rotate, sincos_positions, unpatchify
 from ditmoe.moe import contrastive_loss
 
 PAPER = {  # total and activated parameters in millions (DiT-MoE, Table 1; the release instantiated)

@@ -4,7 +4,7 @@ Whoever made the folder decides neither what is imported nor which files outside
 ValueError of one sentence that names the file or the entry.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from inspect import signature
 from math import prod
 from pathlib import Path
@@ -18,37 +18,52 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from samplers.catalog import LIBRARY_ERRORS, SAMPLERS
 
+from ..data.latents import is_normalization
 from ..files import check_component, check_no_code, read_object
+from ..model import DiTMoETransformer2DModel, check_network
+from .pipeline import DiTMoEPipeline
 
 _TABLES = 2**30  # bytes, at most, of what a network computes from its config alone, such as positions
 _STEPS = 10**6  # timesteps of a scheduler, at most: it computes tables of as many values
 
 
-def check_pipeline(
-    folder: Path, pipeline: type, network: type, check_network: Callable[[dict[str, Any]], None],
-    settings: Mapping[str, Callable[[Any], bool]],
-) -> dict[str, Any]:  # fmt: skip
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_scale, value)) and value[0] < value[1]
+
+
+SETTINGS: dict[str, Callable[[Any], bool]] = {  # of a pipeline folder: what each has to fulfil where it is there
+    "latents": is_normalization,
+    "guide_scale": _is_scale,
+    "experts_off": lambda x: isinstance(x, bool),
+    "guidance_interval": _is_interval,
+    "guidance_channels": lambda x: type(x) is int and x > 0,
+}
+
+
+def check_pipeline(folder: Path) -> dict[str, Any]:
     """What model_index.json of a pipeline folder says, once all of the folder was found harmless.
 
-    It has to be of the class `pipeline`, its transformer (and guide, where there is one) of the class `network` with a
-    config.json that `check_network` does not refuse. `settings`: what further entries have to fulfil where they are
-    there. ValueError where it names anything but our classes and diffusers', holds code, or its parts do not fit.
+    ValueError where it names anything but our classes and diffusers', holds code, or its parts do not fit.
     """
     index = read_object(folder / "model_index.json")
-    known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(pipeline).parameters}
+    known = {"_class_name", "_diffusers_version", "_name_or_path", *signature(DiTMoEPipeline).parameters}
     ours = [[sampler.scheduler.__module__, sampler.scheduler.__name__] for sampler in SAMPLERS.values()]
     scheduler, vae = (_of_diffusers(index.get(part)) for part in ("scheduler", "vae"))
-    autoencoders, of_network = "diffusers.models.autoencoders", [network.__module__, network.__name__]
+    autoencoders, of_network = "diffusers.models.autoencoders", ["ditmoe.model", "DiTMoETransformer2DModel"]
     names, numbers = index.get("id2label", {}), {k: index.get(k, 1) for k in ("num_inference_steps", "guidance_scale")}
     fits = {
-        "_class_name": index.get("_class_name") == pipeline.__name__,
+        "_class_name": index.get("_class_name") == DiTMoEPipeline.__name__,
         "transformer": index.get("transformer") == of_network,
         "guide": index.get("guide", [None, None]) in ([None, None], of_network),
         "scheduler": index.get("scheduler") in ours or issubclass(scheduler or object, SchedulerMixin),
         "vae": index.get("vae", [None, None]) == [None, None] or (vae or object).__module__.startswith(autoencoders),
         "id2label": isinstance(names, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in names.items()),
         "sampler": isinstance(index.get("sampler", ""), str) or (index["sampler"] is None and scheduler is not None),
-        **{name: index.get(name) is None or usable(index[name]) for name, usable in settings.items()},
+        **{name: index.get(name) is None or usable(index[name]) for name, usable in SETTINGS.items()},
         **{name: isinstance(value, int | float) and abs(value) < 1e9 for name, value in numbers.items()},
         **dict.fromkeys(index.keys() - known, False),
     }
@@ -63,7 +78,7 @@ def check_pipeline(
     for part in ("transformer", "guide"):
         if index.get(part) == of_network:
             check_network(read_object(folder / part / "config.json"))
-            _check_weights(network, folder / part)
+            _check_weights(DiTMoETransformer2DModel, folder / part)
     if vae:
         _check_weights(vae, folder / "vae", renamed=True)
     return index

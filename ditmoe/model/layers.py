@@ -140,6 +140,15 @@ def rotary_positions(head_dim: int, side: int, span: int | None = None) -> tuple
     return both.cos().float(), both.sin().float()
 
 
+def position_tables(
+    kind: str, hidden_size: int, num_heads: int, side: int, span: int | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is added to the tokens of a grid, or what turns them in attention (cos, sin), by `kind`; else None."""
+    if kind == "sincos":
+        return sincos_positions(hidden_size, side, span), None, None
+    return None, *rotary_positions(hidden_size // num_heads, side, span)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs of x (N, heads, T, head_dim) by the angles of `rotary_positions`."""
     a, b, c, d = x.chunk(4, dim=-1)
