@@ -12,34 +12,31 @@ there are not made again.
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
+from benchmarks.curve import held_out_errors
 from benchmarks.timing import machine
 from ditmoe import pipeline
 from ditmoe.config.file import trained_by
 from ditmoe.config.sections import DataConfig
 from ditmoe.data.open import open_data, open_held_out
 from ditmoe.data.sets import ImageSet
-from ditmoe.objective import Objective
 
 
 @torch.inference_mode()
-def error(model: Path, data: ImageSet, rows: Sequence[int], first: int = 0) -> float:
-    """Mean squared error on some images; the model's label 0 is their label `first`."""
-    net, objective = pipeline.load(model).transformer, Objective(trained_by(model).objective)
-    total = 0.0
-    for start in range(0, len(rows), 250):
-        some = list(rows[start : start + 250])
-        x = data.tensors(some)
-        draws = objective.draw(12345, some, (x.shape[1], x.shape[2], x.shape[3]))
-        x_t, target = objective.corrupt(x, draws.t, draws.noise)
-        said = net(x_t, draws.t, torch.from_numpy(data.labels[some]) - first).sample[:, : x.shape[1]]
-        total += float((said - target).square().mean(dim=(1, 2, 3)).sum())
-    return total / len(rows)
+def errors(model: Path, data: ImageSet, first: int = 0) -> Tensor:
+    """Of each image; the model's label 0 is their label `first`, and what it says of classes it lacks is nothing."""
+    net = pipeline.load(model).transformer
+
+    def say(x: Tensor, t: Tensor, y: Tensor) -> Any:
+        return net(x, t, (y - first).clamp(0, net.config.num_classes - 1))
+
+    return held_out_errors(say, trained_by(model).objective, data, min(5000, len(data)))
 
 
 def train(out: Path, *words: object) -> Path:
@@ -101,9 +98,9 @@ def repair(args: argparse.Namespace) -> list[str]:
     }  # fmt: skip
     test = open_held_out(trained_by(args.model).data, size=28, channels=1)
     assert test is not None
-    errors = {name: error(model, test, range(5000)) for name, model in models.items()}
+    found = {name: float(errors(model, test).mean()) for name, model in models.items()}
     lines = ["| | held-out error | of the whole |", "|---|---|---|"]
-    return lines + [f"| {name} | {value:.5f} | {value / errors['whole']:.4f} |" for name, value in errors.items()]
+    return lines + [f"| {name} | {value:.5f} | {value / found['whole']:.4f} |" for name, value in found.items()]
 
 
 def length(steps: int) -> tuple[object, ...]:
