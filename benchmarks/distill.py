@@ -66,12 +66,9 @@ def specialists(args: argparse.Namespace) -> list[str]:
     taught = train(args.out / "taught", *both, "--distill.teachers", *alone, "--distill.by", "domain")
     lines = ["| digits | specialist | student | of it | student without teachers | of it |", "|---" * 6 + "|"]
     for specialist, (name, labels) in zip(alone, halves.items(), strict=True):
-        rows = [row for row, label in enumerate(test.labels) if label in labels]
-        own, first, second = (
-            error(specialist, test, rows, labels[0]),
-            error(taught, test, rows),
-            error(plain, test, rows),
-        )
+        rows = torch.tensor([label in labels for label in test.labels])
+        own = float(errors(specialist, test, labels[0])[rows].mean())
+        first, second = (float(errors(model, test)[rows].mean()) for model in (taught, plain))
         lines.append(f"| {name} | {own:.4f} | {first:.4f} | {first / own:.3f} | {second:.4f} | {second / own:.3f} |")
     return lines
 
