@@ -45,7 +45,7 @@ class SampleArgs:
     """Compile the network's blocks: pays for many images, as it takes a minute or more."""
     cache: str | None = None
     """Work kept between steps, taylor:N: the blocks are run every N steps, and foretold from the last two times in
-    between. Faster, and other images."""
+    between; not in the first three. Faster, and other images."""
     cached_experts: int | None = None
     """Room in memory for so many experts of a layer; the others are read from the model's folder when they are needed.
     Default: all are in memory."""

@@ -22,7 +22,7 @@ from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
 from .set_files import Processes, write_folder, write_npz
-from .speed import batch_size, prepare
+from .speed import ALWAYS_RUN, batch_size, prepare
 
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 
@@ -102,6 +102,9 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     Steered(pipe.transformer, policy, args.tau_spans(), len(scheduler.timesteps))  # refused before a folder is made
     if args.cache is not None and len(scheduler.timesteps) != steps:
         raise ValueError(f"cache is {args.cache}, but {name} calls the network more than once a step; leave it out")
+    if args.cache is not None and steps <= ALWAYS_RUN:
+        what = f"cache is {args.cache}, which does nothing in {steps} steps, as the first {ALWAYS_RUN} are always run"
+        raise ValueError(f"{what}; leave it out, or give --steps {ALWAYS_RUN + 1} or more")
     some: list[Any] = [] if policy is None else [rule for rule in policy.rules if rule.steps is not None]
     some += [span for span in args.tau_spans() or () if span[:2] != (0.0, 1000.0)]
     if args.cache is not None and some:
