@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
+from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, is_table, left_out
 from .columns import METADATA, column_of, labelled, metadata_of
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
@@ -50,13 +50,14 @@ class FolderImages(ImageSet):
 
     def __init__(self, root: Path, size: int, channels: int, fit: str, label_column: str | None = None) -> None:
         if not root.is_dir():
-            raise ValueError(f"data.path {root} is not a folder; give a folder of images with --data.path")
+            fix = _as_table(root) or "give a folder of images with --data.path"
+            raise ValueError(f"data.path {root} is not a folder; {fix}")
         self.size, self.mode, self.fit, self.root = size, mode_of(channels), fit, root
         found = files_below(root)
         images, metadata = [file for file in found if is_image(file)], metadata_of(root)
         if not images:
             kinds = f"({', '.join(sorted(IMAGE_SUFFIXES))}){left_out(file.relative_to(root) for file in found)}"
-            raise ValueError(f"data.path {root} holds no images {kinds}")
+            raise ValueError(f"data.path {root} holds no images {kinds}{'; ' * is_table(root)}{_as_table(root)}")
         if label_column is not None:
             if metadata is None:
                 raise ValueError(
@@ -130,6 +131,11 @@ class FolderImages(ImageSet):
             self._check(file, image)
             decoded = _decoded(file, image).convert(self.mode)
             return np.asarray(decoded, dtype=np.uint8).reshape(self.size, self.size, -1)
+
+
+def _as_table(root: Path) -> str:
+    """How a table is read that was taken for a folder of images; nothing of another place."""
+    return f"it is a table: give --data.name hf, or in a mixture hf:{root}" if is_table(root) else ""
 
 
 def mode_of(channels: int) -> str:
