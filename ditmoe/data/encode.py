@@ -220,7 +220,7 @@ def _opened(args: LatentArgs, channels: int) -> FolderImages:
     if tars and label is not None:
         raise ValueError(f"--data.label-column is for tables and folders, and {data} holds tar files; leave it out")
     if table:
-        columns = {"label_column": label, "image_column": args.image_column, "split": args.split}
+        columns: dict[str, Any] = {"label_column": label, "image_column": args.image_column, "split": args.split}
         return TableImages(DataConfig(name="hf", path=data, fit="crop", **columns), size, channels)
     if not tars and not data.is_dir():
         raise ValueError(f"data {data} is neither a folder nor a tar file nor a .parquet file")

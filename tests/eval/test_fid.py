@@ -191,7 +191,7 @@ def test_warnings(halves, monkeypatch):
         ({"seed": -1, "metrics": ["kid"]}, "seed -1 must be between 0 and 4294967295"),
         ({"seed": 2**32}, "seed 4294967296 must be between 0 and 4294967295"),
         ({"skip_bad": -1}, "skip_bad -1 must be at least 0"),
-        ({"skip_bad": 3}, "skip_bad 3 is for folders and zips"),
+        ({"skip_bad": 3}, "skip_bad 3 is for folders, zips and tables"),
     ],
 )
 def test_bad_options(halves, options, message):
