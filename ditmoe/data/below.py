@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
+from ..config.checks import plural
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # files and folders whose names begin so: other programs' notes, not the user's
 SAVED = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` of `datasets` made
@@ -63,9 +65,14 @@ def files_below(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def counted(number: int, classes: int, noun: str = "image") -> str:
+    """How many there are, for a set's `source`: 12 images of 3 classes."""
+    return f"{plural(number, noun)} of {plural(classes, 'class')}"
+
+
 def left_out(names: Iterable[PurePath]) -> str:
     """What a set's `source` says of files that are none of it, how many and of which kinds; nothing of none."""
     names = list(names)
     kinds = Counter(name.suffix.lower() or name.name for name in names)
     parts = [f"{count} {kind}" for kind, count in kinds.most_common(5)] + ["..."] * (len(kinds) > 5)
-    return f"; {len(names)} other files left out, such as {names[0]} ({', '.join(parts)})" if names else ""
+    return f"; {plural(len(names), 'other file')} left out, such as {names[0]} ({', '.join(parts)})" if names else ""

@@ -31,7 +31,7 @@ from ..files import digest, locked, whole
 from ..launch import agree
 from ..launch.progress import progress
 from ..launch.start import check_launch
-from .below import is_table
+from .below import counted, is_table
 from .folders import FolderImages
 from .latents import FORMAT, INDEX, KEY, channel_statistics, latent_names, noted_in, read_index
 from .pixels import from_pixels
@@ -77,7 +77,10 @@ def encode(args: LatentArgs, state: Any) -> None:
     if not rank:
         rate = f", {new} of them encoded now at {new / seconds:.1f} images/s" if new else ""
         print("".join(f"left out: {sentence}\n" for sentence in index["bad"]), end="")
-        print(f"{args.out} is finished: {index['count']} latents of {len(index['classes'])} classes{rate}", flush=True)
+        print(
+            f"{args.out} is finished: {counted(index['count'], len(index['classes']), 'latent')}{rate}",
+            flush=True,
+        )
 
 
 class _Job:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, is_table, left_out
+from ..config.checks import plural
+from .below import IMAGE_SUFFIXES, counted, files_below, is_hidden, is_image, is_table, left_out
 from .columns import METADATA, column_of, labelled, metadata_of
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
@@ -75,7 +76,7 @@ class FolderImages(ImageSet):
                 f"; a class may be in {metadata.name}: --data.label-column" if metadata else ""
             )
         said += left_out(file.relative_to(root) for file in found if not is_image(file))
-        self.source = f"{len(self.files)} images of {len(self.id2label)} classes in {root}{said}"
+        self.source = f"{counted(len(self.files), len(self.id2label))} in {root}{said}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
@@ -179,7 +180,7 @@ def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
     for file, inside in zip(images, insides, strict=True):
         found[inside[0]].append(file)
     if empty := [name for name, files in found.items() if not files]:
-        what = f"has {len(empty)} class folder(s) without an image that can be read, such as {empty[0]}"
+        what = f"has {plural(len(empty), 'class folder')} without an image that can be read, such as {empty[0]}"
         others = left_out(file.relative_to(root) for file in files_below(root / empty[0]))
         kinds = f"give each some ({', '.join(sorted(IMAGE_SUFFIXES))}), remove it or begin its name with a dot"
         raise ValueError(f"data.path {root} {what}{others}; {kinds}")

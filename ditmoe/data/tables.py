@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.sections import DataConfig
-from .below import SAVED, files_below, is_image, left_out
+from .below import SAVED, counted, files_below, is_image, left_out
 from .columns import labelled
 from .folders import FolderImages, mode_of
 
@@ -60,7 +60,7 @@ class TableImages(FolderImages):
             self.labels, self.id2label, said = labelled(self._place, label, self.table.values(label), names, known)
         if not len(self):
             raise ValueError(f"data.path {self._place} holds no rows")
-        self.source = f"{len(self)} images of {len(self.id2label)} classes in {self._place}{said}{others}"
+        self.source = f"{counted(len(self), len(self.id2label))} in {self._place}{said}{others}"
 
     @cached_property
     def inventory(self) -> list[tuple[str, int]]:

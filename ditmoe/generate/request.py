@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.checks import plural
 from ..config.file import trained_by
 from ..config.policy import Policy
 from ..config.sample import SampleArgs
@@ -60,8 +61,9 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
         out.parent.mkdir(parents=True, exist_ok=True)
         write_grid(images.whole(images.batch_size), images.labels, images.pipe.id2label, out)
     if processes.rank == 0:
-        what = "{name}, {steps} steps, {nfe} network calls an image".format_map(images.sampler)
-        print(f"{images.num} images in {out} ({what})", flush=True)
+        steps, calls = plural(images.sampler["steps"], "step"), plural(images.sampler["nfe"], "network call")
+        what = f"{images.sampler['name']}, {steps}, {calls} an image"
+        print(f"{plural(images.num, 'image')} in {out} ({what})", flush=True)
     if score:
         score(out)
 

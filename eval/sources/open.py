@@ -163,7 +163,8 @@ def _image_names(names: Iterable[str], path: str) -> tuple[list[str], str]:
     others = [name for name in shown if kinds[name] not in SUFFIXES and name not in (NOTE, *CLASSES)]
     counts = Counter(kinds[name] or PurePosixPath(name).name for name in others).most_common(5)
     such = f"such as {others[0]} ({', '.join(f'{n} {kind}' for kind, n in counts)})" if others else ""
-    sentence = f"{len(others)} other files of {path} were left out, {such}" if others else ""
+    many = f"{len(others)} other files of {path} were" if len(others) > 1 else f"1 other file of {path} was"
+    sentence = f"{many} left out, {such}" if others else ""
     return [name for name in shown if kinds[name] in SUFFIXES], sentence
 
 

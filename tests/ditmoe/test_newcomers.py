@@ -49,5 +49,5 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_pictures_says_which_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds no images \(.*\); 1 other files left out, such as a.heic"):
+    with pytest.raises(ValueError, match=r"holds no images \(.*\); 1 other file left out, such as a.heic"):
         FolderImages(tmp_path, 8, 3, "crop")

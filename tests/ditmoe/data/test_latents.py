@@ -568,7 +568,7 @@ def test_what_is_none_of_a_tar_files_images_is_counted(tmp_path: Path) -> None:
     kinds = r"1 \.gz, 1 \.tar, 1 \.json, 1 \.png, 1 \.gif, \.\.\."
     assert re.search(rf"; 6 other files left out, such as 2\.tar\.gz \({kinds}\)$", data.source)
     write_tar(tmp_path / "0.tar", [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"1"), ("b.cls", b"4")])
-    assert "2 images of 5 classes (3 of them without an image) in 1 tar files" in TarImages(tmp_path, 8, 3).source
+    assert "2 images of 5 classes (3 of them without an image) in 1 tar file" in TarImages(tmp_path, 8, 3).source
 
 
 def test_a_class_of_which_nothing_can_be_encoded_is_refused(photos: Path, vae: Path, tmp_path: Path) -> None:

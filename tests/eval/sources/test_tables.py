@@ -121,7 +121,7 @@ def test_images_beside_a_table_come_first_and_metadata_is_no_other_file(tmp_path
     table(*FILES[:3]).to_parquet(root / "train.parquet")
     found = opened(root)
     assert (found.kind, found.count) == ("folder", 12)
-    assert "1 other files" in found.left_out
+    assert "1 other file" in found.left_out
 
 
 def test_a_table_is_never_taken_for_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
