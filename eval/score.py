@@ -96,8 +96,10 @@ def metric_name(extractor: str, metric: str = "fid", *, fid_named: bool = False)
 
 def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics: Sequence[str]) -> None:
     """Refuse numbers out of range: ValueError naming the option and its value."""
-    if batch_size < 1 or keep < 2:
-        raise ValueError(f"batch size {batch_size} must be at least 1 and keep {keep} at least 2")
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} must be at least 1")
+    if keep < 2:
+        raise ValueError(f"keep {keep} must be at least 2")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} must be between 0 and {2**32 - 1}")
     if skip_bad < 0:

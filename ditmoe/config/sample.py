@@ -1,6 +1,7 @@
 """What the commands that take a trained model are asked: sample, exposure, analyze, centroids. No torch."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,9 @@ class SampleArgs:
             raise ValueError("sampler is empty; give a name of samplers.SAMPLERS, or leave it out")
         if above is not None and not above.is_dir():
             raise ValueError(f"out {self.out} cannot be written: {above} is a file")
+        place = self.out if self.out is not None and self.out.is_dir() else above
+        if place is not None and not os.access(place, os.W_OK):
+            raise ValueError(f"out {self.out} cannot be written: you may not write in {place}; give another place")
         if kind in _FILES:
             raise ValueError(f"out {self.out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
         if self.out is not None and self.out.exists() and self.out.is_dir() == (kind in (".png", ".npz")):

@@ -58,8 +58,11 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
         write = write_npz if kind == ".npz" else write_folder
         write(images, facts(args, images), out, processes)
     elif processes.rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_grid(images.whole(images.batch_size), images.labels, images.pipe.id2label, out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_grid(images.whole(images.batch_size), images.labels, images.pipe.id2label, out)
+        except OSError as error:
+            raise ValueError(f"out {out} could not be written ({error.strerror or error})") from error
     if processes.rank == 0:
         steps, calls = plural(images.sampler["steps"], "step"), plural(images.sampler["nfe"], "network call")
         what = f"{images.sampler['name']}, {steps}, {calls} an image"

@@ -183,7 +183,8 @@ def test_warnings(halves, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch size 0 must be at least 1"),
+        ({"batch_size": 0}, "batch size 0 must be at least 1$"),
+        ({"keep": 1}, "^keep 1 must be at least 2$"),
         ({"num": 1}, "num 1 must be between 2 and the 250 of array"),
         ({"num": 251}, "num 251 must be between 2 and the 250 of array"),
         ({"extractor": "fid"}, "unknown extractor 'fid'"),
