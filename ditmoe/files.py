@@ -55,6 +55,10 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds. ValueError, naming the file, where there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"there is no file {file}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{file} is a folder, not a JSON file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):

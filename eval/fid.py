@@ -27,7 +27,8 @@ class Arguments:
     """Fréchet distance of IMAGES to a reference; lower is closer.
 
     IMAGES and REF are a folder of images, a .zip, an .npz (arr_0 uint8 NHWC), a statistics .npz
-    (mu, sigma), or digits:train, digits:test, fashion:train, fashion:test.
+    (mu, sigma), a table of Hugging Face (a .parquet, a folder of them or what save_to_disk made;
+    PATH or PATH:SPLIT), or digits:train, digits:test, fashion:train, fashion:test.
     Prints the report as JSON, or writes it to --out. Under torchrun or accelerate launch the
     processes share the work.
     """
@@ -51,7 +52,7 @@ class Arguments:
     batch_size: int = 64
     """Images per forward pass; changes speed and memory, not the value."""
     skip_bad: int = 0
-    """Unreadable images of a folder or zip to leave out, and name in the report, before giving up."""
+    """Unreadable images of a folder, zip or table to leave out, and name in the report, before giving up."""
     cache: bool = True
     """Keep the statistics of the reference in ~/.cache/ditmoe/stats ($XDG_CACHE_HOME)."""
     out: Path | None = None

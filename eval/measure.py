@@ -117,7 +117,7 @@ class _Pass:
         digests = {i: digest for part in parts for i, digest in part[0].items()}
         bad = sorted({name for part in parts for name in part[1]})
         if len(bad) > self.source.may_skip:
-            raise SharedError(f"{self.source.path}: {len(bad)} images cannot be read: {', '.join(bad[:5])}")
+            raise SharedError(f"{self.source.path}: {len(bad)} of its images cannot be read: {', '.join(bad[:5])}")
         rows = {i: row for part in parts for i, row in part[3].items()}
         features = np.array([rows[i] for i in sorted(rows)], np.float32).reshape(-1, self.net.num_features)
         assert bad or len(rows) == len(self.chosen), (len(rows), len(self.chosen))

@@ -134,7 +134,8 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
             rank = f"{net.num_features} features: the covariance is rank-deficient"
             warnings.append(f"{name} = {side.count} is not above {rank}")
         if side.bad:
-            warnings.append(f"{len(side.bad)} images of {side.facts['path']} could not be read and were left out")
+            many, were = (f"{len(side.bad)} images", "were") if len(side.bad) > 1 else ("1 image", "was")
+            warnings.append(f"{many} of {side.facts['path']} could not be read and {were} left out")
         if side.facts.get("largest", 255) <= 1:
             path = side.facts["path"]
             warnings.append(f"no value of {path} is above 1 of 255: were they floats in [0, 1]? multiply by 255 first")
@@ -149,7 +150,7 @@ def warnings_of(gen: Measured, ref: Measured, net: "Extractor") -> list[str]:
     if made not in (None, gen.count):
         warnings.append(f"images were made as a set of {made}, and {gen.count} were scored")
     if gen.inception is not None and gen.count is not None and gen.count % SPLIT_SIZE:
-        warnings.append(f"the Inception Score has a last split of {gen.count % SPLIT_SIZE} images, not {SPLIT_SIZE}")
+        warnings.append(f"the Inception Score has in its last split {gen.count % SPLIT_SIZE}, not {SPLIT_SIZE}")
     origin = source["path"]
     if origin.endswith((":test", ":val")) or Path(origin).stem.lower() in ("test", "val", "validation"):
         warnings.append(f"ref comes from {origin}: published scores compare with the training split")

@@ -36,8 +36,8 @@ def score(
 
     Args:
         images, ref: uint8 array (N, H, W, C), C = 1 or 3, or what `eval.sources.open.open_source` opens: folder, zip,
-            ADM .npz (arr_0), statistics .npz (mu, sigma), NAME:SPLIT. A reference .npz with both statistics and images,
-            as ADM's are, gives the statistics to FID and sFID and the images to KID, precision and recall.
+            table, ADM .npz (arr_0), statistics .npz (mu, sigma), NAME:SPLIT. A reference .npz with both statistics and
+            images, as ADM's are, gives the statistics to FID and sFID and the images to KID, precision and recall.
         extractor, weights, num, keep, seed, batch_size, skip_bad: As in `eval.fid.Arguments`.
         metrics: besides the Fréchet distance: "sfid" and "is" (Inception Score), of inception-2015 alone; "kid"; "prdc"
             (precision, recall, density, coverage).
@@ -59,7 +59,7 @@ def score(
         sources = open_source(images, skip_bad), open_source(ref, skip_bad)
         check_sources(sources, metrics, extractor, num, classify)
         if skip_bad and not any(isinstance(side, Images) and side.may_skip for side in sources):
-            raise ValueError(f"skip_bad {skip_bad} is for folders and zips of images; leave it out")
+            raise ValueError(f"skip_bad {skip_bad} is for folders, zips and tables of images; leave it out")
 
         from eval.networks.extractors import best_device, load_extractor  # imports torch: after the cheap checks
 
@@ -96,8 +96,10 @@ def metric_name(extractor: str, metric: str = "fid", *, fid_named: bool = False)
 
 def check_options(batch_size: int, keep: int, seed: int, skip_bad: int, metrics: Sequence[str]) -> None:
     """Refuse numbers out of range: ValueError naming the option and its value."""
-    if batch_size < 1 or keep < 2:
-        raise ValueError(f"batch size {batch_size} must be at least 1 and keep {keep} at least 2")
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} must be at least 1")
+    if keep < 2:
+        raise ValueError(f"keep {keep} must be at least 2")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} must be between 0 and {2**32 - 1}")
     if skip_bad < 0:

@@ -18,6 +18,10 @@ def read(path: Path) -> Any:
     """What a file says. Raises ValueError that names it where it cannot be read."""
     try:
         return parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: is a folder, not a JSON file") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
 

@@ -1,6 +1,11 @@
-"""Checks that the sections of a configuration share, each a sentence that names the field and the value."""
+"""Checks that the sections of a configuration share, each a sentence that names the field and the value; its nouns."""
 
 MOST = 1e30  # of a number; one step below what float32 cannot hold
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: 1 class, 3 classes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def require(condition: bool, message: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from .checks import MOST, at_least, require
 
+_TABLE = "hf:"  # begins a set of a mixture that is a table
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -21,7 +23,7 @@ class DataConfig:
     save_to_disk made, or OWNER/NAME of the Hub."""
     label_column: str | None = None
     """folder: the column of its metadata.jsonl (or .csv) that is the class; hf: of the table, None: the only one that
-    says it is of classes, or is called label."""
+    says it is of classes, or is called label. mixture: of each set that is a table or has such a file."""
     image_column: str | None = None
     """hf: the column of the images; None: the only one."""
     split: str = "train"
@@ -45,9 +47,10 @@ class DataConfig:
     max_bad: int = 0
     """folder, hf: images that cannot be used and are skipped, each named, before the run stops."""
     mixture: tuple[str, ...] = ()
-    """Several sets in one run, instead of `name`: SET, SET=WEIGHT or SET@SIZE each, where SET is digits, fashion or a
-    folder of images, and samples are of a set in proportion to its weight (1 if not given). The number of a set, from
-    0, is its domain; classes are put side by side. SIZE (with `alternate`): its images are seen in so many pixels."""
+    """Several sets in one run, instead of `name`: SET, SET=WEIGHT or SET@SIZE each, where SET is digits, fashion, a
+    folder of images or hf:PLACE (as `path` with hf), and samples are of a set in proportion to its weight (1 if not
+    given). The number of a set, from 0, is its domain; classes are put side by side. SIZE (with `alternate`): its
+    images are seen in so many pixels."""
     alternate: bool = False
     """mixture: each optimiser step is of one set, in turn (IMP); otherwise every step has samples of all."""
 
@@ -57,11 +60,14 @@ class DataConfig:
         names = [part.name for part, _ in self.sets()] if self.mixture else [self.name]
         name = " and ".join(dict.fromkeys(names))
         require(not self.max_bad or bool({"folder", "hf"} & {*names}), f"max_bad works with folder and hf, not {name}")
-        labelled = name in ("folder", "hf") and not self.mixture
-        require(self.label_column is None or labelled, f"label_column works with folder and hf, not {name}")
-        for option, given in (("image_column", self.image_column), ("subset", self.subset), ("stream", self.stream)):
-            require(not given or name == "hf", f"{option} works with the data set hf, not {name}")
-        require(self.split == "train" or name == "hf", f"split works with the data set hf, not {name}")
+        columns = bool({"folder", "hf"} & {*names})
+        require(self.label_column is None or columns, f"label_column works with folder and hf, not {name}")
+        table = self.image_column or self.subset or self.split != "train"
+        option = "image_column" if self.image_column else "subset" if self.subset else "split"
+        require(not table or "hf" in names, f"{option} works with the data set hf, not {name}")
+        streams = name == "hf" and not self.mixture
+        also = " in a mixture" if self.mixture else ""
+        require(not self.stream or streams, f"stream works with the data set hf, not {name}{also}")
         require(not self.download or "fashion" in names, f"download works with the data set fashion, not {name}")
         require(self.path is None or name != "digits", "path does not apply to digits, which are bundled")
         require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")
@@ -78,17 +84,22 @@ class DataConfig:
         return [_sized(_weighted(entry)[0])[1] for entry in self.mixture]
 
     def _alone(self, word: str, size: int | None) -> "DataConfig":
-        named = word in ("digits", "fashion")
-        kind: Any = word if named else "folder"
-        path, bad, download = None if named else Path(word), 0 if named else self.max_bad, self.download
+        named, table = word in ("digits", "fashion"), word.startswith(_TABLE)
+        kind: Any = word if named else "hf" if table else "folder"
+        path = None if named else Path(word.removeprefix(_TABLE))
         return replace(
             self,
             mixture=(),
             alternate=False,
             name=kind,
             path=path,
-            max_bad=bad,
-            download=download and kind == "fashion",
+            max_bad=self.max_bad if path else 0,
+            label_column=self.label_column if path else None,
+            image_column=self.image_column if table else None,
+            subset=self.subset if table else None,
+            split=self.split if table else "train",
+            stream=False,
+            download=self.download and kind == "fashion",
             fit="exact" if size is None and self.fit == "exact" else "crop",
         )
 
@@ -98,7 +109,7 @@ class DataConfig:
         again = next((place for n, place in enumerate(places) if place in places[:n]), None)
         require(again is None, f"mixture has {again} twice; give it a weight, as in {again}=2")
         require(len(places) != 1, f"mixture has one set, {', '.join(self.mixture)}; add another, or give --data.name")
-        require(not places or self.path is None, "path does not apply to a mixture, in which folders are named")
+        require(not places or self.path is None, "path does not apply to a mixture, in which places are named")
         require(bool(places) or not self.alternate, "alternate needs several sets; give them as --data.mixture SET SET")
         if self.alternate and len({weight for _, weight in entries}) > 1:
             raise ValueError("alternate takes the sets in turn, so it does not go with weights; leave one of them out")
@@ -123,7 +134,7 @@ def _weighted(entry: str) -> tuple[str, Fraction]:
         weight = float(text)
     except ValueError:
         weight = 0.0
-    if not word or not 1 / MOST <= weight <= MOST:
+    if word in ("", _TABLE) or not 1 / MOST <= weight <= MOST:
         raise ValueError(
             f"mixture has {entry!r}; give SET or SET=WEIGHT with a weight above 0, such as {word or 'SET'}=2"
         )

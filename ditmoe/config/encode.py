@@ -15,11 +15,18 @@ class LatentArgs:
     torchrun or accelerate launch the processes share the work; the same command again goes on."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """Folder with one sub-folder a class, or with tar files of KEY.jpg (png, ...) and KEY.cls (WebDataset's layout)."""
+    """Folder with one sub-folder a class, or with tar files of KEY.jpg (png, ...) and KEY.cls (WebDataset's layout); or
+    a table as Hugging Face's `datasets` has them: a .parquet file, a folder of them, or what save_to_disk made."""
     vae: Path
     """Folder of an AutoencoderKL of diffusers: config.json and .safetensors weights."""
     out: Path
     """Folder of the shards and of latents.json, which is written when all are there."""
+    label_column: Annotated[str | None, tyro.conf.arg(name="data.label-column")] = None
+    """Of a folder, the column of its metadata.jsonl (or .csv) that is the class; of a table, its column."""
+    image_column: Annotated[str | None, tyro.conf.arg(name="data.image-column")] = None
+    """Of a table, the column of the images; default: the only one."""
+    split: Annotated[str, tyro.conf.arg(name="data.split")] = "train"
+    """Of a table, the split to encode."""
     size: int = 256
     """Height and width to which images are resized and centre-cropped, in pixels."""
     shard_size: int = 4096

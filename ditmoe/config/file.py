@@ -40,7 +40,9 @@ def read_file(path: Path, what: str = "a configuration that can be read", needed
     try:
         values = read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not {what}: {error.__cause__ or 'it holds no JSON object'}") from error
+        why = error.__cause__ or "it holds no JSON object"
+        why = "there is no such file" if isinstance(why, FileNotFoundError) else why
+        raise ValueError(f"{path} is not {what}: {why}") from error
     try:
         if missing := [name for name in needed if name not in values]:
             raise ValueError(f"it has no {missing[0]}")

@@ -1,6 +1,7 @@
 """What the commands that take a trained model are asked: sample, exposure, analyze, centroids. No torch."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class SampleArgs:
     """Compile the network's blocks: pays for many images, as it takes a minute or more."""
     cache: str | None = None
     """Work kept between steps, taylor:N: the blocks are run every N steps, and foretold from the last two times in
-    between. Faster, and other images."""
+    between; not in the first three. Faster, and other images."""
     cached_experts: int | None = None
     """Room in memory for so many experts of a layer; the others are read from the model's folder when they are needed.
     Default: all are in memory."""
@@ -117,6 +118,9 @@ class SampleArgs:
             raise ValueError("sampler is empty; give a name of samplers.SAMPLERS, or leave it out")
         if above is not None and not above.is_dir():
             raise ValueError(f"out {self.out} cannot be written: {above} is a file")
+        place = self.out if self.out is not None and self.out.is_dir() else above
+        if place is not None and not os.access(place, os.W_OK):
+            raise ValueError(f"out {self.out} cannot be written: you may not write in {place}; give another place")
         if kind in _FILES:
             raise ValueError(f"out {self.out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
         if self.out is not None and self.out.exists() and self.out.is_dir() == (kind in (".png", ".npz")):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..config.checks import plural
 from ..config.file import trained_by
 from ..config.sample import CentroidsArgs
 from ..config.sections import Config, ObjectiveConfig
@@ -56,7 +57,7 @@ def run(args: CentroidsArgs) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     x, y, t = training_images(config, net, args.num, generator, args.data_path)
     seen = tokens_seen(net, config.objective, x, y, t, args.router_input, generator)
-    print(f"{len(seen[0])} tokens a block, {args.experts} centres", flush=True)
+    print(f"{len(seen[0])} tokens a block, {plural(args.experts, 'centre')}", flush=True)
     fits: dict[str, Fit] = {}
     for i, tokens in enumerate(seen):
         name = f"blocks.{i}"
@@ -85,8 +86,8 @@ def training_images(
     where = config.data if path is None else replace(config.data, path=path)
     data = open_data(where, size=net.config.sample_size, channels=net.config.in_channels)
     if net.null_label is not None and len(data.id2label) > net.null_label:
-        raise ValueError(f"{data.source}: {len(data.id2label)} classes, but the model knows {net.null_label}")
-    print(f"{num} images, {data.source}", flush=True)
+        raise ValueError(f"{data.source}: {plural(len(data.id2label), 'class')}, but the model knows {net.null_label}")
+    print(f"{plural(num, 'image')}, {data.source}", flush=True)
     order = data.in_proportion(torch.randperm(len(data), generator=generator).tolist(), num)
     if not (rows := data.readable(order)):
         raise ValueError(f"{data.source}: none of {len(order)} images can be used")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import pipeline
-from ..config.checks import require
+from ..config.checks import plural, require
 from ..config.convert import ConvertArgs
 from ..config.sections import Config
 from ..data.vae import identity, open_vae
@@ -140,12 +140,13 @@ def _pipeline(net: DiTMoETransformer2DModel, found: Foreign, args: ConvertArgs) 
 def _words(found: Foreign) -> str:
     """The facts that the folder says, for who converts."""
     s = found.settings
+    heads = plural(s["num_heads"], "head")
     experts = f", {s['num_experts']} experts, {s['top_k']} of them a token" if "num_experts" in s else ""
     time = {True: "t from noise to data in [0, 1]", False: f"t in 0..{s.get('time_scale', 1000.0):g}"}
     return (
-        f"{found.family}, width {s['hidden_size']}, depth {s['depth']}, {s['num_heads']} heads{experts}; predicts "
+        f"{found.family}, width {s['hidden_size']}, depth {s['depth']}, {heads}{experts}; predicts "
         f"{s['prediction_type']}{' and a variance' if s['learn_sigma'] else ''}, {time[bool(s.get('reverse_time'))]}; "
-        f"{s['num_classes']} classes, null label {s['num_classes']}"
+        f"{plural(s['num_classes'], 'class')}, null label {s['num_classes']}"
     )
 
 

@@ -26,6 +26,8 @@ def export(args: ExportArgs) -> None:
         ValueError: The run holds no model, the folder exists, the VAE is not that of the latents, the guide cannot
             guide it, or the Hub does not take it.
     """
+    if args.folder.exists() and not args.folder.is_dir():
+        raise ValueError(f"folder {args.folder} is a file; give a folder that is empty, or none yet")
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
     read_config(args.run)  # refuses what is no run

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,7 +69,9 @@ class Tensors:
             what = f"asks for {asked[1]}" if asked else "is no list of tensors"
             raise ValueError(f"{file} {what}, and only tensors are read of a checkpoint") from error
         except (*_BROKEN, struct.error) as error:
-            raise ValueError(f"{file} is damaged or no checkpoint ({' '.join(str(error).split()):.200})") from error
+            old = "it is no zip file, as torch.save makes since torch 1.6"
+            why = " ".join(str(error).split())[:200] if is_zipfile(file) else old
+            raise ValueError(f"{file} is damaged or no checkpoint ({why})") from error
         if isinstance(found, dict) and isinstance(found.get("args"), Namespace):
             self.notes = vars(found["args"])
         for name in ("ema", "model"):

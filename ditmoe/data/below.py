@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
+from ..config.checks import plural
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # files and folders whose names begin so: other programs' notes, not the user's
+SAVED = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` of `datasets` made
 
 
 def is_image(path: PurePath) -> bool:
@@ -20,6 +23,22 @@ def is_image(path: PurePath) -> bool:
 def is_hidden(path: PurePath) -> bool:
     """Whether a path below a folder, or in an archive, leads through a hidden name."""
     return any(part.startswith(HIDDEN) and part != ".." for part in path.parts)
+
+
+def is_table(path: Path) -> bool:
+    """Whether it is for `datasets`: a .parquet file, what save_to_disk made, a folder of such files without images."""
+    if not path.is_dir():
+        return path.suffix == ".parquet" and path.is_file()
+    if any((path / name).is_file() for name in SAVED):
+        return True
+    found = False
+    for _, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        shown = [PurePath(name) for name in names if not name.startswith(HIDDEN)]
+        if any(map(is_image, shown)):
+            return False
+        found |= any(name.suffix == ".parquet" for name in shown)
+    return found
 
 
 def files_below(root: Path) -> list[Path]:
@@ -46,9 +65,14 @@ def files_below(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def counted(number: int, classes: int, noun: str = "image") -> str:
+    """How many there are, for a set's `source`: 12 images of 3 classes."""
+    return f"{plural(number, noun)} of {plural(classes, 'class')}"
+
+
 def left_out(names: Iterable[PurePath]) -> str:
     """What a set's `source` says of files that are none of it, how many and of which kinds; nothing of none."""
     names = list(names)
     kinds = Counter(name.suffix.lower() or name.name for name in names)
     parts = [f"{count} {kind}" for kind, count in kinds.most_common(5)] + ["..."] * (len(kinds) > 5)
-    return f"; {len(names)} other files left out, such as {names[0]} ({', '.join(parts)})" if names else ""
+    return f"; {plural(len(names), 'other file')} left out, such as {names[0]} ({', '.join(parts)})" if names else ""

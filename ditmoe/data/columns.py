@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config.checks import plural
+
 METADATA = ("metadata.jsonl", "metadata.csv")  # a row an image: its `file_name`, and what is known of it
 
 
@@ -85,7 +87,8 @@ def column_of(file: Path, column: str | None, names: Sequence[str]) -> list[Any]
     if column not in columns:
         raise ValueError(f"{file} has no column {column!r} but {', '.join(columns) or 'none'}; see --data.label-column")
     if bare := next((name for name in names if name not in rows), None):
-        raise ValueError(f"{file} has {len(rows)} rows and none for {bare}, one of {len(names)} images; add one")
+        what = f"{plural(len(rows), 'row')} and none for {bare}, one of {plural(len(names), 'image')}"
+        raise ValueError(f"{file} has {what}; add one")
     if lost := next(iter(rows.keys() - set(names)), None):
         raise ValueError(f"{file} has a row for {lost}, and there is no such image; remove the row or bring the image")
     return [rows[name].get(column) for name in names]

@@ -25,15 +25,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..config.data import DataConfig
 from ..config.encode import LatentArgs
 from ..files import digest, locked, whole
 from ..launch import agree
 from ..launch.progress import progress
 from ..launch.start import check_launch
+from .below import counted, is_table
 from .folders import FolderImages
 from .latents import FORMAT, INDEX, KEY, channel_statistics, latent_names, noted_in, read_index
 from .pixels import from_pixels
 from .sets import BadImage, check_bad, check_classes
+from .tables import TableImages
 from .tars import TarImages, tar_files
 from .vae import identity, latent_shape, open_vae
 
@@ -74,7 +77,10 @@ def encode(args: LatentArgs, state: Any) -> None:
     if not rank:
         rate = f", {new} of them encoded now at {new / seconds:.1f} images/s" if new else ""
         print("".join(f"left out: {sentence}\n" for sentence in index["bad"]), end="")
-        print(f"{args.out} is finished: {index['count']} latents of {len(index['classes'])} classes{rate}", flush=True)
+        print(
+            f"{args.out} is finished: {counted(index['count'], len(index['classes']), 'latent')}{rate}",
+            flush=True,
+        )
 
 
 class _Job:
@@ -83,10 +89,7 @@ class _Job:
     def __init__(self, args: LatentArgs, device: torch.device) -> None:
         vae = open_vae(args.vae)
         self.args, self.shape, self.known = args, latent_shape(vae, args.size), identity(vae, args.vae)
-        data, size, channels, tars = args.data, args.size, vae.config.in_channels, tar_files(args.data)
-        if not tars and not data.is_dir():
-            raise ValueError(f"data {data} is neither a folder nor a tar file")
-        self.source = source = TarImages(data, size, channels) if tars else FolderImages(data, size, channels, "crop")
+        self.source = source = _opened(args, vae.config.in_channels)
         images = hashlib.sha256(json.dumps([source.id2label, source.inventory]).encode() + source.labels.tobytes())
         self.facts = {
             "format": FORMAT,
@@ -207,6 +210,24 @@ class _Job:
     def _entry(self, shard: int, noted: dict[str, Any], sha256: str) -> Entry:
         file = self.file(shard)
         return {**noted, "shard": shard, "file": file.name, "bytes": file.stat().st_size, "sha256": sha256}
+
+
+def _opened(args: LatentArgs, channels: int) -> FolderImages:
+    """The images: of tar files, a table or a folder. ValueError where it is none, and at an option of another one."""
+    data, size, label = args.data, args.size, args.label_column
+    tars = tar_files(data)
+    table = not tars and is_table(data)
+    if not table and (args.image_column or args.split != "train"):
+        option = "image-column" if args.image_column else "split"
+        raise ValueError(f"--data.{option} is for tables, and {data} is none; leave it out")
+    if tars and label is not None:
+        raise ValueError(f"--data.label-column is for tables and folders, and {data} holds tar files; leave it out")
+    if table:
+        columns: dict[str, Any] = {"label_column": label, "image_column": args.image_column, "split": args.split}
+        return TableImages(DataConfig(name="hf", path=data, fit="crop", **columns), size, channels)
+    if not tars and not data.is_dir():
+        raise ValueError(f"data {data} is neither a folder nor a tar file nor a .parquet file")
+    return TarImages(data, size, channels) if tars else FolderImages(data, size, channels, "crop", label)
 
 
 def _batches(source: FolderImages, rows: range, size: int, threads: ThreadPoolExecutor) -> Iterator[list[Read]]:

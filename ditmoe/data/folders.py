@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
+from ..config.checks import plural
+from .below import IMAGE_SUFFIXES, counted, files_below, is_hidden, is_image, is_table, left_out
 from .columns import METADATA, column_of, labelled, metadata_of
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
@@ -50,13 +51,14 @@ class FolderImages(ImageSet):
 
     def __init__(self, root: Path, size: int, channels: int, fit: str, label_column: str | None = None) -> None:
         if not root.is_dir():
-            raise ValueError(f"data.path {root} is not a folder; give a folder of images with --data.path")
+            fix = _as_table(root) or "give a folder of images with --data.path"
+            raise ValueError(f"data.path {root} is not a folder; {fix}")
         self.size, self.mode, self.fit, self.root = size, mode_of(channels), fit, root
         found = files_below(root)
         images, metadata = [file for file in found if is_image(file)], metadata_of(root)
         if not images:
             kinds = f"({', '.join(sorted(IMAGE_SUFFIXES))}){left_out(file.relative_to(root) for file in found)}"
-            raise ValueError(f"data.path {root} holds no images {kinds}")
+            raise ValueError(f"data.path {root} holds no images {kinds}{'; ' * is_table(root)}{_as_table(root)}")
         if label_column is not None:
             if metadata is None:
                 raise ValueError(
@@ -74,7 +76,7 @@ class FolderImages(ImageSet):
                 f"; a class may be in {metadata.name}: --data.label-column" if metadata else ""
             )
         said += left_out(file.relative_to(root) for file in found if not is_image(file))
-        self.source = f"{len(self.files)} images of {len(self.id2label)} classes in {root}{said}"
+        self.source = f"{counted(len(self.files), len(self.id2label))} in {root}{said}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:
@@ -132,6 +134,11 @@ class FolderImages(ImageSet):
             return np.asarray(decoded, dtype=np.uint8).reshape(self.size, self.size, -1)
 
 
+def _as_table(root: Path) -> str:
+    """How a table is read that was taken for a folder of images; nothing of another place."""
+    return f"it is a table: give --data.name hf, or in a mixture hf:{root}" if is_table(root) else ""
+
+
 def mode_of(channels: int) -> str:
     """Pillow's name of images of so many channels. ValueError where there are none."""
     if channels not in (1, 3):
@@ -173,7 +180,7 @@ def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
     for file, inside in zip(images, insides, strict=True):
         found[inside[0]].append(file)
     if empty := [name for name, files in found.items() if not files]:
-        what = f"has {len(empty)} class folder(s) without an image that can be read, such as {empty[0]}"
+        what = f"has {plural(len(empty), 'class folder')} without an image that can be read, such as {empty[0]}"
         others = left_out(file.relative_to(root) for file in files_below(root / empty[0]))
         kinds = f"give each some ({', '.join(sorted(IMAGE_SUFFIXES))}), remove it or begin its name with a dot"
         raise ValueError(f"data.path {root} {what}{others}; {kinds}")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import digest
-from .below import files_below, left_out
+from .below import counted, files_below, left_out
 from .sets import MOST_LABELS, ImageSet
 from .vae import vae_words
 
@@ -79,7 +79,7 @@ class LatentShards(Latents):
         self._open: dict[int, Any] = {}
         hashed = sum(shard["bytes"] for shard in index["shards"]) <= _HASHED_BYTES
         self.labels = np.concatenate([self._labels(shard, hashed) for shard in index["shards"]])
-        self.source = f"{len(self.labels)} latents of {len(self.id2label)} classes in {root}, VAE {vae_words(index)}"
+        self.source = f"{counted(len(self.labels), len(self.id2label), 'latent')} in {root}, VAE {vae_words(index)}"
         self.source += _others(root, [INDEX, *(shard["file"] for shard in index["shards"])])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _open_simple(root: Path) -> Latents:
         raise ValueError(f"the shards in {root} have labels {found}; they must lie in 0..{MOST_LABELS - 1}")
     id2label = {i: str(i) for i in range(int(classes.max()) + 1)} if len(classes) else {}
     classes = classes if len(classes) else np.zeros(len(latents), dtype=np.int64)
-    source = f"{len(latents)} latents of {len(id2label)} classes in {root}" + _others(root, [f.name for f in files])
+    source = f"{counted(len(latents), len(id2label), 'latent')} in {root}" + _others(root, [f.name for f in files])
     return Latents(latents, classes, id2label, source)
 
 

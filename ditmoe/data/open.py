@@ -1,6 +1,7 @@
 """Where images come from: the set that a configuration asks for, and what is drawn of it once."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from PIL import Image
 
 from ..config.sections import DataConfig
 from ..rng import sample_rng
+from .below import is_table
+from .columns import METADATA, metadata_of
 from .folders import FolderImages, cropped
 from .latents import open_latents
 from .mixture import Mixture
@@ -67,10 +70,9 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
 
 def open_held_out(config: DataConfig, *, size: int, channels: int) -> ImageSet | None:
     """The test split of a configuration's set; None of one that has none. Raises ValueError as `open_data`."""
-    if any(part.name in _WITHOUT_TEST for part, _ in config.sets()):
-        return None
-    if config.name == "hf" and held_out_split(config) is None:
-        return None
+    for part, _ in config.sets():
+        if part.name in _WITHOUT_TEST or (part.name == "hf" and held_out_split(part) is None):
+            return None
     return open_data(config, size=size, channels=channels, split="test")
 
 
@@ -102,22 +104,32 @@ def pixel_variance(data: ImageSet, seed: int) -> float:
 
 def _open_mixture(config: DataConfig, size: int, channels: int, split: str) -> Mixture:
     """The sets one after another. ValueError where one of them is not of images, or does not fit the model."""
-    sets, names, weights = [], [], []
+    sets, names, weights, columns = [], [], [], False
     sizes = [own or size for own in config.resolutions()]
     for (part, weight), own in zip(config.sets(), sizes, strict=True):
-        if part.path and not part.path.is_dir():
-            raise ValueError(
-                f"data.mixture has {part.path}, which is neither digits nor fashion nor a folder of images"
-            )
-        if part.path and next(part.path.glob("*.safetensors"), None):
-            raise ValueError(f"data.mixture takes images, and {part.path} holds latents; encode the images of all sets")
+        if part.name == "folder" and part.path is not None:
+            part = _folder_of_mixture(part, part.path)
+        columns |= part.label_column is not None
         sets.append(open_data(part, size=own, channels=channels, split=split))
         names.append((part.path.resolve().name if part.path else part.name) + (f"@{own}" if own != size else ""))
         weights.append(weight)
+    if config.label_column is not None and not columns:
+        what = f"data.label_column is {config.label_column}, and no set of the mixture has {' or '.join(METADATA)}"
+        raise ValueError(f"{what} or is a table; leave it out")
     bad = [sentence for one in sets if isinstance(one, ArrayImages) for sentence in one.bad.values()]
     check_bad(bad, config.max_bad)
     resized = None if {*sizes} == {size} else lambda pixels: cropped(pixels, size, channels)
     return Mixture(sets, names, weights, resized)
+
+
+def _folder_of_mixture(part: DataConfig, path: Path) -> DataConfig:
+    """A folder of a mixture, whose classes are of a column where it has one. ValueError where it is none of images."""
+    if not path.is_dir() and not is_table(path):
+        what = "neither digits nor fashion nor a folder of images nor hf:PLACE"
+        raise ValueError(f"data.mixture has {path}, which is {what}")
+    if next(path.glob("*.safetensors"), None):
+        raise ValueError(f"data.mixture takes images, and {path} holds latents; encode the images of all sets")
+    return part if metadata_of(path) else replace(part, label_column=None)
 
 
 def _fitted(arrays: ArrayImages, size: int, channels: int) -> ArrayImages:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.sections import DataConfig
-from .below import files_below, is_image, left_out
+from .below import SAVED, counted, files_below, is_image, left_out
 from .columns import labelled
 from .folders import FolderImages, mode_of
 
@@ -60,7 +60,7 @@ class TableImages(FolderImages):
             self.labels, self.id2label, said = labelled(self._place, label, self.table.values(label), names, known)
         if not len(self):
             raise ValueError(f"data.path {self._place} holds no rows")
-        self.source = f"{len(self)} images of {len(self.id2label)} classes in {self._place}{said}{others}"
+        self.source = f"{counted(len(self), len(self.id2label))} in {self._place}{said}{others}"
 
     @cached_property
     def inventory(self) -> list[tuple[str, int]]:
@@ -224,7 +224,7 @@ def _splits(config: DataConfig) -> tuple[dict[str, Any], str]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _told(config):
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if any((path / name).is_file() for name in SAVED):
             if config.stream or config.subset:
                 raise ValueError("save_to_disk made it, so stream and subset do not apply; leave them out")
             saved = datasets.load_from_disk(str(path))

@@ -10,7 +10,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from .below import IMAGE_SUFFIXES, files_below, is_hidden, is_image, left_out
+from ..config.checks import plural
+from .below import IMAGE_SUFFIXES, counted, files_below, is_hidden, is_image, left_out
 from .folders import FolderImages, mode_of
 from .sets import MOST_LABELS
 
@@ -50,8 +51,8 @@ class TarImages(FolderImages):
         self.labels = np.asarray([label or 0 for label in labels], dtype=np.int64)
         self.id2label = {} if bare else {i: str(i) for i in range(int(self.labels.max()) + 1)}
         empty = len(self.id2label) - len(np.unique(self.labels)) if self.id2label else 0
-        classes = f"{len(self.id2label)} classes" + (f" ({empty} of them without an image)" if empty else "")
-        self.source = f"{len(labels)} images of {classes} in {len(tars)} tar files of {root}{left_out(others)}"
+        classes = counted(len(labels), len(self.id2label)) + (f" ({empty} of them without an image)" if empty else "")
+        self.source = f"{classes} in {plural(len(tars), 'tar file')} of {root}{left_out(others)}"
 
     @property
     def inventory(self) -> list[tuple[str, int]]:

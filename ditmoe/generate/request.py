@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.checks import plural
 from ..config.file import trained_by
 from ..config.policy import Policy
 from ..config.sample import SampleArgs
@@ -22,7 +23,7 @@ from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
 from .set_files import Processes, write_folder, write_npz
-from .speed import batch_size, prepare
+from .speed import ALWAYS_RUN, batch_size, prepare
 
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 
@@ -57,11 +58,15 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
         write = write_npz if kind == ".npz" else write_folder
         write(images, facts(args, images), out, processes)
     elif processes.rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_grid(images.whole(images.batch_size), images.labels, images.pipe.id2label, out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_grid(images.whole(images.batch_size), images.labels, images.pipe.id2label, out)
+        except OSError as error:
+            raise ValueError(f"out {out} could not be written ({error.strerror or error})") from error
     if processes.rank == 0:
-        what = "{name}, {steps} steps, {nfe} network calls an image".format_map(images.sampler)
-        print(f"{images.num} images in {out} ({what})", flush=True)
+        steps, calls = plural(images.sampler["steps"], "step"), plural(images.sampler["nfe"], "network call")
+        what = f"{images.sampler['name']}, {steps}, {calls} an image"
+        print(f"{plural(images.num, 'image')} in {out} ({what})", flush=True)
     if score:
         score(out)
 
@@ -102,6 +107,9 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     Steered(pipe.transformer, policy, args.tau_spans(), len(scheduler.timesteps))  # refused before a folder is made
     if args.cache is not None and len(scheduler.timesteps) != steps:
         raise ValueError(f"cache is {args.cache}, but {name} calls the network more than once a step; leave it out")
+    if args.cache is not None and steps <= ALWAYS_RUN:
+        what = f"cache is {args.cache}, which does nothing in {steps} steps, as the first {ALWAYS_RUN} are always run"
+        raise ValueError(f"{what}; leave it out, or give --steps {ALWAYS_RUN + 1} or more")
     some: list[Any] = [] if policy is None else [rule for rule in policy.rules if rule.steps is not None]
     some += [span for span in args.tau_spans() or () if span[:2] != (0.0, 1000.0)]
     if args.cache is not None and some:

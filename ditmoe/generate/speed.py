@@ -15,6 +15,7 @@ from ..model import DiTMoETransformer2DModel, tokens_per_image
 from ..moe import Router
 from ..pipeline import DiTMoEPipeline
 
+ALWAYS_RUN = 3  # first steps, in which a cache leaves nothing out
 CPU_TOKENS = 3136  # of a batch on a CPU; see `batch_size`
 VALUES = 64  # of width D that a forward pass holds at once for a token, at most
 PIXEL_BYTES = 4096  # of a picture that a VAE decodes, in float32
@@ -36,7 +37,7 @@ def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> 
             *others, last = (f"blocks\\.{i}" for i in range(len(net.blocks)))  # what the last gives is all of them
             how = {"cache_identifiers": [last], "skip_predict_identifiers": others}
             every = int(args.cache.partition(":")[2])
-            net.enable_cache(TaylorSeerCacheConfig(every, taylor_factors_dtype=torch.float32, **how))
+            net.enable_cache(TaylorSeerCacheConfig(every, ALWAYS_RUN, taylor_factors_dtype=torch.float32, **how))
     found: dict[str, Any] = {"dtype": "bfloat16" if precision == "bf16" else "float32"}
     found |= {"compiled": True} if args.compile else {}
     return found | ({} if args.cache is None else {"cache": args.cache})

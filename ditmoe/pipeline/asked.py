@@ -15,6 +15,7 @@ from torch import Tensor
 
 from samplers import image_generators, initial_noise
 
+from ..config.checks import plural
 from ..data.pixels import to_pil, to_pixels
 
 Arguments = ParamSpec("Arguments")
@@ -125,10 +126,11 @@ def generators_of(
     if indices is not None and (wrong := [i for i in indices if isinstance(i, bool) or not isinstance(i, Integral)]):
         raise ValueError(f"indices have {wrong[0]!r}; they must be whole numbers, 0 or more")
     if indices is not None and len(indices) != N:
-        raise ValueError(f"{len(indices)} indices were given for {N} images")
+        raise ValueError(f"indices are {len(indices)} numbers for {plural(N, 'image')}")
     if isinstance(generator, list | tuple):
         if len(generator) != N or not all(isinstance(one, torch.Generator) for one in generator) or indices is not None:
-            what = f"{len(generator)} items for {N} images" + ("" if indices is None else " beside indices")
+            beside = "" if indices is None else " beside indices"
+            what = f"{plural(len(generator), 'item')} for {plural(N, 'image')}{beside}"
             raise ValueError(f"generator is a list of {what}; give a torch.Generator for each image, without indices")
         return list(generator)
     if generator is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from samplers import SAMPLERS
 
+from ..config.checks import plural
 from ..config.policy import Policy
 from ..config.sample import SampleArgs, label_or_name
 from ..model import count_parameters, moe_layer_names
@@ -73,7 +74,7 @@ def read(query: Query, model: Path) -> tuple[SampleArgs, Policy | None]:
 def _value(name: str, words: Sequence[str]) -> Any:
     kind, what, count = FIELDS[name]
     if count is not None and len(words) != count:
-        raise ValueError(f"{name} has {len(words)} values; give {what}")
+        raise ValueError(f"{name} has {plural(len(words), 'value')}; give {what}")
     try:
         values = tuple(kind(word) for word in words)
     except ValueError:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..analysis.findings import Row, judge, layer_row, mean_rows, tables, values_of, verdicts
 from ..analysis.routing import batch_a_class, chosen_classes
 from ..analysis.tally import tally
+from ..config.checks import plural
 from ..config.file import trained_by
 from ..config.sample import AnalyzeArgs
 from ..config.sections import Config
@@ -65,7 +66,7 @@ def _one(args: AnalyzeArgs, model: Path) -> Row:
     config, net = trained_by(model), load(model, fast=True).transformer.eval()
     images = _images(args, config, net)
     Y, n = images.x.shape[:2]
-    print(f"{model}: {Y * n} images, {n} of each of {Y} classes, {images.source}", flush=True)
+    print(f"{model}: {Y * n} images, {n} of each of {plural(Y, 'class')}, {images.source}", flush=True)
     counted = tally(net, config.objective, images.x, images.classes, args.bins, args.seed)
     layers = [layer_row(name, t, args.seed) for name, t in zip(moe_layer_names(net), counted, strict=True)]
     return {
@@ -93,7 +94,7 @@ def images_of(args: AnalyzeArgs, config: Config, net: DiTMoETransformer2DModel) 
         kind = f"training (those held out cannot be used: {error})"
     data = open_data(where, size=size, channels=channels) if held_out is None else held_out
     if net.null_label is not None and len(data.id2label) > net.null_label:
-        raise ValueError(f"{data.source}: {len(data.id2label)} classes, but the model knows {net.null_label}")
+        raise ValueError(f"{data.source}: {plural(len(data.id2label), 'class')}, but the model knows {net.null_label}")
     return data, f"{kind if held_out is None else 'held out'}: {data.source}"
 
 
@@ -103,7 +104,7 @@ def a_class_each(data: ImageSet, classes: Sequence[int], num: int, seed: int) ->
     if fewest[0] < 2:
         raise ValueError(f"{data.source}: class {fewest[1]} has one image, and two are needed; give other --data.path")
     if num < 2 * len(classes):
-        raise ValueError(f"num is {num}; {len(classes)} classes need {2 * len(classes)} images or more")
+        raise ValueError(f"num is {num}; for {plural(len(classes), 'class')} it must be {2 * len(classes)} or more")
     return batch_a_class(data, classes, min(num // len(classes), fewest[0]), seed)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..analysis.routing import Array
 from ..analysis.tally import tally
+from ..config.checks import plural
 from ..config.contrast import ContrastArgs
 from ..config.file import trained_by
 from ..config.policy import Policy, Rule
@@ -49,7 +50,7 @@ def run(args: ContrastArgs) -> None:
     rates = []
     for name, classes in zip("ab", groups, strict=True):
         chosen, x = a_class_each(data, classes, args.num, args.seed)
-        print(f"{name}: {x.shape[0] * x.shape[1]} images of {len(chosen)} classes, {source}", flush=True)
+        print(f"{name}: {x.shape[0] * x.shape[1]} images of {plural(len(chosen), 'class')}, {source}", flush=True)
         counted = tally(net, config.objective, x, chosen, args.bins, args.seed)
         rates.append(np.stack([layer.by_time for layer in counted]) / tokens_per_image(net))  # (L, N, B, E)
     layers = [int(name.removeprefix("block ")) for name in moe_layer_names(net)]
@@ -78,7 +79,8 @@ def run(args: ContrastArgs) -> None:
     print(f"wrote {args.out / 'contrast.json'} and {args.out / 'contrast.png'}")
     if args.policy is not None:
         write_json(args.policy, policy.to_dict())
-        print(f"wrote {args.policy}: {args.action} {len(top)} experts; python sample.py {model} --policy {args.policy}")
+        done = f"{args.action} {plural(len(top), 'expert')}"
+        print(f"wrote {args.policy}: {done}; python sample.py {model} --policy {args.policy}")
 
 
 def _classes(words: Sequence[str], data: ImageSet, net: DiTMoETransformer2DModel) -> list[int]:

@@ -24,7 +24,7 @@ MODEL_FACTS = (
 
 
 def describe(
-    run: Path, net: DiTMoETransformer2DModel, config: Config, data: ImageSet, held_out: ImageSet | None
+    run: Path, net: DiTMoETransformer2DModel, config: Config, data: ImageSet, num_held_out: int
 ) -> dict[str, Any]:
     """Name, command, model, machine and images of a run, as JSON values."""
     (total, activated), c, command = count_parameters(net), net.config, run / COMMAND
@@ -49,7 +49,7 @@ def describe(
         },
         "data": {
             "name": " + ".join(config.data.mixture) or config.data.name, "source": data.source, "num_train": len(data),
-            "num_held_out": 0 if held_out is None else len(held_out), "num_classes": len(data.id2label),
+            "num_held_out": num_held_out, "num_classes": len(data.id2label),
             "is_latent": data.is_latent,
         },
     }  # fmt: skip

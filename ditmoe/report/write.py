@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..analysis.routing import batch_a_class, chosen_classes, count_experts, routing_summary
+from ..config.checks import plural
 from ..config.file import read_config, to_dict
 from ..config.sections import Config
 from ..data.open import open_data, open_held_out
 from ..data.pixels import to_pixels, visible
-from ..data.sets import ImageSet
+from ..data.sets import BadImage, ImageSet, check_bad
 from ..files import write_json, write_text
 from ..generate import pictures
 from ..generate.draw import balanced_labels, draw
@@ -33,9 +34,11 @@ from .maps import expert_loads, expert_maps
 Images = NDArray[np.uint8]
 Score = Callable[[Images], Mapping[str, Any]]
 Judge = Callable[..., dict[str, Any]]
+Real = tuple[ImageSet, list[int]]  # held-out images, and the rows of those that can be used
 Part = TypeVar("Part")
 
 NOT_JUDGED, NOT_SCORED = "Samples were not judged", "The samples were not scored"
+REAL_NOT_SCORED = "The held-out images were not scored"
 UNJUDGED = {"classes": None, "copies": None, "pixels": None}
 TIME_BINS = 10
 SHOWN_CLASSES = 12  # rows of the expert maps, at most
@@ -69,7 +72,7 @@ def write(
     net, size, channels = pipe.transformer, pipe.transformer.config.sample_size, pipe.transformer.config.in_channels
     data = open_data(config.data, size=size, channels=channels)
     notes: list[str] = []
-    held_out = _tried(notes, "No held-out set", lambda: open_held_out(config.data, size=size, channels=channels), None)
+    real = _tried(notes, "No held-out set", lambda: _held_out(config, size, channels, notes), None)
     (run / PAGE).unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
     num = num_judged or sample.num
     labels, started = balanced_labels(pipe, num), time.perf_counter()
@@ -88,8 +91,10 @@ def write(
     if rows:
         charts.loss_curve(rows, run / LOSS)
     experts, loads = _tried(notes, "No routing", lambda: _draw_experts(net, config, data, run / EXPERTS), none)
+    scored = _tried(notes, NOT_SCORED, lambda: _score(score, images), None)
+    compared = None if scored is None or real is None else score
     report = {
-        **describe(run, net, config, data, held_out),
+        **describe(run, net, config, data, 0 if real is None else len(real[1])),
         "training": summarise(rows, config),
         "sampling": {
             "num": num, "sampler": sample.sampler, "steps": sample.steps,
@@ -97,8 +102,9 @@ def write(
             "seconds": seconds,
         },
         "experts": experts,
-        **_tried(notes, NOT_JUDGED, lambda: _judge(judge, images, labels, data, held_out, config), UNJUDGED),
-        **_tried(notes, NOT_SCORED, lambda: _score(score, images, held_out), _score(None, images, None)),
+        **_tried(notes, NOT_JUDGED, lambda: _judge(judge, images, labels, data, real, config), UNJUDGED),
+        "score": scored,
+        "score_real": _tried(notes, REAL_NOT_SCORED, lambda: _score(compared, _some(real, len(images))), None),
     }  # fmt: skip
     report["notes"] = notes + _notes(report, images, " ".join(notes))
     write_json(run / REPORT, report)
@@ -199,7 +205,7 @@ def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int)
 
 
 def _judge(
-    judge: Judge | None, images: Images, labels: list[int] | None, data: ImageSet, held_out: ImageSet | None,
+    judge: Judge | None, images: Images, labels: list[int] | None, data: ImageSet, held_out: Real | None,
     config: Config,
 ) -> dict[str, Any]:  # fmt: skip
     """The parts "classes", "copies" and "pixels" of the report, each None where it cannot be had."""
@@ -208,20 +214,44 @@ def _judge(
     shuffled = np.random.default_rng(config.seed).permutation(len(data))
     rows = data.readable(shuffled[: MOST_REAL[data.in_memory]].tolist())
     names = [data.id2label.get(c, str(c)) for c in range(len(data.id2label))]
-    real = None if held_out is None else (held_out.images(range(len(held_out))), held_out.labels)
+    real = None if held_out is None else (held_out[0].images(held_out[1]), held_out[0].labels[held_out[1]])
     return judge(
         images, None if labels is None else np.asarray(labels), data.images(rows), data.labels[rows], real, names,
         mirrored=config.data.flip, seed=config.seed,
     )  # fmt: skip
 
 
-def _score(score: Score | None, images: Images, held_out: ImageSet | None) -> dict[str, Any]:
+def _score(score: Score | None, images: Images | None) -> dict[str, Any] | None:
     """The parts "score" and "score_real" of the report; latents have no score."""
-    if score is None or images.shape[-1] not in (1, 3):
-        return {"score": None, "score_real": None}
-    rows = [] if held_out is None else held_out.in_proportion(range(len(held_out)), len(images))
-    real = None if held_out is None else held_out.images(rows)
-    return {"score": dict(score(images)), "score_real": None if real is None else dict(score(real))}
+    return None if score is None or images is None or images.shape[-1] not in (1, 3) else dict(score(images))
+
+
+def _held_out(config: Config, size: int, channels: int, notes: list[str]) -> Real | None:
+    """The set that was held out and the rows that can be used; others are named in a note, up to data.max_bad of them.
+
+    ValueError where there are more of them, or where nothing is left.
+    """
+    data = open_held_out(config.data, size=size, channels=channels)
+    if data is None:
+        return None
+    bad: dict[int, str] = {}
+    for row in range(len(data)):
+        try:
+            data.images([row])
+        except (BadImage, RuntimeError) as error:  # the latter: for no reason that is known; it names the file
+            bad[row] = str(error)
+    check_bad([*bad.values()], config.data.max_bad)
+    if len(bad) == len(data):
+        raise ValueError(f"none of {len(data)} images can be used; the first: {bad[0]}")
+    if bad:
+        shown = "; ".join([*bad.values()][:5]) + ("; ..." if len(bad) > 5 else "")
+        notes.append(f"{plural(len(bad), 'held-out image')} left out: {shown}.")
+    return data, [row for row in range(len(data)) if row not in bad]
+
+
+def _some(held_out: Real | None, most: int) -> Images | None:
+    """Held-out images that stand for all of them, at most so many."""
+    return None if held_out is None else held_out[0].images(held_out[0].in_proportion(held_out[1], most))
 
 
 def _notes(report: Mapping[str, Any], images: Images, known: str) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..config.checks import plural
 from ..config.sections import Config
 from ..data.sets import ImageSet
 from ..model import DiTMoETransformer2DModel, build, initial
@@ -69,7 +70,8 @@ def num_classes(config: Config, data: ImageSet) -> int:
     if asked is None:
         return found
     if asked and (found > asked or not found):
-        raise ValueError(f"model.num_classes is {asked} but the data set has {found or 'no'} classes: {data.source}")
+        has = plural(found, "class") if found else "no classes"
+        raise ValueError(f"model.num_classes is {asked} but the data set has {has}: {data.source}")
     return asked
 
 

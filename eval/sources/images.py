@@ -12,7 +12,7 @@ from eval.sources.arrays import Float32Array, IndexArray, ReadBatches, UInt8Arra
 class Images:
     """At least two images of one size, read in batches in a fixed order."""
 
-    kind: str  # folder, zip, npz, dataset, array or model
+    kind: str  # folder, zip, npz, table, dataset, array or model
     path: str  # as the user wrote it
     count: int  # images whose headers can be read; pixels may still turn out damaged, see `bad`
     shape: tuple[int, int, int]  # (H, W, C)

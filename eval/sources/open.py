@@ -1,4 +1,4 @@
-"""Sets of images to score: folder, zip, .npz, named data set, array; and saved statistics.
+"""Sets of images to score: folder, zip, .npz, table, named data set, array; and saved statistics.
 
 Images are uint8 batches (n, H, W, C), C = 1 or 3, one size throughout. Imports no torch.
 """
@@ -18,6 +18,7 @@ from eval import strict_json
 from eval.sources.arrays import DAMAGE, IndexArray, UInt8Array, open_idx, read_npz_arrays
 from eval.sources.images import Images, Statistics
 from eval.sources.npz import open_npz, open_zip
+from eval.sources.tables import SAVED, open_table
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # names that begin so are left out; all as in `ditmoe.data.below`
@@ -26,6 +27,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
 DIGITS_FILE = Path(__file__).resolve().parents[2] / "ditmoe" / "data_files" / "digits.npz"
 FASHION_FOLDERS = (Path("data/FashionMNIST/raw"), Path("/usr/share/datasets/fashion-mnist"))
 OpenFile = Callable[[str], IO[bytes]]
+DATASETS = ("digits", "fashion")
+CLASSES = ("metadata.jsonl", "metadata.csv")  # of the images of a folder; a score asks for none
 FASHION_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 
 
@@ -55,10 +58,15 @@ def _open(source: str | Path | UInt8Array, skip_bad: int) -> Images | Statistics
     if not path:
         raise ValueError("the path is empty; give a folder, a .zip, an .npz or NAME:SPLIT")
     try:
-        if place.is_dir():
-            return _folder(place, path, skip_bad)
+        table, _, split = path.rpartition(":")
+        if not place.exists() and table not in ("", *DATASETS) and is_table(Path(table)):
+            return _table(Path(table), split, skip_bad)
         if not place.exists():
             return _dataset(path)
+        if is_table(place):
+            return _table(place, "train", skip_bad)
+        if place.is_dir():
+            return _folder(place, path, skip_bad)
         if place.suffix.lower() == ".npz":
             return open_npz(place, path)
         if place.suffix.lower() == ".zip":
@@ -66,7 +74,8 @@ def _open(source: str | Path | UInt8Array, skip_bad: int) -> Images | Statistics
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{path[:200]}: cannot be read ({reason}); is the path right, and may you read it?") from error
-    raise ValueError(f"{path}: a file that is neither .zip nor .npz; give a folder of images, a .zip or an .npz")
+    kinds = "neither .zip nor .npz nor .parquet; give a folder of images, a .zip, an .npz or a .parquet"
+    raise ValueError(f"{path}: a file that is {kinds}")
 
 
 def _in_memory(
@@ -95,6 +104,31 @@ def _folder(folder: Path, path: str, skip_bad: int) -> Images:
         return (folder / name).open("rb")
 
     return _image_files("folder", path, names, open_file, skip_bad, fingerprint, facts, left_out)
+
+
+def is_table(place: Path) -> bool:
+    """Whether it is for `datasets`: a .parquet file, what save_to_disk made, a folder of such files without images."""
+    if not place.is_dir():
+        return place.suffix == ".parquet" and place.is_file()
+    if any((place / name).is_file() for name in SAVED):
+        return True
+    found = False
+    for name in _files_below(place, str(place)):
+        suffix = "" if name.split("/")[-1].startswith(HIDDEN) else PurePosixPath(name).suffix
+        if suffix.lower() in SUFFIXES:
+            return False
+        found |= suffix == ".parquet"
+    return found
+
+
+def _table(place: Path, split: str, skip_bad: int) -> Images:
+    names, open_file, whole, files = open_table(place, split)
+    path, used = f"{place}:{split}", set(map(os.path.realpath, files))
+    below = [*_files_below(place, path)] if place.is_dir() else []
+    _, left_out = _image_names((name for name in below if os.path.realpath(place / name) not in used), str(place))
+    stamps = [str(place.resolve()), split, *((file, *_stamp(Path(file))) for file in files)]
+    fingerprint = repr(stamps) if whole else ""  # files that cells name may change
+    return _image_files("table", path, names, open_file, skip_bad, fingerprint, {}, left_out)
 
 
 def _files_below(folder: Path, path: str) -> Iterator[str]:
@@ -126,10 +160,11 @@ def _image_names(names: Iterable[str], path: str) -> tuple[list[str], str]:
     """Names with an image's suffix, sorted, and a sentence on the others; hidden files are neither."""
     shown = sorted(n for n in names if not any(part.startswith(HIDDEN) for part in PurePosixPath(n).parts))
     kinds = {name: PurePosixPath(name).suffix.lower() for name in shown}
-    others = [name for name in shown if kinds[name] not in SUFFIXES and name != NOTE]
+    others = [name for name in shown if kinds[name] not in SUFFIXES and name not in (NOTE, *CLASSES)]
     counts = Counter(kinds[name] or PurePosixPath(name).name for name in others).most_common(5)
     such = f"such as {others[0]} ({', '.join(f'{n} {kind}' for kind, n in counts)})" if others else ""
-    sentence = f"{len(others)} other files of {path} were left out, {such}" if others else ""
+    many = f"{len(others)} other files of {path} were" if len(others) > 1 else f"1 other file of {path} was"
+    sentence = f"{many} left out, {such}" if others else ""
     return [name for name in shown if kinds[name] in SUFFIXES], sentence
 
 
@@ -234,9 +269,9 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 def _dataset(path: str) -> Images:
     """NAME:SPLIT, for the data sets that need no download."""
     name, _, split = path.partition(":")
-    if name not in ("digits", "fashion"):
+    if name not in DATASETS:
         known = "digits:train, digits:test, fashion:train, fashion:test"
-        raise ValueError(f"{path!r} does not exist; give a folder, a .zip, an .npz, or {known}")
+        raise ValueError(f"{path!r} does not exist; give a folder, a .zip, an .npz, a table, or {known}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split in {path!r}; write {name}:train or {name}:test")
     return _digits(path, split) if name == "digits" else _fashion(path, split)

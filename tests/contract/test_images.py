@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ditmoe.config.data import DataConfig
 from ditmoe.data import below, folders
 from ditmoe.data.folders import FolderImages
 from ditmoe.data.sets import BadImage
+from ditmoe.data.tables import TableImages
 from ditmoe.data.tars import TarImages
 from eval.sources import open as sources
+from eval.sources import tables
 from eval.sources.images import Images
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -183,6 +186,18 @@ def test_a_turned_photo_need_not_be_square(tmp_path: Path) -> None:
         list(late.batches(9))
 
 
+def test_a_table_has_the_same_pixels_for_training_and_eval(tmp_path: Path) -> None:
+    import datasets
+
+    cells = {"image": [{"bytes": content, "path": None} for content in USED.values()]}
+    place = tmp_path / "set.parquet"
+    datasets.Dataset.from_dict(cells, datasets.Features(image=datasets.Image(decode=False))).to_parquet(place)
+    trained = TableImages(DataConfig(name="hf", path=place, fit="crop"), 8, 3)
+    scored = sources.open_source(place)
+    assert isinstance(scored, Images)
+    assert np.array_equal(trained.images(range(len(USED))), np.concatenate(list(scored.batches(5))))
+
+
 NAMES = [  # of a tree, and whether a file is an image of the set
     *(("cat/1.png", 1), ("cat/2.JPG", 1), ("cat/young/3.png", 1), ("linked/4.png", 1), ("cat/a.b.png", 1)),
     *(("cat/._1.png", 0), ("._x.png", 0), ("cat/.ipynb_checkpoints/1.png", 0), ("__MACOSX/cat/._1.png", 0)),
@@ -206,6 +221,19 @@ def test_every_reader_takes_the_same_files_and_counts_the_others(tmp_path: Path)
     kinds = "(1 .md, 1 .gif, 1 .avif, 1 notes, 1 .heic)"
     assert trained.source.endswith(f"; {words} left out, such as README.md {kinds}")
     assert scored.left_out == f"{words} of {root} were left out, such as README.md {kinds}"
+
+
+@pytest.mark.parametrize(
+    "names", [["a.parquet"], ["x/a.parquet", ".b.png"], ["a.parquet", "x/b.png"], ["state.json"], []]
+)
+def test_every_reader_takes_the_same_places_for_tables(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for place in (tmp_path, *tmp_path.rglob("*")):
+        assert below.is_table(place) == sources.is_table(place)
+    assert below.is_table(tmp_path) == (names not in (["a.parquet", "x/b.png"], []))
+    assert below.SAVED == tables.SAVED
 
 
 def test_the_names_of_the_rule_are_the_same() -> None:

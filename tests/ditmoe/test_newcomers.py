@@ -1,6 +1,7 @@
 """What newcomers type, and what comes back: the rows of docs/newcomers.md that were mended."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,11 @@ import pytest
 
 from ditmoe import cli, pipeline
 from ditmoe.config.sample import SampleArgs
+from ditmoe.convert.export import ExportArgs, export
+from ditmoe.convert.tensors import Tensors
 from ditmoe.data.folders import FolderImages
+from ditmoe.generate.request import run
+from tests.ditmoe.generate.test_request import Alone
 from tests.ditmoe.test_saved_files import SAVED
 
 
@@ -49,5 +54,44 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_pictures_says_which_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds no images \(.*\); 1 other files left out, such as a.heic"):
+    with pytest.raises(ValueError, match=r"holds no images \(.*\); 1 other file left out, such as a.heic"):
         FolderImages(tmp_path, 8, 3, "crop")
+
+
+@pytest.mark.parametrize("word", ["nope.json", "empty"])
+def test_a_configuration_that_is_not_there(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        cli.parse_train([str(tmp_path / word)])
+    assert "is not a configuration that can be read: there is no such file\n" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder_to_export_to(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").touch()
+    with pytest.raises(ValueError, match="t.txt is a file; give a folder that is empty, or none yet"):
+        export(ExportArgs(SAVED / "by-token", tmp_path / "t.txt"))
+
+
+def test_a_text_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"no checkpoint \(it is no zip file, as torch.save makes since torch 1.6\)"):
+        Tensors([tmp_path / "t.txt"])
+
+
+@pytest.mark.parametrize(("out", "place"), [("x.png", ""), ("a/b.npz", ""), ("there", "there")])
+def test_a_place_that_is_closed_is_told_before_anything_is_drawn(
+    out: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / place)
+    with pytest.raises(ValueError, match=f"cannot be written: you may not write in {tmp_path / place}; give another"):
+        SampleArgs(Path("m"), out=tmp_path / out)
+
+
+def test_a_grid_that_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("ditmoe.generate.request.write_grid", closed)
+    with pytest.raises(ValueError, match=r"x.png could not be written \(No such file or directory\)"):
+        run(SampleArgs(SAVED / "by-token", out=tmp_path / "x.png", num=1, steps=1), Alone())

@@ -136,7 +136,8 @@ def test_mistakes(reports, tmp_path, capsys):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "part.json").write_text('{"metric": "fid"}')
     for names, text in (
-        (("near",), "at least 2"), (("near", "absent"), "absent.json"), (("near", "text"), "cannot be read as JSON"),
+        (("near",), "at least 2"), (("near", "absent"), "absent.json: there is no such file"),
+        (("near", "text"), "cannot be read as JSON"),
         (("near", "list"), "holds no report"), (("near", "part"), "no field value"),
     ):  # fmt: skip
         assert run(reports, *names) == 2

@@ -183,7 +183,8 @@ def test_warnings(halves, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch size 0 must be at least 1"),
+        ({"batch_size": 0}, "batch size 0 must be at least 1$"),
+        ({"keep": 1}, "^keep 1 must be at least 2$"),
         ({"num": 1}, "num 1 must be between 2 and the 250 of array"),
         ({"num": 251}, "num 251 must be between 2 and the 250 of array"),
         ({"extractor": "fid"}, "unknown extractor 'fid'"),
@@ -191,7 +192,7 @@ def test_warnings(halves, monkeypatch):
         ({"seed": -1, "metrics": ["kid"]}, "seed -1 must be between 0 and 4294967295"),
         ({"seed": 2**32}, "seed 4294967296 must be between 0 and 4294967295"),
         ({"skip_bad": -1}, "skip_bad -1 must be at least 0"),
-        ({"skip_bad": 3}, "skip_bad 3 is for folders and zips"),
+        ({"skip_bad": 3}, "skip_bad 3 is for folders, zips and tables"),
     ],
 )
 def test_bad_options(halves, options, message):

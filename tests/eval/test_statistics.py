@@ -138,8 +138,8 @@ def test_statistics_may_be_what_is_scored_too(tmp_path, digits, folder):
         (["digits:test", "--out", "absent/x.npz"], "its folder must exist"),
         (["digits:test", "--out", "/proc/x.npz"], "cannot be written"),
         (["nope", "--out", "x.npz"], "does not exist"),
-        (["digits:test", "--out", "x.npz", "--keep", "1"], "keep 1 at least 2"),
-        (["digits:test", "--out", "x.npz", "--keep", "-3"], "keep -3 at least 2"),
+        (["digits:test", "--out", "x.npz", "--keep", "1"], "keep 1 must be at least 2"),
+        (["digits:test", "--out", "x.npz", "--keep", "-3"], "keep -3 must be at least 2"),
         (["digits:test", "--out", "x.npz", "--keep", "100001"], "keep 100001 must be at most 100000"),
         (["digits:test", "--out", "x.npz", "--seed", "-1"], "seed -1 must be between 0"),
     ],
@@ -247,7 +247,7 @@ def small_inception() -> Extractor:
 
 
 def test_the_measure_of_nothing_is_refused(digits):
-    with pytest.raises(ValueError, match="keep 1 at least 2"):
+    with pytest.raises(ValueError, match="keep 1 must be at least 2"):
         fid_module.score(digits[0][:9], digits[0][:9], keep=1)
 
 

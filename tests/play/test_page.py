@@ -214,6 +214,63 @@ def test_a_rule_of_some_steps(visit):
     assert not error(page).is_visible()
 
 
+def test_the_steps_of_a_rule_are_set_on_the_page(visit, tmp_path, monkeypatch):
+    page = visit("?classes=8&steps=6")
+    assert not page.locator(".rules").is_visible()
+    page.locator("[data-layer='1'][data-expert='4']").click()
+    drawn(page)
+    side = page.locator("section:nth-of-type(2)")
+    first, last = (side.get_by_label(f"{word} step of expert 4 of block 1") for word in ("first", "last"))
+    assert (first.input_value(), last.input_value()) == ("1", "6")
+
+    def steps(field=None, value=None):
+        if field is not None:
+            field.fill(value)
+            field.press("Enter" if field is first else "Tab")
+            drawn(page)
+        (rule,) = json.loads(parse_qs(urlsplit(page.url).query)["b.policy"][0])["rules"]
+        return rule.pop("steps", None), rule == {"layer": 1, "expert": 4, "action": "suppress"}
+
+    assert steps() == (None, True)
+    assert steps(last, "2") == ([0, 1], True)
+    assert steps(first, "5") == ([4, 4], True)  # the other end goes along
+    assert last.input_value() == "5"
+    assert steps(last, "99") == ([4, 5], True)
+    assert steps(first, "1") == (None, True)
+    assert steps(first, "3") == ([2, 5], True)
+    assert "suppressed (steps 3\u20136)" in side.locator("h2").inner_text()
+    policy = {"rules": [{"layer": 1, "expert": 4, "action": "suppress", "steps": [2, 5]}]}
+    expected = pipeline.load(ROOT / MODEL)([8], num_inference_steps=6, policy=policy).images[0]
+    assert np.array_equal(images(page, 2)[0], np.asarray(expected))
+    side.locator("summary").click()
+    side.locator(".copy").click()
+    write, draw = page.evaluate("() => navigator.clipboard.readText()").splitlines()
+    assert json.loads(shlex.split(write)[1]) == policy
+    assert "--policy policy.json" in draw
+    again = visit("?" + urlsplit(page.url).query)
+    assert np.array_equal(images(again, 2), images(page, 2))
+    assert again.get_by_label("first step of expert 4 of block 1").input_value() == "3"
+    again.locator(".rule button").click()
+    drawn(again)
+    assert "policy" not in again.url
+    assert not again.locator("section:nth-of-type(2) .rules").is_visible()
+    assert np.array_equal(images(again, 2), images(again, 1))
+
+
+def test_two_rules_for_one_expert_share_no_step(visit):
+    rules = [{"layer": 1, "expert": 4, "action": action, "steps": steps}
+             for action, steps in (("suppress", [0, 1]), ("force", [4, 4]))]  # fmt: skip
+    page = visit(f"?classes=8&steps=6&policy={quote(json.dumps({'rules': rules}))}")
+    page.get_by_label("last step of expert 4 of block 1").first.fill("6")
+    page.get_by_label("last step of expert 4 of block 1").first.press("Tab")
+    drawn(page)
+    assert json.loads(parse_qs(urlsplit(page.url).query)["policy"][0])["rules"] == [
+        {**rules[0], "steps": [0, 3]},
+        rules[1],
+    ]
+    assert not error(page).is_visible()
+
+
 def test_a_side_is_drawn_anew_where_its_words_are_others(visit):
     page = visit("?classes=3&steps=4")
     page.fill("[data-name=steps]", "9")
@@ -310,6 +367,8 @@ def test_two_browsers_at_once(visit):
 
 def test_a_narrow_screen_has_nothing_beside_it(visit):
     page = visit("?classes=3&steps=3&b.steps=4", viewport={"width": 360, "height": 700})
+    page.locator("[data-layer='1'][data-expert='4']").first.click()
+    drawn(page)
     for summary in page.locator("summary").all():
         summary.click()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360

@@ -67,8 +67,10 @@ def test_many_rules_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"p.json cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"^there is no file .*p.json$"):
         Policy.read(tmp_path / "p.json")
+    with pytest.raises(ValueError, match="is a folder, not a JSON file"):
+        Policy.read(tmp_path)
     (tmp_path / "p.json").write_text("{")
     with pytest.raises(ValueError, match=r"p.json cannot be read as JSON"):
         Policy.read(tmp_path / "p.json")

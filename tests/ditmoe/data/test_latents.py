@@ -235,6 +235,46 @@ def test_a_finished_set_is_left_alone_and_a_damaged_shard_is_made_anew(
         encode(photos, vae, copy, "--size", 32)
 
 
+@pytest.mark.parametrize("form", ["parquet", "folder", "saved", "metadata"])
+def test_tables_are_encoded_as_the_folder_is(
+    form: str, latents: Path, photos: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    files = sorted(photos.rglob("*.png"))
+    kinds = datasets.Features(image=datasets.Image(), kind=datasets.ClassLabel(names=["cat", "dog"]))
+    cells: dict[str, Any] = {
+        "image": [Image.open(file).copy() for file in files],
+        "kind": [f.parent.name for f in files],
+    }
+    table, root = datasets.Dataset.from_dict(cells, kinds), tmp_path / "set"
+    if form == "saved":
+        datasets.DatasetDict(dev=table).save_to_disk(root)
+    elif form == "metadata":
+        shutil.copytree(photos, root)
+        rows = [{"file_name": f.relative_to(photos).as_posix(), "kind": f.parent.name} for f in files]
+        (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        root.mkdir()
+        table.to_parquet(root / "train.parquet")
+    more = {"saved": ["--data.split", "dev"], "metadata": ["--data.label-column", "kind"]}.get(form, [])
+    out = encode(root / "train.parquet" if form == "parquet" else root, vae, tmp_path / "out", *more)
+    found = stored(out)
+    assert {name: torch.equal(part, stored(latents)[name]) for name, part in found.items()} == dict.fromkeys(
+        found, True
+    )
+    assert (read_index(out) or {})["classes"] == ["cat", "dog"]
+    assert f"{NUM} images of 2 classes in {root}" in capsys.readouterr().out
+
+
+def test_options_of_tables_are_refused_elsewhere(photos: Path, vae: Path, tmp_path: Path) -> None:
+    for option, value in (("image-column", "image"), ("split", "test")):
+        with pytest.raises(ValueError, match=f"--data.{option} is for tables, and .* is none; leave it out"):
+            encode(photos, vae, tmp_path / "out", f"--data.{option}", value)
+    with pytest.raises(ValueError, match="is neither a folder nor a tar file nor a .parquet file"):
+        encode(tmp_path / "no.parquet", vae, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -528,7 +568,7 @@ def test_what_is_none_of_a_tar_files_images_is_counted(tmp_path: Path) -> None:
     kinds = r"1 \.gz, 1 \.tar, 1 \.json, 1 \.png, 1 \.gif, \.\.\."
     assert re.search(rf"; 6 other files left out, such as 2\.tar\.gz \({kinds}\)$", data.source)
     write_tar(tmp_path / "0.tar", [("a.png", b"1"), ("a.cls", b"1"), ("b.png", b"1"), ("b.cls", b"4")])
-    assert "2 images of 5 classes (3 of them without an image) in 1 tar files" in TarImages(tmp_path, 8, 3).source
+    assert "2 images of 5 classes (3 of them without an image) in 1 tar file" in TarImages(tmp_path, 8, 3).source
 
 
 def test_a_class_of_which_nothing_can_be_encoded_is_refused(photos: Path, vae: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ditmoe.data.mixture import Mixture, turn
 from ditmoe.data.open import open_data, open_held_out, pixel_variance, reference
 from ditmoe.data.order import Batches
 from ditmoe.data.sets import ArrayImages, BadImage
+from tests.ditmoe.data.test_tables import PIXELS, ROWS, metadata, parquet, table
 
 Tiny = Callable[..., Config]
 
@@ -214,9 +215,42 @@ def test_bad_files_of_all_sets_are_counted_together(tmp_path: Path) -> None:
         open_data(replace(config, max_bad=1), size=8, channels=1)
 
 
+def test_tables_and_folders_with_metadata_are_mixed(tmp_path: Path) -> None:
+    drawn, root = parquet(tmp_path / "drawn"), metadata(tmp_path, *ROWS)
+    table(3, kind=["ant", "elk", "ant"]).to_parquet(tmp_path / "more.parquet")
+    words = (f"hf:{drawn}=3", f"hf:{tmp_path}/more.parquet", str(root / "a"))
+    data = open_data(DataConfig(mixture=words), size=8, channels=1)
+    assert (data.sizes, data.weights) == ((12, 3, 4), (3, 1, 1))
+    assert [*data.id2label.values()] == ["ant", "bee", "cat", "more.parquet", "a"]
+    assert np.array_equal(data.images([5, 13, 18])[..., 0], PIXELS[[5, 1, 3]])
+    (root / "metadata.jsonl").rename(root / "a" / "metadata.jsonl")
+    lines = (root / "a" / "metadata.jsonl").read_text("utf-8-sig").replace("a/", "")
+    (root / "a" / "metadata.jsonl").write_text(lines)
+    data = open_data(DataConfig(mixture=(words[1], words[2], "digits"), label_column="kind"), size=8, channels=1)
+    assert [*data.id2label.values()][:5] == ["more.parquet/ant", "elk", "a/ant", "cat", "dog"]
+    assert data.labels[:7].tolist() == [0, 1, 0, 4, 3, 4, 2]
+
+
+def test_held_out_images_of_tables_are_mixed(tmp_path: Path) -> None:
+    word = f"hf:{parquet(tmp_path / 'drawn')}"
+    found = open_held_out(DataConfig(mixture=("digits", word)), size=8, channels=1)
+    assert found is not None
+    assert found.sizes == (300, 3)
+    assert np.array_equal(found.images([301])[0, ..., 0], PIXELS[1])
+    table(2).to_parquet(tmp_path / "more.parquet")
+    none = open_held_out(DataConfig(mixture=("digits", f"hf:{tmp_path}/more.parquet")), size=8, channels=1)
+    assert none is None
+
+
 def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.mixture has fashoin, which is neither digits nor fashion nor a folder"):
         open_data(DataConfig(mixture=("digits", "fashoin")), size=8, channels=1)
+    drawn = parquet(tmp_path / "drawn")
+    for place in (drawn, drawn / "train-00000-of-00001.parquet"):
+        with pytest.raises(ValueError, match=f"it is a table: give --data.name hf, or in a mixture hf:{place}$"):
+            open_data(DataConfig(mixture=("digits", str(place))), size=8, channels=1)
+    with pytest.raises(ValueError, match="label_column is kind, and no set of the mixture has metadata.jsonl"):
+        open_data(DataConfig(mixture=("digits", str(photos(tmp_path / "p"))), label_column="kind"), size=8, channels=1)
     (tmp_path / "0.safetensors").touch()
     with pytest.raises(ValueError, match="data.mixture takes images, and .* holds latents"):
         open_data(DataConfig(mixture=("digits", str(tmp_path))), size=8, channels=1)
@@ -235,6 +269,13 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         ({"mixture": ("digits", "a"), "vae": Path("b")}, "vae works with latents"),
         ({"mixture": ("digits", "a"), "download": True}, "download works with the data set fashion, not digits and fo"),
         ({"mixture": ("digits", "fashion"), "max_bad": 1}, "max_bad works with folder and hf, not digits"),
+        (
+            {"mixture": ("digits", "hf:a"), "stream": True},
+            "stream works with the data set hf, not digits and hf in a m",
+        ),
+        ({"mixture": ("hf:a", "hf:b"), "stream": True}, "stream works with the data set hf, not hf in a mixture"),
+        ({"mixture": ("digits", "a"), "split": "dev"}, "split works with the data set hf, not digits and folder"),
+        ({"mixture": ("digits", "hf:=2")}, "mixture has 'hf:=2'; give SET or SET=WEIGHT"),
         ({"alternate": True}, "alternate needs several sets; give them as --data.mixture SET SET"),
         ({"mixture": ("digits=2", "a"), "alternate": True}, "alternate takes the sets in turn, so it does not go with"),
         ({"mixture": ("digits", "digits@4")}, "a step takes those of one; add --data.alternate"),

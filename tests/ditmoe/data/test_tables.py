@@ -280,7 +280,7 @@ def test_files_of_other_columns_are_refused(stream: bool, tmp_path: Path) -> Non
 
 def test_files_beside_the_table_are_counted(tmp_path: Path) -> None:
     (parquet(tmp_path / "set") / "notes.txt").write_text("x")
-    assert "1 other files left out, such as notes.txt" in opened(tmp_path / "set").source
+    assert "1 other file left out, such as notes.txt" in opened(tmp_path / "set").source
 
 
 def metadata(root: Path, *rows: Any, end: str = "\n") -> Path:

@@ -102,6 +102,15 @@ def test_a_cache_runs_the_blocks_in_every_second_step(tmp_path: Path) -> None:
     assert len(calls) == 3 + 4  # three at first, then every second of nine
 
 
+def test_a_cache_is_refused_where_it_would_leave_out_no_step(tmp_path: Path) -> None:
+    args = replace(saved(tmp_path), num=2, cfg=1.0)
+    with pytest.raises(ValueError, match="taylor:10, which does nothing in 3 steps, as the first 3 are always run; le"):
+        requested(replace(args, steps=3, cache="taylor:10"))
+    for cache in ("taylor:2", "taylor:10"):
+        cached, plain = (requested(replace(args, steps=4, cache=c)).whole(2) for c in (cache, None))
+        assert not np.array_equal(cached, plain), "the fourth step is foretold"
+
+
 def test_what_cannot_be_cached_is_refused(tmp_path: Path) -> None:
     args = saved(tmp_path)
     for word in ("taylor", "taylor:1", "taylor:11", "first-block:0.1"):

@@ -377,7 +377,7 @@ def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.Capt
         ({"class_labels": [0], "seed": "a"}, "seed is 'a', but a seed is an integer"),
         ({"class_labels": [0], "seed": 1, "generator": torch.Generator()}, "seed is 1 beside a generator"),
         ({"class_labels": [0], "generator": 3}, r"generator is 3; give a torch\.Generator"),
-        ({"class_labels": [0], "generator": seeds(1, 2)}, "generator is a list of 2 items for 1 images"),
+        ({"class_labels": [0], "generator": seeds(1, 2)}, "generator is a list of 2 items for 1 image"),
         ({"class_labels": [0], "generator": seeds(1), "indices": [4]}, "beside indices"),
         ({"class_labels": [0], "indices": [1.5]}, r"indices have 1\.5; they must be whole numbers"),
         ({"class_labels": [0], "latents": torch.zeros(1, 8, 8)}, r"latents are \(1, 8, 8\); they must be standard"),

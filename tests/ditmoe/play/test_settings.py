@@ -61,7 +61,7 @@ def test_the_python_has_the_names_of_the_call() -> None:
         ({"steps": ["many"]}, "steps is 'many'; give a whole number"),
         ({"steps": ["0"]}, "steps is 0; it must be 1 or more"),
         ({"steps": ["3", "4"]}, "steps has 2 values"),
-        ({"guidance-interval": ["3"]}, "guidance-interval has 1 values; give two numbers"),
+        ({"guidance-interval": ["3"]}, "guidance-interval has 1 value; give two numbers"),
         ({"guide": ["/some/folder"]}, "guide is '/some/folder'; give experts-off or none"),
         ({"policy": ["{"]}, "policy is '{'; give one JSON object"),
         ({"policy": ["[]"]}, "it must be {"),

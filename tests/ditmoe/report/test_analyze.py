@@ -110,7 +110,7 @@ def test_a_folder_of_images_has_none_that_were_held_out(tmp_path: Path, capsys: 
     moved = ("--data.path", tmp_path / "moved", "--out", tmp_path / "out")
     assert analyze(model, "--num", 8, "--bins", 2, *moved) == 0
     assert analyze(model, "--num", 3, *moved) == 2
-    assert "num is 3; 2 classes need 4 images or more" in capsys.readouterr().err
+    assert "num is 3; for 2 classes it must be 4 or more" in capsys.readouterr().err
     for i in range(1, 4):
         (tmp_path / "moved/cat" / f"{i}.png").unlink()
     assert analyze(model, *moved) == 2
@@ -148,7 +148,7 @@ def test_mistakes_are_one_sentence(run: Make, tmp_path: Path, capsys: pytest.Cap
         ([nameless], "nameless has neither config.json nor training.json"),
         ([dense], "dense has no experts (a dense model)"),
         ([good, other], "b has 2 of 8 experts a token in blocks 1, "),
-        ([good, "--num", 19], "num is 19; 10 classes need 20 images or more"),
+        ([good, "--num", 19], "num is 19; for 10 classes it must be 20 or more"),
         ([good, "--data.path", tmp_path], "path does not apply to digits"),
     ):
         assert analyze(*argv, "--out", tmp_path / "out") == 2

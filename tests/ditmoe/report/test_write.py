@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from ditmoe.analysis.routing import count_experts
 from ditmoe.config.file import read_config
-from ditmoe.config.sections import Config, ObjectiveConfig
+from ditmoe.config.sections import Config, DataConfig, ObjectiveConfig
+from ditmoe.data import open as opening
 from ditmoe.data.open import open_data, reference
 from ditmoe.model import moe_layer_names
 from ditmoe.objective import Objective
@@ -160,6 +161,58 @@ def test_a_held_out_split_without_labels_costs_the_page_nothing_else(tiny: Tiny,
     assert any("No held-out set: " in note and "row 0 has label -1" in note for note in made["notes"])
     assert (made["score"]["value"], made["score_real"]) == (1.0, None)
     assert (run / "index.html").is_file()
+
+
+def spoilt(root: Path, bad: int) -> Path:
+    """Parquet of 120 digits, and 20 that are held out, of which some cannot be used."""
+    import datasets
+
+    source = open_data(DataConfig(), size=8, channels=1)
+    files = []
+    for i in range(140):
+        Image.fromarray(source.images([i])[0, :, :, 0]).save(root / "one.png")
+        files.append((root / "one.png").read_bytes() if i < 140 - bad else b"no image")
+    kinds = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=[*"0123456789"]))
+    cells = {"image": [{"bytes": f, "path": None} for f in files], "label": source.labels[:140].tolist()}
+    table = datasets.Dataset.from_dict(cells, kinds)
+    (root / "set").mkdir()
+    table.select(range(120)).to_parquet(root / "set" / "train.parquet")
+    table.select(range(120, 140)).to_parquet(root / "set" / "test.parquet")
+    return root / "set"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(("bad", "most"), [(1, 0), (1, 1), (2, 1)])
+def test_a_held_out_image_that_is_bad_costs_the_page_itself_alone(
+    in_memory: bool, bad: int, most: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_IN_MEMORY_BYTES", 2**31 if in_memory else 0)
+    data = {"name": "hf", "path": spoilt(tmp_path, bad), "max_bad": most}
+    run = trained(tiny(max_steps=1, data=data, sample=SAMPLE, moe={"blocks": "none"}))
+    made = written(run, score=lambda images: {"metric": "fd_test", "value": len(images), "n_gen": len(images)})
+    used = 20 - bad if bad <= most else 0
+    assert made["score"]["value"] == 20
+    assert (made["score_real"] or {"value": 0})["value"] == used
+    assert (made["data"]["num_held_out"], made["copies"]["held_out"]) == (used, used > 0)
+    assert made["classes"]["num_real"] == (used or 12)
+    (said,) = (note for note in made["notes"] if "test row" in note)
+    assert said.startswith("1 held-out image left out: " if used else "No held-out set: ")
+    assert f"set:test row {20 - 1 if bad == most else 20 - bad + most} is not a readable image" in said
+    assert ("let it be left out: --data.max-bad N" in said) == (not used)
+    assert said.split(" (")[0] in Page(run).text
+
+
+def test_a_reference_that_cannot_score_few_held_out_images_scores_the_samples(tiny: Tiny) -> None:
+    def score(images: np.ndarray) -> dict[str, Any]:
+        if scored:
+            raise ValueError("array: holds 1 image; a covariance needs at least 2, give more")
+        scored.append(images)
+        return {"metric": "fd_test", "value": 1.0, "n_gen": len(images)}
+
+    scored: list[np.ndarray] = []
+    made = report.write(trained(tiny(max_steps=1, sample=SAMPLE, moe={"blocks": "none"})), score=score)
+    assert (made["score"]["value"], made["score_real"]) == (1.0, None)
+    assert any(note.startswith("The held-out images were not scored: array: holds 1 image") for note in made["notes"])
 
 
 @pytest.mark.parametrize("num", [1, 13])
