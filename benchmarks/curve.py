@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.held_out import held_out_mse
 from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
 from ditmoe.config.file import read_config
 from ditmoe.generate.draw import balanced_labels, draw
-from ditmoe.objective import Objective
 from ditmoe.run_folder.network import averaged_network
 
 PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precision")
@@ -27,22 +26,6 @@ PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precisio
 def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipeline.DiTMoEPipeline:
     """The pipeline of a checkpoint's moving average."""
     return pipeline.assemble(averaged_network(folder)[0].eval(), read_config(run), names)
-
-
-@torch.inference_mode()
-def held_out_mse(run: Path, pipe: pipeline.DiTMoEPipeline, scorer: Scorer, num: int = 5000) -> float:
-    """Mean squared error on held-out images, with the same noise and times for every model."""
-    objective = Objective(read_config(run).objective)
-    total = 0.0
-    for start in range(0, num, 250):
-        rows = list(range(start, min(start + 250, num)))
-        x = scorer.test.tensors(rows)
-        draws = objective.draw(12345, rows, tuple(x.shape[1:]))
-        x_t, target = objective.corrupt(x, draws.t, draws.noise)
-        labels = torch.from_numpy(scorer.test.labels[rows])
-        out = pipe.transformer(x_t, draws.t, labels).sample[:, : x.shape[1]]
-        total += float((out - target).square().mean(dim=(1, 2, 3)).sum())
-    return total / num
 
 
 def main() -> None:
@@ -87,7 +70,7 @@ def add_rows(
     if not keys:
         return
     pipe = averaged_pipeline(run, folder, scorer.train.id2label)
-    mse = held_out_mse(run, pipe, scorer)
+    mse = held_out_mse(pipe.transformer, read_config(run).objective, scorer.test, 5000)
     num = protocol["num"]
     labels = balanced_labels(pipe, num)
     for key in keys:
