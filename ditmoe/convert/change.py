@@ -115,14 +115,11 @@ def _by_domain(
     made, domain, known = split_by_domain(
         net, args.split, batches, args.domains, sets=sets, blocks=args.blocks, keep=args.keep, seed=args.seed
     )
-    c = made.config
-    words = f"; an image has {c.shared_width} shared units and {c.expert_width} of its expert, of {c.ffn_width}"
-    if args.domains == "time":
-        return made, f"{words}; the router knows the expert of {known:.1%} of times"
-    for e in range(args.split):
-        labels = " ".join(str(y) for y in (domain == e).nonzero().flatten().tolist())
-        print(f"expert {e}: labels {labels}")
-    return made, f"{words}; the router knows the expert of {known:.1%} of labels, of which {net.null_label} is none"
+    c, by_time = made.config, args.domains == "time"
+    for e in () if by_time else range(args.split):
+        print(f"expert {e}: labels {' '.join(map(str, (domain == e).nonzero().flatten().tolist()))}")
+    units = f"an image has {c.shared_width} shared units and {c.expert_width} of its expert, of {c.ffn_width}"
+    return made, f"; {units}; the router knows the expert of {known:.1%} of {'times' if by_time else 'labels'}"
 
 
 def _sets(net: DiTMoETransformer2DModel, config: Config) -> Tensor | None:

@@ -62,17 +62,15 @@ def split_by_domain(
     """
     layers, E, H, C = dense_layers(net, blocks), num_experts, int(net.config.ffn_width), net.null_label
     R = _check(E, H, C, keep, domains, sets)
-    generator, batches = torch.Generator().manual_seed(seed), list(batches)
-    cut_ones = [*layers.values()]
-    seen = tokens_of(net, cut_ones, batches, generator)
+    generator, batches, dense = torch.Generator().manual_seed(seed), list(batches), [*layers.values()]
+    seen = tokens_of(net, dense, batches, generator)
     if domains == "time":
-        of = _range(torch.arange(NUM_TIMESTEPS + 1), E)
-        kinds = _range(torch.cat([t for _, t, _ in batches]), E)
+        of = (torch.arange(NUM_TIMESTEPS + 1) * E // NUM_TIMESTEPS).clamp_max(E - 1)
+        kinds = of[torch.cat([t for _, t, _ in batches]).long()]
     else:
-        kinds = torch.cat([y for _, _, y in batches if y is not None])
         of = torch.arange(C or 0) if sets is None else sets
-        kinds = of[kinds]
-    active = activity(cut_ones, seen, kinds, C if domains == "class" and C else E)
+        kinds = of[torch.cat([y for _, _, y in batches if y is not None])]
+    active = activity(dense, seen, kinds, C if domains == "class" and C else E)
     if domains == "class":
         groups = balanced(F.normalize(active, dim=2).transpose(0, 1).flatten(1), E)  # (E, C / E)
         groups = groups[groups.amin(dim=1).argsort()]
@@ -80,8 +78,8 @@ def split_by_domain(
         active = active[:, groups].mean(dim=2)
     common, own = chosen(active, R)
     if domains != "time":
-        free = tokens_of(net, cut_ones, [(x_t, t, None) for x_t, t, _ in batches], generator)
-        best = activity(cut_ones, free, torch.zeros_like(kinds), 1).topk(R, dim=2).indices  # (L, 1, R)
+        free = tokens_of(net, dense, [(x_t, t, None) for x_t, t, _ in batches], generator)
+        best = activity(dense, free, torch.zeros_like(kinds), 1).topk(R, dim=2).indices  # (L, 1, R)
         among = torch.zeros(len(own), 1, H).scatter(2, best, 1.0).expand(-1, E, -1).gather(2, own)
         of = torch.cat([of, among.sum(dim=(0, 2)).argmax().view(1)])
     router, known = _routed(net, of, E, by_time=domains == "time", steps=steps, generator=generator)
@@ -115,11 +113,6 @@ def _check(E: int, H: int, C: int | None, keep: float, domains: DomainKind, sets
     return R
 
 
-def _range(t: Tensor, E: int) -> Tensor:
-    """Which of E equal ranges of 0..1000 times are in."""
-    return (t * E / NUM_TIMESTEPS).long().clamp_max(E - 1)
-
-
 @torch.no_grad()
 def activity(layers: Sequence[FeedForward], seen: Sequence[Tensor], kinds: Tensor, num_kinds: int) -> Tensor:
     """(L, k, H): by kind of image the mean size of what a unit makes of tokens, (S, D) of each layer, S / N an image.
@@ -130,14 +123,12 @@ def activity(layers: Sequence[FeedForward], seen: Sequence[Tensor], kinds: Tenso
     if not counts.all():
         lacking = int(counts.argmin())
         raise ValueError(f"none of {len(kinds)} images is of domain or class {lacking}; measure more with --num")
-    found = []
-    for layer, tokens in zip(layers, seen, strict=True):
-        each = len(tokens) // len(kinds)
-        sums = torch.zeros(num_kinds, layer.fc2.weight.shape[1])
+    each = len(seen[0]) // len(kinds)
+    sums = torch.zeros(len(layers), num_kinds, layers[0].fc2.weight.shape[1])
+    for layer, tokens, total in zip(layers, seen, sums, strict=True):
         for x, kind in zip(tokens.split(PART), kinds.repeat_interleave(each).split(PART), strict=True):
-            sums.index_add_(0, kind, layer.hidden(x.to(layer.fc1.weight)).abs().float().cpu())
-        found.append(sums / (each * counts.unsqueeze(1)))
-    return torch.stack(found)
+            total.index_add_(0, kind, layer.hidden(x.to(layer.fc1.weight)).abs().float().cpu())
+    return sums / (each * counts.unsqueeze(1))
 
 
 def chosen(active: Tensor, R: int) -> tuple[Tensor, Tensor]:
