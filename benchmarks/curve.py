@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from benchmarks.held_out import held_out_errors
 from benchmarks.rows import Rows
 from benchmarks.scoring import Scorer, precision
 from ditmoe import pipeline
 from ditmoe.config.file import read_config
-from ditmoe.config.sections import ObjectiveConfig
-from ditmoe.data.sets import ImageSet
 from ditmoe.generate.draw import balanced_labels, draw
-from ditmoe.objective import Objective
 from ditmoe.run_folder.network import averaged_network
 
 PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precision")
@@ -30,21 +26,6 @@ PROTOCOL = ("num", "sampler", "steps", "seed", "extractor", "num_ref", "precisio
 def averaged_pipeline(run: Path, folder: Path, names: dict[int, str]) -> pipeline.DiTMoEPipeline:
     """The pipeline of a checkpoint's moving average."""
     return pipeline.assemble(averaged_network(folder)[0].eval(), read_config(run), names)
-
-
-@torch.inference_mode()
-def held_out_errors(net: Any, objective: ObjectiveConfig, data: ImageSet, num: int = 5000) -> Tensor:
-    """Mean squared errors (num,) of held-out images (fewer ones again), with the same noise and times for all."""
-    drawn, errors = Objective(objective), []
-    for start in range(0, num, 250):
-        numbers = list(range(start, min(start + 250, num)))
-        rows = [number % len(data) for number in numbers]
-        x = data.tensors(rows)
-        draws = drawn.draw(12345, numbers, tuple(x.shape[1:]))
-        x_t, target = drawn.corrupt(x, draws.t, draws.noise)
-        sample = net(x_t, draws.t, torch.from_numpy(data.labels[rows])).sample[:, : x.shape[1]]
-        errors.append((sample - target).square().mean(dim=(1, 2, 3)))
-    return torch.cat(errors)
 
 
 def main() -> None:

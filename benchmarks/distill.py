@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.curve import held_out_errors
+from benchmarks.held_out import held_out_errors
 from benchmarks.timing import machine
 from ditmoe import pipeline
 from ditmoe.config.file import trained_by

@@ -23,7 +23,7 @@ from statistics import mean, stdev
 import numpy as np
 import torch
 
-from benchmarks.curve import held_out_errors
+from benchmarks.held_out import held_out_errors
 from benchmarks.rows import Row, Rows
 from benchmarks.scoring import Scorer
 from benchmarks.timing import machine, round_robin

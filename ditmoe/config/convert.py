@@ -11,11 +11,13 @@ from .checks import at_least, require
 from .sections import PredictionType
 
 Family = Literal["dit", "sit", "dit-moe", "diffusers"]
+DomainKind = Literal["time", "class", "data"]
 CHANGES = ("upcycle", "more", "prune", "merge", "split", "int8", "lora")
 _OF_OTHERS = ("source", "num_heads", "prediction_type", "vae")  # options of others' checkpoints
 _OF = {  # options of some changes alone
-    "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "num": ("prune", "split"),
-    "data_path": ("prune", "split"), "seed": ("upcycle", "more", "prune", "split"),
+    "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "domains": ("split",),
+    "keep": ("split",), "num": ("prune", "split"), "data_path": ("prune", "split"),
+    "seed": ("upcycle", "more", "prune", "split"),
 }  # fmt: skip
 
 
@@ -58,7 +60,14 @@ class ConvertArgs:
     merge: Path | None = None
     """Take in the experts of this model too, and the mean of all else."""
     split: int | None = None
-    """Cut every dense layer into so many experts of like units (D2DMoE), of which a token has as many as it needs."""
+    """Cut every dense layer into so many experts: of like units (D2DMoE), of which a token has as many as it needs; or
+    with --domains of the units that are most active in a domain (Read-ME), of which an image has its own."""
+    domains: DomainKind | None = None
+    """split: make an expert for each of so many equal ranges of time, of so many equal groups of classes, or for each
+    data set of a mixture; what all of them need is the shared expert. One router decides for all layers, by the time
+    or by the label."""
+    keep: float = 0.5
+    """split with domains: share of a dense layer's units that an image has, shared ones and those of its expert."""
     int8: bool = False
     """Store experts as int8 with a scale a row, and the rest in bfloat16: to draw with, not to train on."""
     lora: Path | None = None
@@ -66,7 +75,8 @@ class ConvertArgs:
     blocks: Literal["all", "every-second"] = "all"
     """upcycle, split: which blocks get experts."""
     tau: float = 0.5
-    """split: of the rule; 1 is all experts, that is the dense layer. `sample.py --tau` draws with another."""
+    """split without domains: of the rule; 1 is all experts, that is the dense layer. `sample.py --tau` draws with
+    another."""
     num: int = 500
     """prune by contribution or load, split: training images, noised to all times, that experts are measured by."""
     seed: int = 0
@@ -85,14 +95,16 @@ class ConvertArgs:
         asked = [name for name in CHANGES if getattr(self, name) not in (None, False)]
         require(len(asked) <= 1, f"--{' and --'.join(asked)} are two changes; make one after the other")
         require(0 <= self.tau <= 1, f"tau is {self.tau}; it must lie in [0, 1]")
-        for name, of in _OF.items():
-            alone = self.change in of or getattr(self, name) == getattr(ConvertArgs, name)
-            flag = {"data_path": "data.path"}.get(name, name)
-            require(alone, f"--{flag} works with {' or '.join(f'--{x}' for x in of)}")
+        require(0 < self.keep < 1, f"keep is {self.keep}; it must lie between 0 and 1")
+        checks = [(n, self.change in of, f"works with {' or '.join(f'--{x}' for x in of)}") for n, of in _OF.items()]
         measured = self.change != "prune" or self.by != "random"
-        for name, flag in (("num", "num"), ("data_path", "data.path")):
-            unused = measured or getattr(self, name) == getattr(ConvertArgs, name)
-            require(unused, f"--{flag} is of what experts are measured by, and --by random measures none")
+        why = "is of what experts are measured by, and --by random measures none"
+        checks += [("num", measured, why), ("data_path", measured, why)]
+        checks += [("tau", self.domains is None, "is of a split without --domains")]
+        checks += [("keep", self.domains is not None, "is of a split with --domains")]
+        for name, applies, why in checks:
+            flag, unused = name.replace("data_path", "data.path"), getattr(self, name) == getattr(ConvertArgs, name)
+            require(applies or unused, f"--{flag} {why}")
         if self.change:
             require(self.top_k is None or self.change == "upcycle", f"--top-k does not apply to --{self.change}")
             self._refuse(_OF_OTHERS, f"--{self.change}")

@@ -14,9 +14,11 @@ from ..config.convert import ConvertArgs
 from ..config.file import save, trained_by
 from ..config.presets import PRESETS
 from ..config.sections import Config, ObjectiveConfig, SampleConfig
+from ..data.open import open_data
 from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
 from .centroids import noised, training_images
+from .domains import split_by_domain
 from .grow import merge, more
 from .lora import load
 from .lora import merge as merge_lora
@@ -96,9 +98,38 @@ def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -
             return prune(net, args.prune, by_chance(net, args.seed)), ""
         return prune(net, args.prune, getattr(usage(net, _batches(args, net, config)), args.by)), ""
     assert args.split is not None
+    if args.domains is not None:
+        return _by_domain(args, net, config)
     found = split(net, args.split, _batches(args, net, config), blocks=args.blocks, tau=args.tau, seed=args.seed)
     served = sum(found.served) / len(found.served)
     return found.network, f"; at tau {args.tau:g} {served:.0%} of the experts serve a token"
+
+
+def _by_domain(
+    args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config
+) -> tuple[DiTMoETransformer2DModel, str]:
+    assert args.split is not None
+    assert args.domains is not None
+    batches = _batches(args, net, config)
+    sets = _sets(net, config) if args.domains == "data" and net.null_label else None
+    made, domain, known = split_by_domain(
+        net, args.split, batches, args.domains, sets=sets, blocks=args.blocks, keep=args.keep, seed=args.seed
+    )
+    c, by_time = made.config, args.domains == "time"
+    for e in () if by_time else range(args.split):
+        print(f"expert {e}: labels {' '.join(map(str, (domain == e).nonzero().flatten().tolist()))}")
+    units = f"an image has {c.shared_width} shared units and {c.expert_width} of its expert, of {c.ffn_width}"
+    return made, f"; {units}; the router knows the expert of {known:.1%} of {'times' if by_time else 'labels'}"
+
+
+def _sets(net: DiTMoETransformer2DModel, config: Config) -> Tensor | None:
+    """Of every class the data set (C,), of a mixture."""
+    data = open_data(config.data, size=net.config.sample_size, channels=net.config.in_channels)
+    if len(data.sizes) < 2:
+        raise ValueError(f"domains data needs a model of several sets (data.mixture), and this one is of {data.source}")
+    sets = torch.zeros(net.config.num_classes, dtype=torch.int64)
+    sets[torch.from_numpy(data.labels)] = torch.arange(len(data.sizes)).repeat_interleave(torch.tensor(data.sizes))
+    return sets
 
 
 def _batches(

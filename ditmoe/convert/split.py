@@ -20,6 +20,11 @@ TOKENS = 20_000  # of a block that are looked at, about
 LLOYD = 20  # steps of k-means at most
 BATCH, RATE = 512, 3e-3  # of the fit, with Adam; the rate falls to 0
 FLOOR = 1e-2  # of a block's mean norm: what is less is as good as nothing
+PART = 2048  # tokens of which all hidden units are in memory
+CHOICE: dict[str, Any] = {  # settings of a router that is fitted to choose parts of a dense layer, and stays
+    **TOPK, "router_kind": "mlp", "router_score": "softmax", "router_weights": "one", "router_renormalize": False,
+    "router_scale": 1.0, "router_bias": False,
+}  # fmt: skip
 
 
 class Split(NamedTuple):
@@ -76,10 +81,9 @@ def split(
         weights |= {f"{name}.moe.shared.{key}": value for key, value in shared(layer, units[:0, 0]).items()}
     gelu = net.config.activation == "gelu"
     settings: dict[str, Any] = {
-        **TOPK, "moe_blocks": blocks, "num_experts": E, "top_k": max(1, round(E * sum(served) / len(served))),
+        **CHOICE, "moe_blocks": blocks, "num_experts": E, "top_k": max(1, round(E * sum(served) / len(served))),
         "expert_width": H // E, "expert_biases": gelu, "shared_width": SILENT * gelu, "router_input": "token",
-        "router_bias": False, "router_kind": "mlp", "router_score": "softmax", "router_select": "relative",
-        "router_tau": tau, "router_weights": "one", "router_renormalize": False, "router_scale": 1.0,
+        "router_select": "relative", "router_tau": tau,
     }  # fmt: skip
     return Split(rebuilt(net, weights, settings), served, error)
 
@@ -116,15 +120,21 @@ def tokens_of(
 
 @torch.no_grad()
 def clusters(layer: FeedForward, num_experts: int) -> Tensor:
-    """(E, F) hidden units in E equal clusters of like rows of the first matrix: balanced k-means, without chance.
+    """(E, F) hidden units in E equal clusters of like rows of the first matrix, `balanced`.
 
-    Rows have length 1 (of swiglu those of gate and up each). The first centre is the row most like all, a next one the
-    row farthest from those before it; in a step units choose, those first that would lose most by their second choice,
-    while there is room.
+    Rows have length 1 (of swiglu those of gate and up each).
     """
     H = layer.fc2.weight.shape[1]
     weight = layer.fc1.weight.detach().float().cpu().view(-1, H, layer.fc1.weight.shape[1])
-    rows = F.normalize(weight, dim=2).transpose(0, 1).flatten(1)  # (H, m D)
+    return balanced(F.normalize(weight, dim=2).transpose(0, 1).flatten(1), num_experts)  # of (H, m D)
+
+
+def balanced(rows: Tensor, num_experts: int) -> Tensor:
+    """(E, F): of H = E F rows which are in each of E clusters, in their order: balanced k-means, without chance.
+
+    The first centre is the row most like all, a next one the row farthest from those before it; in a step rows choose,
+    those first that would lose most by their second choice, while there is room.
+    """
     centres = rows[(rows @ rows.sum(dim=0)).argmax().view(1)]
     while len(centres) < num_experts:
         far = torch.cdist(rows, centres).amin(dim=1)
@@ -153,7 +163,7 @@ def _even(squares: Tensor) -> Tensor:
 @torch.no_grad()
 def norms(layer: FeedForward, units: Tensor, tokens: Tensor) -> Tensor:
     """(S, E): |Expert_e(x)| of experts with these hidden units (E, F) of a dense layer, for tokens (S, D)."""
-    parts: Sequence[Tensor] = tokens.split(2048)
+    parts: Sequence[Tensor] = tokens.split(PART)
     w_out = layer.fc2.weight.float()
     found = []
     for x in parts:

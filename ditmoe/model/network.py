@@ -223,7 +223,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             ValueError: Labels for a model without classes, x_t of another shape, or tau for a rule that has none.
         """
         self._check(hidden_states, class_labels)
-        condition = self._condition(hidden_states, timestep, class_labels)
+        condition = self.condition(hidden_states, timestep, class_labels)
         if steering is not None and steering.tau is not None and not self.rule.has_tau:
             raise ValueError(f"tau is {steering.tau}, but this model selects {self.rule.kind}, which has none")
         x = self.x_embedder(hidden_states)  # (N, T, D)
@@ -273,7 +273,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         p: int = self.config.patch_size
         return unpatchify(tokens, p, tokens.shape[-1] // p**2)
 
-    def _condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
+    def condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
+        """What blocks and routers get beside the tokens: of N images x, whose pixels do not matter, at t and of y."""
         N = x.shape[0]
         t = torch.as_tensor(t, device=x.device).expand(N)
         own = 1000 - t.float() if self.config.reverse_time else t.float()  # on the time axis of the training

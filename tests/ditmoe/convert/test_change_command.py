@@ -40,6 +40,8 @@ def saved(folder: Path, seed: int = 0, **moe: Any) -> Path:
     [
         ({"blocks": "none"}, ["--upcycle", 6, "--blocks", "every-second"], 1e-5),
         ({"blocks": "none"}, ["--split", 6, "--tau", 1, "--num", 20], 1e-5),
+        ({"blocks": "none"}, ["--split", 4, "--domains", "time", "--num", 20], None),
+        ({"blocks": "none"}, ["--split", 5, "--domains", "class", "--num", 90, "--keep", 0.7], None),
         ({"bias_rate": 0.01}, ["--more"], 1e-4),
         ({"bias_rate": 0.01}, ["--prune", 8, "--num", 20], 1e-6),
         ({"bias_rate": 0.01}, ["--prune", 5, "--by", "random", "--seed", 3], None),

@@ -10,6 +10,7 @@ import torch
 from ditmoe import pipeline
 from ditmoe.config.file import from_dict, to_dict
 from ditmoe.config.sections import Config, MoEConfig
+from ditmoe.convert.domains import split_by_domain
 from ditmoe.convert.grow import merge, more
 from ditmoe.convert.prune import by_chance, prune
 from ditmoe.convert.rebuild import described
@@ -30,11 +31,13 @@ def changed(name: str) -> Net:
         return upcycle(dense, 6, 2, copies=name == "copies", router_bias=True)
     if name == "split":
         return split(network(activation="gelu", blocks="none"), 6, [BATCH], steps=1).network
+    if name == "domains":
+        return split_by_domain(network(activation="gelu", blocks="none"), 2, [BATCH], "time", steps=1).network
     net = network(bias_rate=0.01)
     return {"prune": lambda: prune(net, 4, by_chance(net, 0)), "more": lambda: more(net), "merge": lambda: merge(net, net)}[name]()  # fmt: skip  # noqa: E501
 
 
-NAMES = ["upcycle", "copies", "split", "prune", "more", "merge"]
+NAMES = ["upcycle", "copies", "split", "domains", "prune", "more", "merge"]
 
 
 @pytest.mark.parametrize("name", NAMES)
