@@ -96,7 +96,8 @@ def test_a_path_into_a_closed_folder_is_one_sentence(tmp_path, monkeypatch):
     def closed(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(sources.Path, "is_dir", closed)
+    for asked in ("is_dir", "exists"):
+        monkeypatch.setattr(sources.Path, asked, closed)
     with pytest.raises(ValueError, match=r"x\.npz: cannot be read \(Permission denied\)"):
         open_source(tmp_path / "x.npz")
 
