@@ -171,7 +171,7 @@ def shift_field(name: str) -> str | None:
 
 
 # What alpha_bar follows from.
-_CHAIN = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+CHAIN = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 LIBRARY_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of diffusers
 
@@ -199,5 +199,5 @@ def network_calls(name: str, config: Mapping[str, Any], steps: int, options: Map
 
 def chain_of(config: Mapping[str, Any]) -> Tensor:
     """alpha_bar (T,) float64 of the chain that a scheduler's ``config`` is of, or that it was made from."""
-    chain: Tensor = DDPMScheduler(**{field: config[field] for field in _CHAIN if field in config})._alpha_bar
+    chain: Tensor = DDPMScheduler(**{field: config[field] for field in CHAIN if field in config})._alpha_bar
     return chain

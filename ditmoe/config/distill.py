@@ -79,6 +79,10 @@ class DistillConfig:
                 f"distill.teacher_steps is {self.teacher_steps}; it must be sample.steps, {sample.steps}, or more, and "
                 f"at most 1000"
             )
+        if config.other_sizes():
+            raise ValueError(
+                "distill.teacher_steps draws images of model.sample_size, and data.mixture has other sizes"
+            )
         if config.objective.class_dropout_prob:
             raise ValueError(
                 "distill.teacher_steps draws of classes alone, without guidance later on; add "

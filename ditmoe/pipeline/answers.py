@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samplers.catalog import chain_of, prediction_type_of, scheduler_for
+from samplers.catalog import CHAIN, chain_of, make_scheduler, prediction_type_of, scheduler_for
 from samplers.guidance import Guidance, Network
 from samplers.translate import FLOW, translation
 
@@ -67,10 +67,30 @@ class Answers:
         return answer[:, : x.shape[1]]
 
 
-def words(objective: ObjectiveConfig, shift: float | None = None, steps: int = 1) -> Any:
-    """The scheduler that speaks as networks of an objective do, its timesteps set: flow-euler, or DDIM."""
-    name = "flow-euler" if objective.prediction_type == FLOW else "ddim"
-    return scheduler_for(name, scheduler_config(objective) | ({} if shift is None else {"shift": shift}), steps)
+def words(objective: ObjectiveConfig, pipe: Any) -> Any:
+    """The scheduler that speaks as networks of an objective do, flow-euler or DDIM, of a pipeline's chain if it is one.
+
+    Raises:
+        ValueError: Both are chains, and not the same: at a time one is noisier than the other.
+    """
+    own, theirs = scheduler_config(objective), pipe.scheduler.config
+    chain = {name: theirs[name] for name in CHAIN if name in theirs}
+    if objective.prediction_type == FLOW:
+        return make_scheduler("flow-euler", {**chain, **own})
+    of_chain = pipe.transformer.config.prediction_type != FLOW
+    if of_chain and bool((chain_of(own) - chain_of(chain)).abs().max() > 1e-6):
+        said = ", ".join(f"{name} {value}" for name, value in chain.items())
+        raise ValueError(
+            f"it is of another noise schedule ({said}); give the student the same, or "
+            f"--objective.prediction-type flow_prediction"
+        )
+    return make_scheduler("ddim", own)
+
+
+def flow_levels(shift: float | None, steps: int) -> tuple[float, ...]:
+    """The noise levels of flow-euler: 1 of its first step, those of the next, and 0."""
+    config = {"prediction_type": FLOW} | ({} if shift is None else {"shift": shift})
+    return (1.0, *scheduler_for("flow-euler", config, steps).sigmas.tolist()[1:])
 
 
 def path(pipe: Any, noise: Tensor, labels: Tensor | None, steps: int, levels: Sequence[float]) -> Tensor:

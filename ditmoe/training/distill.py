@@ -7,7 +7,7 @@ sampler lands where the teacher's sampler gets by many (Luhman and Luhman, arXiv
 Shapes: n images of a micro-batch, C channels, H W size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .. import pipeline
 from ..config.sections import Config
+from ..data.mixture import Mixture
 from ..data.sets import ImageSet
 from ..files import digest
 from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS
-from ..pipeline.answers import ONE_CALL, Answers, path, words
+from ..pipeline.answers import ONE_CALL, Answers, flow_levels, path, words
 
 
 class Teachers:
@@ -35,17 +36,11 @@ class Teachers:
 
     def __init__(self, config: Config, data: ImageSet, student: DiTMoETransformer2DModel, device: torch.device) -> None:
         self.distill = distill = config.distill
-        scheduler = words(
-            config.objective, config.sample.flow_shift if distill.teacher_steps else None, config.sample.steps
-        )
-        self.levels = tuple(scheduler.sigmas.tolist()) if distill.teacher_steps else None
-        pipes = [pipeline.load(Path(folder)) for folder in distill.teachers]
-        self.null_label, self.pipes, self.answers = student.null_label, list[Any](), list[Answers]()
-        self.first: list[int] = []  # the student's label of its label 0
-        classes, counts = student.config.num_classes, [pipe.transformer.config.num_classes for pipe in pipes]
-        # of a mixture the student has a set's classes after those of the sets before it, one of a set without any
-        own = [max(1, count) for count in counts]
-        for folder, pipe in zip(distill.teachers, pipes, strict=True):
+        few = distill.teacher_steps > 0
+        self.levels = flow_levels(config.sample.flow_shift, config.sample.steps) if few else None
+        self.pipes = [pipeline.load(Path(folder)) for folder in distill.teachers]
+        self.null_label, self.answers = student.null_label, list[Answers]()
+        for folder, pipe in zip(distill.teachers, self.pipes, strict=True):
             net = pipe.transformer.config
             for name in ("sample_size", "in_channels"):
                 if net[name] != student.config[name]:
@@ -54,17 +49,22 @@ class Teachers:
                     )
             if pipe.config.latents != data.normalization:
                 raise ValueError(f"distill.teachers {folder} is of other latents than the data (or one is of pixels)")
-            self.first.append(0 if counts[len(self.first)] == classes else sum(own[: len(self.first)]))
-            if self.levels is not None and pipe.config.sampler not in ONE_CALL:
-                raise ValueError(
-                    f"distill.teachers {folder} draws by {pipe.config.sampler}, which few calls cannot follow; "
-                    f"distill.teacher_steps needs one of {', '.join(ONE_CALL)}"
-                )
+            pipe.register_modules(vae=None)  # all is latent here
             pipe.set_progress_bar_config(disable=True)
-            self.pipes.append(pipe.to(device))
-            self.answers.append(Answers(pipe, scheduler, guided=distill.guided))
-        if any(count != classes for count in counts) and (distill.by != "domain" or sum(own) != classes):
-            raise ValueError(f"distill.teachers have {' and '.join(map(str, counts))} classes, the student {classes}")
+            pipe.transformer.requires_grad_(False)
+            pipe.to(device)
+            if not few:
+                try:
+                    self.answers.append(Answers(pipe, words(config.objective, pipe), guided=distill.guided))
+                except ValueError as error:
+                    raise ValueError(f"distill.teachers {folder} cannot teach this objective: {error}") from error
+            elif pipe.config.sampler not in ONE_CALL:
+                name = pipe.config.sampler or "a scheduler of diffusers"
+                raise ValueError(
+                    f"distill.teachers {folder} draws by {name}, which few calls cannot follow; distill.teacher_steps "
+                    f"needs one of {', '.join(ONE_CALL)}"
+                )
+        self.first = _first_labels(config, data, student.config.num_classes, self.pipes)
 
     @property
     def calls(self) -> int:
@@ -100,7 +100,7 @@ class Teachers:
     def _by(self, of: Callable[[int, Tensor | slice], Tensor], domain: Tensor) -> Tensor:
         """What the teachers say, each of its set or the mean of all; `of` asks one about some of the images."""
         if self.distill.by == "mean":
-            return torch.stack([of(number, slice(None)) for number in range(len(self.answers))]).mean(dim=0)
+            return torch.stack([of(number, slice(None)) for number in range(len(self.pipes))]).mean(dim=0)
         known = [(domain == number, of(number, domain == number)) for number in domain.unique().tolist()]
         said = torch.empty(len(domain), *known[0][1].shape[1:], device=domain.device)
         for rows, own in known:
@@ -109,11 +109,35 @@ class Teachers:
 
     def _own(self, number: int, labels: Tensor | None) -> Tensor | None:
         """A teacher's labels, of the student's."""
-        null = self.answers[number].null_label
+        null = self.pipes[number].transformer.null_label
         if labels is None or null is None:
             return None
         assert self.null_label is not None
         return torch.where(labels == self.null_label, null, labels - self.first[number])
+
+
+def _first_labels(config: Config, data: ImageSet, classes: int, pipes: Sequence[Any]) -> list[int]:
+    """Of each teacher the student's label of its label 0, once both are found to have the same classes.
+
+    Of a mixture the student has a set's classes after those of the sets before it, one of a set without any.
+    """
+    teachers, first = config.distill.teachers, list[int]()
+    counts = [pipe.transformer.config.num_classes for pipe in pipes]
+    sets = [one.id2label for one in data.sets] if isinstance(data, Mixture) else []
+    for number, (folder, pipe, count) in enumerate(zip(teachers, pipes, counts, strict=True)):
+        begin, known = 0, data.id2label
+        if count != classes:
+            own = config.distill.by == "domain" and count == len(sets[number])
+            if not own:
+                asked = f"its set {len(sets[number])}, all sets {classes}" if sets else f"the student {classes}"
+                raise ValueError(f"distill.teachers {folder} has {count} classes, {asked}")
+            begin, known = sum(max(1, len(names)) for names in sets[:number]), sets[number]
+        first.append(begin)
+        names = pipe.id2label
+        other = next((label for label in sorted(names.keys() & known.keys()) if names[label] != known[label]), None)
+        if other is not None:
+            print(f"note: class {other} is {names[other]!r} to the teacher {folder}, and {known[other]!r} in the data")
+    return first
 
 
 def teachers_of(
@@ -123,10 +147,16 @@ def teachers_of(
     return Teachers(config, data, student, device) if config.distill.teachers else None
 
 
-def facts(config: Config) -> dict[str, list[str]]:
-    """What the teachers' weights are, file by file: a run goes on with the same ones. Empty without teachers."""
-    found = []
+def facts(config: Config) -> dict[str, list[str] | None]:
+    """What the teachers' weights and settings are, file by file: a run goes on with the same. Empty without teachers.
+
+    None where one is not there (any more), which a finished run does not need.
+    """
+    found = list[str]()
     for folder in config.distill.teachers:
-        place = next(p for p in (Path(folder) / "model", Path(folder)) if (p / "model_index.json").is_file())
-        found += [digest(path) for path in sorted(place.rglob("*.safetensors"))]
+        place = next((p for p in (Path(folder) / "model", Path(folder)) if (p / "model_index.json").is_file()), None)
+        if place is None:
+            return {"teachers": None}
+        files = [place / "model_index.json", *sorted(place.glob("*/*.json")), *sorted(place.rglob("*.safetensors"))]
+        found += map(digest, files)
     return {"teachers": found} if found else {}

@@ -76,8 +76,12 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     begun = bool(newest_first(config.out / place.CHECKPOINTS))
     state = new_state(config, num_classes(config, data), parallel, begun)
     pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
-    made, device = state.model, accelerator.device
-    teachers = agree.agreed(accelerator, lambda: distill.teachers_of(config, data, made, device))
+
+    def teachers() -> distill.Teachers | None:
+        made, device = state.model, accelerator.device
+        return agree.agreed(accelerator, lambda: distill.teachers_of(config, data, made, device))
+
+    taught = None if begun else teachers()
     with ExitStack() as stack:
         agree.decided_by_first(accelerator, lambda: stack.enter_context(place.locked(config)))
         precision = start.resolve_precision(config.train.precision, accelerator.device)
@@ -89,6 +93,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         exported = agree.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / place.MODEL))
         if exported is not None and (exported == first == last if saved else exported >= last):
             return False
+        taught = teachers() if begun else taught  # a finished run needs none
         if not saved:
             agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
             agree.agreed(accelerator, lambda: begin(config.train.init, state, parallel))
@@ -100,7 +105,7 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         log = stack.enter_context(Log(config, first, shown=accelerator.is_main_process, track=tracking.row))
         saving = Saving(config, data, parallel, state, variance, first if saved else -1)
         stack.push(saving.__exit__)
-        run = Run.of(config, data, parallel, state, signals, saved, teachers)
+        run = Run.of(config, data, parallel, state, signals, saved, taught)
         stack.enter_context(closing(run.batches))
         _loop(run, facts, saving, log, on_sample and _tracked(on_sample, config, tracking), first)
         saving.export(last)
@@ -114,6 +119,7 @@ def _common(config: Config) -> dict[str, Any]:
     options = to_dict(config)
     for name in ("path", "mixture", "vae", "download", "num_workers"):
         del options["data"][name]
+    del options["distill"]["teachers"]
     split = config.parallel.shard or config.parallel.experts > 1  # then all of them write into the run folder
     return {name: value for name, value in options.items() if name != "plan" and (split or name != "out")}
 

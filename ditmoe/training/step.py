@@ -156,7 +156,7 @@ class Passed(NamedTuple):
     hidden: list[Tensor]  # of dense layers that are to be sparse
 
 
-def _passed(run: Run, batch: Batch) -> Passed:
+def _passed(run: Run, batch: Batch, *, ahead: bool = False) -> Passed:
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device, (C, H, W) = accelerator.device, batch.x.shape[1:]
     x_0 = batch.x.to(device, non_blocking=True)
@@ -170,7 +170,7 @@ def _passed(run: Run, batch: Batch) -> Passed:
         if teachers is not None and teachers.levels:
             x_t, t, target = teachers.steps(noise, labels, domain)
             labels, domain = None if labels is None else labels.repeat(teachers.calls), domain.repeat(teachers.calls)
-        elif teachers is not None:
+        elif teachers is not None and not ahead:
             taught = teachers.target(x_t, t, labels, domain)
     with accelerator.autocast(), hidden_units(run.raw if config.moe.hoyer_weight else None) as hidden:
         sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
@@ -191,7 +191,7 @@ def _loads_ahead(run: Run, batches: Sequence[Batch]) -> Loads | None:
 
     None of none: where there is one, whose own they are, or where no loss is of loads.
     """
-    found = [_loads(run, _passed(run, batch).routing) for batch in batches]
+    found = [_loads(run, _passed(run, batch, ahead=True).routing) for batch in batches]
     known = [loads for loads in found if loads is not None]
     sums = [loads.sums for loads in known if loads.sums is not None]
     return None if not known else Loads(sum(loads.counts for loads in known), sum(sums) if sums else None)  # type: ignore[arg-type]
@@ -215,7 +215,9 @@ def _forward(
     if taught is not None:
         parts.append(("distill", share, (sample.float() - taught).square().mean()))
     if heads:
-        parts.append(("expert", config.objective.expert_weight, expert_loss(heads[0], target)))
+        wanted = [(1 - share, target), *([] if taught is None else [(share, taught)])]
+        expert: Any = sum(part * expert_loss(heads[0], of) for part, of in wanted if part)
+        parts.append(("expert", config.objective.expert_weight, expert))
     if hidden:
         parts.append(("hoyer", config.moe.hoyer_weight, torch.stack([*map(square_hoyer, hidden)]).mean()))
     own = _loads(run, routing)

@@ -1,6 +1,7 @@
 """Teachers: what they say is the target, at every level or a few calls on; whose labels; exact resume; refusals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from ditmoe import pipeline
 from ditmoe.config.sections import Config, DistillConfig, ObjectiveConfig
 from ditmoe.data.open import open_data
-from ditmoe.model import build
+from ditmoe.model import DiTMoETransformer2DModel, build
 from ditmoe.objective import scheduler_config
-from ditmoe.pipeline.answers import Answers, path, words
+from ditmoe.pipeline.answers import Answers, flow_levels, path, words
 from ditmoe.pipeline.guide import ExpertsOff
 from ditmoe.training.distill import Teachers
 from ditmoe.training.state import num_classes
@@ -67,7 +68,7 @@ def test_a_guided_teacher_is_guided_within_its_interval_alone(teacher: Path) -> 
     x, t, y = images()
     pipe = pipeline.load(teacher)
     pipe.register_to_config(guidance_interval=(0.0, 800.0), experts_off=True, guide_scale=3.0)
-    answers = Answers(pipe, words(ObjectiveConfig(prediction_type="flow_prediction")), guided=True)
+    answers = Answers(pipe, words(ObjectiveConfig(prediction_type="flow_prediction"), pipe), guided=True)
     a = chain_of(make_scheduler("unipc", {}).config)[800]
     s = float((1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt()))
     assert answers.highest == pytest.approx(s)  # the interval is of the chain that its sampler draws by
@@ -150,7 +151,45 @@ def test_the_way_of_a_teacher_is_the_images_it_draws_through(teacher: Path) -> N
     found = path(pipe, x, y, 5, [1.0, s, 0.0])
     torch.testing.assert_close(found[0], x)
     torch.testing.assert_close(found[1], at / (a**0.5 + (1 - a) ** 0.5), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(path(pipe, x, y, 5, [1.0, s / 2, 0.0])[1].mean(), path(pipe, x, y, 5, [s / 2]).mean())
+    t, later = seen[3]
+    r = [float(((1 - a) / a).sqrt()) for a in chain[[int(t), int(t) + 1]]]
+    r_t = r[0] + (t - int(t)) * (r[1] - r[0])
+    below, a_below = r_t / (1 + r_t), 1 / (1 + r_t**2)
+    half = (found[1] + later / (a_below**0.5 + (1 - a_below) ** 0.5)) / 2
+    torch.testing.assert_close(path(pipe, x, y, 5, [(s + below) / 2])[0], half, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_a_teacher_of_a_chain_teaches_a_flow(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """At s the chain's time has the same noise over signal, and x_vp = x / hypot(1 - s, s)."""
+    config = tiny(
+        out=tmp_path / "chain", objective={"prediction_type": kind, "beta_schedule": "squaredcos_cap_v2"},
+        train={"learning_rate": 0.02},
+    )  # fmt: skip
+    go(config)
+    x, _, y = images()
+    chain = chain_of(scheduler_config(config.objective))
+    steps = torch.tensor([1, 100, 300, 500, 700, 900])
+    r = ((1 - chain[steps]) / chain[steps]).sqrt()
+    s = (r / (1 + r)).float().view(-1, 1, 1, 1)
+    named = {"teachers": (str(config.out),)}
+    said = student(tiny(objective=FLOW, distill=named)).target(
+        x, 1000 * s.flatten(), y, torch.zeros(6, dtype=torch.long)
+    )
+    signal, noise = ((part / torch.hypot(1 - s, s)) for part in (1 - s, s))
+    x_vp = x / torch.hypot(1 - s, s)
+    with torch.no_grad():
+        out = pipeline.load(config.out).transformer(x_vp, steps.float(), class_labels=y).sample
+    if kind == "epsilon":
+        eps, x0 = out, (x_vp - noise * out) / signal
+    else:
+        eps, x0 = noise * x_vp + signal * out, signal * x_vp - noise * out
+    torch.testing.assert_close(said, eps - x0, rtol=2e-2, atol=2e-3)
+    with pytest.raises(ValueError, match="chain cannot teach this objective: it is of another noise schedule"):
+        student(tiny(objective={"prediction_type": kind}, distill=named))
+    few = tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW, distill={**named, "teacher_steps": 4})
+    y[y == 10] = 4
+    assert student(few).steps(x, y, torch.zeros(6, dtype=torch.long))[2].isfinite().all()
 
 
 def test_several_are_averaged(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
@@ -251,6 +290,81 @@ def test_an_image_gives_all_steps_of_few_calls(tiny: Tiny, teacher: Path) -> Non
     assert not x_t.is_inference()
 
 
+def test_the_network_is_asked_of_all_steps_with_the_labels_of_their_images(
+    tiny: Tiny, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+    forward = DiTMoETransformer2DModel.forward
+
+    def spied(self: Any, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **more: Any) -> Any:
+        if self.training:
+            assert class_labels is not None
+            asked.append((t.clone(), class_labels.clone()))
+        return forward(self, x, t, class_labels, **more)
+
+    monkeypatch.setattr(DiTMoETransformer2DModel, "forward", spied)
+    config = tiny(max_steps=1, objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW,
+                  distill={"teachers": (str(teacher),), "teacher_steps": 3})  # fmt: skip
+    go(config)
+    ((t, labels),) = asked
+    assert t.view(3, 16).std(dim=1).max() == 0
+    assert t.view(3, 16)[:, 0].diff().max() < 0
+    assert bool((labels.view(3, 16) == labels[:16]).all())
+    assert len(labels[:16].unique()) > 3
+
+
+def test_a_finished_run_needs_its_teachers_no_more(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
+    config = tiny(max_steps=1, objective=FLOW, distill={"teachers": (str(teacher),)})
+    assert go(config)
+    teacher.rename(tmp_path / "moved")
+    assert not go(config)
+    with pytest.raises(ValueError, match="teacher holds no model"):
+        go(replace(config, max_steps=2))
+    moved = replace(config, max_steps=2, distill=replace(config.distill, teachers=(str(tmp_path / "moved"),)))
+    assert go(moved)  # the same ones at another place
+    index = tmp_path / "moved/model/model_index.json"
+    index.write_text(index.read_text().replace('"guidance_scale": 2.0', '"guidance_scale": 9.0'))
+    with pytest.raises(ValueError, match="distill.teachers are not those of"):
+        go(replace(moved, max_steps=3))
+
+
+def test_the_losses_of_heads_have_the_teachers_share(tiny: Tiny, teacher: Path) -> None:
+    """One head of two is asked alone where the gate is even: with weight 1 no part of the loss is the images' own."""
+    distill = {"teachers": (str(teacher),)}
+    go(tiny(max_steps=1, objective={**FLOW, "expert_weight": 0.5}, model={"head_experts": 2}, distill=distill,
+            moe={"balance_weight": 0.0, "z_weight": 0.0}))  # fmt: skip
+    (row,) = rows(tiny().out)
+    assert row["expert"] == pytest.approx(row["distill"], rel=1e-4)  # heads that are zero are alike
+    assert row["loss"] == pytest.approx(1.5 * row["distill"], rel=1e-4)
+
+
+def test_teachers_in_the_wrong_order_are_refused_and_other_names_said(
+    tiny: Tiny, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        stripes(tmp_path / "waves" / name, count=20, seed=len(name))
+    waves = {"name": "folder", "path": tmp_path / "waves"}
+    go(tiny(out=tmp_path / "second", objective=FLOW, data=waves))
+    data = {"mixture": ("digits", str(tmp_path / "waves"))}
+    named = {"teachers": (str(tmp_path / "second"), str(teacher)), "by": "domain"}
+    with pytest.raises(ValueError, match="second has 2 classes, its set 10, all sets 12"):
+        student(tiny(objective=FLOW, data=data, distill=named))
+    capsys.readouterr()
+    pipe = pipeline.load(teacher)
+    pipe.register_to_config(id2label={str(i): f"c{i}" for i in range(10)})
+    pipe.save_pretrained(teacher / "model")
+    student(tiny(objective=FLOW, distill={"teachers": (str(teacher),)}))
+    assert "note: class 0 is 'c0' to the teacher" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.2, 1.0, 3.0])
+def test_levels_begin_at_the_noise(shift: float) -> None:
+    levels = flow_levels(shift, 4)
+    assert levels[0] == 1.0
+    assert levels[-1] == 0.0
+    assert len(levels) == 5
+
+
 def test_two_processes_equal_one(teacher: Path, tmp_path: Path) -> None:
     flags = ["--max-steps", 4, "--objective.prediction-type", "flow_prediction", "--distill.teachers", teacher,
              "--objective.class-dropout-prob", 0, "--distill.teacher-steps", 2, "--sample.sampler", "flow-euler",
@@ -295,7 +409,7 @@ def test_a_teacher_of_other_images_or_classes_is_refused_before_anything_is_writ
     waves = {"name": "folder", "path": stripes(tmp_path / "waves")}
     with pytest.raises(ValueError, match="has in_channels 1, the student 3"):
         go(tiny(distill=named, model={"in_channels": 3}, data={**waves, "fit": "crop"}))
-    with pytest.raises(ValueError, match="have 10 classes, the student 12"):
+    with pytest.raises(ValueError, match="has 10 classes, the student 12"):
         go(tiny(distill=named, model={"num_classes": 12}))
     with pytest.raises(ValueError, match="nowhere holds no model"):
         go(tiny(distill={"teachers": ("nowhere",)}))
