@@ -135,7 +135,6 @@ def _weighted(entry: str) -> tuple[str, Fraction]:
     except ValueError:
         weight = 0.0
     if word in ("", _TABLE) or not 1 / MOST <= weight <= MOST:
-        raise ValueError(
-            f"mixture has {entry!r}; give SET or SET=WEIGHT with a weight above 0, such as {word or 'SET'}=2"
-        )
+        named = "SET" if word in ("", _TABLE) else word
+        raise ValueError(f"mixture has {entry!r}; give SET or SET=WEIGHT with a weight above 0, such as {named}=2")
     return word, Fraction(str(weight))

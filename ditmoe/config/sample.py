@@ -113,7 +113,12 @@ class SampleArgs:
         if self.score is not None and (self.num == 1 or (self.classes is not None and len(self.classes) == 1)):
             raise ValueError(f"{'num' if self.num else 'classes'} asks for 1 image; a score needs 2 or more")
         kind = "" if self.out is None else self.out.suffix.lower()
-        above = None if self.out is None else next(p for p in self.out.absolute().parents if p.exists())
+        try:
+            above = None if self.out is None else next(p for p in self.out.absolute().parents if p.exists())
+            there = self.out is not None and self.out.exists()
+        except PermissionError as error:
+            what = f"you may not look into {Path(error.filename).parent}"
+            raise ValueError(f"out {self.out} cannot be written: {what}; give another place") from error
         if self.sampler == "":
             raise ValueError("sampler is empty; give a name of samplers.SAMPLERS, or leave it out")
         if above is not None and not above.is_dir():
@@ -123,7 +128,7 @@ class SampleArgs:
             raise ValueError(f"out {self.out} cannot be written: you may not write in {place}; give another place")
         if kind in _FILES:
             raise ValueError(f"out {self.out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
-        if self.out is not None and self.out.exists() and self.out.is_dir() == (kind in (".png", ".npz")):
+        if self.out is not None and there and self.out.is_dir() == (kind in (".png", ".npz")):
             kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
             raise ValueError(f"out {self.out} {kind}")
         variance = self.exposure_variance

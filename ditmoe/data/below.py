@@ -12,7 +12,7 @@ from ..config.checks import plural
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # files and folders whose names begin so: other programs' notes, not the user's
-SAVED = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` of `datasets` made
+SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` of `datasets` leaves
 
 
 def is_image(path: PurePath) -> bool:
@@ -28,17 +28,16 @@ def is_hidden(path: PurePath) -> bool:
 def is_table(path: Path) -> bool:
     """Whether it is for `datasets`: a .parquet file, what save_to_disk made, a folder of such files without images."""
     if not path.is_dir():
-        return path.suffix == ".parquet" and path.is_file()
-    if any((path / name).is_file() for name in SAVED):
+        return path.suffix.lower() == ".parquet" and path.is_file()
+    if is_saved(path):
         return True
-    found = False
-    for _, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        shown = [PurePath(name) for name in names if not name.startswith(HIDDEN)]
-        if any(map(is_image, shown)):
-            return False
-        found |= any(name.suffix == ".parquet" for name in shown)
-    return found
+    shown = files_below(path)
+    return not any(map(is_image, shown)) and any(file.suffix == ".parquet" for file in shown)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` made it."""
+    return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
 def files_below(root: Path) -> list[Path]:

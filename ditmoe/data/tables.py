@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config.sections import DataConfig
-from .below import SAVED, counted, files_below, is_image, left_out
+from .below import counted, files_below, is_image, is_saved, left_out
 from .columns import labelled
 from .folders import FolderImages, mode_of
 
@@ -224,7 +224,7 @@ def _splits(config: DataConfig) -> tuple[dict[str, Any], str]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _told(config):
-        if any((path / name).is_file() for name in SAVED):
+        if is_saved(path):
             if config.stream or config.subset:
                 raise ValueError("save_to_disk made it, so stream and subset do not apply; leave them out")
             saved = datasets.load_from_disk(str(path))

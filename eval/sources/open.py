@@ -18,7 +18,7 @@ from eval import strict_json
 from eval.sources.arrays import DAMAGE, IndexArray, UInt8Array, open_idx, read_npz_arrays
 from eval.sources.images import Images, Statistics
 from eval.sources.npz import open_npz, open_zip
-from eval.sources.tables import SAVED, open_table
+from eval.sources.tables import is_saved, open_table
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # names that begin so are left out; all as in `ditmoe.data.below`
@@ -109,8 +109,8 @@ def _folder(folder: Path, path: str, skip_bad: int) -> Images:
 def is_table(place: Path) -> bool:
     """Whether it is for `datasets`: a .parquet file, what save_to_disk made, a folder of such files without images."""
     if not place.is_dir():
-        return place.suffix == ".parquet" and place.is_file()
-    if any((place / name).is_file() for name in SAVED):
+        return place.suffix.lower() == ".parquet" and place.is_file()
+    if is_saved(place):
         return True
     found = False
     for name in _files_below(place, str(place)):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-SAVED = ("state.json", "dataset_dict.json")  # of a folder that `save_to_disk` made
+SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # what `save_to_disk` leaves
 
 
 class Table(NamedTuple):
@@ -29,6 +29,7 @@ def open_table(place: Path, split: str) -> Table:
     try:
         import datasets
         import pyarrow.compute as pc
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise ValueError(f"{place} is a table: it needs the library datasets: pip install 'ditmoe[data]'") from error
     if not sys.stderr.isatty():
@@ -41,10 +42,15 @@ def open_table(place: Path, split: str) -> Table:
     found = splits[split]
     if isinstance(found, list):
         with _told(place):
+            rows = sum(pq.read_metadata(file).num_rows for file in found)
+        if not rows:
+            raise ValueError(f"{place}:{split} holds no rows")
+        with _told(place):
             found = datasets.load_dataset("parquet", data_files={split: found}, split=split)
+    kinds = [f"{name} ({getattr(feature, 'dtype', 'nested')})" for name, feature in found.features.items()]
     columns = [name for name, feature in found.features.items() if _holds_images(feature)]
     if len(columns) != 1:
-        what = f"columns of images: {', '.join(columns)}" if columns else f"no images, but {', '.join(found.features)}"
+        what = f"columns of images: {', '.join(columns)}" if columns else f"no images, but {', '.join(kinds)}"
         raise ValueError(f"{place}:{split} has {what}; save it with one column of images")
     stored, arrow = found.data.column(columns[0]), found.with_format("arrow")
     stored = pc.struct_field(stored, "bytes") if hasattr(stored.type, "fields") else stored
@@ -61,6 +67,11 @@ def open_table(place: Path, split: str) -> Table:
         return file.open("rb")
 
     return Table([f"row {i}" for i in range(len(found))], open_file, not stored.null_count, files)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` made it."""
+    return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
 @contextmanager
@@ -83,7 +94,7 @@ def _splits(place: Path) -> tuple[dict[str, Any], list[str]]:
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    if any((place / name).is_file() for name in SAVED):
+    if is_saved(place):
         saved = datasets.load_from_disk(str(place))
         of_all = [str(file) for file in sorted(place.rglob("*")) if file.is_file()]
         return (dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}), of_all

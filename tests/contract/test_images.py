@@ -224,7 +224,17 @@ def test_every_reader_takes_the_same_files_and_counts_the_others(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "names", [["a.parquet"], ["x/a.parquet", ".b.png"], ["a.parquet", "x/b.png"], ["state.json"], []]
+    "names",
+    [
+        ["a.parquet"],
+        ["x/a.parquet", ".b.png"],
+        ["a.parquet", "x/b.png"],
+        ["state.json"],
+        ["state.json", "dataset_info.json"],
+        ["dataset_dict.json"],
+        ["A.PARQUET"],
+        [],
+    ],
 )
 def test_every_reader_takes_the_same_places_for_tables(names: list[str], tmp_path: Path) -> None:
     for name in names:
@@ -232,7 +242,7 @@ def test_every_reader_takes_the_same_places_for_tables(names: list[str], tmp_pat
         (tmp_path / name).touch()
     for place in (tmp_path, *tmp_path.rglob("*")):
         assert below.is_table(place) == sources.is_table(place)
-    assert below.is_table(tmp_path) == (names not in (["a.parquet", "x/b.png"], []))
+    assert below.is_table(tmp_path) == (names not in (["a.parquet", "x/b.png"], ["state.json"], ["A.PARQUET"], []))
     assert below.SAVED == tables.SAVED
 
 
@@ -240,3 +250,12 @@ def test_the_names_of_the_rule_are_the_same() -> None:
     assert below.IMAGE_SUFFIXES == sources.SUFFIXES
     assert below.HIDDEN == sources.HIDDEN
     assert set(folders.IMAGE_FORMATS) == set(sources.FORMATS)
+
+
+def test_links_in_a_circle_are_refused_by_both(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").touch()
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(".")
+    for reader in (below.is_table, sources.open_source):
+        with pytest.raises(ValueError, match="is a link to a folder that has been met already"):
+            reader(tmp_path)

@@ -88,6 +88,23 @@ def test_a_place_that_is_closed_is_told_before_anything_is_drawn(
         SampleArgs(Path("m"), out=tmp_path / out)
 
 
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
+    """As nobody, where the tests are root's, in a process of its own."""
+    (tmp_path / "closed").mkdir(mode=0)
+    child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            SampleArgs(Path("m"), out=tmp_path / "closed" / "x.png")
+        except ValueError as error:
+            said = str(error)
+        finally:
+            os._exit(0 if "you may not look into" in said else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_grid_that_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(*_: object, **__: object) -> None:
         raise FileNotFoundError(2, "No such file or directory")

@@ -95,7 +95,7 @@ def test_files_that_cells_name_are_read_inside_the_folder_alone(tmp_path: Path) 
     [
         ("set:dev", "set has no split 'dev', but train; write .*set:train"),
         ("two.parquet", "two.parquet:train has columns of images: image, other; save it with one column of images"),
-        ("none.parquet", "none.parquet:train has no images, but text; save it with one"),
+        ("none.parquet", "none.parquet:train has no images, but text .string.; save it with one"),
         ("bad.parquet", "bad.parquet cannot be read as a data set: "),
         ("cut.parquet", "1 of 3 images cannot be read, remove or replace them: row 1"),
     ],
