@@ -41,6 +41,7 @@ def describe(
             "tokens": tokens_per_image(net), "moe_layers": len(moe_layer_names(net)),
             "parameters_total": total, "parameters_activated": activated,
         },
+        "teachers": list(config.distill.teachers),
         "machine": {
             "processor": processors[0] if processors else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),

@@ -248,6 +248,13 @@ def test_a_dense_twin_has_no_expert_maps_and_says_so(tiny: Tiny) -> None:
     assert "no experts (a dense twin)" in shown.text
 
 
+def test_the_page_names_the_teachers(tiny: Tiny, tmp_path: Path) -> None:
+    teacher = trained(tiny(out=tmp_path / "teacher", max_steps=1))
+    run = trained(tiny(max_steps=1, sample=SAMPLE, distill={"teachers": (str(teacher),)}))
+    assert written(run)["teachers"] == [str(teacher)]
+    assert f"Taught by {teacher}." in Page(run).text
+
+
 def test_latents_are_shown_but_not_judged(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     latents = {"latents": torch.randn(40, 4, 8, 8), "labels": torch.arange(40) % 3}
