@@ -79,3 +79,16 @@ def test_make_targets_and_links_exist() -> None:
 def test_presets_named_in_the_readme_exist() -> None:
     for name in re.findall(r"`(dit-moe-[^`]+)`", README):
         assert name in PRESETS
+
+
+def test_no_figure_was_left_open() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert not re.search(r"@[A-Za-z0-9]+@", page.read_text()), page
+
+
+def test_commands_of_distillation_are_taken() -> None:
+    text = (ROOT / "docs" / "distill.md").read_text().replace("\\\n", " ")
+    commands = [c for c in re.findall(r"^python train.py ((?:fashion|digits) .*)$", text, re.M) if "--distill" in c]
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.parse_train(shlex.split(command)).distill.teachers
