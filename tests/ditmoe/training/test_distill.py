@@ -425,5 +425,18 @@ def test_a_teacher_whose_way_is_not_one_is_refused(tiny: Tiny, teacher: Path) ->
         student(tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW, distill=few))
 
 
+def test_the_shipped_student_draws_in_four_calls_what_its_teacher_draws() -> None:
+    """From one noise nearly the same pictures, and from another other ones."""
+    models = Path(__file__).parents[3] / "models"
+    learnt, taught = (pipeline.load(models / name) for name in ("fashion-4", "fashion"))
+    assert (learnt.network_calls(), learnt.config.guidance_scale, learnt.guide) == (4, 1.0, None)
+    own, theirs, others = (
+        pipe(list(range(8)), seed=seed, output_type="latent").images.clamp(-1, 1)
+        for pipe, seed in ((learnt, 0), (taught, 0), (taught, 1))
+    )
+    near, far = ((own - images).square().mean() for images in (theirs, others))
+    assert near < 0.1 * far
+
+
 def test_defaults_need_no_teacher() -> None:
     assert DistillConfig() == Config().distill
