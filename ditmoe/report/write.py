@@ -91,6 +91,7 @@ def write(
     if rows:
         charts.loss_curve(rows, run / LOSS)
     experts, loads = _tried(notes, "No routing", lambda: _draw_experts(net, config, data, run / EXPERTS), none)
+    judged = _tried(notes, NOT_JUDGED, lambda: _judge(judge, images, labels, data, real, config), UNJUDGED)
     scored = _tried(notes, NOT_SCORED, lambda: _score(score, images), None)
     compared = None if scored is None or real is None else score
     report = {
@@ -102,7 +103,7 @@ def write(
             "seconds": seconds,
         },
         "experts": experts,
-        **_tried(notes, NOT_JUDGED, lambda: _judge(judge, images, labels, data, real, config), UNJUDGED),
+        **judged,
         "score": scored,
         "score_real": _tried(notes, REAL_NOT_SCORED, lambda: _score(compared, _some(real, len(images))), None),
     }  # fmt: skip
