@@ -1,17 +1,20 @@
-"""What teachers are worth: two specialists into one student, and the repair of a model that lost half of its experts.
+"""What teachers are worth: two specialists into one student, and the repair of a model that lost experts.
 
     python -m benchmarks.distill specialists --out runs/specialists [--steps 2200]
-    python -m benchmarks.distill repair --out runs/repair [--model models/fashion --prune 8 --steps 180]
+    python -m benchmarks.distill repair --out runs/repair [--model models/fashion --prune 12 --steps 180]
+    python -m benchmarks.distill speed --models models/fashion models/fashion-4
 
 `specialists`: digits 0 to 4 and 5 to 9 as two sets; a model of each is trained for half of the steps, and students of
 both for all of them, with and without the teachers. `repair`: a model is pruned and trained on, with and without the
 whole one as teacher. Errors are those of held-out images, with the same noise and times for every model. Runs that are
-there are not made again.
+there are not made again. `speed`: processor time of 64 images as each model draws by itself, in turns.
 """
 
 import argparse
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.held_out import held_out_errors
-from benchmarks.timing import machine
+from benchmarks.timing import machine, round_robin
 from ditmoe import pipeline
 from ditmoe.config.file import trained_by
 from ditmoe.config.sections import DataConfig
@@ -74,20 +77,13 @@ def specialists(args: argparse.Namespace) -> list[str]:
 
 
 def repair(args: argparse.Namespace) -> list[str]:
-    """A line of the table for the whole, the pruned, and the two that were trained on."""
+    """A line of the table for the whole, the pruned, and those that were trained on."""
     pruned = args.out / "pruned"
     if not pruned.exists():
         words = ["convert", str(args.model), str(pruned), "--prune", str(args.prune)]
         subprocess.run([sys.executable, "-m", "ditmoe", *words], check=True)
-    more = (
-        pruned / "training.json",
-        *length(args.steps),
-        "--train.learning-rate",
-        args.rate,
-        "--train.warmup-steps",
-        10,
-    )
-    more += ("--train.ema-decay", 0.98)
+    more = (pruned / "training.json", *length(args.steps), "--train.learning-rate", args.rate)
+    more += ("--train.warmup-steps", 10, "--train.ema-decay", 0.98)
     models = {
         "whole": args.model, "pruned": pruned, "trained on": train(args.out / "plain", *more),
         "with the whole as teacher": train(args.out / "taught", *more, "--distill.teachers", args.model),
@@ -100,6 +96,19 @@ def repair(args: argparse.Namespace) -> list[str]:
     return lines + [f"| {name} | {value:.5f} | {value / found['whole']:.4f} |" for name, value in found.items()]
 
 
+def speed(args: argparse.Namespace) -> list[str]:
+    """A line of the table for each model."""
+    pipes = {str(model): pipeline.load(model) for model in args.models}
+
+    def drawn(pipe: Any) -> None:
+        pipe.set_progress_bar_config(disable=True)
+        pipe([i % pipe.transformer.config.num_classes for i in range(64)], output_type="latent")
+
+    seconds = round_robin({name: partial(drawn, pipe) for name, pipe in pipes.items()}, 3, time.process_time)
+    lines = ["| model | calls | images/s |", "|---|---|---|"]
+    return lines + [f"| {name} | {pipes[name].network_calls()} | {64 / value:.1f} |" for name, value in seconds.items()]
+
+
 def length(steps: int) -> tuple[object, ...]:
     """Of a run whose learning rate ends at zero."""
     return "--max-steps", steps, "--train.decay-steps", steps
@@ -107,16 +116,20 @@ def length(steps: int) -> tuple[object, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["specialists", "repair"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("part", choices=["specialists", "repair", "speed"])
+    parser.add_argument("--out", type=Path, help="of specialists and repair: folder of what is made")
+    parser.add_argument("--models", type=Path, nargs="+", help="speed")
     parser.add_argument("--steps", type=int, help="default: 2,200 of digits, 180 of the repair")
     parser.add_argument("--model", type=Path, default=Path("models/fashion"), help="repair")
-    parser.add_argument("--prune", type=int, default=8, help="repair: experts that stay")
+    parser.add_argument("--prune", type=int, default=12, help="repair: experts that stay")
     parser.add_argument("--rate", type=float, default=2e-3, help="repair: learning rate")
     args = parser.parse_args()
-    args.steps = args.steps or {"specialists": 2200, "repair": 180}[args.part]
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = {"specialists": specialists, "repair": repair}[args.part](args)
+    if args.part == "speed":
+        lines = speed(args)
+    else:
+        args.steps = args.steps or {"specialists": 2200, "repair": 180}[args.part]
+        args.out.mkdir(parents=True, exist_ok=True)
+        lines = {"specialists": specialists, "repair": repair}[args.part](args)
     print("\n".join([machine(), "", *lines]))
 
 

@@ -22,7 +22,7 @@ class Answers:
     """A frozen pipeline that is asked as a network is.
 
     Args:
-        pipe: The pipeline. Its networks are in eval mode from then on, and learn nothing.
+        pipe: The pipeline. Its networks are in eval mode from then on.
         scheduler: Whose images and times it is asked about, and what it is to say of them (`prediction_type`).
         guided: As its folder guides it: scale, interval, channels, guide; otherwise its network alone.
     """
@@ -45,7 +45,7 @@ class Answers:
         self._guide_said = None if self.guide is None else translation(self.guide, scheduler)
         for network in (self.net, self.guide):
             if network is not None:
-                network.eval().requires_grad_(False)
+                network.eval()
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import pipeline
+from ..config.file import trained_by
 from ..config.sections import Config
 from ..data.mixture import Mixture
 from ..data.sets import ImageSet
@@ -49,9 +50,14 @@ class Teachers:
                     )
             if pipe.config.latents != data.normalization:
                 raise ValueError(f"distill.teachers {folder} is of other latents than the data (or one is of pixels)")
+            calls = _calls(Path(folder))
+            if calls not in (0, distill.teacher_steps):
+                raise ValueError(
+                    f"distill.teachers {folder} was taught {calls} calls and knows their noise levels alone: it "
+                    f"teaches fewer calls, with --distill.teacher-steps {calls}"
+                )
             pipe.register_modules(vae=None)  # all is latent here
             pipe.set_progress_bar_config(disable=True)
-            pipe.transformer.requires_grad_(False)
             pipe.to(device)
             if not few:
                 try:
@@ -114,6 +120,15 @@ class Teachers:
             return None
         assert self.null_label is not None
         return torch.where(labels == self.null_label, null, labels - self.first[number])
+
+
+def _calls(folder: Path) -> int:
+    """Of a student of few calls how many they are; 0 of a model of all noise levels, or that does not say."""
+    try:
+        config = trained_by(folder)
+    except ValueError:
+        return 0
+    return config.sample.steps if config.distill.teacher_steps else 0
 
 
 def _first_labels(config: Config, data: ImageSet, classes: int, pipes: Sequence[Any]) -> list[int]:

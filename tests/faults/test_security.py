@@ -459,6 +459,7 @@ def with_attack(value, keep=("prediction_type",)):
 
 REPORT = {
     "title": "run", "run": "runs/run", "command": "python train.py", "written": "today", "notes": ["a note"],
+    "teachers": [],
     "model": {
         "num_classes": 2, "size": [8, 8, 1], "moe_layers": 1, "num_experts": 4, "top_k": 2, "shared_width": 16,
         "depth": 2, "hidden_size": 32, "prediction_type": "epsilon", "parameters_total": 9, "parameters_activated": 9,

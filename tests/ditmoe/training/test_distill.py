@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditmoe import pipeline
-from ditmoe.config.sections import Config, DistillConfig, ObjectiveConfig
+from ditmoe.config.sections import Config, ObjectiveConfig
 from ditmoe.data.open import open_data
 from ditmoe.model import DiTMoETransformer2DModel, build
 from ditmoe.objective import scheduler_config
@@ -425,6 +425,21 @@ def test_a_teacher_whose_way_is_not_one_is_refused(tiny: Tiny, teacher: Path) ->
         student(tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW, distill=few))
 
 
+def test_a_student_of_few_calls_teaches_fewer_alone(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
+    """It knows three noise levels."""
+    objective = {**FLOW, "class_dropout_prob": 0.0}
+    few = tiny(max_steps=1, out=tmp_path / "few", objective=objective, sample=FEW,
+               distill={"teachers": (str(teacher),), "teacher_steps": 6})  # fmt: skip
+    go(few)
+    one = {**FEW, "steps": 1}
+    for folder in (few.out, few.out / "model"):
+        named = {"teachers": (str(folder),)}
+        for wrong in (named, {**named, "teacher_steps": 6}):
+            with pytest.raises(ValueError, match="was taught 3 calls .* with --distill.teacher-steps 3"):
+                student(tiny(objective=objective, sample=one, distill=wrong))
+        assert student(tiny(objective=objective, sample=one, distill={**named, "teacher_steps": 3})).levels == (1, 0)
+
+
 def test_the_shipped_student_draws_in_four_calls_what_its_teacher_draws() -> None:
     """From one noise nearly the same pictures, and from another other ones."""
     models = Path(__file__).parents[3] / "models"
@@ -436,7 +451,3 @@ def test_the_shipped_student_draws_in_four_calls_what_its_teacher_draws() -> Non
     )
     near, far = ((own - images).square().mean() for images in (theirs, others))
     assert near < 0.1 * far
-
-
-def test_defaults_need_no_teacher() -> None:
-    assert DistillConfig() == Config().distill
