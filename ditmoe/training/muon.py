@@ -31,12 +31,15 @@ class Muon(torch.optim.AdamW):
             weights (or of each of the E matrices of a three-dimensional one) is made up.
         lr, weight_decay: Of both, where a group has none of its own.
         betas: AdamW's.
+        dtype: Of the products that make momentum orthogonal: bfloat16 where the run multiplies in it.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
-    ) -> None:
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,19 +69,19 @@ class Muon(torch.optim.AdamW):
                 shapes[shape, p.device].append((p, p.grad, momentum, group))
         for (shape, _), found in shapes.items():
             us = [grad.lerp(momentum, MOMENTUM).view(-1, *shape) for _, grad, momentum, _ in found]
-            moves = orthogonal(torch.cat(us)).split([len(u) for u in us])
+            moves = orthogonal(torch.cat(us), self.dtype).split([len(u) for u in us])
             for (p, _, _, group), move in zip(found, moves, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(move.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-def orthogonal(u: Tensor) -> Tensor:
-    """(M, out, in) -> about U V^T of each matrix U S V^T, float32; computed so on a CPU, elsewhere in bfloat16."""
+def orthogonal(u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(M, out, in) -> about U V^T of each matrix U S V^T, float32, by products in `dtype`."""
     a, b, c = COEFFICIENTS
-    x = u.float() if u.device.type == "cpu" else u.bfloat16()
+    x = u.float()
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

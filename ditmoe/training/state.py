@@ -59,7 +59,8 @@ def new_state(config: Config, num_classes: int, parallel: Parallel, begun: bool 
         groups.append({"params": own, "parts": parts, "lr_factor": train.muon_factor})
     groups, betas = [group for group in groups if group["params"]], (0.9, train.beta2)
     if muon:
-        return State(model.train(), ema, Muon(groups, train.learning_rate, betas, train.weight_decay))
+        dtype = torch.bfloat16 if parallel.accelerator.mixed_precision == "bf16" else torch.float32
+        return State(model.train(), ema, Muon(groups, train.learning_rate, betas, train.weight_decay, dtype))
     optimizer = torch.optim.AdamW(groups, train.learning_rate, betas, weight_decay=train.weight_decay, fused=True)
     return State(model.train(), ema, optimizer)
 

@@ -30,6 +30,7 @@ def test_the_result_is_nearly_orthogonal_and_keeps_the_directions(shape: tuple[i
     off = inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))
     assert off.abs().max() < 1e-3
     torch.testing.assert_close(orthogonal(1000 * u), found, rtol=1e-3, atol=1e-3)
+    assert 0 < (orthogonal(u, torch.bfloat16) - found).norm() < 0.03 * found.norm()
 
 
 def test_stacked_matrices_are_moved_each_for_itself() -> None:
