@@ -95,12 +95,14 @@ class Training:
     def __init__(self, who: Contestant, data: ImageSet, way: Row, rate: float, total: int, batch: int = 0) -> None:
         AcceleratorState._reset_state()  # one process holds runs of both precisions
         train = replace(
-            who.config.train, precision=way["precision"], learning_rate=rate, warmup_steps=0, decay_steps=None,
-            batch_size=batch or who.config.train.batch_size,
+            who.config.train, precision=way["precision"], compile=way["compile"], learning_rate=rate, warmup_steps=0,
+            decay_steps=None, batch_size=batch or who.config.train.batch_size,
         )  # fmt: skip
         config = replace(who.config, train=train, max_steps=10**9)
         parallel = Parallel(start.launched(train), config.parallel, config.moe.num_experts)
         self.state = who.state(config, len(data.id2label), parallel, way["option"])
+        if way["compile"] and who.sized is not None:
+            self.state.model.compile(dynamic=False)
         self.run = Run.of(config, data, parallel, self.state, Signals(), {})
         self.rate, self.total, self.steps, self.spent, self.diverged = rate, total, 0, 0.0, False
         self.losses: deque[torch.Tensor] = deque(maxlen=50)

@@ -2,14 +2,15 @@
 
     python -m benchmarks.rivals --minutes 20 --out runs/rivals [--preset fashion] [--only ours unet ...] [--score-only]
 
-All see the same images in the same order with the same noise and dropped labels. First the steps of all are timed in
-turns, on the same threads: each then makes as many as fit into the minutes, however busy the machine is by then, its
-learning rate going up over the first 2 % of them and down to zero. The twin of "unet" and "dit", which have the
-preset's parameters, with "-active" has those that a token activates. Each has the best of three learning rates (runs
-of a fifth of the time) and the best of some guidance scales, by the same rule: the lowest distance by
-`--tune-extractor` of images of a seed that is not reported. Each diffusers network runs in the precision, and the way,
-in which it is faster here. A line of `rows.jsonl` is one (contestant, phase, value); lines that are there are not made
-again, and the averaged weights of the long runs are kept. Ends with a table.
+All see the same images in the same order with the same noise and dropped labels. First the steps of all are timed
+in turns, on the same threads: each then makes as many as fit into the minutes, however busy the machine is by then,
+its learning rate going up over the first 2 % of them and down to zero. The twin of "unet" and "dit", which have the
+preset's parameters, with "-active" has those that a token activates. Each has the best of three learning rates
+(runs of a fifth of the time) and the best of some guidance scales, by the same rule: the lowest distance by
+`--tune-extractor` of images of a seed that is not reported. Each network runs in the precision, compiled or not, a
+diffusers one also with the attention or memory layout, in which it is fastest here. A line of `rows.jsonl` is one
+(contestant, phase, value); lines that are there are not made again, and the averaged weights of the long runs are
+kept. Ends with a table.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
 from ditmoe.launch import start
 from ditmoe.objective import scheduler_config
+from ditmoe.pipeline.folder import shift_option
 from samplers import image_generators, initial_noise, sample
 from samplers.catalog import scheduler_for
 
@@ -58,6 +60,7 @@ class Contest:
         self.judges = {name: Judge(self.preset, args.cache, name, args.num_ref) for name in names}
         sampling = self.preset.sample
         self.drawing: Row = {"sampler": args.sampler or sampling.sampler, "calls": args.calls or sampling.steps}
+        self.drawing |= shift_option(self.drawing["sampler"], None if args.sampler else sampling.flow_shift)
         self.tuning = {"tune_extractor": args.tune_extractor, "tune_num": args.tune_num, **self.drawing}
 
     def once(self, key: Row, make: Callable[[], Row]) -> Row:
@@ -65,18 +68,24 @@ class Contest:
         return self.rows.once({"preset": self.args.preset, **key}, make)
 
     def way(self, who: Contestant) -> Row:
-        """The precision, and for a diffusers network the way of running it, that trains the most images a second."""
+        """The precision, a diffusers network's option, and compiled or not, that train the most images a second."""
+        size = min(32, who.config.train.batch_size)
+
+        def timed(ways: Sequence[Row]) -> dict[str, float]:
+            steps = {json.dumps(way): self.for_timing(who, way, size).step for way in ways}
+            return {name: round(size / seconds, 1) for name, seconds in round_robin(steps, 3).items()}
 
         def make() -> Row:
-            asked = start.resolve_precision(self.preset.train.precision, start.best_device())
-            if who.sized is None:
-                return {"precision": asked, "option": ""}
-            ways = [{"precision": p, "option": o} for p in ("fp32", "bf16") for o in OPTIONS[who.kind]]
-            size = min(32, who.config.train.batch_size)
-            steps = {json.dumps(way): self.for_timing(who, way, size).step for way in ways}
-            times = round_robin(steps, 3)
-            best: Row = json.loads(min(times, key=times.__getitem__))
-            return {**best, "timed": {name: round(size / seconds, 1) for name, seconds in times.items()}}
+            speeds: dict[str, float] = {}
+            ways: Sequence[Row] = [
+                {"precision": precision, "option": option, "compile": False}
+                for precision in ("fp32", "bf16") for option in OPTIONS.get(who.kind, [""])
+            ]  # fmt: skip
+            for _ in range(2 if self.args.compile else 1):
+                speeds |= timed(ways)
+                best: Row = json.loads(max(speeds, key=speeds.__getitem__))
+                ways = [{**best, "compile": True}]
+            return {**best, "timed": speeds}
 
         return self.once({"contestant": who.name, "config": who.digest, "phase": "way"}, make)
 
@@ -107,7 +116,8 @@ class Contest:
     def images(self, net: Any, way: Row, num: int, cfg: float, seed: int) -> Images:
         """`num` images, classes in turn: image i is a function of (seed, i, its label) alone."""
         calls, model, parts = self.drawing["calls"], self.preset.model, []
-        scheduler = scheduler_for(self.drawing["sampler"], scheduler_config(self.preset.objective), calls)
+        options = {name: value for name, value in self.drawing.items() if name not in ("sampler", "calls")}
+        scheduler = scheduler_for(self.drawing["sampler"], scheduler_config(self.preset.objective), calls, options)
         shape, device = (model.in_channels, model.sample_size, model.sample_size), next(net.parameters()).device
         for first in range(0, num, 250):
             indices = range(first, min(first + 250, num))
@@ -264,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         default="flow-logit-normal")  # fmt: skip
     parser.add_argument("--beta2", type=float, help="of the rivals' AdamW; default: the preset's")
     parser.add_argument("--batch-size", type=int, help="of the rivals; default: the preset's")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="where it is faster")
     parser.add_argument("--rounds", type=int, default=9, help="of timing, four steps each")
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0], help="scales to choose from")
     parser.add_argument("--sampler", help="default: the preset's")

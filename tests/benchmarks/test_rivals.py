@@ -58,7 +58,7 @@ def test_a_short_training_lowers_the_loss(name: str) -> None:
     args = Namespace(preset="digits", rival_objective="flow-logit-normal", beta2=None, batch_size=16)
     who = contestants(args, 10)[name]
     data = open_data(preset.data, size=preset.model.sample_size, channels=preset.model.in_channels)
-    training = Training(who, data, {"precision": "fp32", "option": OPTIONS[who.kind][0]}, 2e-3, 1000)
+    training = Training(who, data, {"precision": "fp32", "option": OPTIONS[who.kind][0], "compile": False}, 2e-3, 1000)
     training.steps = round(WARM_UP * training.total)
     for _ in range(25):
         training.step()
@@ -73,7 +73,7 @@ def test_all_are_trained_and_scored_once(
     out, four = tmp_path / "out", ("ours", "dense", "unet", "dit")
     command = ["--preset", "digits", "--minutes", "0.006", "--tune-minutes", "0.002", "--rates", "0.001", "0.002"]
     command += ["--num", "40", "--tune-num", "20", "--seeds", "0", "1", "--calls", "2", "--cfg", "1", "1.5"]
-    command += ["--batch-size", "16", "--rounds", "1", "--extractors", "random-conv-v1"]
+    command += ["--batch-size", "16", "--rounds", "1", "--no-compile", "--extractors", "random-conv-v1"]
     command += ["--cache", str(tmp_path / "cache"), "--out", str(out)]
     main([*command, "--only", "ours", "unet"])
     main([*command, "--only", *four])
