@@ -65,7 +65,7 @@ def flops(config: Config) -> Flops:
     router *= T * tokens + image  # not of places, which it sees once for all images
     blocks, layers = 0.0, sum(routed_blocks(config))
     for routed in routed_blocks(config):
-        blocks += 12 * D**2 + maps + 4 * T**2 * D  # adaLN; attention's maps; attention
+        blocks += 12 * D**2 + maps + 4 * T**2 * D + 18 * T * D * m.local_conv  # adaLN; attention's maps; attention
         if not routed:
             blocks += 2 * D * T * both * m.ffn_width
             continue
@@ -75,6 +75,7 @@ def flops(config: Config) -> Flops:
             blocks += 2 * C * (2 * D + both * F) * T + 4 * e.num_experts * C * T * _decisions(config)
         else:
             blocks += 2 * D * T * both * active + 16 * T * (both - 1) * active * e.biases
+    blocks += m.depth // 2 * 2 * T * D**2 * m.long_skips
     routers = router * (layers if e.scope == "layer" else min(layers, 1))
     sums = routers if e.router == "prototype" else 0
     across, refined = _refined(config)
@@ -134,6 +135,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
     half, normed, D, (more, pairs) = b == 2, m.qk_norm != "none", m.hidden_size, _attending(config)
     token = 2.0 * (8 * D + 8) + b * D  # both norms in float32, the input of qkv
+    token += b * D * m.local_conv + b * D * m.long_skips * (m.depth // 2) / m.depth
     token += 6 * b * D + 4 * m.num_heads  # qkv, attention, its statistics and projection, what its gate multiplies
     token += more + (2 * b * D if normed or m.positions == "rope" else 0)  # experts of attention; q and k, changed
     if normed:  # another layout for attention; in bf16 q and k in float32; statistics

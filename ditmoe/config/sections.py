@@ -48,6 +48,10 @@ class ModelConfig:
     refine_width: int = 0
     """Channels of three 3x3 convolutions over pixels that end the network, across the seams of patches; 0 leaves them
     out, as DiT does."""
+    local_conv: bool = False
+    """Begin every block with a 3x3 depthwise convolution over the grid of tokens, which is added to them."""
+    long_skips: bool = False
+    """Give every block of the second half also what its mirror image of the first half began with."""
     head_experts: int = 0
     """Linear heads that end the network, weighed by a gate that sees time and label; 0 or 1: the one of DiT."""
     gradient_checkpointing: bool = False

@@ -11,19 +11,23 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..moe import Condition, FeedForward, MoELayer, Router, Routing
-from .layers import Attention, modulate
+from .layers import Attention, LocalConv, modulate
 
 
 class DiTBlock(nn.Module):
     """Attention and a feed-forward layer, each modulated and gated by the condition (adaLN-Zero).
 
-    Exactly one of `moe` and `mlp` is there. Source: DiT (arXiv 2212.09748) Figure 3.
+    Exactly one of `moe` and `mlp` is there. Source: DiT (arXiv 2212.09748) Figure 3. Before them, where asked for: x +
+    W early, with W = 0 at the start (long skip connections, U-ViT, arXiv 2209.12152), and a `LocalConv`.
     """
 
     def __init__(
-        self, hidden_size: int, attn: Attention, feed_forward: MoELayer | FeedForward, norm2_eps: float = 1e-6
-    ) -> None:
+        self, hidden_size: int, attn: Attention, feed_forward: MoELayer | FeedForward, norm2_eps: float = 1e-6,
+        skips: bool = False, local_conv: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.skip = nn.Linear(hidden_size, hidden_size) if skips else None
+        self.local_conv = LocalConv(hidden_size) if local_conv else None
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
@@ -35,13 +39,18 @@ class DiTBlock(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, condition: Condition, rotary: tuple[Tensor, Tensor] | None, routed: bool = True,
-        alone: bool = False,
+        early: Tensor | None = None, alone: bool = False,
     ) -> Any:  # fmt: skip
         """x (N, T, D) -> x (N, T, D), and the routing record where the block has experts, which are `routed` to.
 
+        early: (N, T, D), what an earlier block began with, for a block that `skips`.
         alone: Without the record, as the hooks of diffusers' caches want it, which go by the name `hidden_states`.
         """
         x = hidden_states
+        if self.skip is not None:
+            x = x + self.skip(early)
+        if self.local_conv is not None:
+            x = self.local_conv(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition.c).chunk(6, dim=1)
         x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
         plain = self.norm2(x)

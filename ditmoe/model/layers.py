@@ -62,6 +62,21 @@ class Refiner(nn.Module):
         return y
 
 
+class LocalConv(nn.Conv2d):
+    """x + a 3x3 depthwise convolution of the grid of tokens, which starts at zero.
+
+    Source: CMT (arXiv 2107.06263) eq. 1, its local perception unit.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, hidden_size, 3, padding=1, groups=hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, T, D) of a square grid -> (N, T, D)."""
+        grid = x.transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]),) * 2)
+        return x + super().forward(grid).flatten(2).transpose(1, 2)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t, then a two-layer network.
 

@@ -34,6 +34,7 @@ from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
 from .layers import (
     Attention,
     LabelEmbedder,
+    LocalConv,
     PatchEmbed,
     Refiner,
     TimestepEmbedder,
@@ -76,7 +77,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         self, sample_size: int = 32, in_channels: int = 4, num_classes: int = 1000, patch_size: int = 2,
         hidden_size: int = 384, depth: int = 12, num_heads: int = 6, ffn_width: int = 1024,
         activation: Literal["swiglu", "gelu"] = "swiglu", positions: Literal["rope", "sincos"] = "rope",
-        qk_norm: Literal["rms", "layer", "none"] = "rms", refine_width: int = 0, head_experts: int = 0,
+        qk_norm: Literal["rms", "layer", "none"] = "rms", refine_width: int = 0, local_conv: bool = False,
+        long_skips: bool = False, head_experts: int = 0,
         moe_blocks: Literal["all", "every-second", "none"] = "every-second", num_experts: int = 16, top_k: int = 3,
         expert_width: int = 256, shared_width: int = 256, router_kind: RouterKind = "linear",
         cosine_scale: float | None = None, router_input: RouterInput = "token",
@@ -137,7 +139,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             return Attention(hidden_size, num_heads, qk_norm, maps)
 
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, attention(), feed_forward(i), norm2_eps) for i in range(depth)
+            DiTBlock(hidden_size, attention(), feed_forward(i), norm2_eps, long_skips and 2 * i >= depth, local_conv)
+            for i in range(depth)
         )
         for i, module in enumerate(m for m in self.modules() if isinstance(m, Router)):
             module.salt = i
@@ -180,6 +183,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         zero += [part.adaLN_modulation[1].weight for part in (*self.blocks, self.final_layer)]
         zero += [m.shared_gate.weight for m in self.modules() if isinstance(m, MoELayer) and m.shared_gate is not None]
         zero += [] if self.refiner is None else self.refiner.conv3.parameters()
+        zero += [m.skip.weight for m in self.modules() if isinstance(m, DiTBlock) and m.skip is not None]
+        zero += [p for module in self.modules() if isinstance(module, LocalConv) for p in module.parameters()]
         for weight in zero:
             nn.init.zeros_(weight)
 
@@ -230,8 +235,11 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         table, rotary = self._positions(hidden_states)
         if table is not None:
             x = x + table.to(x.dtype)
-        tokens, decision, routing = x, None, list[Routing]()
+        tokens, decision, routing, begun = x, None, list[Routing](), list[Tensor]()
         for i, block in enumerate(self.blocks):
+            if self.config.long_skips and 2 * i + 1 < len(self.blocks):
+                begun.append(x)
+            early = None if block.skip is None else begun.pop()
             if steering is not None:
                 condition = condition._replace(steering=steering.at(i))
             if self.router is not None and (decision is None or (steering is not None and steering.bias is not None)):
@@ -239,11 +247,11 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
                 decision = decide(self.router, self.rule, tokens, condition._replace(plain=plain), self.capacity)
                 condition = condition._replace(routing=decision)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, record = self._gradient_checkpointing_func(block, x, condition, rotary, routed)
+                x, record = self._gradient_checkpointing_func(block, x, condition, rotary, routed, early)
             elif self.is_cache_enabled:
-                x, record = block(x, condition, rotary, routed, True), None
+                x, record = block(x, condition, rotary, routed, early, True), None
             else:
-                x, record = block(x, condition, rotary, routed)
+                x, record = block(x, condition, rotary, routed, early)
             if record is not None:
                 routing.append(record)
         x, several = self.final_layer(x, condition.c)

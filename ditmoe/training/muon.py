@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.blocks import DiTBlock
 from ..model.layers import Attention
 from ..moe import AttentionExperts, Experts, FeedForward
 
@@ -91,9 +92,9 @@ def orthogonal(u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def matrices(model: nn.Module, *, experts: bool) -> dict[str, int]:
     """Names of the weights that Muon moves, and of how many matrices, stacked in its rows, each is made up.
 
-    Those of attention (of its experts too, which are never split) and of dense and shared feed-forward layers, with
-    `experts` of routed experts too. Embeddings, adaLN, routers, the final layer, convolutions, norms and biases are
-    AdamW's.
+    Those of attention (of its experts too, which are never split), of long skips, and of dense and shared feed-forward
+    layers, with `experts` of routed experts too. Embeddings, adaLN, routers, the final layer, convolutions, norms and
+    biases are AdamW's.
     """
     found: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -102,6 +103,8 @@ def matrices(model: nn.Module, *, experts: bool) -> dict[str, int]:
             found |= {f"{name}.qkv.weight": 3, f"{name}.proj.weight": 1} if dense else {f"{name}.qk.weight": 2}
         elif isinstance(module, AttentionExperts):
             found |= {f"{name}.w_v": 1, f"{name}.w_o": 1}
+        elif isinstance(module, DiTBlock) and module.skip is not None:
+            found[f"{name}.skip.weight"] = 1
         elif isinstance(module, FeedForward):
             found |= {f"{name}.fc1.weight": 2 if module.activation == "swiglu" else 1, f"{name}.fc2.weight": 1}
         elif isinstance(module, Experts) and experts:

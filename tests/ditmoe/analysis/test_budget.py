@@ -99,6 +99,7 @@ ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
         {"moe": {"attention_experts": 4}},
         {"moe": {"attention_experts": 3, "attention_top_k": 1, "blocks": "none"}, "model": {"num_heads": 2}},
         {"model": {"head_experts": 4, "refine_width": 8}},
+        {"model": {"long_skips": True, "depth": 3}},
         {"model": {"head_experts": 3}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
         *({"moe": {**DENSE, "num_experts": 64, "router_input": x}} for x in ("token", "time+label", "label+position")),
         {"moe": {**DENSE, "blocks": "every-second", "num_experts": 64, "rank": 24}, "model": {"activation": "gelu"}},
@@ -126,6 +127,14 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any], again: bool)
     once = places * ways * config.model.depth * 2 * tokens_per_image(model) * config.model.hidden_size * 64
     assert forward == n * count.forward + once
     assert counter.get_total_flops() == pytest.approx(n * count.training(again) + 2 * once, rel=0.01)
+
+
+def test_convolutions_of_tokens_are_counted_forward() -> None:  # backward, torch counts depthwise ones as full ones
+    config = changed(SMALL, model={"local_conv": True}, moe={"backend": "loop"})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = build(config, 10)
+        model(*inputs(model, 2))
+    assert counter.get_total_flops() == 2 * budget.flops(config).forward
 
 
 @pytest.mark.parametrize(
@@ -188,6 +197,7 @@ KINDS: list[dict[str, Any]] = [
     {"model": {"qk_norm": "layer", "positions": "rope"}},
     {"moe": {"attention_experts": 4}},
     {"moe": {"attention_experts": 3, "attention_top_k": 1}, "model": {"num_heads": 2, "qk_norm": "none"}},
+    {"model": {"local_conv": True, "long_skips": True}},
 ]
 
 

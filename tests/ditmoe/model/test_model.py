@@ -295,6 +295,32 @@ def test_unpatchify_undoes_the_patch_order() -> None:
     assert torch.equal(unpatchify(patches, 2, 3), image)
 
 
+def test_long_skips_join_mirror_images_and_convolutions_neighbours_and_both_start_as_nothing() -> None:
+    values = {"sample_size": 8, "in_channels": 1, "hidden_size": 32, "num_heads": 2, "depth": 5, "num_classes": 5}
+    plain = DiTMoETransformer2DModel(**values)
+    model = DiTMoETransformer2DModel(**values, long_skips=True, local_conv=True)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    more = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    own = {f"blocks.{i}.local_conv" for i in range(5)} | {f"blocks.{i}.skip" for i in (3, 4)}
+    assert {name.rsplit(".", 1)[0] for name in more} == own
+    x, (_, t, y) = torch.randn(2, 1, 8, 8), inputs(2)
+    assert torch.equal(model(x, t, y).sample, plain(x, t, y).sample)
+    began: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, given: began.append((given[0], given[4])))
+    model(x, t, y)
+    assert [early is not None for _, early in began] == [False, False, False, True, True]
+    assert began[3][1] is began[1][0]
+    assert began[4][1] is began[0][0]
+    conv = model.blocks[0].local_conv
+    torch.nn.init.normal_(conv.weight)
+    tokens = torch.randn(1, 16, 32, requires_grad=True)
+    (seen,) = torch.autograd.grad(conv(tokens)[0, 5, 7], tokens)
+    assert seen[0, :, 7].nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert seen[0, :, :7].abs().max() == 0
+
+
 def test_refinement_starts_as_nothing_and_sees_across_the_seams_of_patches() -> None:
     values = {"sample_size": 8, "in_channels": 2, "num_classes": 5, "hidden_size": 32, "depth": 1, "num_heads": 2}
     model = DiTMoETransformer2DModel(**values, refine_width=8)
