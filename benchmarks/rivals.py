@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from shutil import copy2
 from statistics import mean, stdev
 from typing import Any
 
@@ -31,6 +32,7 @@ from benchmarks.rival_training import NAMES, WARM_UP, Contestant, Training, cont
 from benchmarks.rows import Row, Rows
 from benchmarks.scoring import Images, Judge, precision
 from benchmarks.timing import machine, round_robin
+from ditmoe.config.file import trained_by
 from ditmoe.config.presets import PRESETS
 from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
@@ -173,12 +175,30 @@ class Contest:
             return {who.name: there[who.name, who.digest] for who in chosen if (who.name, who.digest) in there}
         timed = self.time_all(chosen)
         self.speeds = {who.name: timed[who.name + "-" + who.digest] for who in chosen}
-        rates = {who.name: self.rate(who) for who in chosen}
+        rates = {who.name: self.rate(who) for who in chosen if not (self.args.ours and who.name == "ours")}
         found = {}
         for who in chosen:
+            if self.args.ours and who.name == "ours":
+                found[who.name] = self.once({**key, "contestant": "ours", "run": str(self.args.ours)}, self.finished)
+                continue
             key |= {"contestant": who.name, "config": who.digest, "rate": rates[who.name]["rate"]}
             found[who.name] = self.once(key, partial(self.train, who, dict(key), rates[who.name]))
         return found
+
+    def finished(self) -> Row:
+        """What the line of `--ours` says: of a run of the preset that another command made."""
+        name, config = f"{self.args.preset}-run.safetensors", trained_by(self.args.ours)
+        assert config.max_steps == self.preset.max_steps, "the run is not one of the preset"
+        copy2(self.args.ours / "model" / "transformer" / "diffusion_pytorch_model.safetensors", self.args.out / name)
+        images = config.max_steps * config.train.batch_size
+        known: Row = {"steps": config.max_steps, "images": images, "diverged": False, "weights": name}
+        known |= {"rate": config.train.learning_rate, "rates": [config.train.learning_rate], "edge": False}
+        return {
+            **known,
+            "config": self.all["ours"].digest,
+            "images_per_second": self.speeds["ours"] * config.train.batch_size,
+            "machine": machine(),
+        }
 
     def train(self, who: Contestant, key: Row, rate: Row) -> Row:
         """Train, write the averaged weights, and give what their line says."""
@@ -269,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, each")
     parser.add_argument("--tune-minutes", type=float, help="of training for each learning rate; default: a fifth")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--ours", type=Path, help="a finished run of the preset, instead of training ours here")
     parser.add_argument("--rates", type=float, nargs="+", help="of all, or of --only; default: FACTORS, RATES")
     parser.add_argument("--rival-objective", choices=["flow-logit-normal", "flow-uniform", "preset"],
                         default="flow-logit-normal")  # fmt: skip
