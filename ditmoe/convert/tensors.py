@@ -164,8 +164,8 @@ def save(out: IO[bytes], names: Mapping[str, str], files: Sequence[Path], more: 
     try:
         sink = cast("IO[bytes]", _Sink(out, pages))
         torch.save({**more, **{new: found[old] for new, old in names.items()}}, sink)
-    except RuntimeError as error:  # torch's own, in the course of the file's
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    except RuntimeError as error:  # torch's own, in the course of what stopped the file, such as Ctrl-C
+        raise (error.__context__ or error) from None
 
 
 def _lay_out(file: Path, found: dict[str, Tensor]) -> mmap.mmap:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ditmoe.convert import tensors
 from ditmoe.convert.tensors import Tensors, save
+from ditmoe.files import whole
 from tests.ditmoe.convert import checkpoints
 from tests.ditmoe.convert.checkpoints import FLAGS, checkpoint
 
@@ -79,3 +80,17 @@ def test_a_pt_file_is_written_with_about_one_tensor_in_memory(tmp_path: Path, mo
     torch.save({"table": table, **{new: weights[old] for new, old in names.items()}}, expected := BytesIO())
     assert out.getvalue() == expected.getvalue()
     assert 2 * 2**20 <= max(out.seen) < 3 * 2**20  # of 32
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, OSError])
+def test_a_pt_file_that_is_stopped_leaves_nothing(tmp_path: Path, stopped: type[BaseException]) -> None:
+    class Stopped(BytesIO):
+        def write(self, content: bytes | memoryview) -> int:  # type: ignore[override]
+            if self.tell() > 5000:
+                raise stopped
+            return super().write(content)
+
+    save_file({"a": torch.ones(1000), "b": torch.ones(1000)}, file := tmp_path / "a.safetensors")
+    with pytest.raises(stopped), whole(tmp_path / "out.pt"):
+        save(Stopped(), {"a": "a", "b": "b"}, [file], {})
+    assert [*tmp_path.iterdir()] == [file]
