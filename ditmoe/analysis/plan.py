@@ -4,21 +4,26 @@ import json
 import math
 from bisect import bisect_right
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from .. import pipeline
-from ..config.file import to_dict
+from ..config.file import to_dict, trained_by
 from ..config.sections import Config, looks_ahead, micro_batch_size
+from ..files import check_component, read_object
 from ..model import DiTMoETransformer2DModel, build, count_parameters
+from ..pipeline.folder import find
+from ..pipeline.handed_in import check_pipeline
 from ..training.muon import work as muon_work
 from .budget import Way, flops, needs, routed_blocks
 
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
 _ROWS = (
     "a device, in {}", "parallel.experts", "gradient checkpointing", "weights", "gradients", "optimiser",
-    "moving average", "buffers", "activations", "peak", "fits", "largest micro-batch", "sent a step: all-reduce",
-    "  all-gather, reduce-scatter", "  all-to-all", "seconds a step, arithmetic", "  sending, nothing hidden",
+    "moving average", "buffers", "activations", "teachers", "peak", "fits", "largest micro-batch",
+    "sent a step: all-reduce", "  all-gather, reduce-scatter", "  all-to-all", "seconds a step, arithmetic",
+    "  sending, nothing hidden",
 )  # fmt: skip
 
 
@@ -32,21 +37,23 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     large = sum(p.numel() for p in model.parameters()) > 1e7
     muon = config.train.optimizer == "muon"  # which FSDP2's slices do not go with
     trunk, whole = (muon_work(model, experts=x)[2] if muon else 0 for x in (False, config.train.muon_on == "all"))
-    usable, (unit, scale) = USABLE * plan.memory * 1e9, ("GB", 1e9) if large else ("MB", 1e6)
+    (frozen, asked, said), calls = teaching(config), config.sample.steps if config.distill.teacher_steps else 1
+    usable, (unit, scale) = USABLE * plan.memory * 1e9 - frozen, ("GB", 1e9) if large else ("MB", 1e6)
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
         at = partial(needs, config, model, way)
-        found = {d: at(d, images, checkpointing) for d in degrees}
+        found = {d: at(d, calls * images, checkpointing) for d in degrees}
         fitting = [d for d in degrees if found[d].peak <= usable]
         d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
-        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, size, checkpointing).peak)
+        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, calls * size, checkpointing).peak)
         most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
         more = trunk + (whole - trunk) / d  # a device makes its own experts orthogonal
-        passes = count.training(checkpointing) + count.forward * looks_ahead(config)
+        passes = asked + calls * (count.training(checkpointing) + count.forward * looks_ahead(config))
         work = (times * images * passes + more) / plan.tflops / 1e12
         seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
-        sizes = [_cell(size / scale) for size in found[d]]
-        return [way, str(d), _cell(checkpointing), *sizes[:7], _cell(bool(fitting)), most, *sizes[7:], *seconds]
+        *own, peak = found[d][:7]
+        sizes = [_cell(size / scale) for size in (*own, frozen, peak + frozen, *found[d][7:])]
+        return [way, str(d), _cell(checkpointing), *sizes[:8], _cell(bool(fitting)), most, *sizes[8:], *seconds]
 
     precision = "fp32" if config.train.precision == "fp32" else "bf16 autocast"
     rests: tuple[Way, ...] = ("DDP", "FSDP2") if plan.devices > 1 and not muon else ("DDP",)
@@ -57,10 +64,40 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
         f"micro-batches of {images}, accumulation {times}, {precision}, "
         f"FSDP2 gathers {config.parallel.gather}\n"
         f"{count.forward / 1e9:.2f} GFLOP an image forward, {count.training(False) / 1e9:.2f} in training, "
-        f"{count.training(True) / 1e9:.2f} with gradient checkpointing" + f"; Muon {whole / 1e9:.3g} a step more" * muon
+        f"{count.training(True) / 1e9:.2f} with gradient checkpointing"
+        + f"; Muon {whole / 1e9:.3g} a step more" * muon
+        + said
     )
-    rows = zip(_ROWS, *columns, strict=True)
+    rows = [row for row in zip(_ROWS, *columns, strict=True) if frozen or row[0] != "teachers"]
     return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])
+
+
+def teaching(config: Config) -> tuple[float, float, str]:
+    """What teachers add on every device: bytes, operations of their passes for one image, and a line that says so.
+
+    Their weights and their guides' are there whole, in float32. Those that are guided are taken to be so at all times,
+    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain.
+    """
+    distill, sets, frozen, asked, lacking = config.distill, config.data.sets(), 0.0, 0.0, ""
+    for number, folder in enumerate(distill.teachers):
+        index = check_pipeline(place := find(Path(folder)))
+        parts = [place / part for part in ("transformer", "guide") if any(index.get(part, ()))]
+        frozen += sum(4 * math.prod(shape) for part in parts for shape in check_component(part).values())
+        passes = max(1, distill.teacher_steps)
+        if distill.guided or distill.teacher_steps:
+            labelled = bool(read_object(parts[0] / "config.json").get("num_classes"))
+            guide = len(parts) > 1 or bool(index.get("experts_off"))
+            guides = (labelled and index.get("guidance_scale", 1) != 1) + (guide and index.get("guide_scale") != 1)
+            passes *= 1 + guides
+        share = sets[number][1] / sum(weight for _, weight in sets) if distill.by == "domain" else 1
+        try:
+            asked += share * passes * flops(trained_by(Path(folder))).forward
+        except ValueError:
+            lacking += f", without those of {folder}, which does not say how it was trained"
+    said = f"\nteachers: {frozen / 4e6:.2f} M parameters, {asked / 1e9:.2f} GFLOP an image{lacking}"
+    if distill.teacher_steps:
+        said += f"; an image is {config.sample.steps} to the student, one for each of its steps"
+    return frozen, asked, said * bool(distill.teachers)
 
 
 def _degrees(config: Config) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .checks import MOST, at_least, require
 
+_NAMED = ("digits", "fashion")  # sets that a mixture has by their names; ./digits is a folder
 _TABLE = "hf:"  # begins a set of a mixture that is a table
 
 
@@ -84,7 +85,7 @@ class DataConfig:
         return [_sized(_weighted(entry)[0])[1] for entry in self.mixture]
 
     def _alone(self, word: str, size: int | None) -> "DataConfig":
-        named, table = word in ("digits", "fashion"), word.startswith(_TABLE)
+        named, table = word in _NAMED, word.startswith(_TABLE)
         kind: Any = word if named else "hf" if table else "folder"
         path = None if named else Path(word.removeprefix(_TABLE))
         return replace(
@@ -105,9 +106,11 @@ class DataConfig:
 
     def _check_mixture(self) -> None:
         entries = [_weighted(entry) for entry in self.mixture]
-        places = [Path(word) for word, _ in entries]
-        again = next((place for n, place in enumerate(places) if place in places[:n]), None)
-        require(again is None, f"mixture has {again} twice; give it a weight, as in {again}=2")
+        places = [_place(word) for word, _ in entries]
+        if again := next((n for n, place in enumerate(places) if place in places[:n]), None):
+            word, same = entries[places.index(places[again])][0], entries[again][0]
+            also = "" if same == word else f", once as {same}"
+            raise ValueError(f"mixture has {word} twice{also}; give it a weight, as in {word}=2")
         require(len(places) != 1, f"mixture has one set, {', '.join(self.mixture)}; add another, or give --data.name")
         require(not places or self.path is None, "path does not apply to a mixture, in which places are named")
         require(bool(places) or not self.alternate, "alternate needs several sets; give them as --data.mixture SET SET")
@@ -123,6 +126,13 @@ def _sized(word: str) -> tuple[str, int | None]:
     sized = bool(name and at and size.isdecimal())
     require(not sized or int(size) > 0, f"mixture has {word}, of size 0; give a number of pixels")
     return (name, int(size)) if sized else (word, None)
+
+
+def _place(word: str) -> tuple[str, int | None]:
+    """What SET or SET@SIZE is known by, however its path is written."""
+    name, size = _sized(word)
+    kind = _TABLE if name.startswith(_TABLE) else ""
+    return name if name in _NAMED else f"{kind}{Path(name.removeprefix(kind)).resolve()}", size
 
 
 def _weighted(entry: str) -> tuple[str, Fraction]:

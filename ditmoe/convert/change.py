@@ -18,12 +18,12 @@ from ..data.open import open_data
 from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
 from .centroids import noised, training_images
-from .domains import split_by_domain
+from .domains import check_domains, split_by_domain
 from .grow import merge, more
 from .lora import load
 from .lora import merge as merge_lora
 from .prune import by_chance, check_keep, prune, usage
-from .rebuild import described
+from .rebuild import dense_layers, described
 from .split import split
 from .upcycle import upcycle
 
@@ -110,10 +110,18 @@ def _by_domain(
 ) -> tuple[DiTMoETransformer2DModel, str]:
     assert args.split is not None
     assert args.domains is not None
-    batches = _batches(args, net, config)
-    sets = _sets(net, config) if args.domains == "data" and net.null_label else None
+    dense_layers(net, args.blocks)
+    check_domains(net, args.split, args.domains, len(config.data.sets()), args.keep)
+    sets = _sets(net, config) if args.domains == "data" else None
     made, domain, known = split_by_domain(
-        net, args.split, batches, args.domains, sets=sets, blocks=args.blocks, keep=args.keep, seed=args.seed
+        net,
+        args.split,
+        _batches(args, net, config),
+        args.domains,
+        sets=sets,
+        blocks=args.blocks,
+        keep=args.keep,
+        seed=args.seed,
     )
     c, by_time = made.config, args.domains == "time"
     for e in () if by_time else range(args.split):
@@ -122,11 +130,9 @@ def _by_domain(
     return made, f"; {units}; the router knows the expert of {known:.1%} of {'times' if by_time else 'labels'}"
 
 
-def _sets(net: DiTMoETransformer2DModel, config: Config) -> Tensor | None:
+def _sets(net: DiTMoETransformer2DModel, config: Config) -> Tensor:
     """Of every class the data set (C,), of a mixture."""
     data = open_data(config.data, size=net.config.sample_size, channels=net.config.in_channels)
-    if len(data.sizes) < 2:
-        raise ValueError(f"domains data needs a model of several sets (data.mixture), and this one is of {data.source}")
     sets = torch.zeros(net.config.num_classes, dtype=torch.int64)
     sets[torch.from_numpy(data.labels)] = torch.arange(len(data.sizes)).repeat_interleave(torch.tensor(data.sizes))
     return sets
@@ -135,7 +141,10 @@ def _sets(net: DiTMoETransformer2DModel, config: Config) -> Tensor | None:
 def _batches(
     args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Training images noised to all times: x_t (n, C, H, W), t (n,), and labels (n,) of a model that has them."""
+    """Training images noised to all times: x_t (n, C, H, W), t (n,), and labels (n,) of a model that has them.
+
+    No image is read before the first batch is asked for.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     x, y, t = training_images(config, net, args.num, generator, args.data_path)
-    return noised(net, config.objective, x, y, t, generator, BATCH)
+    yield from noised(net, config.objective, x, y, t, generator, BATCH)

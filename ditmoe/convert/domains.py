@@ -61,7 +61,8 @@ def split_by_domain(
     to what is active in each token, a small transformer that sees the tokens.
     """
     layers, E, H, C = dense_layers(net, blocks), num_experts, int(net.config.ffn_width), net.null_label
-    R = _check(E, H, C, keep, domains, sets)
+    assert (sets is None) == (domains != "data"), "sets are for data"
+    R = check_domains(net, E, domains, 0 if sets is None else int(sets.max()) + 1, keep)
     generator, batches, dense = torch.Generator().manual_seed(seed), list(batches), [*layers.values()]
     seen = tokens_of(net, dense, batches, generator)
     if domains == "time":
@@ -96,17 +97,21 @@ def split_by_domain(
     return ByDomain(rebuilt(net, weights, settings), of, known)
 
 
-def _check(E: int, H: int, C: int | None, keep: float, domains: DomainKind, sets: Tensor | None) -> int:
-    """R. ValueError where numbers do not fit."""
+def check_domains(
+    net: DiTMoETransformer2DModel, num_experts: int, domains: DomainKind, num_sets: int, keep: float
+) -> int:
+    """R. ValueError where `split_by_domain` can tell without an image that it cannot be, of so many data sets."""
+    E, H, C = num_experts, int(net.config.ffn_width), net.null_label
     if E < 2:
         raise ValueError(f"num_experts is {E}; it must be 2 or more")
     if domains != "time" and C is None:
         raise ValueError(f"domains {domains} are told by the label, and the model has none; give time")
-    assert (sets is None) == (domains != "data"), "sets are for data"
     if domains == "class" and C and C % E:
         raise ValueError(f"num_experts is {E}; with domains class it must divide the model's {C} classes")
-    if sets is not None and (number := int(sets.max()) + 1) != E:
-        raise ValueError(f"num_experts is {E}, and the model was trained on {number} data sets; give {number}")
+    if domains == "data" and num_sets < 2:
+        raise ValueError("domains data needs a model of several sets (data.mixture), and this one is of one")
+    if domains == "data" and num_sets != E:
+        raise ValueError(f"num_experts is {E}, and the model was trained on {num_sets} data sets; give {num_sets}")
     R = int(keep * H) // 8 * 8
     if not 0 < R < H:
         raise ValueError(f"keep is {keep}; of ffn_width {H} it must leave 8 units or more, and not all")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from torch import Tensor
 
 from ..config.convert import ConvertArgs
@@ -17,7 +16,7 @@ from ..model.layers import sincos_positions
 from ..pipeline.folder import find
 from ..pipeline.handed_in import blank, check_pipeline
 from .layouts import theirs
-from .tensors import Entry, Tensors, write
+from .tensors import Entry, Tensors, save, write
 
 _NEEDED = {  # of a network that the official DiT is, too
     "moe_blocks": "none", "activation": "gelu", "positions": "sincos", "qk_norm": "none", "refine_width": 0,
@@ -38,16 +37,13 @@ def give(args: ConvertArgs) -> None:
     defaults = {name: p.default for name, p in signature(DiTMoETransformer2DModel.__init__).parameters.items()}
     settings = {name: config.get(name, default) for name, default in defaults.items() if name != "self"}
     _refuse(args, settings, index.get("latents"))
-    tensors = Tensors(sorted((place / "transformer").glob("*.safetensors")))
+    tensors = Tensors(files := sorted((place / "transformer").glob("*.safetensors")))
     if args.to == "dit":
         names = {theirs(name, "dit", 0, 0)[0][0]: name for name in tensors.shapes}
         first = tensors.dtypes["x_embedder.proj.weight"]
         table = sincos_positions(settings["hidden_size"], settings["sample_size"] // settings["patch_size"]).to(first)
         with whole(args.out) as file:
-            try:
-                torch.save({"pos_embed": table, **{their: tensors[name] for their, name in names.items()}}, file)
-            except RuntimeError as error:  # torch's own, in the course of the file's
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            save(file, names, files, {"pos_embed": table})
     else:
         with replacing(args.out) as temporary:
             _write_diffusers(place, temporary, index, settings, tensors)

@@ -1,13 +1,15 @@
 """Tensors of checkpoints: read one by one from mapped files, and streamed into .safetensors files."""
 
 import json
+import math
+import mmap
 import pickle
 import re
 import struct
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 from zipfile import is_zipfile
 
 import torch
@@ -18,7 +20,7 @@ from torch.serialization import safe_globals
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SHARD = 5 * 10**9  # bytes of a file that is written, about
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
-_LET_GO = 2**27  # bytes that are read before the files are mapped anew, which lets go of the pages read so far
+_LET_GO = 2**27  # bytes of mapped files that are read before the pages read so far are let go
 _BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -146,3 +148,52 @@ def _write_file(file: Path, entries: Sequence[Entry]) -> None:
             for piece in entry.pieces():
                 out.write(piece.contiguous().flatten().view(torch.uint8).numpy().data)
         assert out.tell() == 8 + len(text) + end
+
+
+def save(out: IO[bytes], names: Mapping[str, str], files: Sequence[Path], more: Mapping[str, Tensor]) -> None:
+    """What `torch.save` makes of tensors of `.safetensors` files that `Tensors` has read, with one in memory at a time.
+
+    Args:
+        out: The file that it is written into. Raises what its `write` does.
+        names: New names of the tensors, and theirs.
+        files: All that hold them.
+        more: Others by name, which come first.
+    """
+    found: dict[str, Tensor] = {}
+    pages = [_lay_out(file, found) for file in files]
+    try:
+        sink = cast("IO[bytes]", _Sink(out, pages))
+        torch.save({**more, **{new: found[old] for new, old in names.items()}}, sink)
+    except RuntimeError as error:  # torch's own, in the course of what stopped the file, such as Ctrl-C
+        raise (error.__context__ or error) from None
+
+
+def _lay_out(file: Path, found: dict[str, Tensor]) -> mmap.mmap:
+    """Add the tensors of a file, which are its mapped pages: a tensor of safetensors does not say which."""
+    with file.open("rb") as opened:
+        pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(start - 8))
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    for name in header.keys() - {"__metadata__"}:
+        dtype, shape, (begin, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        flat = torch.frombuffer(pages, dtype=dtypes[dtype], count=math.prod(shape), offset=start + begin)
+        found[name] = flat.view(shape)
+    return pages
+
+
+class _Sink:
+    """A file that lets go of mapped pages once they are written."""
+
+    def __init__(self, file: IO[bytes], pages: Sequence[mmap.mmap]) -> None:
+        self._file, self._pages, self._written = file, pages, 0
+        self.flush = file.flush
+
+    def write(self, content: bytes | memoryview) -> int:
+        count = self._file.write(content)
+        self._written += count
+        if self._written > _LET_GO:
+            self._written = 0
+            for pages in self._pages:
+                pages.madvise(mmap.MADV_DONTNEED)
+        return count

@@ -219,8 +219,9 @@ def _splits(config: DataConfig) -> tuple[dict[str, Any], str]:
         raise ValueError("data.name hf needs the library datasets: pip install 'ditmoe[data]'") from error
     path = config.path
     assert path is not None
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[:1] == ("..",)):
-        raise ValueError(f"data.path {path} is not there, and no OWNER/NAME of the Hub; give a folder of parquet files")
+    if not path.exists() and (":" in path.name or path.is_absolute() or len(path.parts) > 2 or path.parts[0] == ".."):
+        fix = "PATH and --data.split, as PATH:SPLIT is for scores" if ":" in path.name else "a folder of parquet files"
+        raise ValueError(f"data.path {path} is not there, and no OWNER/NAME of the Hub; give {fix}")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with _told(config):
@@ -259,8 +260,7 @@ def _roots(config: DataConfig) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     path = Path(os.path.abspath(config.path or ""))
-    here = str(path if path.is_dir() else path.parent)
-    return [here] if path.exists() else [str(HF_DATASETS_CACHE), HF_HUB_CACHE]
+    return [str(path if path.is_dir() else path.parent)] if path.exists() else [str(HF_DATASETS_CACHE), HF_HUB_CACHE]
 
 
 @contextmanager

@@ -107,13 +107,14 @@ def optimise(run: Run, step: int) -> StepResult | None:
         if (batch := run.watch.take(run.batches)) is None:
             return None
         ahead.append(batch)
-    whole = _loads_ahead(run, ahead)
+    given = [_given(run, batch) for batch in ahead]
+    whole = _loads_ahead(run, given)
     for i in range(config.train.accumulation):
         batch = ahead[i] if ahead else run.watch.take(run.batches)
         if batch is None or (ahead and run.watch.stopped()):
             return None
         with accelerator.accumulate(run.model):
-            losses, routing, counts, own = _forward(run, batch, whole)
+            losses, routing, counts, own = _forward(run, given[i] if ahead else _given(run, batch), whole)
             accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
         tokens = (batch.x.shape[-1] // config.model.patch_size) ** 2  # of an image, at all levels that it gives
@@ -141,40 +142,40 @@ class Loads(NamedTuple):
     sums: Tensor | None
 
 
-class Passed(NamedTuple):
-    """What the network said of a micro-batch, and of what."""
+class Given(NamedTuple):
+    """What the network is asked of a micro-batch, and what it should say; of few calls, all steps of its images."""
 
     x_0: Tensor
     x_t: Tensor
     t: Tensor
+    labels: Tensor | None
     target: Tensor
-    taught: Tensor | None  # what teachers say at all noise levels
     domain: Tensor
-    sample: Tensor
-    routing: list[Routing]
-    heads: list[Any]  # of one with several output heads, their record
-    hidden: list[Tensor]  # of dense layers that are to be sparse
 
 
-def _passed(run: Run, batch: Batch, *, ahead: bool = False) -> Passed:
+def _given(run: Run, batch: Batch) -> Given:
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device, (C, H, W) = accelerator.device, batch.x.shape[1:]
-    x_0 = batch.x.to(device, non_blocking=True)
+    x_0, domain = batch.x.to(device, non_blocking=True), batch.domain.to(device)
     draws = objective.draw(config.seed, batch.indices, (C, H, W))
     t, noise = draws.t.to(device), draws.noise.to(device)
-    null = run.raw.null_label
+    null, teachers = run.raw.null_label, run.teachers
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
-    x_t, target = objective.corrupt(x_0, t, noise)
-    teachers, taught, domain = run.teachers, None, batch.domain.to(device)
+    if teachers is None or not teachers.levels:
+        x_t, target = objective.corrupt(x_0, t, noise)
+        return Given(x_0, x_t, t, labels, target, domain)
     with accelerator.autocast():
-        if teachers is not None and teachers.levels:
-            x_t, t, target = teachers.steps(noise, labels, domain)
-            labels, domain = None if labels is None else labels.repeat(teachers.calls), domain.repeat(teachers.calls)
-        elif teachers is not None and not ahead:
-            taught = teachers.target(x_t, t, labels, domain)
-    with accelerator.autocast(), hidden_units(run.raw if config.moe.hoyer_weight else None) as hidden:
-        sample, routing, *heads = run.model(x_t, t, labels, return_dict=False)
-    return Passed(x_0, x_t, t, target, taught, domain, sample, routing, heads, hidden)
+        x_t, t, target = teachers.steps(noise, labels, domain)
+    labels, domain = None if labels is None else labels.repeat(teachers.calls), domain.repeat(teachers.calls)
+    return Given(x_0, x_t, t, labels, target, domain)
+
+
+def _said(run: Run, given: Given) -> tuple[Tensor, list[Routing], list[Any], list[Tensor]]:
+    """Sample, records of routing, that of several output heads, hidden units of layers that are to be sparse."""
+    hoyer = run.config.moe.hoyer_weight
+    with run.parallel.accelerator.autocast(), hidden_units(run.raw if hoyer else None) as hidden:
+        sample, routing, *heads = run.model(given.x_t, given.t, given.labels, return_dict=False)
+    return sample, routing, heads, hidden
 
 
 def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
@@ -186,19 +187,19 @@ def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
 
 
 @torch.no_grad()
-def _loads_ahead(run: Run, batches: Sequence[Batch]) -> Loads | None:
+def _loads_ahead(run: Run, given: Sequence[Given]) -> Loads | None:
     """Of all micro-batches of a step, by a pass of the network over each before the first is learnt from.
 
     None of none: where there is one, whose own they are, or where no loss is of loads.
     """
-    found = [_loads(run, _passed(run, batch, ahead=True).routing) for batch in batches]
+    found = [_loads(run, _said(run, one)[1]) for one in given]
     known = [loads for loads in found if loads is not None]
     sums = [loads.sums for loads in known if loads.sums is not None]
     return None if not known else Loads(sum(loads.counts for loads in known), sum(sums) if sums else None)  # type: ignore[arg-type]
 
 
 def _forward(
-    run: Run, batch: Batch, whole: Loads | None
+    run: Run, given: Given, whole: Loads | None
 ) -> tuple[dict[str, Tensor], list[Routing], Tensor | None, Tensor | None]:
     """The losses of one micro-batch, the routers' records, the (L, E) assignments of all processes, and of a mixture
     the (2, domains) sums by set, see `StepResult`. `whole`: the loads of all micro-batches, where there are several.
@@ -208,8 +209,12 @@ def _forward(
     the depth; so is "domain", whose weight is that of the mean. Loads and the means of experts' tokens are those of the
     global batch, of all processes and micro-batches together.
     """
-    config = run.config
-    x_0, x_t, t, target, taught, domain, sample, routing, heads, hidden = _passed(run, batch)
+    config, taught = run.config, None
+    x_0, x_t, t, labels, target, domain = given
+    if run.teachers is not None and not run.teachers.levels:
+        with run.parallel.accelerator.autocast():
+            taught = run.teachers.target(x_t, t, labels, domain)
+    sample, routing, heads, hidden = _said(run, given)
     share = 0.0 if taught is None else config.distill.weight
     parts = [(name, 1 - share, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
     if taught is not None:

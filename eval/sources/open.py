@@ -59,10 +59,12 @@ def _open(source: str | Path | UInt8Array, skip_bad: int) -> Images | Statistics
         raise ValueError("the path is empty; give a folder, a .zip, an .npz or NAME:SPLIT")
     try:
         table, _, split = path.rpartition(":")
-        if not place.exists() and table not in ("", *DATASETS) and is_table(Path(table)):
-            return _table(Path(table), split, skip_bad)
-        if not place.exists():
+        if table in DATASETS or not (place.exists() or (table and Path(table).exists())):
             return _dataset(path)
+        if not place.exists():
+            if not is_table(Path(table)):
+                raise ValueError(f"{path}: PATH:SPLIT is for a table, and {table} is none; give {table} alone")
+            return _table(Path(table), split, skip_bad)
         if is_table(place):
             return _table(place, "train", skip_bad)
         if place.is_dir():
@@ -122,10 +124,11 @@ def is_table(place: Path) -> bool:
 
 
 def _table(place: Path, split: str, skip_bad: int) -> Images:
-    names, open_file, whole, files = open_table(place, split)
-    path, used = f"{place}:{split}", set(map(os.path.realpath, files))
+    shown = f"./{place}" if str(place) in DATASETS else str(place)  # the bare name with a split is the data set
+    names, open_file, whole, files = open_table(place, split, shown)
+    path, used = f"{shown}:{split}", set(map(os.path.realpath, files))
     below = [*_files_below(place, path)] if place.is_dir() else []
-    _, left_out = _image_names((name for name in below if os.path.realpath(place / name) not in used), str(place))
+    _, left_out = _image_names((name for name in below if os.path.realpath(place / name) not in used), shown)
     stamps = [str(place.resolve()), split, *((file, *_stamp(Path(file))) for file in files)]
     fingerprint = repr(stamps) if whole else ""  # files that cells name may change
     return _image_files("table", path, names, open_file, skip_bad, fingerprint, {}, left_out)

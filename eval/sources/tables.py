@@ -24,8 +24,11 @@ class Table(NamedTuple):
     files: list[str]
 
 
-def open_table(place: Path, split: str) -> Table:
-    """The only column of images of a split. ValueError where `datasets` reads none, and where there are several."""
+def open_table(place: Path, split: str, shown: str) -> Table:
+    """The only column of images of a split. ValueError where `datasets` reads none, and where there are several.
+
+    `shown` is what sentences on its splits call the place.
+    """
     try:
         import datasets
         import pyarrow.compute as pc
@@ -37,21 +40,21 @@ def open_table(place: Path, split: str) -> Table:
     with _told(place):
         splits, files = _splits(place)
     if split not in splits:
-        what = f"{place} has no split {split!r}, but {', '.join(map(str, splits))}"
-        raise ValueError(f"{what}; write {place}:{next(iter(splits), 'SPLIT')}")
+        what = f"{shown} has no split {split!r}, but {', '.join(map(str, splits))}"
+        raise ValueError(f"{what}; write {shown}:{next(iter(splits), 'SPLIT')}")
     found = splits[split]
     if isinstance(found, list):
         with _told(place):
             rows = sum(pq.read_metadata(file).num_rows for file in found)
         if not rows:
-            raise ValueError(f"{place}:{split} holds no rows")
+            raise ValueError(f"{shown}:{split} holds no rows")
         with _told(place):
             found = datasets.load_dataset("parquet", data_files={split: found}, split=split)
     kinds = [f"{name} ({getattr(feature, 'dtype', 'nested')})" for name, feature in found.features.items()]
     columns = [name for name, feature in found.features.items() if _holds_images(feature)]
     if len(columns) != 1:
         what = f"columns of images: {', '.join(columns)}" if columns else f"no images, but {', '.join(kinds)}"
-        raise ValueError(f"{place}:{split} has {what}; save it with one column of images")
+        raise ValueError(f"{shown}:{split} has {what}; save it with one column of images")
     stored, arrow = found.data.column(columns[0]), found.with_format("arrow")
     stored = pc.struct_field(stored, "bytes") if hasattr(stored.type, "fields") else stored
     root = os.path.abspath(place if place.is_dir() else place.parent)

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plan_check, train_step
+from ditmoe import pipeline
 from ditmoe.analysis import budget
-from ditmoe.analysis.plan import USABLE, describe
+from ditmoe.analysis.plan import USABLE, describe, teaching
 from ditmoe.config.experts import RouterInput
 from ditmoe.config.file import save, to_dict
 from ditmoe.config.presets import PRESETS
@@ -29,6 +30,7 @@ from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, T
 from ditmoe.launch.start import shutdown
 from ditmoe.model import DiTMoETransformer2DModel, build, layers, tokens_per_image
 from ditmoe.moe import Experts
+from ditmoe.pipeline.answers import flow_levels, path
 from ditmoe.run_folder import place
 from ditmoe.training.exchange import local
 from ditmoe.training.muon import matrices, work
@@ -488,6 +490,55 @@ def test_buffers_are_those_that_are_there_at_one_time() -> None:
 def cells(text: str, label: str) -> list[str]:
     (line,) = [line for line in text.splitlines() if line.startswith(label)]
     return line[28:].split()
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """Guided by classes; with a loop over experts, whose products torch counts."""
+    config = changed(DIGITS, moe={"backend": "loop"}, sample={"sampler": "ddim", "cfg": 2.0})
+    pipe = pipeline.assemble(build(config, 10), config, {i: str(i) for i in range(10)})
+    pipeline.save(pipe, tmp_path / "teacher")
+    save(config, tmp_path / "teacher" / "training.json")
+    return tmp_path / "teacher"
+
+
+def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
+    config = changed(DIGITS, train={"batch_size": 24}, plan={"devices": 2}, objective={"class_dropout_prob": 0.0},
+                     sample={"sampler": "flow-euler", "steps": 3, "cfg": 1.0})  # fmt: skip
+    config = changed(config, objective={"prediction_type": "flow_prediction"})
+    taught = changed(config, distill={"teachers": (str(teacher),), "teacher_steps": 5})
+    pipe = pipeline.load(teacher)
+    held = 4 * sum(p.numel() for p in pipe.transformer.parameters())
+    frozen, asked, _ = teaching(taught)
+    assert frozen == held
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        path(pipe, torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), 5, flow_levels(None, 3))
+    assert asked == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    text, thrice = describe(taught), describe(changed(config, train={"batch_size": 72}))  # 3 steps of an image
+    assert [float(x) for x in cells(text, "teachers  ")] == [pytest.approx(held / 1e6, abs=1e-3)] * 8
+    peaks = [[float(x) for x in cells(plan, "peak")] for plan in (text, thrice)]
+    assert peaks[0] == pytest.approx([x + held / 1e6 for x in peaks[1]], abs=2e-3)
+    assert not any(line.startswith("teachers") for line in thrice.splitlines())
+    work, more = (plan_seconds(plan) * 989e12 * 0.4 for plan in (thrice, text))
+    assert more - work == pytest.approx(12 * asked, rel=0.05)  # 12 images of a device; cells have two digits
+
+
+def plan_seconds(text: str) -> float:
+    return float(cells(text, "seconds a step, arithmetic")[0])
+
+
+def test_a_teacher_answers_once_for_each_level_and_of_a_mixture_for_its_set(teacher: Path) -> None:
+    once = budget.flops(DIGITS).forward
+    plain = changed(DIGITS, distill={"teachers": (str(teacher), str(teacher))})
+    assert teaching(plain)[1] == 2 * once
+    assert teaching(changed(plain, distill={"guided": True}, sample={"cfg": 1.0}))[1] == 4 * once
+    data = {"mixture": ("digits=3", "fashion"), "fit": "crop"}
+    assert teaching(changed(plain, distill={"by": "domain"}, data=data))[1] == once
+    (teacher / "training.json").unlink()
+    frozen, asked, said = teaching(plain)
+    assert (frozen > 0, asked) == (True, 0)
+    assert f"without those of {teacher}, which does not say how it was trained" in said
+    assert teaching(DIGITS) == (0, 0, "")
 
 
 def test_the_largest_model_on_64_devices() -> None:

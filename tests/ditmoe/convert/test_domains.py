@@ -215,3 +215,25 @@ def test_what_does_not_go_together_is_refused_and_leaves_nothing(
     assert convert(source, tmp_path / "out", *words) == 2
     assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").replace("|", " ").split())
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "sentence"),
+    [
+        ({}, ["--split", 4], "the model has experts already"),
+        ({}, ["--split", 2, "--domains", "data"], "the model has experts already"),
+        ({"blocks": "none"}, ["--split", 7], "num_experts is 7; it must be 2 or more, and divide ffn_width 96"),
+        ({"blocks": "none"}, ["--split", 4, "--domains", "time", "--keep", 0.05], "keep is 0.05; of ffn_width 96"),
+        ({"blocks": "none"}, ["--split", 3, "--domains", "class"], "it must divide the model's 10 classes"),
+        ({"blocks": "none"}, ["--split", 2, "--domains", "data", "--keep", 0.05], "keep is 0.05; of ffn_width 96"),
+        ({"blocks": "none"}, ["--split", 3, "--domains", "data"], "was trained on 2 data sets; give 2"),
+    ],
+)
+def test_what_needs_no_image_is_refused_before_one_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: dict[str, Any], words: list[Any], sentence: str
+) -> None:
+    place = saved(tmp_path / "model", **source)
+    data = DataConfig(mixture=("nowhere", "elsewhere"))
+    save(Config(model=MODEL, moe=MoEConfig(**source), data=data), place / "training.json")
+    assert convert(place, tmp_path / "out", *words) == 2
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").replace("|", " ").split())

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ditmoe.convert.tensors import Tensors
+from ditmoe.convert import tensors
+from ditmoe.convert.tensors import Tensors, save
+from ditmoe.files import whole
 from tests.ditmoe.convert import checkpoints
 from tests.ditmoe.convert.checkpoints import FLAGS, checkpoint
 
@@ -46,3 +50,47 @@ sys.exit(code)
 
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / "transformer").glob("*.safetensors"))
+
+
+class Watched(BytesIO):
+    """Notes how much of a folder's mapped files is in memory whenever it is written to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.seen = str(folder), list[int]()
+
+    def write(self, content: bytes | memoryview) -> int:  # type: ignore[override]
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        resident = [lines[i + 4] for i, line in enumerate(lines) if self.folder in line]
+        assert all(line.startswith("Rss:") for line in resident)
+        self.seen.append(1024 * sum(int(line.split()[1]) for line in resident))
+        return super().write(content)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_pt_file_is_written_with_about_one_tensor_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_LET_GO", 2**20)
+    weights = {f"{i}": torch.randn(1024, 512, generator=torch.Generator().manual_seed(i)) for i in range(16)}  # 2 MiB
+    weights["odd"] = torch.randn(3).bfloat16()
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file({name: weights[name] for name in list(weights)[:9]}, files[0])
+    save_file({name: weights[name] for name in list(weights)[9:]}, files[1])
+    table, names = torch.ones(4), {f"their {name}": name for name in weights}
+    save(out := Watched(tmp_path), names, files, {"table": table})
+    torch.save({"table": table, **{new: weights[old] for new, old in names.items()}}, expected := BytesIO())
+    assert out.getvalue() == expected.getvalue()
+    assert 2 * 2**20 <= max(out.seen) < 3 * 2**20  # of 32
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, OSError])
+def test_a_pt_file_that_is_stopped_leaves_nothing(tmp_path: Path, stopped: type[BaseException]) -> None:
+    class Stopped(BytesIO):
+        def write(self, content: bytes | memoryview) -> int:  # type: ignore[override]
+            if self.tell() > 5000:
+                raise stopped
+            return super().write(content)
+
+    save_file({"a": torch.ones(1000), "b": torch.ones(1000)}, file := tmp_path / "a.safetensors")
+    with pytest.raises(stopped), whole(tmp_path / "out.pt"):
+        save(Stopped(), {"a": "a", "b": "b"}, [file], {})
+    assert [*tmp_path.iterdir()] == [file]

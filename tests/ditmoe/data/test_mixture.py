@@ -256,11 +256,24 @@ def test_what_is_no_set_of_images_is_refused(tmp_path: Path) -> None:
         open_data(DataConfig(mixture=("digits", str(tmp_path))), size=8, channels=1)
 
 
+def test_a_folder_called_like_a_data_set_is_another_set() -> None:
+    parts = DataConfig(mixture=("digits", "./digits", "hf:digits", "hf:fashion")).sets()
+    assert [(part.name, part.path) for part, _ in parts] == [
+        ("digits", None), ("folder", Path("digits")), ("hf", Path("digits")), ("hf", Path("fashion")),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"mixture": ("digits",)}, "mixture has one set, digits; add another, or give --data.name"),
-        ({"mixture": ("a", "digits", "a/=2")}, "mixture has a twice; give it a weight, as in a=2"),
+        ({"mixture": ("a", "digits", "a/=2")}, "mixture has a twice, once as a/; give it a weight, as in a=2"),
+        (
+            {"mixture": ("hf:sp", "digits", "hf:./sp=2")},
+            "mixture has hf:sp twice, once as hf:./sp; give it a weight, as",
+        ),
+        ({"mixture": ("a/b", "a/c/../b")}, "mixture has a/b twice, once as a/c/../b; give it a weight, as in a/b=2"),
+        ({"mixture": ("a", str(Path("a").absolute()))}, "mixture has a twice, once as /"),
         ({"mixture": ("digits=0", "a")}, "mixture has 'digits=0'; give SET or SET=WEIGHT with a weight above 0"),
         ({"mixture": ("digits=inf", "a")}, "mixture has 'digits=inf'; give SET or SET=WEIGHT"),
         ({"mixture": ("digits", "a=b")}, "mixture has 'a=b'; give SET or SET=WEIGHT"),

@@ -201,6 +201,9 @@ def test_places_that_are_no_table(tmp_path: Path) -> None:
         opened(tmp_path)
     with pytest.raises(ValueError, match="is not there, and no OWNER/NAME"):
         opened(tmp_path / "none")
+    for place in (tmp_path / "set:test", Path("set:test")):
+        with pytest.raises(ValueError, match="set:test is not there, .*; give PATH and --data.split, as PATH:SPLIT"):
+            opened(place)
     with pytest.raises(ValueError, match="has no split dev, but train, test; give one with --data.split"):
         opened(parquet(tmp_path / "set"), split="dev", stream=True)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")

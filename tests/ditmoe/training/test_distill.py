@@ -313,6 +313,29 @@ def test_the_network_is_asked_of_all_steps_with_the_labels_of_their_images(
     assert len(labels[:16].unique()) > 3
 
 
+def test_the_way_is_drawn_once_for_each_micro_batch(
+    tiny: Tiny, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the loss is of the loads of all micro-batches, which are passed over once before."""
+    drawn: list[int] = []
+    steps = Teachers.steps
+
+    def spied(self: Teachers, noise: Tensor, *more: Any) -> Any:
+        drawn.append(len(noise))
+        return steps(self, noise, *more)
+
+    monkeypatch.setattr(Teachers, "steps", spied)
+    logs = []
+    for parts in (1, 2):
+        go(tiny(max_steps=1, out=tmp_path / str(parts), objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW,
+                train={"accumulation": parts}, moe={"balance_weight": 0.01},
+                distill={"teachers": (str(teacher),), "teacher_steps": 3}))  # fmt: skip
+        logs.append(rows(tmp_path / str(parts))[-1])
+    assert drawn == [16, 8, 8]
+    assert logs[1]["mse"] == pytest.approx(logs[0]["mse"], rel=1e-5)
+    assert logs[1]["balance"] == pytest.approx(logs[0]["balance"], rel=1e-5)
+
+
 def test_a_finished_run_needs_its_teachers_no_more(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
     config = tiny(max_steps=1, objective=FLOW, distill={"teachers": (str(teacher),)})
     assert go(config)

@@ -233,6 +233,10 @@ def empty_folder(path):
 BAD = {
     "nothing there": (lambda p: p / "nope", r"nope' does not exist; give a folder"),
     "unknown name": (lambda p: "mnist:train", r"'mnist:train' does not exist; .*digits:train"),
+    "a split of no table": (
+        lambda p: f"{folder_of(p / 'a', GREY)}:test",
+        r"PATH:SPLIT is for a table, and \S+ is none; give \S+ alone",
+    ),
     "unknown split": (lambda p: "digits:val", "unknown split in 'digits:val'; write digits:train"),
     "no split": (lambda p: "fashion", "unknown split in 'fashion'; write fashion:train"),
     "empty folder": (lambda p: empty_folder(p / "a"), r"a: no images \(.*\.png"),

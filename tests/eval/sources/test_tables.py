@@ -128,6 +128,14 @@ def test_a_table_is_never_taken_for_digits(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Path("digits").mkdir()
     table(*FILES).to_parquet("digits/test.parquet")
+    found, ours = opened("digits:test"), opened("./digits:test")
+    assert (found.count, found.kind, found.path) == (300, "dataset", "digits:test")
+    assert (ours.count, ours.kind, ours.path) == (12, "table", "./digits:test"), (
+        "as a report says it, it is found again"
+    )
+    with pytest.raises(ValueError, match=r"digits has no split 'train', but test; write \./digits:test$"):
+        opened("digits")
+    assert sources.is_table(Path("digits"))
+    folder(tmp_path / "digits:test")
     assert opened("digits:test").count == 300
     assert opened("./digits:test").count == 12
-    assert sources.is_table(Path("digits"))
