@@ -64,7 +64,7 @@ PRESETS: dict[str, Config] = {
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.25, num=1000),
     ),
     "fashion": Config(
-        max_steps=5200,
+        max_steps=5000,
         model=ModelConfig(
             sample_size=28,
             patch_size=4,
@@ -72,7 +72,7 @@ PRESETS: dict[str, Config] = {
             depth=6,
             ffn_width=384,
             positions="sincos",
-            refine_width=32,
+            refine_width=64,
             local_conv=True,
             long_skips=True,
         ),
@@ -85,8 +85,8 @@ PRESETS: dict[str, Config] = {
             muon_factor=2.0,
             clip=0.5,
             warmup_steps=200,
-            decay_steps=5200,
-            checkpoint_every=650,
+            decay_steps=5000,
+            checkpoint_every=625,
             precision="auto",
         ),
         sample=SampleConfig(sampler="unipc", steps=10, cfg=1.6, flow_shift=1.7, guidance_interval=(0.0, 800.0)),
