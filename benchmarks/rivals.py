@@ -14,10 +14,12 @@ kept. Ends with a table.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shutil import copy2
@@ -89,7 +91,8 @@ class Contest:
                 ways = [{**best, "compile": True}]
             return {**best, "timed": speeds}
 
-        return self.once({"contestant": who.name, "config": who.digest, "phase": "way"}, make)
+        key = {"contestant": who.name, "config": who.digest, "phase": "way", "compiled": self.args.compile}
+        return self.once(key, make)
 
     def for_timing(self, who: Contestant, way: Row, batch: int = 0) -> Training:
         """A run past its warm-up: at the rates there, what starts at zero stays so small that products are slow."""
@@ -179,26 +182,31 @@ class Contest:
         found = {}
         for who in chosen:
             if self.args.ours and who.name == "ours":
-                found[who.name] = self.once({**key, "contestant": "ours", "run": str(self.args.ours)}, self.finished)
+                found[who.name] = self.once(*self.finished())
                 continue
             key |= {"contestant": who.name, "config": who.digest, "rate": rates[who.name]["rate"]}
             found[who.name] = self.once(key, partial(self.train, who, dict(key), rates[who.name]))
         return found
 
-    def finished(self) -> Row:
-        """What the line of `--ours` says: of a run of the preset that another command made."""
-        name, config = f"{self.args.preset}-run.safetensors", trained_by(self.args.ours)
-        assert config.max_steps == self.preset.max_steps, "the run is not one of the preset"
-        copy2(self.args.ours / "model" / "transformer" / "diffusion_pytorch_model.safetensors", self.args.out / name)
-        images = config.max_steps * config.train.batch_size
-        known: Row = {"steps": config.max_steps, "images": images, "diverged": False, "weights": name}
-        known |= {"rate": config.train.learning_rate, "rates": [config.train.learning_rate], "edge": False}
-        return {
-            **known,
-            "config": self.all["ours"].digest,
-            "images_per_second": self.speeds["ours"] * config.train.batch_size,
-            "machine": machine(),
-        }
+    def finished(self) -> tuple[Row, Callable[[], Row]]:
+        """Key and line of `--ours`: a run of the preset that another command made. ValueError for one of another."""
+        place, config = self.args.ours / "model" / "transformer", trained_by(self.args.ours)
+        free = {"out": self.preset.out, "sample": self.preset.sample, "seed": self.preset.seed}
+        train = {name: getattr(self.preset.train, name) for name in ("precision", "compile", "keep", "log_every")}
+        if replace(config, train=replace(config.train, **train), **free) != self.preset:
+            raise ValueError(f"--ours is {self.args.ours}, which is no run of the preset {self.args.preset}")
+        weights = place / "diffusion_pytorch_model.safetensors"
+        name = f"{self.args.preset}-run-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}.safetensors"
+
+        def make() -> Row:
+            copy2(weights, self.args.out / name)
+            images = config.max_steps * config.train.batch_size
+            rate, speed = config.train.learning_rate, self.speeds["ours"] * config.train.batch_size
+            known: Row = {"steps": config.max_steps, "images": images, "diverged": False, "rate": rate}
+            return {**known, "rates": [rate], "edge": False, "images_per_second": speed, "machine": machine()}
+
+        key = {"phase": "run", "contestant": "ours", "config": self.all["ours"].digest, "weights": name}
+        return key, make
 
     def train(self, who: Contestant, key: Row, rate: Row) -> Row:
         """Train, write the averaged weights, and give what their line says."""

@@ -1,6 +1,7 @@
 """The section `data` of a configuration: one set of images, or several. Imports no torch."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -132,7 +133,7 @@ def _place(word: str) -> tuple[str, int | None]:
     """What SET or SET@SIZE is known by, however its path is written."""
     name, size = _sized(word)
     kind = _TABLE if name.startswith(_TABLE) else ""
-    return name if name in _NAMED else f"{kind}{Path(name.removeprefix(kind)).resolve()}", size
+    return name if name in _NAMED else f"{kind}{os.path.realpath(name.removeprefix(kind))}", size
 
 
 def _weighted(entry: str) -> tuple[str, Fraction]:

@@ -60,6 +60,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "ffn_width")
         at_least(self, 0, "refine_width", "head_experts")
+        require(self.depth > 1 or not self.long_skips, "long_skips joins blocks, and depth is 1; leave it out")
         size, patch, width, quarters = self.sample_size, self.patch_size, self.hidden_size, 4 * self.num_heads
         if self.num_classes is not None and self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")
@@ -117,7 +118,7 @@ class TrainConfig:
     """muon makes the momentum of matrices orthogonal; embeddings, adaLN, routers, the final layer, convolutions, norms
     and biases stay with adamw."""
     muon_on: Literal["trunk", "all"] = "trunk"
-    """muon: attention, dense and shared feed-forward layers (trunk), or routed experts too."""
+    """muon: attention, long skips, dense and shared feed-forward layers (trunk), or routed experts too."""
     muon_factor: float = 1.0
     """muon: learning rate of its matrices, times `learning_rate`."""
     learning_rate: float = 2e-3

@@ -75,6 +75,7 @@ PROTOTYPE = ["digits", "--moe.router", "prototype"]
         ([*PROTOTYPE, "--moe.contrastive-weight", "-1"], ["contrastive_weight is -1.0; it must be 0 or more"]),
         ([*PROTOTYPE, "--moe.contrastive-weight", "1", "--moe.router-input", "position"], ["position sees none"]),
         (["digits", "--model.patch-size", "3"], ["sample_size 8 is not a multiple of patch_size 3"]),
+        (["digits", "--model.depth", "1", "--model.long-skips"], ["long_skips joins blocks, and depth is 1"]),
         (["digits", "--max-steps", "999999"], ["decay"]),
         (["digits", "--objective.learn-sigma"], ["learn_sigma works with prediction_type epsilon"]),
         (["nowhere/config.json"], ["nowhere/config.json", "cannot be read", "not a configuration"]),

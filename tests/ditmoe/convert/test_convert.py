@@ -144,6 +144,19 @@ def test_round_trips_are_equal_bit_by_bit(kind: str, tmp_path: Path, capsys: pyt
     assert all(torch.equal(back[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("option", ["local_conv", "long_skips"])
+@pytest.mark.parametrize("kind", ["dit", "diffusers"])
+def test_what_dit_has_not_is_not_written(
+    kind: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = brought("dit", tmp_path)
+    net = DiTMoETransformer2DModel.from_config({**load(ours).transformer.config, option: True})
+    net.save_pretrained(ours / "transformer")
+    assert command("convert", ours, out := tmp_path / "back.pt", "--to", kind) == 2
+    assert f"{option} True" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not out.exists()
+
+
 def test_it_answers_as_diffusers_does(tmp_path: Path) -> None:
     net = diffusers_dit()
     net.save_pretrained(tmp_path / "them")

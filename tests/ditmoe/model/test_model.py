@@ -224,11 +224,12 @@ def test_saved_and_loaded_models_agree(tmp_path: Path, variant: torch.dtype) -> 
     assert torch.equal(model(*inputs()).sample, again(*inputs()).sample)
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("kind", get_args(RouterKind))
-def test_gradient_checkpointing_gives_the_same_gradients_and_counts_once(kind: str) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients_and_counts_once(kind: str, joined: bool) -> None:
     grads, counts = [], []
     for checkpointing in (False, True):
-        model = small(router_kind=kind).train()
+        model = small(router_kind=kind, long_skips=joined, local_conv=joined).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
         out = model(*inputs())

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ditmoe.data.open import open_data
 from ditmoe.model import build
 from ditmoe.training.loop import train
 from ditmoe.training.muon import MOMENTUM, Muon, matrices, orthogonal, work
+from ditmoe.training.state import new_state
 from tests import checkpoints
 from tests.checkpoints import resumed_to_the_bit
 
@@ -80,18 +83,28 @@ def test_other_groups_are_adamws_to_the_bit() -> None:
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_which_weights_are_muons(experts: bool) -> None:
-    model = build(Config(model=ModelConfig(depth=2), moe=MoEConfig(bias_rate=0.1)), 10)
+    options = ModelConfig(depth=2, long_skips=True, local_conv=True)
+    model = build(Config(model=options, moe=MoEConfig(bias_rate=0.1)), 10)
     found = matrices(model, experts=experts)
     names = {name for name, _ in model.named_parameters()}
     assert found.keys() <= names
     assert {n.split(".", 2)[-1]: k for n, k in found.items() if n.startswith("blocks.1.")} == {
-        "attn.qkv.weight": 3, "attn.proj.weight": 1, "moe.shared.fc1.weight": 2, "moe.shared.fc2.weight": 1,
+        "skip.weight": 1, "attn.qkv.weight": 3, "attn.proj.weight": 1, "moe.shared.fc1.weight": 2,
+        "moe.shared.fc2.weight": 1,
         **({"moe.experts.w_in": 2, "moe.experts.w_out": 1} if experts else {}),
     }  # fmt: skip
     left = {name for name in names - found.keys() if name.startswith("blocks.")}
-    assert all("adaLN" in n or "norm" in n or "bias" in n or "router" in n or ("experts" in n) for n in left)
+    assert all(any(x in n for x in ("adaLN", "norm", "local_conv", "bias", "router", "experts")) for n in left)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     assert all(shapes[name][-2] % parts == 0 for name, parts in found.items())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_products_are_in_the_precision_of_the_run(precision: str, dtype: torch.dtype) -> None:
+    parallel: Any = SimpleNamespace(splits=False, accelerator=SimpleNamespace(mixed_precision=precision))
+    optimizer = new_state(Config(train=TrainConfig(optimizer="muon")), 10, parallel).optimizer
+    assert isinstance(optimizer, Muon)
+    assert optimizer.dtype == dtype
 
 
 @pytest.mark.parametrize("experts", [False, True])
