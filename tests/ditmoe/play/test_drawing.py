@@ -39,7 +39,8 @@ def test_a_drawing_tells_its_steps_and_ends_with_the_pixels_of_sample_py() -> No
     assert [one["step"]["k"] for one in steps] == [*range(6)]
     times = [one["step"]["t"] for one in steps]
     assert times == sorted(times, reverse=True)
-    expected = requested(SampleArgs(Path("m"), classes=(1, 3), seed=5, steps=6), pipe).batch(range(2))
+    args = SampleArgs(Path("m"), classes=(1, 3), seed=5, steps=6, precision="fp32")
+    expected = requested(args, pipe).batch(range(2))
     assert np.array_equal([pixels(image) for image in done["done"]["images"]], expected[..., 0])
     assert done["done"]["seconds"] > 0
     assert np.array_equal(pixels(steps[-1]["step"]["clean"][0]), expected[0, ..., 0])  # ddim ends at its prediction
