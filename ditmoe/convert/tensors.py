@@ -192,7 +192,7 @@ class _Sink:
     def write(self, content: bytes | memoryview) -> int:
         count = self._file.write(content)
         self._written += count
-        if self._written > _LET_GO:
+        if self._written > _LET_GO and hasattr(mmap, "MADV_DONTNEED"):  # which Windows has not
             self._written = 0
             for pages in self._pages:
                 pages.madvise(mmap.MADV_DONTNEED)
