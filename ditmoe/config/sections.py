@@ -62,8 +62,8 @@ class ModelConfig:
         at_least(self, 0, "refine_width", "head_experts")
         require(self.depth > 1 or not self.long_skips, "long_skips joins blocks, and depth is 1; leave it out")
         size, patch, width, quarters = self.sample_size, self.patch_size, self.hidden_size, 4 * self.num_heads
-        if self.num_classes is not None and self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")
+        classes = self.num_classes
+        require(classes is None or classes >= 0, f"num_classes is {classes}; it must be 0 (unconditional) or more")
         require(size % patch == 0, f"sample_size {size} is not a multiple of patch_size {patch}")
         if width % quarters:
             raise ValueError(
@@ -86,7 +86,6 @@ class ObjectiveConfig:
     """Law of the training times; logit_normal (SD3) is for flow_prediction."""
     class_dropout_prob: float = 0.1
     """Share of training samples whose label is replaced by the null label, for guidance."""
-
     expert_weight: float = 0.0
     """model.head_experts: weight of each head's own squared error, by its gate (expert loss integration)."""
 
@@ -95,8 +94,8 @@ class ObjectiveConfig:
         kind, share = self.prediction_type, self.class_dropout_prob
         flow = kind == "flow_prediction"
         require(0 <= share <= 1, f"class_dropout_prob is {share}; it must lie in [0, 1]")
-        if self.learn_sigma and kind != "epsilon":
-            raise ValueError(f"learn_sigma works with prediction_type epsilon, not {kind}")
+        eps = kind == "epsilon"
+        require(eps or not self.learn_sigma, f"learn_sigma works with prediction_type epsilon, not {kind}")
         if self.time_sampling != "uniform" and not flow:
             raise ValueError(f"time_sampling logit_normal works with flow_prediction, not {kind}")
         if self.beta_schedule != "linear" and flow:
@@ -228,26 +227,23 @@ class Config:
         positive(self, "max_steps")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in [0, 2^63)")
         split, decay = self.parallel.experts, self.train.decay_steps
-        if split > 1 and self.moe.blocks == "none":
-            raise ValueError(f"parallel.experts {split} does not apply to a model without experts (moe.blocks none)")
-        if self.train.muon_on == "all" and self.moe.blocks == "none":
-            raise ValueError("train.muon_on all does not apply to a model without experts (moe.blocks none)")
-        factorised = self.moe.experts == "factorised" and self.moe.blocks != "none"
-        if split > 1 and factorised:
-            raise ValueError(f"parallel.experts {split} does not apply to moe.experts factorised, which are one piece")
-        if self.train.muon_on == "all" and factorised:
+        none, of_none = self.moe.blocks == "none", "does not apply to a model without experts (moe.blocks none)"
+        muon, factorised = self.train.muon_on == "all", self.moe.experts == "factorised" and not none
+        require(split == 1 or not none, f"parallel.experts {split} {of_none}")
+        require(not (muon and none), f"train.muon_on all {of_none}")
+        one_piece = "does not apply to moe.experts factorised, which are one piece"
+        require(split == 1 or not factorised, f"parallel.experts {split} {one_piece}")
+        if muon and factorised:
             raise ValueError("train.muon_on all is for stacked experts, and moe.experts is factorised; leave it out")
-        if self.train.optimizer == "muon" and self.parallel.shard:
-            raise ValueError(
-                "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
-            )
+        whole = "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
+        require(self.train.optimizer != "muon" or not self.parallel.shard, whole)
         if self.objective.expert_weight and self.model.head_experts < 2:
             raise ValueError(
                 f"objective.expert_weight {self.objective.expert_weight} is of several heads, and model.head_experts "
                 f"is {self.model.head_experts}; add --model.head-experts 4"
             )
-        if self.moe.hoyer_weight and self.train.compile:
-            raise ValueError("moe.hoyer_weight looks into layers, which train.compile closes; leave one of them out")
+        closed = "moe.hoyer_weight looks into layers, which train.compile closes; leave one of them out"
+        require(not (self.moe.hoyer_weight and self.train.compile), closed)
         self.distill.check(self)
         self._check_domains()
         self._check_resolutions()
@@ -265,20 +261,17 @@ class Config:
         patch, others = self.model.patch_size, self.other_sizes()
         for size in others:
             require(size % patch == 0, f"data.mixture has size {size}, no multiple of model.patch_size {patch}")
-        if others and self.moe.blocks != "none" and "position" in self.moe.router_input:
-            raise ValueError(
-                f"moe.router_input {self.moe.router_input} knows the places of one size, and data.mixture has others; "
-                f"add --moe.router-input token"
-            )
+        seen = self.moe.router_input if others and self.moe.blocks != "none" else ""
+        one = f"moe.router_input {seen} knows the places of one size, and data.mixture has others"
+        require("position" not in seen, f"{one}; add --moe.router-input token")
 
     def _check_domains(self) -> None:
         weight, domains, experts = self.moe.domain_weight, len(self.data.mixture), self.moe.num_experts
         if not weight:
             return
-        if self.moe.blocks == "none":
-            raise ValueError("moe.domain_weight does not apply to a model without experts (moe.blocks none)")
-        if not domains:
-            raise ValueError(f"moe.domain_weight {weight} needs several data sets; give them as --data.mixture SET SET")
+        none = "moe.domain_weight does not apply to a model without experts (moe.blocks none)"
+        require(self.moe.blocks != "none", none)
+        require(domains > 0, f"moe.domain_weight {weight} needs several data sets; give them as --data.mixture SET SET")
         if experts < domains:
             raise ValueError(
                 f"moe.num_experts {experts} cannot be shared among {domains} data sets, as moe.domain_weight asks for; "

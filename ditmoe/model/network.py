@@ -115,11 +115,9 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             top_k, router_score, router_renormalize, router_scale, router_select, router_tau, router_capacity,
             router_overflow, router_groups, router_top_groups, null_experts, router_weights,
         )  # fmt: skip
-        if cosine_scale is None and router_score == "identity":
-            cosine_scale = 1.0
         router: Any = {
-            "kind": router_kind, "inputs": inputs, "positions": places, "with_bias": router_bias,
-            "cosine_scale": cosine_scale, "jitter": jitter,
+            "kind": router_kind, "inputs": inputs, "positions": places, "with_bias": router_bias, "jitter": jitter,
+            "cosine_scale": 1.0 if cosine_scale is None and router_score == "identity" else cosine_scale,
         }  # fmt: skip
         shared = router_scope == "shared" and moe_blocks != "none"
         self.router = Router(hidden_size, num_experts + null_experts, **router) if shared else None
