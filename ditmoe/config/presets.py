@@ -89,7 +89,7 @@ PRESETS: dict[str, Config] = {
             checkpoint_every=625,
             precision="auto",
         ),
-        sample=SampleConfig(sampler="unipc", steps=10, cfg=1.35, flow_shift=1.7, guidance_interval=(0.0, 800.0)),
+        sample=SampleConfig(sampler="unipc", steps=10, cfg=1.5, flow_shift=1.7, guidance_interval=(0.0, 800.0)),
     ),
     "folder": Config(
         max_steps=20_000,
