@@ -40,7 +40,7 @@ from ditmoe.data.open import open_data
 from ditmoe.data.pixels import to_pixels
 from ditmoe.launch import start
 from ditmoe.objective import scheduler_config
-from ditmoe.pipeline.folder import shift_option
+from ditmoe.pipeline.folder import shift_option, trained_steps
 from samplers import image_generators, initial_noise, sample
 from samplers.catalog import scheduler_for
 
@@ -189,13 +189,15 @@ class Contest:
         return found
 
     def finished(self) -> tuple[Row, Callable[[], Row]]:
-        """Key and line of `--ours`: a run of the preset that another command made. ValueError for one of another."""
-        place, config = self.args.ours / "model" / "transformer", trained_by(self.args.ours)
+        """Key and line of `--ours`: a run of the preset that another command made. ValueError for any other."""
+        place, config = self.args.ours / "model", trained_by(self.args.ours)
         free = {"out": self.preset.out, "sample": self.preset.sample, "seed": self.preset.seed}
         train = {name: getattr(self.preset.train, name) for name in ("precision", "compile", "keep", "log_every")}
         if replace(config, train=replace(config.train, **train), **free) != self.preset:
             raise ValueError(f"--ours is {self.args.ours}, which is no run of the preset {self.args.preset}")
-        weights = place / "diffusion_pytorch_model.safetensors"
+        if trained_steps(place) != config.max_steps:
+            raise ValueError(f"--ours is {self.args.ours}, which is not finished; go on with it first")
+        weights = place / "transformer" / "diffusion_pytorch_model.safetensors"
         name = f"{self.args.preset}-run-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}.safetensors"
 
         def make() -> Row:
@@ -291,7 +293,8 @@ def spread(values: list[float], name: str) -> str:
     return text if scale == 1 else text + " %"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for, and its folder made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="fashion")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, each")
@@ -320,6 +323,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     assert TUNE_SEED not in args.seeds, f"seed {TUNE_SEED} chooses the settings and cannot be reported"
     args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
     # runs of both precisions share Accelerate's state
     torch.set_autocast_dtype(start.best_device().type, torch.bfloat16)
     contest = Contest(args)

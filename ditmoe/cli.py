@@ -5,12 +5,12 @@ Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -30,6 +30,7 @@ from .launch.signals import EXIT_CODE, Interrupted, Signals
 
 Args = TypeVar("Args")
 
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # which flags do without
 OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
 
 
@@ -38,12 +39,12 @@ def parse(kind: type[Args], argv: Sequence[str], prog: str = "ditmoe") -> Args:
 
     Mistakes end the program with exit code 2 and a sentence; `--help` ends it with 0.
     """
-    return tyro.cli(kind, prog=prog, args=_words(argv))
+    return tyro.cli(kind, prog=prog, args=_words(kind, argv))
 
 
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
     """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config; ends as `parse` does."""
-    argv = _words(argv)
+    argv = _words(Config, argv)
     named = bool(argv) and not argv[0].startswith("-")
     start, rest = (argv[0], argv[1:]) if named else ("digits", argv)
     base = PRESETS[start] if start in PRESETS else _load(start)
@@ -55,16 +56,38 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
     return tyro.cli(Config, prog=f"{prog} {start}", description=description, default=base, args=list(rest))
 
 
-def _words(argv: Sequence[str]) -> list[str]:
-    """The words that were typed; ends as `parse` where one is empty, or asks for a device, which is no option."""
+def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
+    """The words that were typed; ends as `parse` where one is empty, gives a flag of `kind` a value, or asks for a
+    device, which is no option."""
+    flags = {option: name for name in _flags(kind) for option in _spelled(name)}
     for at, word in enumerate(argv):
+        option, given, _ = word.partition("=")
+        name = flags.get(option.replace("_", "-"))
+        if name and (given or "".join(argv[at + 1 : at + 2]).lower() in TRUTHS):
+            stop(f"{name} is a flag: write {' or '.join(_spelled(name))}, without a value")
         if not word or (word.startswith("--") and word.endswith("=")):
-            option = word or (argv[at - 1] if at else "the first word")
-            stop(f"{option.rstrip('=')} is empty; give a value, or leave it out")
-        if word.partition("=")[0] in ("--device", "--gpu", "--cuda"):
+            what = word or (argv[at - 1] if at else "the first word")
+            stop(f"{what.rstrip('=')} is empty; give a value, or leave it out")
+        if option in ("--device", "--gpu", "--cuda"):
             what = "the accelerator that torch finds is used, else the CPU, and a run says which"
             stop(f"there is no {word}: {what}; CUDA_VISIBLE_DEVICES=1 before the command chooses another one")
     return list(argv)
+
+
+def _flags(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """The options of a command that are there or not, as `section.field-name`."""
+    for field, hint in get_type_hints(kind).items():
+        name = prefix + field.replace("_", "-")
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _flags(hint, f"{name}.")
+        elif hint is bool:
+            yield name
+
+
+def _spelled(flag: str) -> tuple[str, str]:
+    """How a flag is switched on and off."""
+    section, dot, name = flag.rpartition(".")
+    return f"--{flag}", f"--{section}{dot}no-{name}"
 
 
 def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:

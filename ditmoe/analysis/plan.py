@@ -75,14 +75,15 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
 def teaching(config: Config) -> tuple[float, float, str]:
     """What teachers add on every device: bytes, operations of their passes for one image, and a line that says so.
 
-    Their weights and their guides' are there whole, in float32. Those that are guided are taken to be so at all times,
+    Their weights and their guides' are there whole, see `_held`. Those that are guided are taken to be so at all times,
     by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain.
     """
-    distill, sets, frozen, asked, lacking = config.distill, config.data.sets(), 0.0, 0.0, ""
+    distill, sets, frozen, weights, asked, lacking = config.distill, config.data.sets(), 0.0, 0, 0.0, ""
     for number, folder in enumerate(distill.teachers):
         index = check_pipeline(place := find(Path(folder)))
         parts = [place / part for part in ("transformer", "guide") if any(index.get(part, ()))]
-        frozen += sum(4 * math.prod(shape) for part in parts for shape in check_component(part).values())
+        for values, size in map(_held, parts):
+            weights, frozen = weights + values, frozen + size
         passes = max(1, distill.teacher_steps)
         if distill.guided or distill.teacher_steps:
             labelled = bool(read_object(parts[0] / "config.json").get("num_classes"))
@@ -94,10 +95,19 @@ def teaching(config: Config) -> tuple[float, float, str]:
             asked += share * passes * flops(trained_by(Path(folder))).forward
         except ValueError:
             lacking += f", without those of {folder}, which does not say how it was trained"
-    said = f"\nteachers: {frozen / 4e6:.2f} M parameters, {asked / 1e9:.2f} GFLOP an image{lacking}"
+    said = f"\nteachers: {weights / 1e6:.2f} M parameters, {asked / 1e9:.2f} GFLOP an image{lacking}"
     if distill.teacher_steps:
         said += f"; an image is {config.sample.steps} to the student, one for each of its steps"
     return frozen, asked, said * bool(distill.teachers)
+
+
+def _held(part: Path) -> tuple[int, int]:
+    """Parameters of the network in a folder, and the bytes that they take once loaded: float32, or as int8 experts."""
+    int8 = read_object(part / "config.json").get("expert_storage") == "int8"
+    sizes = {name: math.prod(shape) for name, shape in check_component(part).items()}
+    small = sum(n for name, n in sizes.items() if int8 and name.endswith((".experts.w_in", ".experts.w_out")))
+    scales = sum(n for name, n in sizes.items() if name.endswith(("w_in_scale", "w_out_scale")))
+    return sum(sizes.values()) - scales, 4 * sum(sizes.values()) - 3 * small
 
 
 def _degrees(config: Config) -> list[int]:

@@ -3,17 +3,21 @@
 import json
 import math
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.rival_models import OPTIONS, Rival, run_as, sized
 from benchmarks.rival_training import NAMES, WARM_UP, Training, contestants
-from benchmarks.rivals import main
+from benchmarks.rivals import Contest, main, parsed
+from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import ModelConfig
 from ditmoe.data.open import open_data
+from ditmoe.training.loop import train
 
 SMALL = ModelConfig(sample_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
 
@@ -94,3 +98,30 @@ def test_all_are_trained_and_scored_once(
         main(again)
         assert (out / "rows.jsonl").read_text() == text
         assert capsys.readouterr().out.split("\n| |")[-1] == table
+
+
+def test_a_finished_run_of_the_preset_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits, run = PRESETS["digits"], tmp_path / "run"
+    preset = replace(digits, max_steps=2, train=replace(digits.train, batch_size=8, warmup_steps=0, decay_steps=9))
+    monkeypatch.setitem(PRESETS, "digits", preset)
+    monkeypatch.setattr("benchmarks.rivals.Judge", lambda *_: None)
+    config = replace(preset, out=run, seed=5, train=replace(preset.train, precision="fp32", keep=1))
+    train(config, open_data(config.data, size=8, channels=1))
+    contest = Contest(parsed(["--preset", "digits", "--ours", str(run), "--out", str(tmp_path / "out")]))
+    contest.speeds = {"ours": 3.0}
+    row = contest.once(*contest.finished())
+    assert contest.once(*contest.finished()) is row
+    known = {"phase": "run", "steps": 2, "images": 16, "rate": preset.train.learning_rate, "images_per_second": 24.0}
+    assert known.items() <= row.items()
+    wanted = load_file(run / "model/transformer/diffusion_pytorch_model.safetensors")
+    net = contest.averaged(contest.all["ours"], row, {"precision": "fp32", "option": "", "compile": False})
+    found = net.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    save(replace(config, max_steps=3), run / "config.json")  # of a run that goes on
+    contest.preset = replace(preset, max_steps=3)
+    with pytest.raises(ValueError, match=f"--ours is {run}, which is not finished"):
+        contest.finished()
+    contest.preset = digits
+    with pytest.raises(ValueError, match=f"--ours is {run}, which is no run of the preset digits"):
+        contest.finished()

@@ -77,6 +77,10 @@ PROTOTYPE = ["digits", "--moe.router", "prototype"]
         (["digits", "--model.patch-size", "3"], ["sample_size 8 is not a multiple of patch_size 3"]),
         (["digits", "--model.depth", "1", "--model.long-skips"], ["long_skips joins blocks, and depth is 1"]),
         (["digits", "--max-steps", "999999"], ["decay"]),
+        (["digits", "--train.compile", "true"], ["--train.compile or --train.no-compile, without a value"]),
+        (["digits", "--train.no_compile", "False", "--seed", "1"], ["train.compile is a flag: write --train.compile"]),
+        (["digits", "--moe.renormalize=maybe"], ["moe.renormalize is a flag: write --moe.renormalize or --moe.no"]),
+        (["digits", "--dry-run", "1"], ["dry-run is a flag: write --dry-run or --no-dry-run, without a value"]),
         (["digits", "--objective.learn-sigma"], ["learn_sigma works with prediction_type epsilon"]),
         (["nowhere/config.json"], ["nowhere/config.json", "cannot be read", "not a configuration"]),
     ],
@@ -197,7 +201,8 @@ def test_sample_arguments() -> None:
     args = cli.parse(SampleArgs, ["models/fashion", "--classes", "3", "7", "7", "--cfg", "2", "--out", "a.npz"])
     assert args.classes == (3, 7, 7)
     assert (args.cfg, args.out, args.model) == (2.0, Path("a.npz"), Path("models/fashion"))
-    for wrong in (["m", "--num", "0"], ["m", "--num", "2", "--classes", "1"]):
+    assert cli.parse(SampleArgs, ["--compile", "models/fashion"]).compile
+    for wrong in (["m", "--num", "0"], ["m", "--num", "2", "--classes", "1"], ["m", "--compile", "yes"]):
         with pytest.raises(SystemExit) as stopped:
             cli.parse(SampleArgs, wrong)
         assert stopped.value.code == 2

@@ -523,6 +523,19 @@ def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
     assert more - work == pytest.approx(12 * asked, rel=0.05)  # 12 images of a device; cells have two digits
 
 
+def test_teachers_of_int8_experts_take_a_byte_a_weight_and_their_scales(teacher: Path) -> None:
+    pipe = pipeline.load(teacher)
+    taught = changed(DIGITS, distill={"teachers": (str(teacher),)})
+    (wide, _, said), before = teaching(taught), [p.numel() for p in pipe.transformer.parameters()]
+    assert wide == 4 * sum(before)
+    pipe.transformer.bfloat16().store_int8()  # as `ditmoe convert --int8` does
+    pipeline.save(pipe, teacher)
+    frozen, _, still = teaching(taught)
+    assert frozen == sum(value.nbytes for value in pipeline.load(teacher).transformer.state_dict().values())
+    assert frozen < wide
+    assert still.split(",")[0] == said.split(",")[0] == f"\nteachers: {sum(before) / 1e6:.2f} M parameters"
+
+
 def plan_seconds(text: str) -> float:
     return float(cells(text, "seconds a step, arithmetic")[0])
 

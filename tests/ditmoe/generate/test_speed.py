@@ -21,6 +21,8 @@ from ditmoe.moe import Experts, Router
 from tests.ditmoe.generate.test_request import Alone
 from tests.ditmoe.pipeline.test_pipeline import make
 
+JOINED = {"depth": 4, "local_conv": True, "long_skips": True, "refine_width": 8}
+
 
 def saved(folder: Path, **options: Any) -> SampleArgs:
     pipe = make(**options)
@@ -81,8 +83,9 @@ def test_a_compiled_network_gets_batches_of_one_size_and_draws_the_same(
     assert "compiled" not in facts(args, plain)
 
 
-def test_cached_images_do_not_depend_on_the_batch_and_differ_little(tmp_path: Path) -> None:
-    args = replace(saved(tmp_path), steps=20, cfg=1.5, guidance_interval=(0.0, 600.0), cache="taylor:2")
+@pytest.mark.parametrize("model", [{}, JOINED], ids=["", "joined"])
+def test_cached_images_do_not_depend_on_the_batch_and_differ_little(tmp_path: Path, model: dict[str, Any]) -> None:
+    args = replace(saved(tmp_path, **model), steps=20, cfg=1.5, guidance_interval=(0.0, 600.0), cache="taylor:2")
     images = requested(args)
     drawn = images.whole(4)
     assert np.array_equal(drawn, images.whole(4)), "nothing is left of another call"
@@ -100,6 +103,20 @@ def test_a_cache_runs_the_blocks_in_every_second_step(tmp_path: Path) -> None:
     block.adaLN_modulation.register_forward_hook(lambda *_: calls.append(1))
     images.whole(2)
     assert len(calls) == 3 + 4  # three at first, then every second of nine
+
+
+def test_joined_blocks_answer_as_without_a_cache_in_the_steps_that_it_always_runs(tmp_path: Path) -> None:
+    args = replace(saved(tmp_path, **JOINED), num=2, steps=6, cfg=1.0)
+
+    def answers(cache: str | None) -> list[torch.Tensor]:
+        images, said = requested(replace(args, cache=cache)), list[torch.Tensor]()
+        images.pipe.transformer.register_forward_hook(lambda _, __, answer: said.append(answer[0]))
+        for _ in range(2):
+            images.whole(2)
+        return said
+
+    same = [torch.equal(a, b) for a, b in zip(answers("taylor:2"), answers(None), strict=True)]
+    assert same == 2 * (3 * [True] + 3 * [False]), "and nothing is left of another call"
 
 
 def test_a_cache_is_refused_where_it_would_leave_out_no_step(tmp_path: Path) -> None:
@@ -120,8 +137,9 @@ def test_what_cannot_be_cached_is_refused(tmp_path: Path) -> None:
         requested(replace(args, cache="taylor:2", sampler="pndm"))
 
 
-def test_the_caches_of_diffusers_are_enabled_as_usual(tmp_path: Path) -> None:
-    args = saved(tmp_path)
+@pytest.mark.parametrize("model", [{}, JOINED], ids=["", "joined"])
+def test_the_caches_of_diffusers_are_enabled_as_usual(tmp_path: Path, model: dict[str, Any]) -> None:
+    args = saved(tmp_path, **model)
     pipe = pipeline.load(args.model)
     draw = {"seed": 0, "output_type": "pt", "num_inference_steps": 12}
     plain = pipe([0, 1], **draw).images

@@ -259,14 +259,17 @@ def test_rotary_positions_see_only_differences() -> None:
     assert (a - turned_q[1, 2] @ turned_k[3, 2]).abs() > 1e-3
 
 
+@pytest.mark.parametrize("more", [{}, {"long_skips": True, "local_conv": True, "refine_width": 8}])
 @pytest.mark.parametrize("positions", ["rope", "sincos"])
-def test_images_of_other_sizes_have_their_places_on_the_same_grid(tmp_path: Path, positions: str) -> None:
+def test_images_of_other_sizes_have_their_places_on_the_same_grid(
+    tmp_path: Path, positions: str, more: dict[str, object]
+) -> None:
     grown = sincos_positions(16, 2, 4)[0], *rotary_positions(8, 2, 4)  # tokens lie at 0.5 and 2.5 of 0..3
     omega, turns = 10000.0 ** -(torch.arange(4) / 4), 100.0 ** -(torch.arange(2) / 2)
     torch.testing.assert_close(grown[0][1, :4], (2.5 * omega).sin())  # row 0, column 1
     torch.testing.assert_close(grown[0][1, 8:12], (0.5 * omega).sin())
     torch.testing.assert_close(grown[1][1], torch.cat([(0.5 * turns).repeat(2), (2.5 * turns).repeat(2)]).cos())
-    model = small(positions=positions, other_sizes=(4, 16)).eval()
+    model = small(positions=positions, other_sizes=(4, 16), **more).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, t, y = inputs()
@@ -320,6 +323,23 @@ def test_long_skips_join_mirror_images_and_convolutions_neighbours_and_both_star
     (seen,) = torch.autograd.grad(conv(tokens)[0, 5, 7], tokens)
     assert seen[0, :, 7].nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     assert seen[0, :, :7].abs().max() == 0
+
+
+def test_what_starts_as_nothing_does_so_for_images_of_every_size() -> None:
+    values = {"sample_size": 8, "in_channels": 2, "num_classes": 5, "hidden_size": 32, "depth": 3, "num_heads": 2}
+    values["other_sizes"] = (4, 16)
+    plain = DiTMoETransformer2DModel(**values)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model = DiTMoETransformer2DModel(**values, long_skips=True, local_conv=True, refine_width=8)
+    weights, own = plain.state_dict(), model.state_dict()
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # which says more to the convolutions
+        own[name].view(4, 2 + 8, -1)[:, :2] = weights.pop(name).view(4, 2, -1)
+    model.load_state_dict(weights, strict=False)
+    x, t, y = inputs()
+    for size in (4, 8, 16):
+        z = torch.nn.functional.interpolate(x, size=(size, size))
+        torch.testing.assert_close(model(z, t, y).sample, plain(z, t, y).sample)
 
 
 def test_refinement_starts_as_nothing_and_sees_across_the_seams_of_patches() -> None:

@@ -1,6 +1,7 @@
 """The pipeline folder and the images that come out of it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from ditmoe.data import pixels
 from ditmoe.model import build
 from samplers import SAMPLERS
 
+SMALL = ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, ffn_width=48)
+
 
 def make(
-    kind: str = "v_prediction", num_classes: int = 4, sampler: str = "ddim", data_variance: float | None = None
+    kind: str = "v_prediction",
+    num_classes: int = 4,
+    sampler: str = "ddim",
+    data_variance: float | None = None,
+    **model: Any,
 ) -> pipeline.DiTMoEPipeline:
     config = Config(
-        model=ModelConfig(sample_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, ffn_width=48),
+        model=replace(SMALL, **model),
         moe=MoEConfig(num_experts=4, expert_width=16, shared_width=16),
         objective=ObjectiveConfig(prediction_type=kind),  # type: ignore[arg-type]
         sample=SampleConfig(sampler=sampler, steps=4, cfg=1.5),

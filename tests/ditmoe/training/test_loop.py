@@ -45,17 +45,26 @@ def same_checkpoint(a: Path, b: Path) -> None:
 
 
 PROTOTYPES = {"router": "prototype", "router_input": "plain+position", "contrastive_weight": 0.5}
+FASHION = {  # what the preset of that name is made of
+    "model": {"refine_width": 8, "local_conv": True, "long_skips": True, "positions": "sincos"},
+    "moe": {"router_input": "position"},
+    "train": {"optimizer": "muon", "muon_factor": 2.0, "clip": 0.5},
+}
 
 
-@pytest.mark.parametrize(("accumulation", "moe"), [(1, {}), (2, {}), (1, PROTOTYPES)])
-def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, accumulation: int, moe: dict[str, Any]) -> None:
-    section = {"accumulation": accumulation, "decay_steps": 8}
-    straight = tiny(out=tmp_path / "straight", max_steps=8, train=section, moe=moe)
+@pytest.mark.parametrize(
+    "changes", [{}, {"train": {"accumulation": 2}}, {"moe": PROTOTYPES}, FASHION], ids=["", "parts", "proto", "fashion"]
+)
+def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, changes: dict[str, dict[str, Any]]) -> None:
+    changes = {**changes, "train": {"decay_steps": 8, **changes.get("train", {})}}
+    straight = tiny(out=tmp_path / "straight", max_steps=8, **changes)
     assert go(straight)
     for stop in (3, 8):  # 1,497 images a 16: mid-epoch
-        assert go(tiny(out=tmp_path / "cut", max_steps=stop, train=section, moe=moe))
+        assert go(tiny(out=tmp_path / "cut", max_steps=stop, **changes))
     last = Path("checkpoints/step-000008")
     same_checkpoint(straight.out / last, tmp_path / "cut" / last)
+    weights, zero_at_first = checkpoints.load(straight.out / last)[0]["model"], ("conv3.", "local_conv.", "skip.")
+    assert all(value.any() for name, value in weights.items() if any(part in name for part in zero_at_first))
     timeless = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(run)]
                 for run in (straight.out, tmp_path / "cut")]  # fmt: skip
     assert timeless[0] == timeless[1]
