@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from shutil import copy2
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.rival_models import OPTIONS
+from benchmarks.rival_options import TUNE_SEED, parsed
+from benchmarks.rival_table import table
 from benchmarks.rival_training import NAMES, WARM_UP, Contestant, Training, contestants
 from benchmarks.rows import Row, Rows
 from benchmarks.scoring import Images, Judge, precision
@@ -44,7 +44,6 @@ from ditmoe.pipeline.folder import shift_option, trained_steps
 from samplers import image_generators, initial_noise, sample
 from samplers.catalog import scheduler_for
 
-TUNE_SEED = 17
 FACTORS = (0.5, 1.0, 2.0)  # of the preset's rate, for it and its twin
 RATES = (5e-4, 1.4e-3, 4e-3)  # of AdamW, for the rivals
 
@@ -270,64 +269,9 @@ class Contest:
         key = {"contestant": "real", "phase": "score", **self.judging}
         return self.once(key, lambda: self.judged(test.images(range(num)), test.labels[:num].tolist()))
 
-    def table(self, trained: dict[str, Row], scores: dict[str, list[Row]]) -> str:
-        """Markdown: a row for each contestant, and the held-out images."""
-        names = ["fd_" + name for name in self.args.extractors] + ["recognised", "precision", "recall"]
-        head = ["parameters (activated)", "rate", "guidance", "images/s", "steps", "images", *names]
-        lines = ["| | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
-        for name, run in trained.items():
-            total, active = (f"{count / 1e6:.2f} M" for count in self.all[name].parameters)
-            size = total if total == active else f"{total} ({active})"
-            cells = [name, size, f"{run['rate']:g}" + "*" * run["edge"], f"{scores[name][0]['cfg']:g}"]
-            cells += [f"{run['images_per_second']:.0f}", f"{run['steps']:,}", f"{run['images']:,}"]
-            lines.append("| " + " | ".join(cells + [spread([row[n] for row in scores[name]], n) for n in names]) + " |")
-        real = self.real()
-        lines.append("| real" + " |" * 7 + " " + " | ".join(spread([real[n]], n) for n in names) + " |")
-        return "\n".join(lines) + "\n\n*: the best of its learning rates is the lowest or the highest that was tried."
-
-
-def spread(values: list[float], name: str) -> str:
-    """Mean over the seeds, and their standard deviation."""
-    scale, digits = (1.0, 4) if name.startswith("fd_") else (100.0, 1)
-    text = f"{scale * mean(values):.{digits}f}" + (f" ± {scale * stdev(values):.{digits}f}" if values[1:] else "")
-    return text if scale == 1 else text + " %"
-
-
-def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What is asked for, and its folder made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="fashion")
-    parser.add_argument("--minutes", type=float, default=20.0, help="of training, each")
-    parser.add_argument("--tune-minutes", type=float, help="of training for each learning rate; default: a fifth")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--ours", type=Path, help="a finished run of the preset, instead of training ours here")
-    parser.add_argument("--rates", type=float, nargs="+", help="of all, or of --only; default: FACTORS, RATES")
-    parser.add_argument("--rival-objective", choices=["flow-logit-normal", "flow-uniform", "preset"],
-                        default="flow-logit-normal")  # fmt: skip
-    parser.add_argument("--beta2", type=float, help="of the rivals' AdamW; default: the preset's")
-    parser.add_argument("--batch-size", type=int, help="of the rivals; default: the preset's")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="where it is faster")
-    parser.add_argument("--rounds", type=int, default=9, help="of timing, four steps each")
-    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0], help="scales to choose from")
-    parser.add_argument("--sampler", help="default: the preset's")
-    parser.add_argument("--calls", type=int, help="sampling steps; default: the preset's")
-    parser.add_argument("--num", type=int, default=5000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--extractors", nargs="+", default=["random-conv-v1", "efficientnet-lite0"])
-    parser.add_argument("--tune-extractor", default="random-conv-v1")
-    parser.add_argument("--tune-num", type=int, default=2000)
-    parser.add_argument("--num-ref", type=int, help="training images of the reference; default: all")
-    parser.add_argument("--score-only", action="store_true", help="train nothing, score the weights that are there")
-    parser.add_argument("--cache", type=Path, default=Path("runs/scoring"))
-    parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
-    args = parser.parse_args(argv)
-    assert TUNE_SEED not in args.seeds, f"seed {TUNE_SEED} chooses the settings and cannot be reported"
-    args.out.mkdir(parents=True, exist_ok=True)
-    return args
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parsed(argv)
+    args = parsed(__doc__, argv)
     # runs of both precisions share Accelerate's state
     torch.set_autocast_dtype(start.best_device().type, torch.bfloat16)
     contest = Contest(args)
@@ -338,8 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in [name for name, row in trained.items() if row["diverged"]]:
         print(f"{name} diverged in its long run and is not scored")
         del trained[name]
+    sizes = {name: contest.all[name].parameters for name in trained}
     scores = {name: contest.score(contest.all[name], row) for name, row in trained.items()}
-    print("\n" + contest.table(trained, scores))
+    print("\n" + table(sizes, trained, scores, contest.real()))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.rival_models import OPTIONS, Rival, run_as, sized
+from benchmarks.rival_options import parsed
 from benchmarks.rival_training import NAMES, WARM_UP, Training, contestants
-from benchmarks.rivals import Contest, main, parsed
+from benchmarks.rivals import Contest, main
 from ditmoe.config.file import save
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import ModelConfig
@@ -107,7 +108,7 @@ def test_a_finished_run_of_the_preset_takes_part(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("benchmarks.rivals.Judge", lambda *_: None)
     config = replace(preset, out=run, seed=5, train=replace(preset.train, precision="fp32", keep=1))
     train(config, open_data(config.data, size=8, channels=1))
-    contest = Contest(parsed(["--preset", "digits", "--ours", str(run), "--out", str(tmp_path / "out")]))
+    contest = Contest(parsed(argv=["--preset", "digits", "--ours", str(run), "--out", str(tmp_path / "out")]))
     contest.speeds = {"ours": 3.0}
     row = contest.once(*contest.finished())
     assert contest.once(*contest.finished()) is row
