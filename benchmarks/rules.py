@@ -208,10 +208,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args)
     if "speed" in args.phases:
-        benchmark.rows.once({"phase": "speed", "rules": benchmark.names}, benchmark.speed)
+        benchmark.rows.once({"phase": "speed", "preset": args.preset, "rules": benchmark.names}, benchmark.speed)
     if "train" in args.phases:
         for seed, shift, name in product(args.seeds, args.shifts, benchmark.names):
-            key = {"phase": "train", "rule": name, "shift": shift, "seed": seed, "steps": args.steps}
+            key = {
+                "phase": "train",
+                "preset": args.preset,
+                "rule": name,
+                "shift": shift,
+                "seed": seed,
+                "steps": args.steps,
+            }
             row = benchmark.rows.once(key, partial(benchmark.train, name, shift, seed))
             print(name, shift, seed, f"{row['mse']:.5f}", flush=True)
     rows = [row for row in benchmark.rows if row.get("seed", args.seeds[0]) in args.seeds]

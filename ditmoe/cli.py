@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -30,7 +31,7 @@ from .launch.signals import EXIT_CODE, Interrupted, Signals
 
 Args = TypeVar("Args")
 
-TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # which flags do without
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "")  # which flags do without
 OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
 
 
@@ -46,6 +47,10 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
     """`[PRESET | RUN/config.json] [--section.field value ...]` -> Config; ends as `parse` does."""
     argv = _words(Config, argv)
     named = bool(argv) and not argv[0].startswith("-")
+    flags = _options(Config)
+    late = next((word for before, word in pairwise(argv) if before in flags and word in PRESETS), None)
+    if late is not None:
+        stop(f"the preset comes first: {prog} {late} {' '.join(word for word in argv if word != late)}")
     start, rest = (argv[0], argv[1:]) if named else ("digits", argv)
     base = PRESETS[start] if start in PRESETS else _load(start)
     base, rest = _ruled(base, list(rest))
@@ -59,11 +64,12 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
 def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
     """The words that were typed; ends as `parse` where one is empty, gives a flag of `kind` a value, or asks for a
     device, which is no option."""
-    flags = {option: name for name in _flags(kind) for option in _spelled(name)}
+    flags = _options(kind)
     for at, word in enumerate(argv):
         option, given, _ = word.partition("=")
         name = flags.get(option.replace("_", "-"))
-        if name and (given or "".join(argv[at + 1 : at + 2]).lower() in TRUTHS):
+        follows = argv[at + 1].lower() if at + 1 < len(argv) else None
+        if name and (given or follows in TRUTHS):
             stop(f"{name} is a flag: write {' or '.join(_spelled(name))}, without a value")
         if not word or (word.startswith("--") and word.endswith("=")):
             what = word or (argv[at - 1] if at else "the first word")
@@ -82,6 +88,11 @@ def _flags(kind: type[Any], prefix: str = "") -> Iterator[str]:
             yield from _flags(hint, f"{name}.")
         elif hint is bool:
             yield name
+
+
+def _options(kind: type[Any]) -> dict[str, str]:
+    """The flags of a command, as they may be typed."""
+    return {option: name for name in _flags(kind) for option in _spelled(name)}
 
 
 def _spelled(flag: str) -> tuple[str, str]:
@@ -150,12 +161,16 @@ def _is_ours(error: ValueError) -> bool:
 def _load(start: str) -> Config:
     path = Path(start)
     if path.suffix.lower() == ".json" or path.exists():
+        if (path / "training.json").is_file() and not (path / "config.json").exists():
+            stop(f"{start} is an exported model; {path / 'training.json'} is how it was trained: give that, and --out")
         path = path / "config.json" if path.is_dir() else path
         try:
             return replace(read_file(path), out=path.parent, dry_run=False)
         except ValueError as error:
             try:  # names and values are refused in the words that flags have, with their hints
-                tyro.cli(Config, prog=str(path), args=as_flags(path))
+                words, flags = as_flags(path), _options(Config)
+                if all(word not in flags or after.startswith("--") for word, after in pairwise([*words, "--"])):
+                    tyro.cli(Config, prog=str(path), args=words)
             except (ValueError, SystemExit) as end:
                 if isinstance(end, SystemExit) and end.code:
                     raise

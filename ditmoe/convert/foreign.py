@@ -77,7 +77,7 @@ def open_foreign(args: ConvertArgs) -> Foreign:
             index = read_object(folder / "model_index.json")
             if index.get("_class_name") == "DiTMoEPipeline":
                 what = f"src {folder} is a model folder of ours; --to diffusers or dit takes it out, and"
-                raise ValueError(f"{what} --upcycle, --more, --prune, --merge or --split changes it")
+                raise ValueError(f"{what} --upcycle, --more, --prune, --merge, --split, --int8 or --lora changes it")
             folder = folder / "transformer"
         config = _diffusers_config(folder)
     tensors = Tensors(_files(folder))

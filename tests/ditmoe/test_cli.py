@@ -81,6 +81,9 @@ PROTOTYPE = ["digits", "--moe.router", "prototype"]
         (["digits", "--train.no_compile", "False", "--seed", "1"], ["train.compile is a flag: write --train.compile"]),
         (["digits", "--moe.renormalize=maybe"], ["moe.renormalize is a flag: write --moe.renormalize or --moe.no"]),
         (["digits", "--dry-run", "1"], ["dry-run is a flag: write --dry-run or --no-dry-run, without a value"]),
+        (["digits", "--train.compile", ""], ["train.compile is a flag: write --train.compile or --train.no-compile"]),
+        (["--dry-run", "fashion", "--seed", "3"], ["the preset comes first: train.py fashion --dry-run --seed 3"]),
+        (["models/fashion"], ["models/fashion is an exported model; models/fashion/training.json is how it was"]),
         (["digits", "--objective.learn-sigma"], ["learn_sigma works with prediction_type epsilon"]),
         (["nowhere/config.json"], ["nowhere/config.json", "cannot be read", "not a configuration"]),
     ],
@@ -131,6 +134,7 @@ def test_a_saved_file_is_refused_in_the_words_of_flags_or_of_its_reader(
         ({"model": {"hidden_size": 100}}, "Error parsing model: hidden_size 100 must be a multiple of"),
         ({"modle": {}}, "it has modle, which is unknown; did you mean model?"),
         ([], "config.json is not a configuration that can be read: it holds no JSON object"),
+        ({"train": {"compile": "true"}}, "compile is 'true', which it cannot be"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(SystemExit) as stopped:
