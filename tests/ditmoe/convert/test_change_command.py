@@ -101,7 +101,7 @@ def test_only_what_says_how_it_was_trained_is_measured(tmp_path: Path, capsys: p
         (["--prune", 6, "--by", "random", "--num", 3], "--by random measures none"),
         (["--prune", 0], "prune is 0"),
         (["--upcycle", 0], "upcycle is 0"),
-        ([], "or --split changes it"),
+        ([], "--int8 or --lora changes it"),
     ],
 )
 def test_changes_that_cannot_be_are_refused_and_leave_nothing(
