@@ -16,7 +16,7 @@ from types import FrameType
 from benchmarks.train_step import prepared
 from ditmoe import __main__
 from ditmoe.config import PRESETS
-from ditmoe.training.step import _forward
+from ditmoe.training.step import _forward, _given
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZED = 1  # of a code's flags: a function's, and not the body of a class or module
@@ -53,7 +53,7 @@ def main() -> None:
     def to_the_loss() -> None:
         batch = run.watch.take(run.batches)
         assert batch is not None
-        _forward(run, batch)
+        _forward(run, _given(run, batch), None)
 
     def to_the_png() -> None:
         with tempfile.TemporaryDirectory() as folder:
