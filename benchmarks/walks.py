@@ -46,7 +46,8 @@ def room(file: str) -> str:
     return parts[1] if parts[0] == "ditmoe" else parts[0]
 
 
-def main() -> None:
+def walks() -> dict[str, list[str]]:
+    """The files of each walk."""
     config = PRESETS["digits"]
     _, _, run = prepared(replace(config, train=replace(config.train, precision="fp32")))
 
@@ -60,8 +61,11 @@ def main() -> None:
             words = [str(ROOT / "models/fashion"), "--num", "4", "--steps", "2", "--out", f"{folder}/grid.png"]
             __main__.sample(words, "sample.py")
 
-    for name, work in (("an image to its loss", to_the_loss), ("a sample to its PNG", to_the_png)):
-        files = entered(work)
+    return {"an image to its loss": entered(to_the_loss), "a sample to its PNG": entered(to_the_png)}
+
+
+def main() -> None:
+    for name, files in walks().items():
         rooms = list(dict.fromkeys(map(room, files)))
         print(f"{name}: {len(files)} files, {len(rooms)} rooms\n  {', '.join(files)}\n  {', '.join(rooms)}")
 
