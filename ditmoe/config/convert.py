@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .checks import at_least, require
+from .experts import RouterInput
 from .sections import PredictionType
 
 Family = Literal["dit", "sit", "dit-moe", "diffusers"]
@@ -17,7 +18,7 @@ _OF_OTHERS = ("source", "num_heads", "prediction_type", "vae")  # options of oth
 _OF = {  # options of some changes alone
     "by": ("prune",), "blocks": ("upcycle", "split"), "tau": ("split",), "domains": ("split",),
     "keep": ("split",), "num": ("prune", "split"), "data_path": ("prune", "split"),
-    "seed": ("upcycle", "more", "prune", "split"),
+    "seed": ("upcycle", "more", "prune", "split"), "copies": ("upcycle",), "router_input": ("upcycle",),
 }  # fmt: skip
 
 
@@ -51,6 +52,10 @@ class ConvertArgs:
     upcycle: int | None = None
     """Make of every dense layer so many experts: other cuts of the same layer, whose best top_k together are the layer.
     The same function at the start, at the same cost."""
+    copies: bool = False
+    """upcycle: every expert is the whole layer, at top_k times the cost."""
+    router_input: RouterInput = "token"
+    """upcycle: what routers look at."""
     more: bool = False
     """Twice the experts at the same cost: the same function until it is trained on."""
     prune: int | None = None
@@ -103,7 +108,8 @@ class ConvertArgs:
         checks += [("tau", self.domains is None, "is of a split without --domains")]
         checks += [("keep", self.domains is not None, "is of a split with --domains")]
         for name, applies, why in checks:
-            flag, unused = name.replace("data_path", "data.path"), getattr(self, name) == getattr(ConvertArgs, name)
+            flag = name.replace("data_path", "data.path").replace("_", "-")
+            unused = getattr(self, name) == getattr(ConvertArgs, name)
             require(applies or unused, f"--{flag} {why}")
         if self.change:
             require(self.top_k is None or self.change == "upcycle", f"--top-k does not apply to --{self.change}")

@@ -82,7 +82,10 @@ def _trained_by(args: ConvertArgs, pipe: pipeline.DiTMoEPipeline) -> Config:
 def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -> tuple[DiTMoETransformer2DModel, str]:
     """The network, and what is to be said of it."""
     if args.upcycle is not None:
-        made = upcycle(net, args.upcycle, args.top_k or 2, blocks=args.blocks, seed=args.seed)
+        made = upcycle(
+            net, args.upcycle, args.top_k or 2, blocks=args.blocks, copies=args.copies, router_input=args.router_input,
+            seed=args.seed,
+        )  # fmt: skip
         return made, ", the same function"
     if args.more:
         return more(net, args.seed), ", the same function"

@@ -39,6 +39,7 @@ def saved(folder: Path, seed: int = 0, **moe: Any) -> Path:
     ("moe", "words", "same"),
     [
         ({"blocks": "none"}, ["--upcycle", 6, "--blocks", "every-second"], 1e-5),
+        ({"blocks": "none"}, ["--upcycle", 3, "--copies", "--router-input", "position"], 1e-5),
         ({"blocks": "none"}, ["--split", 6, "--tau", 1, "--num", 20], 1e-5),
         ({"blocks": "none"}, ["--split", 4, "--domains", "time", "--num", 20], None),
         ({"blocks": "none"}, ["--split", 5, "--domains", "class", "--num", 90, "--keep", 0.7], None),
@@ -66,6 +67,7 @@ def test_a_changed_model_is_written_with_what_trains_it_on(
     assert train(config, open_data(config.data, size=8, channels=1))
     assert off(drawn(pipeline.load(config.out).transformer.eval()), drawn(after)) < 0.5  # biases of routers move
     assert (config.moe.num_experts, config.moe.blocks) == (after.config.num_experts, after.config.moe_blocks)
+    assert config.moe.router_input == after.config.router_input
     said = capsys.readouterr().out
     assert all(f"{n / 1e6:.2f} M" in said for net in (before, after) for n in count_parameters(net))
     assert f"python train.py {out}/training.json --out RUN" in said
@@ -92,6 +94,7 @@ def test_only_what_says_how_it_was_trained_is_measured(tmp_path: Path, capsys: p
         (["--prune", 5, "--more"], "--more and --prune are two changes"),
         (["--prune", 5, "--tau", 0.2], "--tau works with --split"),
         (["--more", "--num", 10], "--num works with --prune or --split"),
+        (["--more", "--router-input", "time"], "--router-input works with --upcycle"),
         (["--more", "--to", "dit"], "--to dit does not go with --more"),
         (["--more", "--num-heads", 2], "--num-heads does not apply to --more"),
         (["--prune", 50], "50 experts cannot be kept of 8 with top_k 2"),
