@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .experts import _fits_grouped
-from .kernels import _Combine, _Dispatch, _grouped, autocast_dtype
+from .experts import _fits_grouped, check_backend, evened
+from .kernels import _Combine, _Dispatch, _grouped, _one_by_one, autocast_dtype
 from .router import Router
 from .select import Plan, plan_of
 
@@ -45,11 +45,7 @@ class AttentionExperts(nn.Module):
         super().__init__()
         self.num_heads, self.num_experts, self.top_k, self.backend = num_heads, num_experts, top_k, backend
         d, bank = hidden_size // num_heads, num_heads * num_experts
-        if backend == "grouped" and not _fits_grouped(hidden_size, d, torch.bfloat16):
-            raise ValueError(
-                f"backend grouped needs widths that are multiples of 8, got hidden_size {hidden_size} and {d} channels "
-                f"of {num_heads} heads; use backend loop or another num_heads"
-            )
+        check_backend(backend, hidden_size, d, f"hidden_size {hidden_size} and {d} channels of {num_heads} heads")
         self.router = Router(hidden_size, 2 * bank)
         self.w_v = nn.Parameter(torch.empty(bank, d, hidden_size))
         self.w_o = nn.Parameter(torch.empty(bank, hidden_size, d))
@@ -65,7 +61,9 @@ class AttentionExperts(nn.Module):
         """x (N, T, D) -> values (N, H, T, d), and what makes of attended values (N, H, T, d) the output (N, T, D)."""
         N, T, D = x.shape
         source, destination = self.plans(x)
-        rows, (row, starts) = x.to(autocast_dtype(x)).reshape(N * T, D), self._by_token(source)
+        rows = x.to(autocast_dtype(x)).reshape(N * T, D)
+        source, destination = evened(source, rows), evened(destination, rows)
+        row, starts = self._by_token(source)
         pairs = _Dispatch.apply(rows, row, source.slot, starts)  # (P, D)
         out = self._products(pairs, self.w_v, source.counts)
         v = _Combine.apply(out, source.weight, source.row, source.slot, source.starts)  # (R * H, d)
@@ -109,8 +107,8 @@ class AttentionExperts(nn.Module):
             return y
         if grouped:
             return _grouped(rows, weight.to(rows.dtype), counts)
-        parts = zip(rows.split(counts.tolist()), weight.to(rows.dtype).unbind(0), strict=True)
-        return torch.cat([part @ w.T for part, w in parts])
+        w = weight.to(rows.dtype).unbind(0)
+        return _one_by_one(rows, counts, lambda e, part: part @ w[e].T)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _uncompiled(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Activation, _activate, _Combine, _Dispatch, _grouped, _Loop, autocast_dtype
+from .kernels import Activation, _activate, _Combine, _Dispatch, _grouped, _Loop, _one_by_one, autocast_dtype
 from .select import Plan
 
 _LOOP_PAYS = 2**16  # D * F; on a CPU the loop won at 147,456 and 589,824, the grouped products at 16,384
-_JOIN_PAYS = 2**20  # R * K * D * F: the matrices of all rows still fit in a cache
 
 
 class FeedForward(nn.Module):
@@ -87,11 +86,7 @@ class Experts(nn.Module):
         self.exchange: Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
         self.w_in = nn.Parameter(torch.empty(num_experts, _inner(width, activation), hidden_size + 8 * biases))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_size, width))
-        if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.bfloat16):
-            raise ValueError(
-                f"backend grouped needs widths that are multiples of 8, got hidden_size {hidden_size} "
-                f"and expert_width {width}; use backend loop or other widths"
-            )
+        check_backend(backend, hidden_size, width, f"hidden_size {hidden_size} and expert_width {width}")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,17 +113,11 @@ class Experts(nn.Module):
         scales = getattr(self, "w_in_scale", None), getattr(self, "w_out_scale", None)
         return [unscaled(w, scale, dtype) for w, scale in zip((self.w_in, self.w_out), scales, strict=True)]
 
-    def forward(self, x: Tensor, plan: Plan, *, alike: bool = False) -> Tensor:
-        """The weighted sum of every row's experts: x (R, B, D) -> (R, B, D), of x's dtype or autocast's.
-
-        alike: All batches have these R rows, as where places decide: small experts may then be joined. Elsewhere an
-        image's last bits would depend on how many others there are.
-        """
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """The weighted sum of every row's experts: x (R, B, D) -> (R, B, D), of x's dtype or autocast's."""
         x = x.to(autocast_dtype(x))
         if not x.numel() and self.exchange is None:  # else the others wait for this process
             return x
-        if alike and plan.per_row and self.joins(len(x), plan.per_row):
-            return self._joined(x, plan.expert[plan.slot].view(len(x), -1), plan.weight[plan.slot].view(len(x), -1))
         if torch.compiler.is_compiling() and (self.exchange or x.dtype == torch.float32 or not self._use_grouped(x)):
             y: Tensor = self._uncompiled(x, plan)
             return y
@@ -141,6 +130,7 @@ class Experts(nn.Module):
 
     def _weighted_sum(self, x: Tensor, plan: Plan) -> Tensor:
         y: Tensor
+        plan = evened(plan, x) if x.shape[1] == 1 and self.exchange is None else plan
         way = plan.row, plan.slot, plan.starts
         if self.exchange is None and not self.biases and not self._use_grouped(x):
             w_in, w_out = self.matrices(x.dtype)
@@ -161,28 +151,8 @@ class Experts(nn.Module):
         if self._use_grouped(rows):
             hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P, F)
             return _grouped(hidden, w_out, counts)
-        parts = zip(rows.split(counts.tolist()), w_in.unbind(0), w_out.unbind(0), strict=True)
-        return torch.cat([_activate(part @ a.T, self.activation) @ b.T for part, a, b in parts])
-
-    def joins(self, rows: int, per_row: int) -> bool:
-        """Whether `_joined` pays for so many rows: never where a backend was asked for by name."""
-        return self.backend == "auto" and self.exchange is None and rows * per_row * self.w_out[0].numel() <= _JOIN_PAYS
-
-    def _joined(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        """The K experts (R, K) of a row's B tokens as one dense layer of width K F, with their weights (R, K).
-
-        The weighted sum happens inside the second product, without sorting, gathering or combining rows.
-        """
-        R, K = expert.shape
-        D, width = self.w_out.shape[1:]
-        w_in, w_out = self.matrices(x.dtype)
-        w_in = F.embedding(expert, w_in.flatten(1)).view(R, K, -1, width, self.w_in.shape[2])
-        w_in = w_in.transpose(1, 2).reshape(R, -1, self.w_in.shape[2])  # gate rows of all K, then up rows of all K
-        w_out = F.embedding(expert, w_out.flatten(1)).view(R, K, D, width)
-        w_out = (w_out * weight[..., None, None].to(x.dtype)).transpose(1, 2).reshape(R, D, -1)
-        x = F.pad(x, (0, 8), value=1 / 8) if self.biases else x
-        hidden = _activate(torch.bmm(x, w_in.transpose(1, 2)), self.activation)  # (R, B, K * F)
-        return torch.bmm(hidden, w_out.transpose(1, 2))
+        a, b = w_in.unbind(0), w_out.unbind(0)
+        return _one_by_one(rows, counts, lambda e, part: _activate(part @ a[e].T, self.activation) @ b[e].T)
 
     def _use_grouped(self, x: Tensor) -> bool:
         if self.backend != "auto":
@@ -190,6 +160,29 @@ class Experts(nn.Module):
         D, width = self.w_out.shape[1:]
         fits = _fits_grouped(D, width, x.dtype)
         return fits and (x.device.type != "cpu" or D * width < _LOOP_PAYS)
+
+
+def evened(plan: Plan, x: Tensor) -> Plan:
+    """For the kernels: every expert's pairs filled up to a multiple of 32, by pairs of row 0 that no slot points to.
+
+    On a CPU a product of 16 bits is compiled anew for every number of rows, which takes ten times as long as it does
+    (oneDNN). Behind the last expert's pairs are others that nobody computes, so that the lists' length is fixed.
+    """
+    if x.device.type != "cpu" or x.dtype.itemsize > 2:
+        return plan
+    more = -plan.counts % 32
+    place = torch.arange(len(plan.row)) + (more.cumsum(0) - more)[plan.expert]
+    size = len(place) + 31 * len(more)
+    row, weight = (v.new_zeros(size).index_copy(0, place, v) for v in (plan.row, plan.weight))
+    return plan._replace(row=row, weight=weight, counts=plan.counts + more, slot=place[plan.slot])
+
+
+def check_backend(backend: str, hidden_size: int, width: int, said: str) -> None:
+    """ValueError where grouped products are asked for and widths do not fit."""
+    if backend == "grouped" and not _fits_grouped(hidden_size, width, torch.bfloat16):
+        raise ValueError(
+            f"backend grouped needs widths that are multiples of 8, got {said}; use backend loop or other widths"
+        )
 
 
 def unscaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: R rows with a plan, B tokens that share a row's, D width, E experts, F h
 (row, expert) pairs sorted by expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -36,6 +36,13 @@ def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Each expert's rows times its matrix: rows (P, I), weight (E, O, I) -> (P, O)."""
     offsets = counts.cumsum(0).to(torch.int32)
     return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+
+
+def _one_by_one(rows: Tensor, counts: Tensor, compute: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """compute(e, its rows) of every expert of rows (P, I), one below the other, and zeros behind them: (P, O)."""
+    sizes = counts.tolist()
+    out = torch.cat([compute(e, part) for e, part in enumerate(rows[: sum(sizes)].split(sizes))])
+    return F.pad(out, (0, 0, 0, len(rows) - len(out)))
 
 
 class _Loop(torch.autograd.Function):

@@ -32,7 +32,6 @@ class Routing(NamedTuple):
         prototypes: (E, I D) float32, of length 1, where the router has such.
         sums: (E, I D) float32, where it has: of each expert's rows the sum of what the router saw. Its direction is
             their mean's.
-        alike: Whether every batch has these rows and decisions, as where places decide.
     """
 
     logits: Tensor
@@ -42,7 +41,6 @@ class Routing(NamedTuple):
     images: int
     prototypes: Tensor | None = None
     sums: Tensor | None = None
-    alike: bool = False
 
     def served(self) -> Tensor:
         """(n, t, E) int64: 1 where an expert serves a row, by a weight above 0 where all do."""
@@ -74,7 +72,7 @@ def decide(
         logits, rule, router.expert_bias, images=n, keys=keys, tau=tau, capacity=capacity, policy=bias
     )
     shared = N * T // max(1, n * t)  # tokens that share a row's decision
-    routing = Routing(logits, scores, plan, counts * shared, n, prototypes, alike=not router.per_image and tau is None)
+    routing = Routing(logits, scores, plan, counts * shared, n, prototypes)
     return routing if prototypes is None else routing._replace(sums=_sums(seen, routing, (n, t, E)))
 
 
@@ -160,10 +158,7 @@ class MoELayer(nn.Module):
         images, places = N // n if n else 1, T // t if t else 1  # that share a decision
         tokens = x.to(autocast_dtype(x)).view(n, images, t, places, D)
         rows = tokens.transpose(1, 2).reshape(R, images * places, D).contiguous()  # (R, B, D): a copy by place
-        if routing.plan is None:
-            y = self.experts(rows, routing.scores)
-        else:
-            y = self.experts(rows, routing.plan, alike=routing.alike)
+        y = self.experts(rows, routing.scores if routing.plan is None else routing.plan)
         if self.shared is not None:
             y = y + self._shared(rows)
         return y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D), routing

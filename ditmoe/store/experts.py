@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.experts import Experts, unscaled
+from ..moe.experts import Experts, evened, unscaled
 from ..moe.kernels import _activation, _bags, _runs, autocast_dtype
 from ..moe.select import Plan
 from .slices import Place
@@ -54,13 +54,14 @@ class StoredExperts(nn.Module):
         raise ValueError("experts that stay on the disk are not saved again; copy their folder")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor, plan: Plan, *, alike: bool = False) -> Tensor:
-        """The weighted sum of every row's experts: x (R, B, D) -> (R, B, D). `alike` changes nothing here."""
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """The weighted sum of every row's experts: x (R, B, D) -> (R, B, D)."""
         assert not torch.is_grad_enabled(), "stored experts are not trained"
         x = x.to(autocast_dtype(x))
         if not x.numel():
             return x
         R, B, D = x.shape
+        plan = evened(plan, x) if B == 1 else plan
         x = x.reshape(R, B * D)
         out = x.new_empty(len(plan.row), B * D)
         runs = dict(_runs(plan.counts))

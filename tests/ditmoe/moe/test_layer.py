@@ -6,13 +6,15 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from ditmoe.config.experts import RouterInput
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import build
-from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, Router, RoutingRule, plan_of, select
+from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, Plan, Router, RoutingRule, plan_of, select
+from ditmoe.moe import experts as experts_module
 from tests.reference.moe_layer import expert
 from tests.reference.moe_layer import moe as reference_moe
 
@@ -97,21 +99,32 @@ def test_backends_agree_to_the_bit(dtype: torch.dtype, activation: str, by_place
         assert torch.equal(grouped, loop)
 
 
-def test_joined_experts_are_used_where_they_are_small_and_agree_with_the_plan() -> None:
-    made = layer(RoutingRule(2), positions=torch.randn(7, D), expert_width=64)
-    x = torch.randn(3, 7, D)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        joined = made(x)[0]
-        made.experts.backend = "grouped"
-        planned = made(x)[0]
-    assert joined.dtype == planned.dtype == torch.bfloat16
-    assert not torch.equal(joined, planned)  # the sum over experts is rounded once instead of after each of them
-    torch.testing.assert_close(joined, planned, rtol=2e-2, atol=2e-2)
-    made.experts.backend = "auto"
-    assert made.experts.joins(7, 2)
-    assert not made.experts.joins(7 * 100, 2)
-    made.experts.backend = "loop"
-    assert not made.experts.joins(7, 2)
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_products_of_16_bits_have_few_numbers_of_rows(
+    backend: str, biases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where each new one is compiled. Values and gradients are those of the rows that there are."""
+    made = layer(RoutingRule(2), backend=backend, biases=biases, num_experts=5).to(torch.bfloat16)
+    with torch.no_grad():
+        made.router.weight[4] = -made.router.weight[:4].sum(dim=0)  # loads differ
+    x, seen, found = torch.randn(3, 31, D).bfloat16(), [], {}
+    row_by_row = experts_module.evened
+
+    def spy(plan: Plan, x: Tensor) -> Plan:
+        seen.append(row_by_row(plan, x).counts.tolist())
+        return row_by_row(plan, x)
+
+    for name, evened in (("as it is", spy), ("uneven", lambda plan, _: plan)):
+        monkeypatch.setattr(experts_module, "evened", evened)
+        made.zero_grad()
+        y, routing = made(x)
+        y.float().square().sum().backward()
+        found[name] = [y, *(p.grad for p in made.parameters())]
+    assert seen == [[-(-count // 32) * 32 for count in routing.counts.tolist()]]
+    assert routing.counts.sum() == 3 * 31 * 2
+    for got, wanted in zip(found["as it is"], found["uneven"], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2 * float(wanted.detach().abs().max()))
 
 
 def test_an_expert_without_tokens_has_zero_gradient() -> None:
