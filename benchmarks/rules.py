@@ -63,10 +63,12 @@ OURS = ("dense", "topk", "place", "label+place", "heads-0", "heads")
 MARK = ("<!-- made by benchmarks.rules -->", "<!-- end -->")
 
 
-def configuration(base: str, name: str, steps: int, seed: int, centroids: Path | None) -> Config:
+def configuration(
+    base: str, name: str, steps: int, seed: int, centroids: Path | None, compiled: bool = False
+) -> Config:
     """A rule's run of a preset. ValueError for an unknown one."""
     preset = BASES[base]
-    train = replace(preset.train, decay_steps=steps, warmup_steps=min(200, steps // 6))
+    train = replace(preset.train, decay_steps=steps, warmup_steps=min(200, steps // 6), compile=compiled)
     start = replace(preset, max_steps=steps, seed=seed, train=train)
     inputs = {"place": "position", "label+place": "label+position"}
     start = replace(start, moe=replace(start.moe, router_input=inputs.get(name, "token")))
@@ -113,7 +115,8 @@ class Benchmark:
 
     def train(self, name: str, shift: int, seed: int) -> Row:
         """One run: errors, distances, what was chosen."""
-        config = configuration(self.args.preset, name, self.args.steps, seed, self.args.centroids)
+        torch._dynamo.reset()  # whose limit of compilations is of a process
+        config = configuration(self.args.preset, name, self.args.steps, seed, self.args.centroids, self.args.compile)
         made = prepared(config, self.data("train", shift))
         losses = []
         for step in range(self.args.steps):
@@ -164,9 +167,10 @@ class Benchmark:
 
     def speed(self) -> Row:
         """Images a second in training and in drawing, of all rules in turns."""
+        torch._dynamo.config.recompile_limit = 100
         made: dict[str, Prepared] = {}
         for name in self.names:
-            config = configuration(self.args.preset, name, 600, 0, self.args.centroids)
+            config = configuration(self.args.preset, name, 600, 0, self.args.centroids, self.args.compile)
             made[name] = prepared(config, self.data("train", 0))
         steps = {name: each.step for name, each in made.items()}
         size = self.preset.model.sample_size
@@ -198,6 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shifts", type=int, nargs="+", default=[0, 4])
+    parser.add_argument("--compile", action="store_true", help="blocks in training: faster, other last digits")
     parser.add_argument("--num", type=int, default=1000, help="images drawn of each run, 0 for none")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=[*OURS, *RULES])
@@ -207,7 +212,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args)
-    own = {"preset": args.preset}
+    own = {"preset": args.preset} | ({"compile": True} if args.compile else {})
     if "speed" in args.phases:
         benchmark.rows.once({**own, "phase": "speed", "rules": benchmark.names}, benchmark.speed)
     if "train" in args.phases:
