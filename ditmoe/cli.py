@@ -32,6 +32,13 @@ from .launch.signals import EXIT_CODE, Interrupted, Signals
 Args = TypeVar("Args")
 
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "")  # which flags do without
+_RATE, _PRECISION = "--train.learning-rate", "--train.precision bf16 or fp32"
+MEANT = {  # what other programs call options of training
+    "--lr": _RATE, "--train.lr": _RATE, "--epochs": "--max-steps, in batches", "--iters": "--max-steps",
+    "--output": "--out", "--output-dir": "--out", "--resolution": "--model.sample-size",
+    "--image-size": "--model.sample-size", "--bf16": _PRECISION, "--fp16": _PRECISION, "--mixed-precision": _PRECISION,
+    "--resume": "nothing: the same command goes on with what is in --out", "--ckpt": "--train.init MODEL",
+}  # fmt: skip
 OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
 
 
@@ -62,8 +69,8 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> Config:
 
 
 def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
-    """The words that were typed; ends as `parse` where one is empty, gives a flag of `kind` a value, or asks for a
-    device, which is no option."""
+    """The words that were typed; ends as `parse` where one is empty, gives a flag of `kind` a value, asks for a device,
+    which is no option, or is another program's word for one of training."""
     flags = _options(kind)
     for at, word in enumerate(argv):
         option, given, _ = word.partition("=")
@@ -77,6 +84,8 @@ def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
         if option in ("--device", "--gpu", "--cuda"):
             what = "the accelerator that torch finds is used, else the CPU, and a run says which"
             stop(f"there is no {word}: {what}; CUDA_VISIBLE_DEVICES=1 before the command chooses another one")
+        if kind is Config and option in MEANT:
+            stop(f"there is no {option}; here it is {MEANT[option]}")
     return list(argv)
 
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ditmoe import cli, pipeline
 from ditmoe.config.sample import SampleArgs
+from ditmoe.config.sections import Config
 from ditmoe.convert.export import ExportArgs, export
 from ditmoe.convert.tensors import Tensors
 from ditmoe.data.folders import FolderImages
@@ -36,6 +39,20 @@ def test_words_that_no_parser_should_see(words: list[str], sentence: str, capsys
             read()
         assert end.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", [*cli.MEANT])
+def test_options_of_other_programs_are_known(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.parse_train(["fashion", f"{word}=3"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"error: there is no {word}; here it is {cli.MEANT[word]}\n"
+    option = re.search(r"here it is (--)([\w.-]+)", said)
+    if option is not None:
+        value: Any = Config()
+        for name in option[2].split("."):
+            value = getattr(value, name.replace("-", "_"))
 
 
 def test_a_model_of_a_newer_version_is_refused(tmp_path: Path) -> None:
