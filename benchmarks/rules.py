@@ -9,9 +9,9 @@ convolutions and long skips, where experts by place have beaten the twin (docs/l
 take half of the time. The router looks at the token unless the rule says otherwise; with a shift of 4 each image is
 moved by up to 4 pixels in each direction, once and for all, so that routing by place cannot help. All see the same
 batches, noise and times. `heads` is topk with 4 output heads and their loss, `heads-0` without it. A line of
-`rows.jsonl` is one (phase, preset, rule, shift, seed); lines that are there are not made again. The phase `speed` times
-steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table into docs/rules.md, and
-docs/pictures/rules.png.
+`rows.jsonl` is one (phase, preset, compiled or not, rule, shift, seed); lines that are there are not made again. The
+phase `speed` times steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table into
+docs/rules.md, and docs/pictures/rules.png.
 """
 
 import argparse
@@ -167,7 +167,6 @@ class Benchmark:
 
     def speed(self) -> Row:
         """Images a second in training and in drawing, of all rules in turns."""
-        torch._dynamo.config.recompile_limit = 100
         made: dict[str, Prepared] = {}
         for name in self.names:
             config = configuration(self.args.preset, name, 600, 0, self.args.centroids, self.args.compile)
@@ -212,7 +211,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args)
-    own = {"preset": args.preset} | ({"compile": True} if args.compile else {})
+    own = {"preset": args.preset + (", compiled" if args.compile else "")}
+    torch._dynamo.config.recompile_limit = 100  # all rules' blocks are of one function
     if "speed" in args.phases:
         benchmark.rows.once({**own, "phase": "speed", "rules": benchmark.names}, benchmark.speed)
     if "train" in args.phases:

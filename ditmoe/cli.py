@@ -33,10 +33,11 @@ Args = TypeVar("Args")
 
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "")  # which flags do without
 _RATE, _PRECISION = "--train.learning-rate", "--train.precision bf16 or fp32"
+_SIZE = "--model.sample-size, for latents theirs"
 MEANT = {  # what other programs call options of training
     "--lr": _RATE, "--train.lr": _RATE, "--epochs": "--max-steps, in batches", "--iters": "--max-steps",
-    "--output": "--out", "--output-dir": "--out", "--resolution": "--model.sample-size",
-    "--image-size": "--model.sample-size", "--bf16": _PRECISION, "--fp16": _PRECISION, "--mixed-precision": _PRECISION,
+    "--output": "--out", "--output-dir": "--out", "--resolution": _SIZE, "--image-size": _SIZE,
+    "--bf16": _PRECISION, "--fp16": _PRECISION, "--mixed-precision": _PRECISION,
     "--resume": "nothing: the same command goes on with what is in --out", "--ckpt": "--train.init MODEL",
 }  # fmt: skip
 OURS = ("ditmoe", "samplers", "eval")  # beside each other, in a checkout or in site-packages
@@ -84,8 +85,8 @@ def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
         if option in ("--device", "--gpu", "--cuda"):
             what = "the accelerator that torch finds is used, else the CPU, and a run says which"
             stop(f"there is no {word}: {what}; CUDA_VISIBLE_DEVICES=1 before the command chooses another one")
-        if kind is Config and option in MEANT:
-            stop(f"there is no {option}; here it is {MEANT[option]}")
+        if kind is Config and (meant := MEANT.get(option.replace("_", "-"))):
+            stop(f"there is no {option}; here it is {meant}")
     return list(argv)
 
 

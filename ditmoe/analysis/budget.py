@@ -130,7 +130,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     Kept: the block's input, the router's record. Passing: gradients of the residual stream and of the widest layer.
 
     Source: what model/ and moe/ leave with autograd on a GPU; a test counts it with saved_tensors_hooks.
-    Small layers routed by place keep less (`Experts.joins`); the rms norm of fp32 on a CPU keeps 2 b D more.
+    The rms norm of fp32 on a CPU keeps 2 b D more.
     """
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
     half, normed, D, (more, pairs) = b == 2, m.qk_norm != "none", m.hidden_size, _attending(config)

@@ -163,18 +163,20 @@ class Experts(nn.Module):
 
 
 def evened(plan: Plan, x: Tensor) -> Plan:
-    """For the kernels: every expert's pairs filled up to a multiple of 32, by pairs of row 0 that no slot points to.
+    """The plan for the kernels alone: each expert's pairs filled up to a multiple of 32, by copies that no slot has.
 
     On a CPU a product of 16 bits is compiled anew for every number of rows, which takes ten times as long as it does
-    (oneDNN). Behind the last expert's pairs are others that nobody computes, so that the lists' length is fixed.
+    (oneDNN). A copy is of the expert's last pair, with weight 0. The lists are 31 E longer whatever the counts are, for
+    torch's compiler: nobody computes or reads what is behind the last expert's. `expert` stays as it was.
     """
-    if x.device.type != "cpu" or x.dtype.itemsize > 2:
+    if x.device.type != "cpu" or x.dtype.itemsize > 2 or not len(plan.row):
         return plan
-    more = -plan.counts % 32
-    place = torch.arange(len(plan.row)) + (more.cumsum(0) - more)[plan.expert]
+    more, number = -plan.counts % 32, torch.arange(len(plan.row), device=x.device)
+    place = number + (more.cumsum(0) - more)[plan.expert]
     size = len(place) + 31 * len(more)
-    row, weight = (v.new_zeros(size).index_copy(0, place, v) for v in (plan.row, plan.weight))
-    return plan._replace(row=row, weight=weight, counts=plan.counts + more, slot=place[plan.slot])
+    pair = number.new_zeros(size).index_copy(0, place, number).cummax(0).values
+    weight = plan.weight.new_zeros(size).index_copy(0, place, plan.weight)
+    return plan._replace(row=plan.row[pair], weight=weight, counts=plan.counts + more, slot=place[plan.slot])
 
 
 def check_backend(backend: str, hidden_size: int, width: int, said: str) -> None:

@@ -42,7 +42,7 @@ def _one_by_one(rows: Tensor, counts: Tensor, compute: Callable[[int, Tensor], T
     """compute(e, its rows) of every expert of rows (P, I), one below the other, and zeros behind them: (P, O)."""
     sizes = counts.tolist()
     out = torch.cat([compute(e, part) for e, part in enumerate(rows[: sum(sizes)].split(sizes))])
-    return F.pad(out, (0, 0, 0, len(rows) - len(out)))
+    return out if len(out) == len(rows) else F.pad(out, (0, 0, 0, len(rows) - len(out)))
 
 
 class _Loop(torch.autograd.Function):

@@ -12,7 +12,7 @@ from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters, initial
-from ditmoe.moe import Condition, Experts, MoELayer, Router, Steering, decide
+from ditmoe.moe import Condition, Experts, MoELayer, Router, Steering, attention, decide, experts
 from tests.checkpoints import load, newest
 from tests.faults import runs
 
@@ -63,6 +63,31 @@ def test_two_backends_are_equal_in_value_and_gradient(name: str, centroids: Path
     learnt = [g for n, g in grads.items() if n.endswith("router.weight")]
     assert all(g is not None and float(g.abs().sum()) > 0 for g in learnt)
     assert bool(learnt) == (name != "centroid")
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+def test_rows_that_only_fill_up_are_not_seen(
+    name: str, backend: str, centroids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 on a CPU, with memory that holds nan where nothing was written."""
+    results = []
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for filled in (True, False):
+            if not filled:
+                for module in (attention, experts):
+                    monkeypatch.setattr(module, "evened", lambda plan, _: plan)
+            model = network(name, centroids, backend=backend)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(*inputs()).sample
+            y.float().square().mean().backward()
+            results.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(results[0][0], results[1][0])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.02 * float(wanted.detach().abs().max()))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -303,8 +328,10 @@ def test_layers_draw_lots_of_their_own(centroids: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "mumoe"])
 @pytest.mark.parametrize("backend", ["grouped", "loop"])
-def test_an_empty_batch_gives_nothing(name: str, backend: str, centroids: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_empty_batch_gives_nothing(name: str, backend: str, bf16: bool, centroids: Path) -> None:
     for more in ({}, {"router_input": "position"} if name in ("deepseek", "expert-choice", "relative") else {}):
         model = network(name, centroids, backend=backend, **more).eval()
         nothing = torch.zeros(0)
-        assert model(torch.zeros(0, 1, 8, 8), nothing, nothing.long()).sample.shape == (0, 1, 8, 8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert model(torch.zeros(0, 1, 8, 8), nothing, nothing.long()).sample.shape == (0, 1, 8, 8)
