@@ -130,7 +130,7 @@ class Experts(nn.Module):
 
     def _weighted_sum(self, x: Tensor, plan: Plan) -> Tensor:
         y: Tensor
-        plan = evened(plan, x) if x.shape[1] == 1 and self.exchange is None else plan
+        plan = plan if self.exchange else evened(plan, x)
         way = plan.row, plan.slot, plan.starts
         if self.exchange is None and not self.biases and not self._use_grouped(x):
             w_in, w_out = self.matrices(x.dtype)
@@ -165,11 +165,13 @@ class Experts(nn.Module):
 def evened(plan: Plan, x: Tensor) -> Plan:
     """The plan for the kernels alone: each expert's pairs filled up to a multiple of 32, by copies that no slot has.
 
+    x is (R, ..., D): rows that many tokens share have few numbers as it is, and stay.
     On a CPU a product of 16 bits is compiled anew for every number of rows, which takes ten times as long as it does
     (oneDNN). A copy is of the expert's last pair, with weight 0. The lists are 31 E longer whatever the counts are, for
     torch's compiler: nobody computes or reads what is behind the last expert's. `expert` stays as it was.
     """
-    if x.device.type != "cpu" or x.dtype.itemsize > 2 or not len(plan.row):
+    shared = x.numel() > len(x) * x.shape[-1]
+    if x.device.type != "cpu" or x.dtype.itemsize > 2 or shared or not len(plan.row):
         return plan
     more, number = -plan.counts % 32, torch.arange(len(plan.row), device=x.device)
     place = number + (more.cumsum(0) - more)[plan.expert]

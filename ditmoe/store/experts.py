@@ -61,7 +61,7 @@ class StoredExperts(nn.Module):
         if not x.numel():
             return x
         R, B, D = x.shape
-        plan = evened(plan, x) if B == 1 else plan
+        plan = evened(plan, x)
         x = x.reshape(R, B * D)
         out = x.new_empty(len(plan.row), B * D)
         runs = dict(_runs(plan.counts))
