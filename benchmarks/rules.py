@@ -5,13 +5,14 @@
     python -m benchmarks.rules --preset narrow --out runs/rules-narrow
 
 The preset is `fashion`, `digits` or `narrow`, which is `fashion` of width 64 with experts in every block and without
-convolutions and long skips, where experts by place have beaten the twin (docs/lab/experts-on-fashion.md); its steps
-take half of the time. The router looks at the token unless the rule says otherwise; with a shift of 4 each image is
-moved by up to 4 pixels in each direction, once and for all, so that routing by place cannot help. All see the same
-batches, noise and times. `heads` is topk with 4 output heads and their loss, `heads-0` without it. A line of
-`rows.jsonl` is one (phase, preset, compiled or not, rule, shift, seed); lines that are there are not made again. The
-phase `speed` times steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table into
-docs/rules.md, and docs/pictures/rules.png.
+convolutions and long skips, where experts by place have beaten the twin (docs/lab/experts-on-fashion.md), and with Muon
+on experts as on the twin's layers; its steps take half of the time. The router looks at the token unless the rule says
+otherwise; with a shift of 4 each image is moved by up to 4 pixels in each direction, once and for all, so that routing
+by place cannot help. All see the same batches, noise and times. `heads` is topk with 4 output heads and their loss,
+`heads-0` without it. A line of `rows.jsonl` is one (phase, preset, compiled or not, rule, shift, seed); lines that are
+there are not made again, and two processes may share the file where none has a line of the other. The phase `speed`
+times steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table into docs/rules.md,
+and docs/pictures/rules.png.
 """
 
 import argparse
@@ -58,6 +59,7 @@ BASES["narrow"] = replace(
     BASES["fashion"],
     model=replace(BASES["fashion"].model, **NARROW),
     moe=replace(BASES["fashion"].moe, blocks="all", expert_width=64, shared_width=64),
+    train=replace(BASES["fashion"].train, muon_on="all"),
 )
 OURS = ("dense", "topk", "place", "label+place", "heads-0", "heads")
 MARK = ("<!-- made by benchmarks.rules -->", "<!-- end -->")

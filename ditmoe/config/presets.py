@@ -56,11 +56,11 @@ def _ours(depth: int, width: int, heads: int, experts: int, top_k: int, expert_w
 
 PRESETS: dict[str, Config] = {
     "digits": Config(
-        max_steps=2200,
+        max_steps=1400,
         model=ModelConfig(sample_size=8, patch_size=2, hidden_size=96, depth=4, ffn_width=256, refine_width=32),
         moe=MoEConfig(num_experts=8, top_k=2, expert_width=80, shared_width=96),
         objective=_FLOW,
-        train=replace(_SMALL, decay_steps=2200),
+        train=replace(_SMALL, decay_steps=1400),
         sample=SampleConfig(sampler="dpm++2m", steps=20, cfg=1.25, num=1000),
     ),
     "fashion": Config(
