@@ -71,6 +71,8 @@ def configuration(
     """A rule's run of a preset. ValueError for an unknown one."""
     preset = BASES[base]
     train = replace(preset.train, decay_steps=steps, warmup_steps=min(200, steps // 6), compile=compiled)
+    if name in ("dense", "mumoe"):
+        train = replace(train, muon_on="trunk")  # they have no stacked experts
     start = replace(preset, max_steps=steps, seed=seed, train=train)
     inputs = {"place": "position", "label+place": "label+position"}
     start = replace(start, moe=replace(start.moe, router_input=inputs.get(name, "token")))
