@@ -12,7 +12,7 @@ by place cannot help. All see the same batches, noise and times. `heads` is topk
 `heads-0` without it. A line of `rows.jsonl` is one (phase, preset, compiled or not, rule, shift, seed); lines that are
 there are not made again, and two processes may share the file where none has a line of the other. The phase `speed`
 times steps and drawing of all rules in turns, and wants a quiet machine. `--page` writes the table into docs/rules.md,
-and docs/pictures/rules.png.
+and its plot.
 """
 
 import argparse
@@ -150,7 +150,7 @@ class Benchmark:
             records = net(x.flatten(0, 1), t, torch.arange(len(classes)).repeat_interleave(len(x[0]))).routing
         experts = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
         idle = mean(0.0 if r.plan is None else float(r.plan.unserved) for r in records)
-        numbers = {key: mean(row[key] for row in layers) for key in layers[0] if isinstance(layers[0][key], float)}
+        numbers = {key: mean(row[key] for row in layers) for key, v in layers[0].items() if isinstance(v, float | int)}
         return {"experts": experts, "unserved": idle, "choice": numbers, "findings": values_of(layers)}
 
     def pictures(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*OURS, *RULES])
     parser.add_argument("--centroids", type=Path, help="of the dense twin, for the rule centroid")
     parser.add_argument("--phases", nargs="+", choices=["train", "speed"], default=["speed", "train"])
-    parser.add_argument("--page", type=Path, help="docs/rules.md: its table is replaced, the plot written beside it")
+    parser.add_argument("--page", type=Path, help="docs/rules.md: its table is replaced, and pictures/rules.png")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args)
@@ -234,7 +234,7 @@ def main() -> None:
         before, _, rest = args.page.read_text().partition(MARK[0])
         after = rest.partition(MARK[1])[2]
         args.page.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{after}")
-        plot(rows, args.steps, args.page.parent / "pictures" / "rules.png")
+        plot(rows, args.steps, args.page.parent / "pictures" / f"{args.page.stem}.png")
 
 
 if __name__ == "__main__":

@@ -9,24 +9,28 @@ from benchmarks.rows import Row
 from ditmoe.analysis.findings import judge, verdicts
 from ditmoe.generate.pictures import load_matplotlib
 
+DISTANCES = {"efficientnet-lite0": 0, "random-conv-v1": 3}  # and their decimals
+
 
 def table(rows: list[Row], steps: int) -> str:
     """Markdown of what there is, means over seeds."""
     runs = [row for row in rows if row["phase"] == "train" and row["steps"] == steps]
     speed = next((row for row in reversed(rows) if row["phase"] == "speed"), {"train": {}, "passes": {}})
+    images = ("held-out error", "against the twin", "distances", "recognised")
     head = (
-        "rule", "experts a token", "held-out error", "against the twin", "shifted by 4", "against the twin",
-        "distance, efficientnet", "distance, random conv", "recognised", "place / time / class, % of the choice",
-        "training", "drawing",
+        "rule", "experts a token", *images, *(f"{name}, shifted" for name in images),
+        "place / time / class, % of the choice", "busiest; idle", "training", "drawing",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in dict.fromkeys(row["rule"] for row in runs):
         own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
         cells = [name, _mean([r.get("experts") for r in own[0]], 2)]
         for shift in (0, 4):
-            cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, name, shift)]
-        cells += [_mean([r.get(f"fd {n}") for r in own[0]], 4) for n in ("efficientnet-lite0", "random-conv-v1")]
-        cells += [_mean([r.get("recognised") for r in own[0]], 3), _explained(own[0])]
+            distances = [_mean([r.get(f"fd {n}") for r in own[shift]], d) for n, d in DISTANCES.items()]
+            cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, name, shift), _joined(distances)]
+            cells.append(_mean([r.get("recognised") for r in own[shift]], 3))
+        loads = [_mean([r.get("choice", {}).get(key) for r in own[0]], d) for key, d in (("busiest", 2), ("idle", 1))]
+        cells += [_explained(own[0]), _joined(loads)]
         for kind in ("train", "passes"):
             base = speed[kind].get("dense")
             cells.append(f"{speed[kind][name] / base:.2f}" if base and name in speed[kind] else "")
@@ -44,6 +48,10 @@ def findings(rows: list[Row], steps: int, rule: str) -> str:
 def _mean(values: list[float | None], digits: int) -> str:
     known = [v for v in values if v is not None]
     return f"{mean(known):.{digits}f}" if known else ""
+
+
+def _joined(cells: list[str]) -> str:
+    return "; ".join(filter(None, cells))
 
 
 def _differences(runs: list[Row], name: str, shift: int) -> list[float]:
@@ -88,4 +96,5 @@ def plot(rows: list[Row], steps: int, path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=8, handlelength=0)
     axes.axhline(0, color="0.8", zorder=0)
     axes.set(xlabel="training speed, of the dense twin", ylabel="held-out error against the twin, %")
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
