@@ -22,11 +22,12 @@ from .config.convert import ExportArgs as ExportArgs
 from .config.encode import LatentArgs as LatentArgs
 from .config.file import as_flags, read_file
 from .config.play import PlayArgs as PlayArgs
-from .config.rules import NUMBERS, RULES, with_rule
+from .config.rules import NUMBERS, RULES, changes
 from .config.sample import AnalyzeArgs as AnalyzeArgs
 from .config.sample import CentroidsArgs as CentroidsArgs
 from .config.sample import ExposureArgs as ExposureArgs
 from .config.sample import SampleArgs as SampleArgs
+from .files import read_object
 from .launch.signals import EXIT_CODE, Interrupted, Signals
 
 Args = TypeVar("Args")
@@ -114,7 +115,8 @@ def _spelled(flag: str) -> tuple[str, str]:
 def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
     """The configuration with the rule that `--moe.preset NAME` asks for, if it does, and the other options.
 
-    The rule goes by the numbers of experts that they ask for, and what it makes of one stays.
+    The rule goes by the numbers of experts that they ask for, and what it makes of one stays. Where it cannot go with
+    the rest, its options are the first of all, and those that follow may mend it.
     """
     flag = "--moe.preset"
     at = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
@@ -134,10 +136,11 @@ def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
             asked[key] = int(own[0])
             if key in RULES[name](2, 1, 1):  # which the rule makes another of
                 del rest[at : at + (1 if "=" in rest[at] else 2)]
+    changed = changes(base, name, **asked)
     try:
-        return with_rule(base, name, **asked), rest
-    except ValueError as error:
-        stop(f"{word} {name}: {error}")
+        return replace(base, moe=replace(base.moe, **changed)), rest
+    except ValueError:
+        return base, [*as_flags({"moe": changed}), *rest]
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -178,7 +181,7 @@ def _load(start: str) -> Config:
             return replace(read_file(path), out=path.parent, dry_run=False)
         except ValueError as error:
             try:  # names and values are refused in the words that flags have, with their hints
-                words, flags = as_flags(path), _options(Config)
+                words, flags = [*as_flags(read_object(path))], _options(Config)
                 if all(word not in flags or after.startswith("--") for word, after in pairwise([*words, "--"])):
                     tyro.cli(Config, prog=str(path), args=words)
             except (ValueError, SystemExit) as end:

@@ -133,19 +133,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
-def as_flags(path: Path) -> list[str]:
-    """What a configuration's file holds as command-line flags. ValueError where it holds no JSON object."""
-
-    def flags(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-        for key, value in values.items():
-            name = key.replace("_", "-")
-            if isinstance(value, dict):
-                yield from flags(value, f"{prefix}{name}.")
-            elif isinstance(value, bool):
-                yield f"{prefix}{'' if value else 'no-'}{name}"
-            elif isinstance(value, list):
-                yield from (f"{prefix}{name}", *map(str, value))
-            else:
-                yield from (f"{prefix}{name}", str(value))
-
-    return list(flags(read_object(path), "--"))
+def as_flags(values: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """JSON values of a configuration, or of a part of it, as command-line flags."""
+    for key, value in values.items():
+        name = key.replace("_", "-")
+        if isinstance(value, dict):
+            yield from as_flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            yield f"{prefix}{'' if value else 'no-'}{name}"
+        elif isinstance(value, list):
+            yield from (f"{prefix}{name}", *map(str, value))
+        else:
+            yield from (f"{prefix}{name}", str(value))

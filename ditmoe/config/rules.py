@@ -78,8 +78,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-def with_rule(config: Config, name: str, **numbers: int) -> Config:
-    """The configuration with the named rule. ValueError where it cannot go with the rest.
+def changes(config: Config, name: str, **numbers: int) -> dict[str, Any]:
+    """What the named rule makes of options of the section `moe`.
 
     Args:
         config: Whose num_experts, top_k and expert_width the rule goes by.
@@ -87,4 +87,9 @@ def with_rule(config: Config, name: str, **numbers: int) -> Config:
         numbers: Of the same names, instead of the configuration's.
     """
     known = {key: numbers.get(key, getattr(config.moe, key)) for key in NUMBERS}
-    return replace(config, moe=replace(config.moe, **{**known, **RULES[name](*known.values())}))
+    return {**known, **RULES[name](*known.values())}
+
+
+def with_rule(config: Config, name: str) -> Config:
+    """The configuration with the named rule. ValueError where it cannot go with the rest."""
+    return replace(config, moe=replace(config.moe, **changes(config, name)))

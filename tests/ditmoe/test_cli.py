@@ -31,6 +31,8 @@ def test_a_rule_goes_by_the_numbers_asked_for_in_any_order() -> None:
     assert (moe.null_experts, moe.top_k) == (4, 2)
     moe = cli.parse_train(["digits", "--moe.preset", "deepseek", "--moe.groups", "2", "--moe.top-k", "3"]).moe
     assert (moe.groups, moe.top_k) == (2, 3)  # what is typed has the last word
+    moe = cli.parse_train(["digits", "--moe.preset", "switch", "--moe.top-k", "1", "--moe.no-renormalize"]).moe
+    assert (moe.top_k, moe.renormalize, moe.capacity) == (1, False, 1.25)  # also where the rule needs it
 
 
 def test_presets_and_overrides() -> None:
