@@ -74,6 +74,7 @@ def _told(config: Config) -> dict[str, Any]:
     """The options, with what they come to where a value left it open in one version and said it in another."""
     options = to_dict(config)
     options["moe"]["scale"] = config.moe.routed_scale
+    options["data"]["sizes"] = config.data.resolutions()  # of data.mixture, which may name other places
     return options
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from ditmoe.config.file import save
 from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
+from ditmoe.run_folder.place import check_place
 from ditmoe.training.loop import train
 
 Tiny = Callable[..., Config]
@@ -45,3 +47,12 @@ def test_nothing_else_may_change_and_a_new_run_has_not_moved(tiny: Tiny) -> None
     assert train(config, data)
     with pytest.raises(ValueError, match=r"another run \(train.beta2: .*\); give another --out, or the same values$"):
         train(replace(config, max_steps=2, train=replace(moved, beta2=0.5)), data)
+
+
+def test_sets_of_a_mixture_may_move_and_keep_their_sizes(tiny: Tiny) -> None:
+    config = tiny(data={"mixture": ("a", "b@16"), "alternate": True, "fit": "crop"})
+    config.out.mkdir()
+    save(config, config.out / "config.json")
+    check_place(replace(config, data=replace(config.data, mixture=("elsewhere/a", "elsewhere/b@16"))))
+    with pytest.raises(ValueError, match=r"another run \(data.sizes: \[None, 16\] -> \[None, 12\]\)"):
+        check_place(replace(config, data=replace(config.data, mixture=("a", "b@12"))))
