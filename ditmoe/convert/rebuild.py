@@ -56,7 +56,9 @@ def described(net: DiTMoETransformer2DModel, config: Config) -> Config:
     """
     c = net.config
     moe: dict[str, Any] = {"experts": "stacked" if c.expert_rank is None else "factorised"}
-    moe["bias_rate"] = (config.moe.bias_rate or 0.001) if c.router_bias else 0.0
+    moe |= {"bias_rate": (config.moe.bias_rate or 0.001) if c.router_bias else 0.0, "centroids": None}  # are weights
+    if c.router_select != "expert_choice" and c.router_overflow == "none":
+        moe["capacity_start"] = None
     if c.router_weights == "one":
         moe |= {"balance_weight": 0.0, "z_weight": 0.0}
     if c.moe_blocks != "none":  # what made dense layers sparse has done its work

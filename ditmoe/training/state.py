@@ -29,10 +29,11 @@ def new_state(config: Config, num_classes: int, parallel: Parallel, begun: bool 
     """A new network with the weights of the run's seed, its average, and AdamW or Muon (decay on matrices only).
 
     The routers' group has `lr_factor` D^-1/2, see `ditmoe.moe.Router`, Muon's groups theirs. Of split experts all three
-    are this process's. Of a run that has `begun` the files that it began from are not read: a checkpoint follows.
+    are this process's. Of a run that has `begun` the files that it began from are not read: a checkpoint follows. Nor
+    are centres where `train.init` has all weights.
     """
     torch.manual_seed(config.seed)
-    make = build if begun else initial
+    make = build if begun or config.train.init else initial
     if parallel.splits:
         model, ema = parallel.split(lambda: make(config, num_classes))
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,24 @@ def test_a_changed_model_is_saved_and_is_what_its_configuration_says(name: str, 
         k: v for k, v in net.config.items() if k[0] != "_"
     }
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "moe", [{"router": "centroid", "centroids": Path("centres")}, {"select": "expert_choice", "capacity_start": 4.0}]
+)
+def test_options_of_the_rule_that_a_dense_twin_was_without_are_left_out(moe: dict[str, Any]) -> None:
+    made = described(changed("upcycle"), Config(model=MODEL, moe=MoEConfig(blocks="none", **moe))).moe
+    assert (made.router, made.select, made.centroids, made.capacity_start) == ("linear", "topk", None, None)
+
+
+def test_centres_of_a_changed_model_are_those_of_its_weights(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(moe={"router": "centroid", "bias_rate": 0.0}, max_steps=1)
+    net = build(config, 10)
+    made = prune(net, 3, by_chance(net, 0))
+    config = described(made, replace(config, moe=replace(config.moe, centroids=tmp_path / "of-four.safetensors")))
+    pipeline.save(pipeline.assemble(made, config, {i: str(i) for i in range(10)}), tmp_path / "given")
+    trained = go(replace(config, train=replace(config.train, init=tmp_path / "given")))
+    assert torch.equal(trained.blocks[1].moe.router.weight, made.blocks[1].moe.router.weight)
 
 
 def begun(tiny: Tiny, folder: Path, name: str = "upcycle", steps: int = 20) -> Config:
