@@ -5,9 +5,8 @@ Exit codes: 0 done, 2 the user's mistake (one sentence), 143 stopped by a signal
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from traceback import walk_tb
@@ -16,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import tyro
 
 from .config import PRESETS, Config
+from .config.checks import near as near
 from .config.contrast import ContrastArgs as ContrastArgs
 from .config.convert import ConvertArgs as ConvertArgs
 from .config.convert import ExportArgs as ExportArgs
@@ -189,12 +189,6 @@ def _load(start: str) -> Config:
                     raise
             stop(str(error))
     stop(f"there is no preset or file {start!r}; {near(start, PRESETS)}presets are {', '.join(PRESETS)}")
-
-
-def near(word: str, words: Iterable[str]) -> str:
-    """The part of a refusal that asks whether one of `words` was meant; empty where none is like this one."""
-    found = get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}? " if found else ""
 
 
 def stop(sentence: str) -> NoReturn:

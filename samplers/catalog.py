@@ -87,7 +87,7 @@ def make_scheduler(name: str, config: Mapping[str, Any], options: Mapping[str, A
     unknown name or prediction type, and for options and fields that this sampler does not have.
     """
     if name not in SAMPLERS:
-        near = get_close_matches(name, SAMPLERS, n=1)
+        near = sorted(get_close_matches(name, SAMPLERS), key=lambda known: sorted(known) != sorted(name))
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no sampler {name!r}; {hint}choose from {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]

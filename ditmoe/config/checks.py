@@ -1,11 +1,21 @@
 """Checks that the sections of a configuration share, each a sentence that names the field and the value; its nouns."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 MOST = 1e30  # of a number; one step below what float32 cannot hold
 
 
 def plural(number: int, noun: str) -> str:
     """A number with its noun: 1 class, 3 classes."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """The part of a refusal that asks whether one of `words` was meant, first one of the same letters; or nothing."""
+    found = get_close_matches(word, words, cutoff=0.5)
+    found.sort(key=lambda known: sorted(known) != sorted(word))
+    return f"did you mean {found[0]!r}? " if found else ""
 
 
 def require(condition: bool, message: str) -> None:

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..files import read_object, write_json
-from .checks import MOST
+from .checks import MOST, near
 from .sections import Config
 
 Section = TypeVar("Section")
@@ -85,8 +84,7 @@ def _built(section: type[Section], values: Mapping[str, Any]) -> Section:
     """A section of the configuration, itself checked, of what a file holds."""
     hints = get_type_hints(section)
     if unknown := [name for name in values if name not in hints]:
-        near = get_close_matches(unknown[0], hints, n=1)
-        raise ValueError(f"it has {unknown[0]}, which is unknown" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"it has {unknown[0]}, which is unknown; {near(unknown[0], hints)}rename it, or leave it out")
     found = {name: _value(value, hints[name]) for name, value in values.items()}
     check_types(found, hints)
     return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})

@@ -4,7 +4,6 @@ Shapes: N images, C channels, H W size.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral, Real
 from typing import Any, ParamSpec
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from samplers import image_generators, initial_noise
 
-from ..config.checks import plural
+from ..config.checks import near, plural
 from ..data.pixels import to_pil, to_pixels
 
 Arguments = ParamSpec("Arguments")
@@ -54,12 +53,9 @@ def _label(asked: Any, classes: int, id2label: Mapping[int, str]) -> int:
         if len(found) > 1:
             raise ValueError(f"class {asked!r} is the name of labels {', '.join(map(str, found))}; give one of these")
         if not found:
-            near = get_close_matches(asked, names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             known = ", ".join(list(names)[:12]) + (", ..." if len(names) > 12 else "")
-            raise ValueError(
-                f"there is no class {asked!r}; {hint}this model has {known or f'0..{classes - 1}, unnamed'}"
-            )
+            known = known or f"0..{classes - 1}, unnamed"
+            raise ValueError(f"there is no class {asked!r}; {near(asked, names)}this model has {known}")
         return found[0]
     if isinstance(asked, Tensor) and asked.ndim == 0:
         asked = asked.item()

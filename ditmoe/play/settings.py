@@ -6,13 +6,12 @@ A link and a command line have the same words: `?classes=Sneaker&steps=20` is `-
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from samplers import SAMPLERS
 
-from ..config.checks import plural
+from ..config.checks import near, plural
 from ..config.policy import Policy
 from ..config.sample import SampleArgs, label_or_name
 from ..model import count_parameters, moe_layer_names
@@ -58,8 +57,7 @@ def read(query: Query, model: Path) -> tuple[SampleArgs, Policy | None]:
     """
     known = [*FIELDS, POLICY]
     if unknown := [name for name in query if name not in known]:
-        near = get_close_matches(unknown[0], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = near(unknown[0], known)
         raise ValueError(f"there is no setting {unknown[0]!r:.60}; {hint}settings are {', '.join(known)}")
     found = {name.replace("-", "_"): _value(name, words) for name, words in query.items() if name != POLICY}
     args = SampleArgs(model=model, precision="fp32", **found)

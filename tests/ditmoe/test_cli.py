@@ -134,7 +134,7 @@ def test_a_saved_file_is_refused_in_the_words_of_flags_or_of_its_reader(
     for values, words in (
         ({"model": {"depht": 3}}, "Unrecognized options: --model.depht, 3"),
         ({"model": {"hidden_size": 100}}, "Error parsing model: hidden_size 100 must be a multiple of"),
-        ({"modle": {}}, "it has modle, which is unknown; did you mean model?"),
+        ({"modle": {}}, "it has modle, which is unknown; did you mean 'model'?"),
         ([], "config.json is not a configuration that can be read: it holds no JSON object"),
         ({"train": {"compile": "true"}}, "compile is 'true', which it cannot be"),
     ):

@@ -92,6 +92,7 @@ def test_a_flow_model_keeps_the_warp_that_it_was_saved_with(name, stock):
     ("name", "config", "sentence"),
     [
         ("ddmp", {}, "no sampler 'ddmp'; did you mean 'ddpm'"),
+        ("ddmi", {}, "no sampler 'ddmi'; did you mean 'ddim'"),
         ("zzz", {}, "no sampler 'zzz'; choose from ddpm, ddim, pndm, ts-ddpm, .*, flow-sde"),
         ("ddpm", {"prediction_type": "noise"}, "'noise' is not one of epsilon, v_pred"),
         (

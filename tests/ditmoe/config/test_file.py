@@ -72,8 +72,8 @@ def test_every_field_of_every_section_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"model": {"depht": 3}}, "it has depht, which is unknown; did you mean depth?"),
-        ({"modle": {}}, "it has modle, which is unknown; did you mean model?"),
+        ({"model": {"depht": 3}}, "it has depht, which is unknown; did you mean 'depth'?"),
+        ({"modle": {}}, "it has modle, which is unknown; did you mean 'model'?"),
         ({"zzz": 1}, "it has zzz, which is unknown"),
         ({"model": 3}, "model is 3, which it cannot be"),
         ({"max_steps": True}, "max_steps is True, which it cannot be"),
