@@ -90,7 +90,7 @@ def _prepare(arguments: Arguments) -> None:
     folder = arguments.model if (arguments.model / INDEX).is_file() else arguments.model / "model"
     if not (folder / INDEX).is_file():
         raise ValueError(f"{arguments.model} holds no model: neither {INDEX} nor model/{INDEX} is there")
-    open_source(arguments.ref)
+    ref = open_source(arguments.ref).path  # as reports call it: of a table with its split
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         empty = all(entry.name.startswith(".") for entry in arguments.out.iterdir())
@@ -99,12 +99,12 @@ def _prepare(arguments: Arguments) -> None:
     check_out(arguments.out / "table.md", ".md")
     made = sorted(arguments.out.glob("*-steps*-cfg*.json"))
     if made:
-        _same_sweep(arguments, folder, made)
+        _same_sweep(arguments, ref, folder, made)
     elif not empty:
         raise ValueError(f"--out {arguments.out} is not empty; give another folder")
 
 
-def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> None:
+def _same_sweep(arguments: Arguments, ref: str, folder: Path, made: Sequence[Path]) -> None:
     """Refuse points of another sweep. The model is hashed as `ditmoe sample` does it, which has taken it before."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
@@ -113,7 +113,7 @@ def _same_sweep(arguments: Arguments, folder: Path, made: Sequence[Path]) -> Non
                 content = hashlib.file_digest(handle, "sha256").digest()
             digest.update(file.relative_to(folder).as_posix().encode() + content)
     common = {  # what all points of a sweep have in common, and where a report says it
-        "ref": ("ref.path", arguments.ref), "num": ("n_gen", arguments.num),
+        "ref": ("ref.path", ref), "num": ("n_gen", arguments.num),
         "seed": ("generation.seed", arguments.seed), "extractor": ("extractor.name", arguments.extractor),
         "model": ("generation.checkpoint.sha256", digest.hexdigest()),
     }  # fmt: skip

@@ -103,6 +103,13 @@ def test_points_of_another_sweep_are_not_mixed_in(run, drawn, model, capfd):
     assert len(drawn) == 1
 
 
+def test_a_reference_is_the_same_one_by_the_name_that_reports_have(run, drawn, monkeypatch):
+    monkeypatch.setattr(sweep, "open_source", lambda _: SimpleNamespace(path="digits:test"))  # of a table, say
+    assert run(ref="digits") == 0
+    assert run("--cfg", "1.0", "2.0", ref="digits") == 0
+    assert [options["--cfg"] for options in drawn] == ["1.0", "2.0"]
+
+
 def test_a_torn_report_and_a_foreign_folder_are_one_sentence(run, drawn, tmp_path, capfd):
     (tmp_path / "sw").mkdir()
     (tmp_path / "sw" / "notes.txt").touch()
