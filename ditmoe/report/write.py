@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..analysis.routing import batch_a_class, chosen_classes, count_experts, routing_summary
 from ..config.checks import plural
-from ..config.file import read_config, to_dict
+from ..config.file import differences, read_config, to_dict
 from ..config.sections import Config
 from ..data.open import open_data, open_held_out
 from ..data.pixels import to_pixels, visible
@@ -125,7 +125,10 @@ def _tried(notes: list[str], failed: str, part: Callable[[], Part], empty: Part)
 
 
 def finish(config: Config, score: Score | None, judge: Judge, *, news: bool) -> None:
-    """The end of a training run: its page, where the run has `news` or none, and a line that says where, or why not."""
+    """The end of a training run: its page, where the run has `news` or none, and a line that says where, or why not.
+
+    Options of the section `sample` are not those of a page that was there, which a line says.
+    """
     if news or not (config.out / PAGE).exists():
         with locked(config):
             try:
@@ -133,6 +136,8 @@ def finish(config: Config, score: Score | None, judge: Judge, *, news: bool) -> 
             except (ValueError, FloatingPointError) as error:
                 said = f"{config.out} is finished, but for its page ({error}); the same command tries again"
                 return print(f"warning: {said}", file=sys.stderr)
+    if changed := differences(to_dict(read_config(config.out))["sample"], to_dict(config)["sample"], "sample."):
+        print(f"note: the page stays as it was ({'; '.join(changed)}): the run was finished; sample.py draws anew")
     print(f"{config.out} is finished: see {config.out / PAGE}, or python sample.py {config.out}")
 
 

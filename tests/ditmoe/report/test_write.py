@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -383,3 +384,15 @@ def test_a_finished_run_without_its_page_is_finished(
     report.finish(config, None, judge.judge, news=False)
     said = f"warning: {config.out} is finished, but for its page ({error}); the same command tries again\n"
     assert capsys.readouterr().err == said
+
+
+def test_other_options_of_drawing_do_not_change_a_finished_page_and_it_says_so(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(sample=SAMPLE, max_steps=1)
+    trained(config)
+    (config.out / "index.html").touch()
+    report.finish(config, None, judge.judge, news=False)
+    assert "note" not in capsys.readouterr().out
+    report.finish(replace(config, sample=replace(config.sample, cfg=4.0)), None, judge.judge, news=False)
+    assert "note: the page stays as it was (sample.cfg: 1.5 -> 4.0): " in capsys.readouterr().out
