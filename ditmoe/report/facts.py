@@ -28,12 +28,13 @@ def describe(
 ) -> dict[str, Any]:
     """Name, command, model, machine and images of a run, as JSON values."""
     (total, activated), c, command = count_parameters(net), net.config, run / COMMAND
+    typed = command.read_text().splitlines() if command.exists() else []
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "title": run.resolve().name, "run": str(run),
-        "command": command.read_text().splitlines()[-1] if command.exists() else None,
+        "command": next((line for line in reversed(typed) if not line.startswith("#")), None),  # not what has moved
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "model": {
             **{name: c[name] for name in MODEL_FACTS},

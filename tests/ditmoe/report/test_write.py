@@ -43,7 +43,8 @@ def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trained(config: Config) -> Path:
     train(config, open_data(config.data, size=config.model.sample_size, channels=config.model.in_channels))
-    (config.out / "command.txt").write_text("python train.py --out old\npython train.py --out 'a run'\n")
+    typed = "python train.py --out old\npython train.py --out 'a run'\n# train.accumulation: 1 -> 2\n"
+    (config.out / "command.txt").write_text(typed)
     return config.out
 
 
