@@ -89,7 +89,7 @@ def _metadata(args: ExportArgs, report: dict[str, Any]) -> str:
     if score:
         drawn = {
             name: value for name, value in report.get("sampling", {}).items() if isinstance(value, str | int | float)
-        }
+        } | ({} if args.guide is None else {"guide": "none"})
         protocol = {name: score.get(name) for name in ("n_gen", "n_ref", "extractor", "resize", "crop")}
         results = [
             EvalResult(
@@ -107,19 +107,21 @@ def _metadata(args: ExportArgs, report: dict[str, Any]) -> str:
 
 def card(args: ExportArgs) -> str:
     """The model's page: the commands that made it, what it was trained on, and its score if the run has one."""
-    report, runs = args.run / REPORT, [args.run, *([Path(args.guide)] if args.guide else [])]
+    file, runs = args.run / REPORT, [args.run, *([Path(args.guide)] if args.guide else [])]
+    report = read_object(file) if file.exists() else {}
+    without = "draws without" + ", as the scored images were" * bool(report.get("score"))
     files = [run / COMMAND for run in runs if (run / COMMAND).exists()]
     commands = dict.fromkeys(line for file in files for line in file.read_text().splitlines())
     guide = "" if args.guide is None else f" --guide {args.guide}"
     guide += "" if args.guide_scale is None else f" --guide-scale {args.guide_scale}"
     guide += " --standalone" if args.standalone else ""
     lines = [
-        "---", _metadata(args, read_object(report) if report.exists() else {}), "---", "",
+        "---", _metadata(args, report), "---", "",
         f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
         "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}{guide}", "```", "",
-        *(_facts(read_object(report)) if report.exists() else []),
+        *(_facts(report) if report else []),
         *(_STANDALONE if args.standalone else [_use(args) + ".", ""]),
-        *([f"They are guided by {args.guide}; `--guide none` draws without.", ""] if args.guide else []),
+        *([f"They are guided by {args.guide}; `--guide none` {without}.", ""] if args.guide else []),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """A model to give away may name its guide."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def test_the_page_says_how_a_guide_that_is_a_run_was_made(tmp_path: Path) -> Non
     commands = (tmp_path / "gift" / "README.md").read_text().split("```")[1].split("\n")
     assert commands[-3] == "python train.py weaker"
     assert commands[-2].startswith(f"python -m ditmoe export {RUN}")
+
+
+def test_a_score_is_said_to_be_of_images_without_the_guide(tmp_path: Path) -> None:
+    shutil.copytree(RUN, tmp_path / "run")
+    report = {
+        "model": {"parameters_total": 1, "parameters_activated": 1}, "data": {"name": "digits", "source": "digits"},
+        "training": {"steps": 4, "batch_size": 2}, "sampling": {"cfg": 1.5},
+        "score": {"metric": "fd_test", "value": 1.0, "n_gen": 20},
+    }  # fmt: skip
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    export(ExportArgs(tmp_path / "run", tmp_path / "gift", guide="experts-off"))
+    card = (tmp_path / "gift" / "README.md").read_text()
+    assert "`--guide none` draws without, as the scored images were." in card
+    assert "guide: none\n" in card.split("---")[1]
 
 
 def test_without_a_guide_there_is_none(tmp_path: Path) -> None:
