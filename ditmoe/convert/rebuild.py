@@ -52,13 +52,16 @@ def described(net: DiTMoETransformer2DModel, config: Config) -> Config:
     As OUT/training.json of a model folder OUT it is what trains the model on, balance at the rates of `config`:
     `python train.py OUT/training.json --train.init OUT --out RUN`. Where routers have biases and `config` does not move
     them, DeepSeek-V3's rate does. Where weights are one no loss moves the routers: they stay as they were fitted. Dense
-    layers are no longer trained to be sparse once there are experts.
+    layers are no longer trained to be sparse once there are experts. Of another number of experts those of a data set
+    have other numbers, so that no loss gives it the ones it had (`domain_weight`).
     """
     c = net.config
     moe: dict[str, Any] = {"experts": "stacked" if c.expert_rank is None else "factorised"}
     moe |= {"bias_rate": (config.moe.bias_rate or 0.001) if c.router_bias else 0.0, "centroids": None}  # are weights
     if c.router_select != "expert_choice" and c.router_overflow == "none":
         moe["capacity_start"] = None
+    if c.num_experts != config.moe.num_experts:
+        moe["domain_weight"] = 0.0
     if c.router_weights == "one":
         moe |= {"balance_weight": 0.0, "z_weight": 0.0}
     if c.moe_blocks != "none":  # what made dense layers sparse has done its work

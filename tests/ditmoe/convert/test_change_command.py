@@ -10,7 +10,7 @@ import torch
 
 from ditmoe import pipeline
 from ditmoe.config.file import read_config, save
-from ditmoe.config.sections import Config, MoEConfig
+from ditmoe.config.sections import Config, DataConfig, MoEConfig
 from ditmoe.convert.split import split
 from ditmoe.data.open import open_data
 from ditmoe.model import count_parameters
@@ -33,6 +33,18 @@ def saved(folder: Path, seed: int = 0, **moe: Any) -> Path:
     pipeline.save(pipe, folder)
     save(config, folder / "training.json")
     return folder
+
+
+@pytest.mark.parametrize(("words", "weight"), [(["--more"], 0.0), (["--prune", 8, "--by", "random"], 0.1)])
+def test_data_sets_lose_their_loss_with_the_numbers_of_their_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[Any], weight: float
+) -> None:
+    source = saved(tmp_path / "model")
+    moe, data = MoEConfig(domain_weight=0.1), DataConfig(mixture=("digits", "fashion"), fit="crop")
+    save(Config(model=MODEL, moe=moe, data=data), source / "training.json")
+    assert convert(source, tmp_path / "out", *words) == 0
+    assert read_config(tmp_path / "out", "training.json").moe.domain_weight == weight
+    assert ("moe.domain_weight is left out" in capsys.readouterr().out) == (weight == 0)
 
 
 @pytest.mark.parametrize(
