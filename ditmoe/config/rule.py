@@ -128,6 +128,11 @@ class RoutingRule:
         return math.isfinite(tau) and (self.kind == "threshold" or 0 <= tau <= 1)
 
     @property
+    def steady(self) -> bool:
+        """Experts serve as many rows in every batch of one size: what torch.compile does not compile anew."""
+        return self.kind in ("topk", "expert_choice", "dense") and self.overflow == "none" and not self.null_experts
+
+    @property
     def has_tau(self) -> bool:
         """Whether tau decides anything."""
         return self.kind in ("relative", "top_p", "threshold")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config.sample import SampleArgs
 from ..launch.start import resolve_precision
-from ..model import DiTMoETransformer2DModel, tokens_per_image
+from ..model import DiTMoETransformer2DModel, to_compile, tokens_per_image
 from ..moe import Router
 from ..pipeline import DiTMoEPipeline
 
@@ -31,8 +31,8 @@ def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> 
     for net in networks:
         if precision == "bf16":
             _halve(net)
-        for block in net.blocks if args.compile else ():
-            block.forward = torch.compile(block.forward, dynamic=False)
+        for part in map(to_compile, net.blocks if args.compile else ()):
+            part.forward = torch.compile(part.forward, dynamic=False)
         if args.cache is not None:
             *others, last = (f"blocks\\.{i}" for i in range(len(net.blocks)))  # what the last gives is all of them
             how = {"cache_identifiers": [last], "skip_predict_identifiers": others}

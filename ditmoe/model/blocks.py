@@ -66,6 +66,16 @@ class DiTBlock(nn.Module):
         return x if alone else (x, routing)
 
 
+def to_compile(block: nn.Module, *, moving: bool = False) -> nn.Module:
+    """What torch.compile is asked of: a block, or its attention alone where it would compile anew every step.
+
+    That is where experts serve other numbers of rows in each, also because training is `moving` their capacity.
+    """
+    moe, attention = getattr(block, "moe", None), block.attn
+    assert isinstance(attention, Attention)
+    return attention if isinstance(moe, MoELayer) and (moving or not moe.rule.steady) else block
+
+
 class Heads(NamedTuple):
     """What the K heads of a final layer say: `gates` (N, K), float32, and `predictions` (N, K, C or 2C, H, W).
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..config.checks import plural
 from ..config.sections import Config
 from ..data.sets import ImageSet
-from ..model import DiTMoETransformer2DModel, build, initial
+from ..model import DiTMoETransformer2DModel, build, initial, to_compile
 from ..moe import Router
 from .exchange import local
 from .muon import Muon
@@ -44,7 +44,7 @@ def new_state(config: Config, num_classes: int, parallel: Parallel, begun: bool 
         model.enable_gradient_checkpointing()
     train, names = config.train, expert_names(model)
     for block in model.blocks if train.compile else ():
-        block.compile(dynamic=False)
+        to_compile(block, moving=config.moe.capacity_start is not None).compile(dynamic=False)
     muon = muons(model, experts=train.muon_on == "all") if train.optimizer == "muon" else {}
     adams = {name: p for name, p in model.named_parameters() if name not in muon}
     routers = [p for m in model.modules() if isinstance(m, Router) for p in m.parameters()]  # centroids are none

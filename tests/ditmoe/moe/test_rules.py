@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
-from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters, initial
+from ditmoe.model import DiTMoETransformer2DModel, build, count_parameters, initial, to_compile
 from ditmoe.moe import Condition, Experts, MoELayer, Router, Steering, attention, decide, experts
 from tests.checkpoints import load, newest
 from tests.faults import runs
@@ -114,6 +114,18 @@ def test_evaluation_changes_no_state_and_a_saved_model_is_the_same(name: str, ce
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model.save_pretrained(tmp_path)
     assert torch.equal(DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()(*inputs()).sample, first)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_blocks_are_compiled_whole_where_the_number_of_pairs_stays(name: str, centroids: Path) -> None:
+    model = network(name, centroids).eval()
+    x, t, y = inputs()
+    records = [model(x + shift, t, y).routing[0] for shift in torch.linspace(-2, 2, 9)]
+    numbers = {None if r.plan is None else len(r.plan.row) for r in records}
+    block = next(b for b in model.blocks if hasattr(b, "moe"))
+    assert (to_compile(block) is block) == (len(numbers) == 1)
+    assert to_compile(block, moving=True) is block.attn
+    assert all(to_compile(b, moving=True) is b for b in model.blocks if not hasattr(b, "moe"))
 
 
 @pytest.mark.parametrize("name", RULES)
