@@ -234,7 +234,8 @@ def main() -> None:
         before, _, rest = args.page.read_text().partition(MARK[0])
         after = rest.partition(MARK[1])[2]
         args.page.write_text(f"{before}{MARK[0]}\n{text}\n{MARK[1]}{after}")
-        plot(rows, args.steps, args.page.parent / "pictures" / f"{args.page.stem}.png")
+        if any(row["phase"] == "speed" for row in rows):
+            plot(rows, args.steps, args.page.parent / "pictures" / f"{args.page.stem}.png")
 
 
 if __name__ == "__main__":
