@@ -137,9 +137,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies it fast, else fp32."""
     compile: bool = False
-    """Compile the blocks (torch.compile), of attention alone where experts serve other numbers of rows in every step
-    (overflow, null experts, relative, top_p, threshold, capacity_start): minutes at the start, faster steps after; the
-    last digits change."""
+    """Compile the blocks (which: docs/scale.md): minutes at the start, faster steps after; the last digits change."""
     log_every: int = 20
     """Steps between metrics rows (1 when max_steps is at most 200)."""
     checkpoint_every: int = 1000
