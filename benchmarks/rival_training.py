@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
 from benchmarks.rival_models import OPTIONS, Sized, run_as, sized
 from ditmoe.config.file import to_dict
@@ -93,7 +92,6 @@ class Training:
     """A run of so many steps, in which nothing but training is done."""
 
     def __init__(self, who: Contestant, data: ImageSet, way: Row, rate: float, total: int, batch: int = 0) -> None:
-        AcceleratorState._reset_state()  # one process holds runs of both precisions
         train = replace(
             who.config.train, precision=way["precision"], compile=way["compile"], learning_rate=rate, warmup_steps=0,
             decay_steps=None, batch_size=batch or who.config.train.batch_size,

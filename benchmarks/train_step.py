@@ -62,9 +62,6 @@ class Prepared(NamedTuple):
 def prepared(config: Config, data: ImageSet | None = None) -> Prepared:
     """What trains on these images, or on the configuration's own."""
     data = images(config) if data is None else data
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # one process holds steps of both precisions
     parallel = Parallel(start.launched(config.train), config.parallel, config.moe.num_experts)
     state = new_state(config, len(data.id2label), parallel)
     run = Run.of(config, data, parallel, state, Signals(), {})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, parse_flag_from_env
 
 from ..config.sections import TrainConfig
@@ -31,6 +32,7 @@ def launched(train: TrainConfig, tracked_in: Path | None = None) -> Accelerator:
     """
     _check_environment()
     device = torch.device("cpu") if _flag("ACCELERATE_USE_CPU") else best_device()
+    AcceleratorState._reset_state()  # which has one precision a process, where one may hold runs of both
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if resolve_precision(train.precision, device) == "bf16" else "no",

@@ -134,3 +134,8 @@ def test_what_accelerate_launch_says_of_its_own_is_no_news(monkeypatch) -> None:
     assert overruled(TrainConfig(accumulation=4), "bf16") == []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert overruled(TrainConfig(), "bf16") == []
+
+
+def test_one_process_may_train_in_one_precision_after_the_other() -> None:
+    for precision, wanted in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        assert launched(TrainConfig(precision=precision)).mixed_precision == wanted
