@@ -122,12 +122,13 @@ class Benchmark:
         torch._dynamo.reset()  # whose limit of compilations is of a process
         config = configuration(self.args.preset, name, self.args.steps, seed, self.args.centroids, self.args.compile)
         made = prepared(config, self.data("train", shift))
-        losses = []
+        losses, loads = [], []
         for step in range(self.args.steps):
             result = optimise(made.run, step)
             assert result is not None
             update_ema(made.state.ema, made.state.model, min(0.98, (1 + step) / (10 + step)))
             losses.append(result.losses["mse"].detach())
+            loads += [] if result.assigned is None else [result.assigned.sum(dim=1).double().mean()]
         net = made.state.ema.eval()
         errors = held_out_errors(net, config.objective, self.data("test", shift))
         total, active = count_parameters(net)
@@ -137,6 +138,9 @@ class Benchmark:
         }  # fmt: skip
         found |= self.choices(net, config, shift) if config.moe.blocks != "none" else {}
         found |= {"heads_by_time": heads_by_time(net)} if config.model.head_experts else {}
+        if config.moe.blocks != "none" and config.moe.rule.has_tau:
+            tokens = config.train.batch_size * (config.model.sample_size // config.model.patch_size) ** 2
+            found["experts_train"] = torch.stack(loads[-100:]).mean().item() / tokens
         return found | self.pictures(net, config, shift)
 
     def choices(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:

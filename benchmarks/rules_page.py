@@ -18,13 +18,14 @@ def table(rows: list[Row], steps: int) -> str:
     speed = next((row for row in reversed(rows) if row["phase"] == "speed"), {"train": {}, "passes": {}})
     images = ("held-out error", "against the twin", "distances", "recognised")
     head = (
-        "rule", "experts a token", *images, *(f"{name}, shifted" for name in images),
+        "rule", "experts a token; in training", *images, *(f"{name}, shifted" for name in images),
         "place / time / class, % of the choice", "busiest; idle", "training", "drawing",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in dict.fromkeys(row["rule"] for row in runs):
         own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
-        cells = [name, _mean([r.get("experts") for r in own[0]], 2)]
+        numbers = [_mean([r.get(key) for r in own[0]], 2) for key in ("experts", "experts_train")]
+        cells = [name, _joined(numbers)]
         for shift in (0, 4):
             distances = [_mean([r.get(f"fd {n}") for r in own[shift]], d) for n, d in DISTANCES.items()]
             cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, name, shift), _joined(distances)]

@@ -33,7 +33,7 @@ class MoEConfig:
     select: SelectKind = "topk"
     """Who serves whom: a token's K best experts (topk); each expert takes its best tokens of an image (expert_choice);
     of a token all experts whose score is (1 - tau) of its best or more (relative), the fewest with the share tau of its
-    scores (top_p), all whose score is tau or more (threshold; with bias_rate the biases make it K on average); or all
+    scores (top_p), all whose score is tau or more (threshold); with bias_rate the biases make it K on average; or all
     experts serve all tokens by their scores (dense, for experts factorised)."""
     tau: float | None = None
     """relative, top_p, threshold: see select. None: 0.5; threshold: what K of E sigmoids reach at the start."""
@@ -112,7 +112,7 @@ class MoEConfig:
     a layer's units then do something for a token, which is what makes a later split into experts pay."""
     bias_rate: float = 0.0
     """Step of the loss-free balancing bias per optimiser step (DeepSeek-V3: 0.001); 0 leaves it out. With select
-    threshold each expert's load goes to its share of K experts a token (as DiffMoE's running thresholds do)."""
+    threshold, relative or top_p each expert's load goes to its share of K experts a token (as DiffMoE's thresholds)."""
     backend: Literal["auto", "grouped", "loop"] = "auto"
     """Expert kernels: grouped_mm, a loop, or the first where it applies."""
 
@@ -184,6 +184,9 @@ class MoEConfig:
         require(not alike, "renormalize with tau 0 makes every weight alike, so the router would not learn; raise tau")
         beyond = self.select == "threshold" and self.tau is not None and self.tau >= 1 and self.score != "identity"
         require(not beyond or self.bias_rate > 0, f"tau is {self.tau}, which no score of {self.score} reaches")
+        least = (self.top_k - 1) / self.num_experts  # of even scores the share of K - 1
+        held = self.select == "top_p" and self.bias_rate > 0 and self.rule.share <= least
+        require(not held, f"bias_rate cannot make top_k {self.top_k} have the share tau; raise it above {least:g}")
         seen, by_place = self.router_input.split("+"), self.router_input == "position"
         require(self.jitter < 1, f"jitter is {self.jitter}; it must lie in [0, 1)")
         limited, unseen = self.overflow != "none", "needs a router that sees images, and router_input position does not"

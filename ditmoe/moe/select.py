@@ -185,8 +185,9 @@ def _chosen(choice: Tensor, rule: RoutingRule, images: int, tau: Tensor | None, 
         return choice >= (rule.least(E - rule.null_experts) if tau is None else tau)
     share = rule.share if tau is None else tau
     if rule.kind == "relative":
-        return choice >= (1 - share) * choice.amax(dim=-1, keepdim=True)
-    ordered, experts = choice.sort(dim=-1, descending=True)
+        best = choice.amax(dim=-1, keepdim=True)
+        return choice >= ((1 - share) * best).minimum(best)  # by biases it may be below 0
+    ordered, experts = choice.clamp_min(0).sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered  # what those before it have
     wanted = before < share * ordered.sum(dim=-1, keepdim=True)
     wanted[:, :1] = True

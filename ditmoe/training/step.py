@@ -269,7 +269,7 @@ def _by_domain(sample: Tensor, target: Tensor, domain: Tensor, num_domains: int)
 def _move_biases(model: nn.Module, counts: Tensor, moe: MoEConfig, tokens: int) -> None:
     """Of every router, by the (L, E) assignments of a step's tokens; one that all layers share has the first's."""
     routers = [module for module in model.modules() if isinstance(module, Router) and module.expert_bias is not None]
-    wanted = moe.top_k * tokens / moe.num_experts if moe.select == "threshold" else None
+    wanted = moe.top_k * tokens / (moe.num_experts + moe.null_experts) if moe.rule.has_tau else None
     for router, load in zip(routers, counts, strict=moe.scope == "layer"):
         assert router.expert_bias is not None
         router.expert_bias.copy_(balanced_bias(router.expert_bias, load, moe.bias_rate, wanted))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ditmoe.config.rule import SelectKind
 from ditmoe.moe import (
     Condition,
     MoELayer,
@@ -199,3 +200,22 @@ def test_bias_evens_a_lopsided_router() -> None:
         bias = balanced_bias(bias, select(logits, rule, bias)[1].counts, 0.005)
     assert before > 2.0
     assert spread() < 1.15
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("relative", 0.05), ("relative", 0.9), ("top_p", 0.2), ("top_p", 0.9), ("threshold", 0.05), ("threshold", 0.95)],
+)
+def test_bias_holds_the_experts_of_a_token_where_tokens_differ(kind: SelectKind, share: float) -> None:
+    """Whatever tau is: K on average, other tokens other numbers, and no load far from the others."""
+    logits = torch.randn(512, 8, generator=torch.Generator().manual_seed(0)) + torch.linspace(0, 2, 8)
+    rule = RoutingRule(2, "softmax" if kind == "top_p" else "sigmoid", True, kind=kind, tau=share)
+    bias = torch.zeros(8)
+    before = len(select(logits, rule, bias)[1].row) / 512
+    for _ in range(1500):
+        bias = balanced_bias(bias, select(logits, rule, bias)[1].counts, 0.001, 2 * 512 / 8)
+    plan = select(logits, rule, bias)[1]
+    assert abs(before - 2) > 0.3
+    assert abs(len(plan.row) / 512 - 2) < 0.06
+    assert plan.counts.max() / plan.counts.float().mean() < 1.15
+    assert len({*plan.row.bincount(minlength=512).tolist()}) > 1

@@ -245,6 +245,14 @@ def test_the_bias_is_really_updated_saved_and_averaged(tiny: Tiny) -> None:
     assert torch.equal(shipped, parts["ema"]["blocks.1.moe.router.expert_bias"])
 
 
+@pytest.mark.parametrize("select", ["relative", "top_p", "threshold"])
+def test_the_bias_is_moved_to_the_wanted_number_of_experts(tiny: Tiny, select: str) -> None:
+    """Almost all experts at the start, so that every bias falls, which mean 0 would not let it."""
+    go(tiny(max_steps=3, moe={"select": select, "tau": 0.02 if select == "threshold" else 0.99}))
+    parts, _ = checkpoints.load(tiny().out / "checkpoints" / "step-000003")
+    assert (parts["model"]["blocks.1.moe.router.expert_bias"] < 0).all()
+
+
 def test_ema_follows_its_rule() -> None:
     ema, model = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     with torch.no_grad():
