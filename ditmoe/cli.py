@@ -130,12 +130,12 @@ def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
     asked: dict[str, int] = {}
     for key in NUMBERS:
         flag = rf"--moe\.{key.replace('_', '[-_]')}"
-        at = next((i for i, word in enumerate(rest) if re.fullmatch(rf"{flag}(=\d+)?", word)), None)
-        own = [] if at is None else rest[at].split("=")[1:] or rest[at + 1 : at + 2]
-        if at is not None and own and own[0].isdecimal():
-            asked[key] = int(own[0])
-            if key in RULES[name](2, 1, 1):  # which the rule makes another of
-                del rest[at : at + (1 if "=" in rest[at] else 2)]
+        for at in reversed([i for i, word in enumerate(rest) if re.fullmatch(rf"{flag}(=\d+)?", word)]):
+            own = rest[at].split("=")[1:] or rest[at + 1 : at + 2]
+            if own and own[0].isdecimal():
+                asked.setdefault(key, int(own[0]))  # the last counts
+                if key in RULES[name](2, 1, 1):  # which the rule makes another of
+                    del rest[at : at + (1 if "=" in rest[at] else 2)]
     changed = changes(base, name, **asked)
     try:
         return replace(base, moe=replace(base.moe, **changed)), rest

@@ -12,6 +12,7 @@ from torch import Tensor
 from samplers import make_scheduler
 from samplers.catalog import LIBRARY_ERRORS, SAMPLERS, shift_field
 
+from ..config.checks import near
 from ..config.sections import Config
 from ..data.latents import read_normalization
 from ..data.vae import check_vae, load_vae
@@ -31,7 +32,9 @@ def find(folder: Path) -> Path:
         raise ValueError(f"{folder} holds no model: it is a file; python -m ditmoe convert {folder} FOLDER makes one")
     place = next((place for place in (folder, folder / "model") if (place / "model_index.json").is_file()), None)
     if place is None:
-        raise ValueError(f"{folder} holds no model: neither model_index.json nor model/model_index.json is there")
+        beside = folder.parent.iterdir() if not folder.exists() and folder.parent.is_dir() else ()
+        hint = near(folder.name, [other.name for other in beside if other.is_dir()])
+        raise ValueError(f"{folder} holds no model: {hint}neither model_index.json nor model/model_index.json is there")
     return place
 
 

@@ -33,6 +33,8 @@ def test_a_rule_goes_by_the_numbers_asked_for_in_any_order() -> None:
     assert (moe.groups, moe.top_k) == (2, 3)  # what is typed has the last word
     moe = cli.parse_train(["digits", "--moe.preset", "switch", "--moe.top-k", "1", "--moe.no-renormalize"]).moe
     assert (moe.top_k, moe.renormalize, moe.capacity) == (1, False, 1.25)  # also where the rule needs it
+    moe = cli.parse_train(["digits", "--moe.top-k=3", "--moe.preset", "null", "--moe.top-k", "1"]).moe
+    assert moe.top_k == 2  # twice the last, as options go
 
 
 def test_presets_and_overrides() -> None:

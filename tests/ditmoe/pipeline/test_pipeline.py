@@ -192,6 +192,9 @@ def test_the_steps_of_a_damaged_model_are_not_known(tmp_path: Path) -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model: neither model_index\.json"):
         pipeline.load(tmp_path)
+    (tmp_path / "fashion").mkdir()
+    with pytest.raises(ValueError, match=r"fashon holds no model: did you mean 'fashion'\? neither"):
+        pipeline.load(tmp_path / "fashon")
     (tmp_path / "model_index.json").write_text('{"_class_name": "DiTMoEPipeline"}')
     with pytest.raises(ValueError, match="cannot be loaded|can be loaded"):
         pipeline.load(tmp_path)
