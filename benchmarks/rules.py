@@ -83,6 +83,9 @@ def configuration(
         return replace(start, model=replace(start.model, head_experts=4), objective=own)
     if name in OURS:
         return start
+    if name == "switchhead":  # one head for four, of as many activated parameters: 6 D d for 4 D^2
+        D = start.model.hidden_size
+        start = replace(start, model=replace(start.model, num_heads=1, head_width=2 * D // 24 * 8))
     config = with_rule(start, name)
     return replace(config, moe=replace(config.moe, centroids=centroids)) if name == "centroid" else config
 

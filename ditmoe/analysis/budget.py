@@ -56,16 +56,17 @@ def flops(config: Config) -> Flops:
     """
     m, e, (T, _, both) = config.model, config.moe, _sizes(config)
     D, H, pixels = m.hidden_size, max(1, m.head_experts), T * m.in_channels * m.patch_size**2
-    maps = 8 * T * D**2  # qkv and projection
+    A = m.attention_width
+    maps = 8 * T * D * A  # qkv and projection
     if e.attention_experts:  # queries and keys; the experts; gates of every head
-        maps = 4 * T * D * (D * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
+        maps = 4 * T * D * (A * (1 + e.attention_top_k) + m.num_heads * e.attention_experts)
     choices, factorised = e.num_experts + e.null_experts, e.experts == "factorised"
     (tokens, image), active = _seen(config), e.rule.active(e.num_experts) * e.expert_width
     router = 2 * MLP_WIDTH * (D + choices) if e.router == "mlp" else 2 * D * choices  # of a vector that it sees
     router *= T * tokens + image  # not of places, which it sees once for all images
     blocks, layers = 0.0, sum(routed_blocks(config))
     for routed in routed_blocks(config):
-        blocks += 12 * D**2 + maps + 4 * T**2 * D + 18 * T * D * m.local_conv  # adaLN; attention's maps; attention
+        blocks += 12 * D**2 + maps + 4 * T**2 * A + 18 * T * D * m.local_conv  # adaLN; attention's maps; attention
         if not routed:
             blocks += 2 * D * T * both * m.ffn_width
             continue
@@ -134,12 +135,13 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     """
     m, e, (T, b, both) = config.model, config.moe, _sizes(config)
     half, normed, D, (more, pairs) = b == 2, m.qk_norm != "none", m.hidden_size, _attending(config)
+    A = m.attention_width
     token = 2.0 * (8 * D + 8) + b * D  # both norms in float32, the input of qkv
     token += b * D * m.local_conv + b * D * m.long_skips * (m.depth // 2) / m.depth
-    token += 6 * b * D + 4 * m.num_heads  # qkv, attention, its statistics and projection, what its gate multiplies
-    token += more + (2 * b * D if normed or m.positions == "rope" else 0)  # experts of attention; q and k, changed
+    token += b * (4 * A + 2 * D) + 4 * m.num_heads  # qkv, attention, its statistics and projection, and what is gated
+    token += more + (2 * b * A if normed or m.positions == "rope" else 0)  # experts of attention; q and k, changed
     if normed:  # another layout for attention; in bf16 q and k in float32; statistics
-        token += b * D + (8 * D if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
+        token += b * A + (8 * A if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
     image_too = (7 * b + 8) * D  # adaLN
     if not routed:
         token += b * D + b * both * m.ffn_width
@@ -168,17 +170,17 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
 def _attending(config: Config) -> tuple[float, int]:
     """Bytes that experts of attention keep of a token beside what dense maps do, and the numbers of its widest pairs.
 
-    2 b K D (H + 1) of H K pairs that go into both products and come out; 72 H K + 8 (H E + H + 1) of their plans; in
-    bf16 4 D for the gates. Less what of qkv is kept for the values alone, 2 b D where queries and keys are turned or in
-    bf16 normalised, and the b D of another layout where they are normalised.
+    2 b K (H D + A) of H K pairs that go into both products and come out; 72 H K + 8 (H E + H + 1) of their plans; in
+    bf16 4 D for the gates. Less what of qkv is kept for the values alone, 2 b A where queries and keys are turned or in
+    bf16 normalised, and the b A of another layout where they are normalised.
     """
     m, e, b = config.model, config.moe, _sizes(config)[1]
-    D, H, K, E = m.hidden_size, m.num_heads, e.attention_top_k, e.attention_experts
+    D, A, H, K, E = m.hidden_size, m.attention_width, m.num_heads, e.attention_top_k, e.attention_experts
     if not E:
         return 0.0, 0
     half, normed = b == 2, m.qk_norm != "none"
-    less = b * D * (normed + 2 * (half if normed else m.positions == "rope"))
-    more = 2 * b * K * D * (H + 1) + 72 * H * K + 8 * (H * E + H + 1) + (4 * D if half else 0)
+    less = b * A * (normed + 2 * (half if normed else m.positions == "rope"))
+    more = 2 * b * K * (H * D + A) + 72 * H * K + 8 * (H * E + H + 1) + (4 * D if half else 0)
     return float(more - less), H * K * D
 
 

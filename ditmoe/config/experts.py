@@ -90,7 +90,7 @@ class MoEConfig:
     experts of width F have the output and the learning speed of a dense layer of width K F; else 1."""
     attention_experts: int = 0
     """Experts of each head of attention, in every block, for its values and as many for its outputs (SwitchHead: 4 or
-    5); 0: dense maps. A head's width is hidden_size / num_heads, so fewer heads are wider ones."""
+    5); 0: dense maps. Fewer heads are wider ones, unless model.head_width says how wide they are."""
     attention_top_k: int = 2
     """Of which so many serve a token, with values and with outputs."""
     balance_weight: float = 0.005

@@ -56,8 +56,8 @@ RULES: dict[str, Rule] = {
     "centroid": _constant(router="centroid", router_input="plain", score="softmax", balance_weight=0.0),
     # Time-MoE (arXiv 2409.16040): the shared expert is gated, balance is of all layers together
     "time-moe": _constant(router_input="token", shared_gate=True, balance_over="model", score="softmax"),
-    # SwitchHead (arXiv 2312.07987): 2 of 4 maps to values and to outputs a head. It halves the heads or more, which
-    # --model.num-heads does, and makes them narrower, which we do not: a block activates 2 D^2 parameters more
+    # SwitchHead (arXiv 2312.07987): 2 of 4 maps to values and to outputs a head. It has fewer and narrower heads, which
+    # --model.num-heads and --model.head-width say: with as many and as wide ones a block activates 2 D^2 more
     "switchhead": _constant(attention_experts=4, attention_top_k=2),
     # ProMoE (arXiv 2510.24711): prototypes, held at their experts' tokens by a contrastive loss
     "promoe": _constant(router="prototype", router_input="plain", contrastive_weight=1.0, balance_weight=0.0),

@@ -37,6 +37,8 @@ class ModelConfig:
     """Number of blocks."""
     num_heads: int = 4
     """Attention heads."""
+    head_width: int | None = None
+    """Channels d of a head; None: hidden_size / num_heads."""
     ffn_width: int = 384
     """Hidden width of the feed-forward layer in blocks without experts."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
@@ -61,15 +63,19 @@ class ModelConfig:
         positive(self, "sample_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "ffn_width")
         at_least(self, 0, "refine_width", "head_experts")
         require(self.depth > 1 or not self.long_skips, "long_skips joins blocks, and depth is 1; leave it out")
-        size, patch, width, quarters = self.sample_size, self.patch_size, self.hidden_size, 4 * self.num_heads
-        classes = self.num_classes
+        size, patch, classes = self.sample_size, self.patch_size, self.num_classes
         require(classes is None or classes >= 0, f"num_classes is {classes}; it must be 0 (unconditional) or more")
         require(size % patch == 0, f"sample_size {size} is not a multiple of patch_size {patch}")
-        if width % quarters:
-            raise ValueError(
-                f"hidden_size {width} must be a multiple of 4 * num_heads = {quarters}, so that a head splits into two "
-                f"rotary halves for two axes"
-            )
+        unit, value, own = 4 * self.num_heads, self.hidden_size, self.head_width
+        what = f"hidden_size {value} must be a multiple of 4 * num_heads = {unit}"
+        if own is not None:
+            unit, value, what = 4, own, f"head_width {own} must be a multiple of 4"
+        require(value % unit == 0 < value, f"{what}, so that a head splits into two rotary halves for two axes")
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of all heads together."""
+        return self.hidden_size if self.head_width is None else self.num_heads * self.head_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +170,10 @@ class TrainConfig:
         for name in ("ema_decay", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} is {value}; it must lie in [0, 1)")
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
-        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
-            raise ValueError(f"decay_steps {self.decay_steps} must come after warmup_steps {self.warmup_steps}")
+        whole = self.batch_size % self.accumulation == 0
+        require(whole, f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        late = self.decay_steps is not None and self.decay_steps <= self.warmup_steps
+        require(not late, f"decay_steps {self.decay_steps} must come after warmup_steps {self.warmup_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,25 +239,21 @@ class Config:
         require(not (muon and none), f"train.muon_on all {of_none}")
         one_piece = "does not apply to moe.experts factorised, which are one piece"
         require(split == 1 or not factorised, f"parallel.experts {split} {one_piece}")
-        if muon and factorised:
-            raise ValueError("train.muon_on all is for stacked experts, and moe.experts is factorised; leave it out")
+        stacked = "train.muon_on all is for stacked experts, and moe.experts is factorised; leave it out"
+        require(not (muon and factorised), stacked)
         whole = "train.optimizer muon needs whole matrices, which parallel.shard cuts; leave one of them out"
         require(self.train.optimizer != "muon" or not self.parallel.shard, whole)
-        if self.objective.expert_weight and self.model.head_experts < 2:
-            raise ValueError(
-                f"objective.expert_weight {self.objective.expert_weight} is of several heads, and model.head_experts "
-                f"is {self.model.head_experts}; add --model.head-experts 4"
-            )
+        weight, heads = self.objective.expert_weight, self.model.head_experts
+        several = f"objective.expert_weight {weight} is of several heads, and model.head_experts is {heads}"
+        require(not weight or heads > 1, f"{several}; add --model.head-experts 4")
         closed = "moe.hoyer_weight looks into layers, which train.compile closes; leave one of them out"
         require(not (self.moe.hoyer_weight and self.train.compile), closed)
         self.distill.check(self)
         self._check_domains()
         self._check_resolutions()
-        if decay is not None and self.max_steps > decay:
-            raise ValueError(
-                f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0; "
-                f"a longer run is another run: give --train.decay-steps too, and another --out"
-            )
+        beyond = f"max_steps {self.max_steps} is beyond train.decay_steps {decay}, where the learning rate is 0"
+        longer = "a longer run is another run: give --train.decay-steps too, and another --out"
+        require(decay is None or self.max_steps <= decay, f"{beyond}; {longer}")
 
     def other_sizes(self) -> list[int]:
         """Sizes of images beside model.sample_size that the run is of."""
@@ -272,11 +274,8 @@ class Config:
         none = "moe.domain_weight does not apply to a model without experts (moe.blocks none)"
         require(self.moe.blocks != "none", none)
         require(domains > 0, f"moe.domain_weight {weight} needs several data sets; give them as --data.mixture SET SET")
-        if experts < domains:
-            raise ValueError(
-                f"moe.num_experts {experts} cannot be shared among {domains} data sets, as moe.domain_weight asks for; "
-                f"set --moe.num-experts {domains} or more"
-            )
+        few = f"moe.num_experts {experts} cannot be shared among {domains} data sets, as moe.domain_weight asks for"
+        require(experts >= domains, f"{few}; set --moe.num-experts {domains} or more")
 
 
 def looks_ahead(config: Config) -> bool:

@@ -20,7 +20,8 @@ from .tensors import Entry, Tensors, save, write
 
 _NEEDED = {  # of a network that the official DiT is, too
     "moe_blocks": "none", "activation": "gelu", "positions": "sincos", "qk_norm": "none", "refine_width": 0,
-    "local_conv": False, "long_skips": False, "attention_experts": 0, "time_scale": 1000.0, "reverse_time": False,
+    "local_conv": False, "long_skips": False, "attention_experts": 0, "head_width": None, "time_scale": 1000.0,
+    "reverse_time": False,
 }  # fmt: skip
 _CHAIN = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 

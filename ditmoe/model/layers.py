@@ -157,12 +157,12 @@ def rotary_positions(head_dim: int, side: int, span: int | None = None) -> tuple
 
 
 def position_tables(
-    kind: str, hidden_size: int, num_heads: int, side: int, span: int | None = None
+    kind: str, hidden_size: int, head_width: int, side: int, span: int | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What is added to the tokens of a grid, or what turns them in attention (cos, sin), by `kind`; else None."""
     if kind == "sincos":
         return sincos_positions(hidden_size, side, span), None, None
-    return None, *rotary_positions(hidden_size // num_heads, side, span)
+    return None, *rotary_positions(head_width, side, span)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -177,41 +177,42 @@ class Attention(nn.Module):
 
     Args:
         hidden_size: Width D.
-        num_heads: Heads; head_dim = D / num_heads.
+        num_heads: Heads.
         qk_norm: "rms" or "layer" normalises each query and key over head_dim; "none" does not.
         maps: Instead of dense maps to values and to the output: x (N, T, D) -> values (N, heads, T, head_dim), and a
             function that makes of attended ones y (N, T, D).
+        head_width: Channels head_dim of a head; None: D / num_heads.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, qk_norm: Literal["rms", "layer", "none"], maps: nn.Module | None = None
-    ) -> None:
+        self, hidden_size: int, num_heads: int, qk_norm: Literal["rms", "layer", "none"], maps: nn.Module | None = None,
+        head_width: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.num_heads = num_heads
-        head_dim = hidden_size // num_heads
+        head_dim = head_width or hidden_size // num_heads
+        self.heads = num_heads, head_dim
         if maps is None:
-            self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+            self.qkv = nn.Linear(hidden_size, 3 * num_heads * head_dim)
         else:
-            self.qk = nn.Linear(hidden_size, 2 * hidden_size)
+            self.qk = nn.Linear(hidden_size, 2 * num_heads * head_dim)
         self.q_norm, self.k_norm = (_head_norm(qk_norm, head_dim) for _ in range(2))
         self.maps = maps
         if maps is None:
-            self.proj = nn.Linear(hidden_size, hidden_size)
+            self.proj = nn.Linear(num_heads * head_dim, hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """x (N, T, D) -> (N, T, D); rotary: cos and sin of the positions, or None."""
-        N, T, D = x.shape
-        heads = self.num_heads, D // self.num_heads
+        N, T, _ = x.shape
         if self.maps is None:
-            q, k, v = self.qkv(x).view(N, T, 3, *heads).permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+            q, k, v = self.qkv(x).view(N, T, 3, *self.heads).permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
         else:
-            q, k = self.qk(x).view(N, T, 2, *heads).permute(2, 0, 3, 1, 4)
+            q, k = self.qk(x).view(N, T, 2, *self.heads).permute(2, 0, 3, 1, 4)
             v, project = self.maps(x)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = attend(q, k, v)
-        y: Tensor = self.proj(out.transpose(1, 2).reshape(N, T, D)) if self.maps is None else project(out)
+        y: Tensor = self.proj(out.transpose(1, 2).flatten(2)) if self.maps is None else project(out)
         return y
 
 

@@ -78,7 +78,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         hidden_size: int = 384, depth: int = 12, num_heads: int = 6, ffn_width: int = 1024,
         activation: Literal["swiglu", "gelu"] = "swiglu", positions: Literal["rope", "sincos"] = "rope",
         qk_norm: Literal["rms", "layer", "none"] = "rms", refine_width: int = 0, local_conv: bool = False,
-        long_skips: bool = False, head_experts: int = 0,
+        long_skips: bool = False, head_experts: int = 0, head_width: int | None = None,
         moe_blocks: Literal["all", "every-second", "none"] = "every-second", num_experts: int = 16, top_k: int = 3,
         expert_width: int = 256, shared_width: int = 256, router_kind: RouterKind = "linear",
         cosine_scale: float | None = None, router_input: RouterInput = "token",
@@ -86,8 +86,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         router_bias: bool = False, router_scope: Literal["layer", "shared"] = "layer", jitter: float = 0.0,
         router_select: SelectKind = "topk", router_tau: float | None = None, router_capacity: float | None = None,
         router_overflow: Overflow = "none", router_groups: int = 1, router_top_groups: int = 1, null_experts: int = 0,
-        shared_gate: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
-        expert_rank: int | None = None, expert_biases: bool = False, router_weights: Weights = "scores",
+        router_weights: Weights = "scores", shared_gate: bool = False, expert_rank: int | None = None,
+        expert_biases: bool = False, attention_experts: int = 0, attention_top_k: int = 2,
         backend: Literal["auto", "grouped", "loop"] = "auto", learn_sigma: bool = False,
         prediction_type: str = "v_prediction", time_scale: float = 1000.0, reverse_time: bool = False,
         freq_shift: int = 0, norm2_eps: float = 1e-6, other_sizes: tuple[int, ...] = (),
@@ -102,7 +102,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, freq_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
-        tables = position_tables(positions, hidden_size, num_heads, sample_size // patch_size)
+        head = self.head_width = head_width or hidden_size // num_heads
+        tables = position_tables(positions, hidden_size, head, sample_size // patch_size)
         for name, table in zip(("pos_embed", "rotary_cos", "rotary_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         inputs, places = cast("Sequence[Input]", router_input.split("+")), None
@@ -132,9 +133,9 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             )  # fmt: skip
 
         def attention() -> Attention:
-            some = attention_experts, attention_top_k, backend
-            maps = AttentionExperts(hidden_size, num_heads, *some) if attention_experts else None
-            return Attention(hidden_size, num_heads, qk_norm, maps)
+            some = num_heads, head, attention_experts, attention_top_k, backend
+            maps = AttentionExperts(hidden_size, *some) if attention_experts else None
+            return Attention(hidden_size, num_heads, qk_norm, maps, head)
 
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, attention(), feed_forward(i), norm2_eps, long_skips and 2 * i >= depth, local_conv)
@@ -270,7 +271,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         side, span = images.shape[-1] // c.patch_size, c.sample_size // c.patch_size
         table, cos, sin = self.pos_embed, self.rotary_cos, self.rotary_sin
         if side != span:
-            found = position_tables(c.positions, c.hidden_size, c.num_heads, side, span)
+            found = position_tables(c.positions, c.hidden_size, self.head_width, side, span)
             table, cos, sin = (each if each is None else each.to(images.device) for each in found)
         return table, None if cos is None else (cos, sin)
 
@@ -281,13 +282,12 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
 
     def condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
         """What blocks and routers get beside the tokens: of N images x, whose pixels do not matter, at t and of y."""
-        N = x.shape[0]
-        t = torch.as_tensor(t, device=x.device).expand(N)
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
         own = 1000 - t.float() if self.config.reverse_time else t.float()  # on the time axis of the training
         time: Tensor = self.t_embedder(own * (self.config.time_scale / 1000), x.dtype)
         if self.y_embedder is None:
             return Condition(time, time, timestep=t)
-        y = torch.full((N,), self.config.num_classes, device=x.device) if y is None else y
+        y = torch.full((len(x),), self.config.num_classes, device=x.device) if y is None else y
         label = self.y_embedder(y)
         return Condition(time + label, time, label, timestep=t)
 

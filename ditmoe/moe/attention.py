@@ -26,7 +26,8 @@ class AttentionExperts(nn.Module):
 
     Args:
         hidden_size: Width D.
-        num_heads: Heads H; d = D / H.
+        num_heads: Heads H.
+        head_width: d.
         num_experts: Experts E of each head.
         top_k: K.
         backend: "grouped" (grouped_mm), "loop" (one expert's product after the other), or "auto": the first where it
@@ -35,16 +36,16 @@ class AttentionExperts(nn.Module):
     Raises:
         ValueError: backend grouped with widths that it cannot have.
 
-    Source: SwitchHead (arXiv 2312.07987), whose heads are fewer than those of a dense layer.
+    Source: SwitchHead (arXiv 2312.07987), whose heads are fewer and narrower than a dense layer's.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_experts: int, top_k: int,
+        self, hidden_size: int, num_heads: int, head_width: int, num_experts: int, top_k: int,
         backend: Literal["auto", "grouped", "loop"] = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_heads, self.num_experts, self.top_k, self.backend = num_heads, num_experts, top_k, backend
-        d, bank = hidden_size // num_heads, num_heads * num_experts
+        d, bank = head_width, num_heads * num_experts
         check_backend(backend, hidden_size, d, f"hidden_size {hidden_size} and {d} channels of {num_heads} heads")
         self.router = Router(hidden_size, 2 * bank)
         self.w_v = nn.Parameter(torch.empty(bank, d, hidden_size))
@@ -52,10 +53,10 @@ class AttentionExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier uniform by the fans of the dense maps that they replace: D to 3 D with queries and keys, D to D."""
-        D = self.w_v.shape[2]
-        nn.init.uniform_(self.w_v, -((6 / (4 * D)) ** 0.5), (6 / (4 * D)) ** 0.5)
-        nn.init.uniform_(self.w_o, -((6 / (2 * D)) ** 0.5), (6 / (2 * D)) ** 0.5)
+        """Xavier uniform by the fans of the dense maps that they replace: D to 3 H d (with queries, keys), H d to D."""
+        D, A = self.w_v.shape[2], self.num_heads * self.w_v.shape[1]
+        nn.init.uniform_(self.w_v, -((6 / (D + 3 * A)) ** 0.5), (6 / (D + 3 * A)) ** 0.5)
+        nn.init.uniform_(self.w_o, -((6 / (A + D)) ** 0.5), (6 / (A + D)) ** 0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """x (N, T, D) -> values (N, H, T, d), and what makes of attended values (N, H, T, d) the output (N, T, D)."""

@@ -15,11 +15,11 @@ def gated(scores: Tensor, top_k: int) -> list[tuple[int, Tensor]]:
 def attention(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None, dense: bool = False) -> Tensor:
     """What `layer` should give for x (N, T, D).
 
-    `dense`: of one expert a head, by matrices as wide as the model: V = (s * W_V x), out = W_O (d * A V).
+    `dense`: of one expert a head, by matrices as wide as all heads: V = (s * W_V x), out = W_O (d * A V).
     """
     maps, (N, T, D) = layer.maps, x.shape
-    H, E, d = maps.num_heads, maps.num_experts, D // maps.num_heads
-    q, k = (part.view(N, T, H, d).transpose(1, 2) for part in layer.qk(x).split(D, dim=-1))
+    H, E, d = maps.num_heads, maps.num_experts, maps.w_v.shape[1]
+    q, k = (part.view(N, T, H, d).transpose(1, 2) for part in layer.qk(x).split(H * d, dim=-1))
     q, k = layer.q_norm(q), layer.k_norm(k)
     if rotary is not None:
         q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -27,9 +27,9 @@ def attention(layer: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None,
     source, destination = (x @ maps.router.weight.T).sigmoid().view(N, T, 2, H, E).unbind(2)  # (N, T, H, E)
     if dense:
         assert E == 1
-        v = (x @ maps.w_v.reshape(D, D).T).view(N, T, H, d) * source
+        v = (x @ maps.w_v.reshape(H * d, D).T).view(N, T, H, d) * source
         seen = (looks @ v.transpose(1, 2)).transpose(1, 2) * destination
-        return seen.reshape(N, T, D) @ maps.w_o.transpose(1, 2).reshape(D, D)
+        return seen.reshape(N, T, H * d) @ maps.w_o.transpose(1, 2).reshape(H * d, D)
     images = []
     for n in range(N):
         out = [torch.zeros(D, dtype=x.dtype) for _ in range(T)]

@@ -100,6 +100,8 @@ ROUTERS = list(product(("linear", "prototype"), get_args(RouterInput)))
         {"moe": {"router": "mlp", "router_input": "time", "biases": True}, "model": {"activation": "gelu"}},
         {"moe": {"attention_experts": 4}},
         {"moe": {"attention_experts": 3, "attention_top_k": 1, "blocks": "none"}, "model": {"num_heads": 2}},
+        {"moe": {"attention_experts": 4}, "model": {"num_heads": 2, "head_width": 20}},
+        {"moe": {"blocks": "none"}, "model": {"num_heads": 2, "head_width": 40}},
         {"model": {"head_experts": 4, "refine_width": 8}},
         {"model": {"long_skips": True, "depth": 3}},
         {"model": {"head_experts": 3}, "objective": {"prediction_type": "epsilon", "learn_sigma": True}},
@@ -199,6 +201,8 @@ KINDS: list[dict[str, Any]] = [
     {"model": {"qk_norm": "layer", "positions": "rope"}},
     {"moe": {"attention_experts": 4}},
     {"moe": {"attention_experts": 3, "attention_top_k": 1}, "model": {"num_heads": 2, "qk_norm": "none"}},
+    {"moe": {"attention_experts": 4}, "model": {"num_heads": 2, "head_width": 24}},
+    {"model": {"num_heads": 2, "head_width": 48}},
     {"model": {"local_conv": True, "long_skips": True}},
 ]
 

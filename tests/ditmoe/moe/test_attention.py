@@ -20,9 +20,9 @@ from tests.reference.attention import attention as reference
 D, H = 16, 2
 
 
-def layer(E: int, K: int, backend: str = "auto", qk_norm: str = "rms") -> Attention:
+def layer(E: int, K: int, backend: str = "auto", qk_norm: str = "rms", d: int = D // H) -> Attention:
     torch.manual_seed(0)
-    made = Attention(D, H, qk_norm, AttentionExperts(D, H, E, K, backend))  # type: ignore[arg-type]
+    made = Attention(D, H, qk_norm, AttentionExperts(D, H, d, E, K, backend), d)  # type: ignore[arg-type]
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return made
@@ -40,10 +40,12 @@ def gradients(y: torch.Tensor, made: Attention, x: torch.Tensor) -> dict[str, to
 
 @pytest.mark.parametrize(("E", "K", "dense"), [(1, 1, True), (3, 2, False), (4, 1, False), (3, 3, False)])
 @pytest.mark.parametrize("backend", ["grouped", "loop"])
-@pytest.mark.parametrize("positions", ["rope", "sincos"])
-def test_it_is_the_formula_in_value_and_gradient(E: int, K: int, dense: bool, backend: str, positions: str) -> None:
-    made = layer(E, K, backend)
-    rotary = rotary_positions(D // H, 3) if positions == "rope" else None
+@pytest.mark.parametrize(("positions", "d"), [("rope", D // H), ("rope", 16), ("sincos", D // H)])
+def test_it_is_the_formula_in_value_and_gradient(
+    E: int, K: int, dense: bool, backend: str, positions: str, d: int
+) -> None:
+    made = layer(E, K, backend, d=d)
+    rotary = rotary_positions(d, 3) if positions == "rope" else None
     x = tokens().requires_grad_()
     got, wanted = made(x, rotary), reference(made, x, rotary, dense)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -68,8 +70,8 @@ def test_both_kernels_are_equal_and_auto_is_one_of_them() -> None:
 
 def test_widths_that_the_grouped_kernel_cannot_have_are_refused_and_auto_loops() -> None:
     with pytest.raises(ValueError, match="got hidden_size 24 and 12 channels of 2 heads"):
-        AttentionExperts(24, 2, 4, 2, "grouped")
-    values, project = AttentionExperts(6, 2, 3, 2)(torch.randn(1, 4, 6))
+        AttentionExperts(24, 2, 12, 4, 2, "grouped")
+    values, project = AttentionExperts(6, 2, 3, 3, 2)(torch.randn(1, 4, 6))
     assert values.shape == (1, 2, 4, 3)
     assert project(values).shape == (1, 4, 6)
 
@@ -127,6 +129,25 @@ def test_parameters_are_counted_as_they_are_activated() -> None:
     biases = 4 * 2 * 32  # of values and of the output
     assert total - dense == (2 * 4 - 2) * square + gates - biases
     assert used - active == (2 * 2 - 2) * square + gates - biases
+
+
+@pytest.mark.parametrize("width", [0, -4, 6])
+def test_heads_that_rotary_positions_cannot_turn_are_refused(width: int) -> None:
+    with pytest.raises(ValueError, match=f"head_width {width} must be a multiple of 4, so that a head splits"):
+        replace(MODEL, head_width=width)
+
+
+def test_narrower_heads_have_the_parameters_that_their_width_says() -> None:
+    """One head of 12 channels, four maps of it to values and outputs; and dense maps of as many channels."""
+    one = replace(MODEL, num_heads=1, head_width=12)
+    base = count_parameters(build(DENSE, 5))
+    dense, routed = (count_parameters(build(replace(config, model=one), 5)) for config in (DENSE, CONFIG))
+    qk_norms = 4 * 2 * (12 - 16)
+    assert dense[0] - base[0] == 4 * (4 * 32 * 12 + 3 * 12 - (4 * 32**2 + 3 * 32)) + qk_norms
+    assert routed[0] - dense[0] == 4 * ((2 * 4 - 2) * 32 * 12 + 2 * 4 * 32 - 12 - 32)
+    assert routed[1] - dense[1] == 4 * ((2 * 2 - 2) * 32 * 12 + 2 * 4 * 32 - 12 - 32)
+    model = build(replace(CONFIG, model=one), 5)
+    assert model(*inputs()).sample.shape == (4, 1, 8, 8)
 
 
 def test_they_start_about_as_loud_as_dense_maps() -> None:
