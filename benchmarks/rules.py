@@ -131,7 +131,7 @@ class Benchmark:
             assert result is not None
             update_ema(made.state.ema, made.state.model, min(0.98, (1 + step) / (10 + step)))
             losses.append(result.losses["mse"].detach())
-            loads += [] if result.assigned is None else [result.assigned.sum(dim=1).double().mean()]
+            loads += [] if result.counts is None else [result.counts.sum(dim=1).double().mean()]
         net = made.state.ema.eval()
         errors = held_out_errors(net, config.objective, self.data("test", shift))
         total, active = count_parameters(net)
