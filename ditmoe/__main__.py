@@ -43,12 +43,10 @@ def sample(argv: Sequence[str], prog: str) -> None:
 
     from .generate import request
 
-    group: Any = processes.join()
-    try:
+    group: Any
+    with processes.joined() as group:
         score = fid.scorer(args.score, args.report, group, **args.score_options()) if args.score else None
         request.run(args, group, score)
-    finally:
-        processes.leave(group)
 
 
 def score(argv: Sequence[str], prog: str) -> int:

@@ -75,11 +75,13 @@ class Processes(NamedTuple):
 ALONE = Processes()
 
 
-def join() -> Processes:
-    """Join the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo."""
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Inside, the processes that the launcher announces in the environment (RANK, WORLD_SIZE, ...), over gloo."""
     world = os.environ.get("WORLD_SIZE", "1")
     if int(world) == 1:
-        return ALONE
+        yield ALONE
+        return
     import torch.distributed
 
     if not torch.distributed.is_initialized():
@@ -90,7 +92,10 @@ def join() -> Processes:
             raise ValueError(f"WORLD_SIZE is {world}, but {error}; use torchrun or accelerate launch") from error
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    try:
+        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    finally:
+        torch.distributed.destroy_process_group()  # gloo may abort at interpreter exit otherwise
 
 
 def together(work: Callable[[Processes], None]) -> int:
@@ -101,12 +106,8 @@ def together(work: Callable[[Processes], None]) -> int:
     """
     processes = ALONE
     try:
-        with stoppable():
-            try:
-                processes = join()
-                work(processes)
-            finally:
-                leave(processes)
+        with stoppable(), joined() as processes:
+            work(processes)
     except ValueError as error:
         if not is_ours(error):
             raise
@@ -173,11 +174,3 @@ def stoppable() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(written)
-
-
-def leave(processes: Processes) -> None:
-    """Leave the group, if there is one: gloo may abort at interpreter exit otherwise."""
-    if processes.world > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()

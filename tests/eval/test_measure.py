@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose
 
 from eval.measure import Wanted, chosen_indices, features_of, measure
 from eval.networks.extractors import load_extractor
-from eval.processes import join, leave
+from eval.processes import joined
 from eval.sources.open import open_source
 from tests.eval.test_statistics import small_inception
 from tests.processes import start
@@ -79,13 +79,12 @@ def test_the_rows_are_those_of_the_chosen_images_for_any_batch(digits, batch):
 
 def what_processes_find(file, out):
     """What each of them has measured, with every feature; the second one had nothing to look at."""
-    processes = join()
     with np.load(file) as arrays:
         source = open_source(arrays["images"])
-    found = measure(source, small_inception(), Wanted(True, True, 30, 7), batch_size=128, processes=processes)
+    with joined() as group:
+        found = measure(source, small_inception(), Wanted(True, True, 30, 7), batch_size=128, processes=group)
     sums = [found.gaussian.covariance, found.spatial.covariance, found.features]
-    np.savez(f"{out}/{processes.rank}.npz", *sums, np.array(found.inception), np.array([processes.world, found.count]))
-    leave(processes)
+    np.savez(f"{out}/{group.rank}.npz", *sums, np.array(found.inception), np.array([group.world, found.count]))
 
 
 def test_processes_without_a_batch_find_what_the_others_do(tmp_path, digits):
