@@ -171,9 +171,7 @@ class _Job:
         count = sum(entry["count"] for entry in shards)
         if not count:
             raise ValueError(f"none of the images can be used: {self.source.source}")
-        known = {c: name for c, name in self.source.id2label.items() if c in self.source.labels}
-        used = [_labels(self.file(k)) for k in self.shards]
-        check_classes(self.source.source, np.concatenate(used), known)
+        check_classes(self.source, np.concatenate([_labels(self.file(k)) for k in self.shards]))
         values = count * len(latent_names(self.args.flip)) * math.prod(self.shape[1:])  # of a channel
         index = {
             **self.facts,

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..config.sections import DataConfig
 from ..rng import sample_rng
@@ -47,9 +46,9 @@ def open_data(config: DataConfig, *, size: int, channels: int, split: str = "tra
     found: tuple[int, ...] = (channels, size, size)
     if config.name == "folder":
         assert config.path is not None
-        data = _checked(config, FolderImages(config.path, size, channels, config.fit, config.label_column))
+        data = _checked(config, FolderImages(config.path, size, channels, config.fit, config.label_column), channels)
     elif config.name == "hf":
-        data = _checked(config, TableImages(config, size, channels, held_out=split == "test"))
+        data = _checked(config, TableImages(config, size, channels, held_out=split == "test"), channels)
     elif config.name == "latents":
         assert config.path is not None
         data = open_latents(config.path, flip=config.flip)
@@ -141,9 +140,9 @@ def _fitted(arrays: ArrayImages, size: int, channels: int) -> ArrayImages:
     return replace(arrays, pixels=cropped(arrays.pixels, size, channels), source=source, eval_name=None)
 
 
-def _checked(config: DataConfig, images: FolderImages) -> ArrayImages | FolderImages:
+def _checked(config: DataConfig, images: FolderImages, channels: int) -> ArrayImages | FolderImages:
     """Few enough images are decoded once, which also finds every bad one before training starts."""
-    size, channels = images.size, len(Image.new(images.mode, (1, 1)).getbands())
+    size = images.size
     small = len(images) * size**2 * channels <= _IN_MEMORY_BYTES
     pixels = np.zeros((len(images) if small else 0, size, size, channels), np.uint8)
     bad = {} if small else images.check_headers()
@@ -155,6 +154,5 @@ def _checked(config: DataConfig, images: FolderImages) -> ArrayImages | FolderIm
     check_bad(list(bad.values()), config.max_bad)
     if len(bad) == len(images):
         raise ValueError(f"data.path {config.path}: none of {len(images)} images can be used; the first: {bad[0]}")
-    named = {label: images.id2label[label] for label in set(images.labels.tolist()) & images.id2label.keys()}
-    check_classes(images.source, np.delete(images.labels, list(bad)), named)
+    check_classes(images, np.delete(images.labels, list(bad)))
     return ArrayImages(pixels, images.labels, images.id2label, images.source, bad=bad) if small else images

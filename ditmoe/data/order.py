@@ -55,20 +55,14 @@ class _Stream(Dataset[Batch]):
             except BadImage as error:
                 self._bad.add(error.row)
                 bad.append(str(error))
-                self._check_class(error.row)
+                check_classes(self.data, np.delete(self.data.labels, list(self._bad)))
         domain = torch.tensor([self.turn_of(i)[0] for i in indices])
         return Batch(indices, x, torch.from_numpy(self.data.labels[rows]), bad, domain)
-
-    def _check_class(self, bad: int) -> None:
-        """ValueError where all images of its class are known to be bad."""
-        label, labels = int(self.data.labels[bad]), self.data.labels
-        if label in self.data.id2label and self._bad.issuperset(np.flatnonzero(labels == label).tolist()):
-            check_classes(self.data.source, labels[:0], {label: self.data.id2label[label]})
 
     def turn_of(self, index: int) -> tuple[int, int]:
         """The set that a sample is of, and how many samples of that set were before it."""
         unit, place = divmod(index, self.unit)
-        domain, before = turn(unit, self.data.weights) if len(self.data.weights) > 1 else (0, unit)
+        domain, before = turn(unit, self.data.weights)
         return domain, before * self.unit + place
 
     def image_of(self, index: int) -> int:

@@ -6,7 +6,7 @@ Shapes: n images asked for, C channels, H W size. Pixels are uint8 (n, H, W, C);
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,11 +144,12 @@ def check_bad(sentences: Sequence[str], max_bad: int, option: str = "data.max_ba
         raise ValueError(f"{how}{sentences[max_bad]}, or let it be left out: --{option.replace('_', '-')} N")
 
 
-def check_classes(source: str, labels: NDArray[np.int64], id2label: Mapping[int, str]) -> None:
-    """Raise ValueError where a class has none of the images that can be used, whose labels these are."""
-    if empty := [id2label[label] for label in sorted(set(id2label) - set(labels.tolist()))]:
-        what = f"none of the images of class {empty[0]!r} can be used, and it would be drawn like the others"
-        raise ValueError(f"{source}: {what}; mend its images, or remove its folder")
+def check_classes(data: ImageSet, usable: NDArray[np.int64]) -> None:
+    """Raise ValueError where a class has images and none that can be used, whose labels are `usable`."""
+    there, left = (np.bincount(labels, minlength=len(data.id2label)) > 0 for labels in (data.labels, usable))
+    if lost := [name for label, name in sorted(data.id2label.items()) if there[label] and not left[label]]:
+        what = f"none of the images of class {lost[0]!r} can be used, and it would be drawn like the others"
+        raise ValueError(f"{data.source}: {what}; mend its images, or remove its folder")
 
 
 class BadImage(ValueError):  # noqa: N818 - what is raised is the image
