@@ -251,7 +251,8 @@ def _splits(config: DataConfig) -> tuple[dict[str, Any], str]:
         every = [file for of in files.values() for file in of]
         if other := next((file for file in every if not file.endswith(".parquet")), None):
             raise ValueError(f"it is of other files than parquet ({other}); leave out --data.stream")
-        return files, left_out(f.relative_to(path) for f in below if str(f.resolve()) not in every)
+        used = set(map(os.path.realpath, every))  # by links it may have been reached
+        return files, left_out(f.relative_to(path) for f in below if os.path.realpath(f) not in used)
 
 
 def _roots(config: DataConfig) -> list[str]:

@@ -286,6 +286,15 @@ def test_files_beside_the_table_are_counted(tmp_path: Path) -> None:
     assert "1 other file left out, such as notes.txt" in opened(tmp_path / "set").source
 
 
+def test_a_table_that_is_reached_by_a_link_is_not_left_out(tmp_path: Path) -> None:
+    made, folder = parquet(tmp_path / "set"), tmp_path / "links"
+    (tmp_path / "link").symlink_to(made)
+    folder.mkdir()
+    (folder / "train.parquet").symlink_to(made / "train-00000-of-00001.parquet")
+    for place in (tmp_path / "link", folder):
+        assert "left out" not in opened(place).source
+
+
 def metadata(root: Path, *rows: Any, end: str = "\n") -> Path:
     for i in range(4):
         (root / "a").mkdir(exist_ok=True)
