@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,14 @@ def labelled(
     if len(classes) == len(values) > 1:
         raise ValueError(f"{place} has another {column} in every row: it is no column of classes; give another one")
     numbers = {value: label for label, value in enumerate(classes)}
-    wrong = next(
-        ((label, value) for value, label in numbers.items() if str(value).isdecimal() and int(value) != label), None
-    )
-    said = f"; labels go by the order of values: label {wrong[0]} is {wrong[1]!r}" if wrong else ""
-    return np.asarray([numbers[value] for value in values], np.int64), {i: str(v) for i, v in enumerate(classes)}, said
+    labels = np.asarray([numbers[value] for value in values], np.int64)
+    return labels, {i: str(v) for i, v in enumerate(classes)}, misnumbered("values", classes)
+
+
+def misnumbered(what: str, classes: Iterable[Any]) -> str:
+    """For a set's `source`: that a class named by a number has another label; nothing where none has."""
+    wrong = [(label, c) for label, c in enumerate(classes) if str(c).isdecimal() and int(c) != label]
+    return f"; labels go by the order of {what}: label {wrong[0][0]} is {wrong[0][1]!r}" if wrong else ""
 
 
 def metadata_of(root: Path) -> Path | None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from ..config.checks import plural
 from .below import IMAGE_SUFFIXES, counted, files_below, is_hidden, is_image, is_table, left_out
-from .columns import METADATA, column_of, labelled, metadata_of
+from .columns import METADATA, column_of, labelled, metadata_of, misnumbered
 from .pixels import to_pil
 from .sets import BadImage, ImageSet
 
@@ -72,9 +72,8 @@ class FolderImages(ImageSet):
             self.files = [file for files in classes.values() for file in files] if classes else images
             labels = [label for label, files in enumerate(classes.values()) for _ in files] or [0] * len(images)
             self.labels, self.id2label = np.asarray(labels, dtype=np.int64), dict(enumerate(classes))
-            said = _misnumbered(classes) + (
-                f"; a class may be in {metadata.name}: --data.label-column" if metadata else ""
-            )
+            said = misnumbered("names", classes)
+            said += f"; a class may be in {metadata.name}: --data.label-column" if metadata else ""
         said += left_out(file.relative_to(root) for file in found if not is_image(file))
         self.source = f"{counted(len(self.files), len(self.id2label))} in {root}{said}"
 
@@ -188,12 +187,6 @@ def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
         what = f"holds {', '.join(found)}, which are parts of a set, not classes"
         raise ValueError(f"data.path {root} {what}; give one of them, as in --data.path {root / next(iter(found))}")
     return found
-
-
-def _misnumbered(classes: Iterable[str]) -> str:
-    """For a set's `source`: that a class named by a number has another label; nothing where none has."""
-    wrong = [(label, name) for label, name in enumerate(classes) if name.isdecimal() and int(name) != label]
-    return f"; labels go by the order of names: label {wrong[0][0]} is {wrong[0][1]!r}" if wrong else ""
 
 
 @contextmanager
