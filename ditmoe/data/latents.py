@@ -74,7 +74,6 @@ class LatentShards(Latents):
     def __init__(self, root: Path, index: Index) -> None:
         self.root, self.index = root, index
         self.id2label, self.normalization = dict(enumerate(index["classes"])), _normalization(index)
-        self._mean, self._std = _columns(index)
         self._ends = list(accumulate(shard["count"] for shard in index["shards"]))
         self._open: dict[int, Any] = {}
         hashed = sum(shard["bytes"] for shard in index["shards"]) <= _HASHED_BYTES
@@ -93,7 +92,7 @@ class LatentShards(Latents):
         """(n, C, H, W) float32, mean 0 and variance 1 in each channel over the set; `mirrored`: of which images."""
         kinds = ["latents_flipped" if m else "latents" for m in mirrored or [False] * len(rows)]
         z = torch.stack([self._read(row, kind) for row, kind in zip(rows, kinds, strict=True)])
-        return (z.float() - self._mean) / self._std
+        return normalize(z, self.index)
 
     def _read(self, row: int, kind: str) -> Any:
         shard = int(np.searchsorted(self._ends, row, side="right"))
