@@ -39,8 +39,7 @@ class FolderImages(ImageSet):
 
     Args:
         root: The folder; without sub-folders its images have no labels.
-        size: Height and width of the model's images.
-        channels: 1 (grey) or 3 (RGB).
+        size, channels: Of the model's images; 1 channel is grey, 3 are RGB.
         fit: "exact": other sizes and modes cannot be used; "crop": resized, centre-cropped and converted. Either
             way a picture is turned upright first, as its EXIF orientation says.
         label_column: The classes are of this column of metadata.jsonl, whatever the sub-folders.

@@ -25,14 +25,8 @@ _WITHOUT_TEST = ("folder", "latents")  # hf: see `held_out_split`
 def open_data(config: DataConfig, *, size: int, channels: int, split: str = "train") -> ImageSet:
     """The data set of a configuration, for a model of images (channels, size, size).
 
-    Args:
-        config: Which set, and where.
-        size: Height and width that the model takes.
-        channels: Channels that the model takes.
-        split: "train" or "test"; folders and latents have no test split.
-
-    Raises:
-        ValueError: Files that are missing, truncated, or do not fit the model; it names the file and the fix.
+    `split` is "train" or "test", which folders and latents do not have. Raises ValueError, with the file and the fix,
+    for files that are missing, truncated, or do not fit the model.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it must be train or test")

@@ -30,8 +30,7 @@ class TableImages(FolderImages):
 
     Args:
         config: Its `path`, `subset`, `split`, columns, and whether to `stream`.
-        size: Height and width of the model's images.
-        channels: 1 (grey) or 3 (RGB).
+        size, channels: As of `FolderImages`.
         held_out: Take the split for scores, which is none that is trained on; ValueError where there is none.
 
     Raises:

@@ -42,8 +42,7 @@ class InceptionSums:
     def update(self, indices: npt.NDArray[np.integer[Any]], logits: npt.NDArray[Any]) -> None:
         """Add the logits (b, C), any float dtype, of the images `indices` (b,), 0 <= index < n.
 
-        Raises ValueError, and adds nothing, when shapes do not fit, an index is out of range or a
-        logit is not finite.
+        Raises ValueError, and adds nothing, when shapes do not fit, an index is out of range or a logit is not finite.
         """
         classes = self.sum_p.shape[1]
         if logits.ndim != 2 or logits.shape[1] != classes or indices.shape != (len(logits),):
@@ -64,10 +63,7 @@ class InceptionSums:
         np.add.at(self.sum_p_log_p, split, (p * log_p).sum(axis=1))
 
     def compute(self) -> Score:
-        """Mean and standard deviation over splits.
-
-        Raises ValueError when a split has not had as many images as belong to it.
-        """
+        """Over splits. Raises ValueError when one has not had as many images as belong to it."""
         expected = np.minimum(self.split_size, self.n - np.arange(len(self.count)) * self.split_size)
         wrong = np.flatnonzero(self.count != expected)
         if len(wrong):
