@@ -92,7 +92,7 @@ def column_of(file: Path, column: str | None, names: Sequence[str]) -> list[Any]
     if bare := next((name for name in names if name not in rows), None):
         what = f"{plural(len(rows), 'row')} and none for {bare}, one of {plural(len(names), 'image')}"
         raise ValueError(f"{file} has {what}; add one")
-    if lost := next(iter(rows.keys() - set(names)), None):
+    if lost := min(rows.keys() - set(names), default=None):
         raise ValueError(f"{file} has a row for {lost}, and there is no such image; remove the row or bring the image")
     return [rows[name].get(column) for name in names]
 

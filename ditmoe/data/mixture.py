@@ -82,10 +82,14 @@ class Mixture(ImageSet):
         return json.dumps([[one.fingerprint(), w] for one, w in zip(self.sets, self.weights, strict=True)]).encode()
 
     def in_proportion(self, order: Sequence[int], most: int) -> list[int]:
-        """The first rows of an order, at most so many, as many of each set as its share and the smallest set allow."""
+        """The first rows of an order, at most so many, as many of each set as its share and the smallest set allow.
+
+        One of each, where that would be none of any.
+        """
         total = sum(self.weights)
         whole = min([most, *(size * total // weight for size, weight in zip(self.sizes, self.weights, strict=True))])
         left = [whole * weight // total for weight in self.weights]
+        left = left if any(left) else [1] * len(left)
         chosen = []
         for row, domain in zip(order, self._domains(order), strict=True):
             if left[domain]:

@@ -167,6 +167,7 @@ def test_what_stands_for_the_training_images_has_their_weights() -> None:
     rows = data.in_proportion(range(len(data)), 1000)
     assert rows == [*range(7), *range(7, 28)]  # all of the first set
     assert data.in_proportion(range(len(data)), 8) == [0, 1, *range(7, 13)]
+    assert mixture(3, 2, counts=(1, 100)).in_proportion(range(101), 8) == [0, 1]  # not none of any
     drawn = reference(data, 0)
     assert not isinstance(drawn, str)
     assert sorted(np.unique(drawn))[:7] == list(range(7))
@@ -280,6 +281,7 @@ def test_a_folder_called_like_a_data_set_is_another_set() -> None:
         ({"mixture": ("digits", "=2")}, "mixture has '=2'; give SET or SET=WEIGHT"),
         ({"mixture": ("digits", "a"), "name": "folder", "path": Path("b")}, "path does not apply to a mixture"),
         ({"mixture": ("digits", "a"), "vae": Path("b")}, "vae works with latents"),
+        ({"name": "fashion", "path": "a", "download": True}, "download is into ./data, and path is a; leave one out"),
         ({"mixture": ("digits", "a"), "download": True}, "download works with the data set fashion, not digits and fo"),
         ({"mixture": ("digits", "fashion"), "max_bad": 1}, "max_bad works with folder and hf, not digits"),
         (

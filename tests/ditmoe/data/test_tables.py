@@ -333,6 +333,7 @@ def test_classes_by_a_csv_of_windows(tmp_path: Path) -> None:
         (ROWS, "sort", "has no column 'sort' but kind; see --data.label-column"),
         (ROWS[:3], "kind", "has 3 rows and none for a/3.png, one of 4 images"),
         ([*ROWS, {"file_name": "b.png", "kind": "x"}], "kind", "has a row for b.png, and there is no such image"),
+        ([*ROWS, *({"file_name": f"{c}.png", "kind": "x"} for c in "zbyxc")], "kind", "has a row for b.png, and there"),
         ([*ROWS, ROWS[0]], "kind", "row 5 names a/0.png a second time"),
         ([*ROWS, {"kind": "x"}], "kind", "row 5 has no file_name"),
         ([*ROWS[:3], {"file_name": "a/3.png"}], "kind", "row 3 has kind None"),
