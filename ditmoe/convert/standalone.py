@@ -1,7 +1,8 @@
 """A model folder that diffusers reads with trust_remote_code where ditmoe is not installed: our modules in one file."""
 
-import ast
+from modulefinder import ModuleFinder
 from pathlib import Path
+from typing import Any
 
 from ..files import read_object, write_json
 
@@ -47,41 +48,17 @@ DiTMoEPipeline = importlib.import_module("ditmoe.pipeline").DiTMoEPipeline
 
 def make_standalone(folder: Path, version: str) -> None:
     """Put pipeline.py, which carries all that `ditmoe.pipeline` imports, into a pipeline folder, and name it there."""
-    modules = sorted(_needed("ditmoe.pipeline"))
+    others = {place.name.partition(".")[0] for place in ROOT.iterdir()} - {"ditmoe", "samplers"}
+    finder = ModuleFinder([str(ROOT)], excludes=others)
+    finder.import_hook("ditmoe.pipeline")
+    modules: dict[str, Any] = finder.modules
+    files = {name: module.__file__ for name, module in sorted(modules.items()) if module.__file__}  # sys has none
     texts = []
-    for name in modules:
-        source = _file(name).read_text()
+    for name, file in files.items():
+        source = Path(file).read_text()
         assert "'''" not in source, f"{name} would end the text that carries it"
         texts.append(f"@ {name}\n" + "".join(f"| {line}\n" for line in source.split("\n")))
-    head = _HEAD.format(version=version, count=len(modules))
+    head = _HEAD.format(version=version, count=len(files))
     (folder / "pipeline.py").write_text(head + "".join(texts) + _TAIL)
     index = read_object(folder / "model_index.json")
     write_json(folder / "model_index.json", index | {"_class_name": ["pipeline", "DiTMoEPipeline"]})
-
-
-def _needed(name: str) -> set[str]:
-    """A module of ours, those that it imports, and their packages."""
-    found: set[str] = set()
-    todo = [name]
-    while todo:
-        module = todo.pop()
-        if module not in found and _file(module).is_file():
-            found.add(module)
-            todo += [module.rpartition(".")[0] or module, *_imported(module)]
-    return found
-
-
-def _imported(module: str) -> list[str]:
-    package = module if _file(module).name == "__init__.py" else module.rpartition(".")[0]
-    found = []
-    for node in ast.walk(ast.parse(_file(module).read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            place = ".".join([*base, *([node.module] if node.module else [])])
-            found += [place, *(f"{place}.{alias.name}" for alias in node.names)]
-    return [name for name in found if name.split(".")[0] in ("ditmoe", "samplers")]
-
-
-def _file(module: str) -> Path:
-    place = ROOT.joinpath(*module.split("."))
-    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
