@@ -16,16 +16,15 @@ from .rebuild import SILENT, TOPK, cut, dense_layers, rebuilt, shared
 
 def upcycle(
     net: DiTMoETransformer2DModel, num_experts: int, top_k: int, *, blocks: Literal["all", "every-second"] = "all",
-    copies: bool = False, shared_width: int | None = None, router_input: RouterInput = "token",
-    router_bias: bool = False, seed: int = 0,
+    copies: bool = False, router_input: RouterInput = "token", seed: int = 0,
 ) -> DiTMoETransformer2DModel:  # fmt: skip
     """The dense network with experts in its blocks. The same function, up to the order of sums; `net` stays.
 
-    Slices: the H hidden units of a dense layer are those of K experts and a shared one, H = K F + shared_width, so a
-    token costs what it did but for the router. There are E / K such sets of K experts, each another random cut of the
-    units, and experts of a set have the same row in the router: the K best are a whole set, with weights of 1 (scale K,
-    renormalised). Experts differ from the start, and gradients part the rows at the first step. The shared expert has
-    the units with the largest |first row| |second column|.
+    Slices: the H hidden units of a dense layer are those of K experts, of F = H / (K + 1) units each, rounded down to a
+    multiple of 8 where it can be, and of a shared one, so a token costs what it did but for the router. There are E / K
+    such sets of K experts, each another random cut of the units, and experts of a set have the same row in the router:
+    the K best are a whole set, with weights of 1 (scale K, renormalised). Experts differ from the start, and gradients
+    part the rows at the first step. The shared expert has the units with the largest |first row| |second column|.
 
     Copies: every expert is the whole layer, whose K renormalised weights sum to 1; it costs K times as much. They
     differ by the tokens that a random router sends them, and only once trained.
@@ -36,9 +35,7 @@ def upcycle(
         top_k: K, 2 or more: a single renormalised weight is 1, and a router would not learn of it.
         blocks: Which get experts.
         copies: Copies instead of slices.
-        shared_width: Of slices; None: F of H / (K + 1), rounded down to a multiple of 8 where it can be, and the rest.
         router_input: What routers look at.
-        router_bias: Routers have biases for balance.
         seed: Of cuts and routers.
 
     Raises:
@@ -51,9 +48,8 @@ def upcycle(
     if not 2 <= K <= E:
         raise ValueError(f"top_k is {K}; to upcycle to {E} experts it must be between 2 and {E}")
     H, gelu = int(net.config.ffn_width), net.config.activation == "gelu"
-    F, always = (H, 0) if copies else _widths(H, E, K, shared_width)
-    if copies and shared_width:
-        raise ValueError(f"shared_width is {shared_width}, and copies of a whole layer leave nothing to share")
+    F = H if copies else _width(H, E, K)
+    always = 0 if copies else H - K * F
     generator, weights = torch.Generator().manual_seed(seed), dict[str, Tensor]()
     wide = len(router_input.split("+")) * int(net.config.hidden_size)
     for name, layer in layers.items():
@@ -63,30 +59,22 @@ def upcycle(
         weights[f"{name}.moe.router.weight"] = rows if copies else rows.repeat_interleave(K, dim=0)
         weights |= {f"{name}.moe.experts.{key}": value for key, value in cut(layer, units).items()}
         weights |= {f"{name}.moe.shared.{key}": value for key, value in shared(layer, order[:always]).items()}
-        if router_bias:
-            weights[f"{name}.moe.router.expert_bias"] = torch.zeros(E)
     settings: dict[str, Any] = {
         **TOPK, "moe_blocks": blocks, "num_experts": E, "top_k": K, "expert_width": F, "expert_biases": gelu,
-        "shared_width": always or SILENT * gelu, "router_input": router_input, "router_bias": router_bias,
+        "shared_width": always or SILENT * gelu, "router_input": router_input, "router_bias": False,
         "router_renormalize": True, "router_scale": 1.0 if copies else float(K),
     }  # fmt: skip
     return rebuilt(net, weights, settings)
 
 
-def _widths(H: int, E: int, K: int, shared_width: int | None) -> tuple[int, int]:
-    """F and the width of the shared expert."""
+def _width(H: int, E: int, K: int) -> int:
+    """F of slices."""
     if E % K:
         raise ValueError(f"num_experts is {E}; slices of a dense layer come in sets of top_k {K}, so give a multiple")
-    if shared_width is None:
-        F = H // (K + 1)
-        F -= F % 8 if F > 8 else 0
-    else:
-        F, rest = divmod(H - shared_width, K)
-        if rest or F < 1 or shared_width < 0:
-            raise ValueError(f"shared_width is {shared_width}; of ffn_width {H} it must leave {K} equal parts")
+    F = H // (K + 1)
     if F < 1:
         raise ValueError(f"ffn_width {H} is too small to be cut into top_k {K} experts and a shared one")
-    return F, H - K * F
+    return F - (F % 8 if F > 8 else 0)
 
 
 def _by_size(layer: FeedForward) -> Tensor:

@@ -27,7 +27,7 @@ def sharp() -> Net:
 def test_an_upcycled_model_starts_as_the_dense_one(activation: str, copies: bool, seen: Any) -> None:
     dense = network(activation=activation, blocks="none")
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    made = upcycle(dense, 6, 2, copies=copies, router_input=seen, router_bias=True)
+    made = upcycle(dense, 6, 2, copies=copies, router_input=seen)
     assert off(drawn(made), drawn(dense)) < 1e-6
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     if not copies:
@@ -38,7 +38,7 @@ def test_an_upcycled_model_starts_as_the_dense_one(activation: str, copies: bool
 
 def test_experts_of_slices_are_other_cuts_of_the_layer() -> None:
     dense = network(blocks="none")
-    made = upcycle(dense, 6, 2, blocks="every-second", shared_width=32)
+    made = upcycle(dense, 6, 2, blocks="every-second")
     assert [hasattr(block, "moe") for block in made.blocks] == [False, True] * 2
     rows = made.blocks[1].moe.experts.w_in.unflatten(1, (2, 32))[:, 0]  # (E, F, D)
     whole = dense.blocks[1].mlp.fc1.weight[:96]
@@ -52,19 +52,17 @@ def test_experts_of_slices_are_other_cuts_of_the_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "options", "words"),
+    ("numbers", "words"),
     [
-        ((6, 1), {}, "top_k is 1; to upcycle to 6 experts it must be between 2 and 6"),
-        ((4, 6), {}, "top_k is 6"),
-        ((7, 2), {}, "num_experts is 7; slices of a dense layer come in sets of top_k 2"),
-        ((6, 2), {"shared_width": 95}, "shared_width is 95; of ffn_width 96 it must leave 2 equal parts"),
-        ((6, 2), {"shared_width": 8, "copies": True}, "leave nothing to share"),
-        ((200, 100), {}, "ffn_width 96 is too small"),
+        ((6, 1), "top_k is 1; to upcycle to 6 experts it must be between 2 and 6"),
+        ((4, 6), "top_k is 6"),
+        ((7, 2), "num_experts is 7; slices of a dense layer come in sets of top_k 2"),
+        ((200, 100), "ffn_width 96 is too small"),
     ],
 )
-def test_numbers_that_do_not_fit(numbers: Any, options: Any, words: str) -> None:
+def test_numbers_that_do_not_fit(numbers: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        upcycle(network(blocks="none"), *numbers, **options)
+        upcycle(network(blocks="none"), *numbers)
 
 
 def test_what_has_experts_is_not_made_to(sharp: Net) -> None:

@@ -29,7 +29,7 @@ Tiny = Callable[..., Config]
 def changed(name: str) -> Net:
     dense = network(blocks="none")
     if name in ("upcycle", "copies"):
-        return upcycle(dense, 6, 2, copies=name == "copies", router_bias=True)
+        return upcycle(dense, 6, 2, copies=name == "copies")
     if name == "split":
         return split(network(activation="gelu", blocks="none"), 6, [BATCH], steps=1).network
     if name == "domains":
@@ -80,7 +80,7 @@ def begun(tiny: Tiny, folder: Path, name: str = "upcycle", steps: int = 20) -> C
     dense = build(config, 10)
     for p in dense.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    made = upcycle(dense, 4, 2, copies=name == "copies", router_bias=True)
+    made = upcycle(dense, 4, 2, copies=name == "copies")
     config = described(made, replace(config, moe=replace(config.moe, bias_rate=0.01, z_weight=0.0)))
     pipeline.save(pipeline.assemble(made, config, {i: str(i) for i in range(10)}), folder)
     return replace(config, max_steps=steps, train=replace(config.train, init=folder))
