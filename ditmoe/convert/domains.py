@@ -16,7 +16,7 @@ from ..model import DiTMoETransformer2DModel
 from ..moe import FeedForward, Router
 from ..objective import NUM_TIMESTEPS
 from .prune import Batches
-from .rebuild import SILENT, cut, dense_layers, rebuilt, shared
+from .rebuild import dense_layers, with_experts
 from .split import CHOICE, PART, balanced, fitted, tokens_of
 
 
@@ -60,10 +60,10 @@ def split_by_domain(
     Source: Read-ME (arXiv 2410.19123), and its code for the measure. Its domains are data sets, and its router, fitted
     to what is active in each token, a small transformer that sees the tokens.
     """
-    layers, E, H, C = dense_layers(net, blocks), num_experts, int(net.config.ffn_width), net.null_label
+    dense, E, H, C = [*dense_layers(net, blocks).values()], num_experts, int(net.config.ffn_width), net.null_label
     assert (sets is None) == (domains != "data"), "sets are for data"
     R = check_domains(net, E, domains, 0 if sets is None else int(sets.max()) + 1, keep)
-    generator, batches, dense = torch.Generator().manual_seed(seed), list(batches), [*layers.values()]
+    generator, batches = torch.Generator().manual_seed(seed), list(batches)
     seen = tokens_of(net, dense, batches, generator)
     if domains == "time":
         of = (torch.arange(NUM_TIMESTEPS + 1) * E // NUM_TIMESTEPS).clamp_max(E - 1)
@@ -84,17 +84,10 @@ def split_by_domain(
         among = torch.zeros(len(own), 1, H).scatter(2, best, 1.0).expand(-1, E, -1).gather(2, own)
         of = torch.cat([of, among.sum(dim=(0, 2)).argmax().view(1)])
     router, known = _routed(net, of, E, by_time=domains == "time", steps=steps, generator=generator)
-    weights = {f"router.{key}": value for key, value in router.state_dict().items()}
-    for (name, layer), always, units in zip(layers.items(), common, own, strict=True):
-        weights |= {f"{name}.moe.experts.{key}": value for key, value in cut(layer, units).items()}
-        weights |= {f"{name}.moe.shared.{key}": value for key, value in shared(layer, always).items()}
-    gelu = net.config.activation == "gelu"
-    settings: dict[str, Any] = {
-        **CHOICE, "moe_blocks": blocks, "num_experts": E, "top_k": 1, "expert_width": own.shape[2],
-        "expert_biases": gelu, "shared_width": common.shape[1] or SILENT * gelu, "router_scope": "shared",
-        "router_input": "time" if domains == "time" else "label",
-    }  # fmt: skip
-    return ByDomain(rebuilt(net, weights, settings), of, known)
+    routers = {f"router.{key}": value for key, value in router.state_dict().items()}
+    by = "time" if domains == "time" else "label"
+    settings = {**CHOICE, "top_k": 1, "router_scope": "shared", "router_input": by}
+    return ByDomain(with_experts(net, blocks, [*zip(own, common, strict=True)], routers, settings), of, known)
 
 
 def check_domains(

@@ -5,7 +5,7 @@ for swiglu and 1 for gelu.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -116,27 +116,34 @@ def same_tau(net: DiTMoETransformer2DModel) -> dict[str, float | None]:
     return {"router_tau": least}
 
 
-def cut(layer: FeedForward, units: Tensor) -> dict[str, Tensor]:
-    """Experts of a dense layer's hidden units (E, F): `w_in` (E, m F, D or D + 8 where it has biases), `w_out`."""
-    first: Tensor = layer.fc1.weight
-    if layer.fc1.bias is not None:  # as weights of 8 inputs of 1/8
-        first = torch.cat([first, layer.fc1.bias.unsqueeze(1).expand(-1, 8)], dim=1)
-    first = first.view(-1, layer.fc2.weight.shape[1], first.shape[1])  # (m, H, D or D + 8)
-    w_in = first[:, units].transpose(0, 1).flatten(1, 2)
-    return {"w_in": w_in, "w_out": layer.fc2.weight[:, units].transpose(0, 1)}
+def with_experts(
+    net: DiTMoETransformer2DModel, blocks: str, units: Sequence[tuple[Tensor, Tensor]], routers: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+) -> DiTMoETransformer2DModel:  # fmt: skip
+    """The dense network with experts in some `blocks`, made of hidden units of the layers there; routing as in `TOPK`.
 
-
-def shared(layer: FeedForward, units: Tensor) -> dict[str, Tensor]:
-    """The shared expert of some hidden units (F,) of a dense layer, with its output bias if it has one.
-
-    Of none it is nothing, or `SILENT` units that give 0 beside the bias.
+    `units`: of each layer those of its experts (E, F), and of the shared one (S,), which has the output's bias too: of
+    none it is nothing, or `SILENT` units that give 0 beside the bias. `settings`: where routing is otherwise.
     """
-    silent = len(units) == 0
-    if silent and layer.fc1.bias is None:
-        return {}
-    units = torch.arange(SILENT) % layer.fc2.weight.shape[1] if silent else units
-    parts = {"fc1.weight": layer.fc1.weight.view(-1, *layer.fc2.weight.T.shape)[:, units].flatten(0, 1)}
-    parts["fc2.weight"] = layer.fc2.weight[:, units] * (not silent)
-    if layer.fc1.bias is not None:
-        parts |= {"fc1.bias": layer.fc1.bias[units], "fc2.bias": layer.fc2.bias}
-    return parts
+    weights = dict(routers)
+    for (name, layer), (own, common) in zip(dense_layers(net, blocks).items(), units, strict=True):
+        weights |= {f"{name}.moe.{key}": value for key, value in _parts(layer, own, common).items()}
+    (E, F), gelu = own.shape, net.config.activation == "gelu"
+    sizes = {"num_experts": E, "expert_width": F, "shared_width": len(common) or SILENT * gelu, "expert_biases": gelu}
+    return rebuilt(net, weights, {**TOPK, "moe_blocks": blocks, **sizes, **settings})
+
+
+def _parts(layer: FeedForward, own: Tensor, common: Tensor) -> dict[str, Tensor]:
+    """The tensors of a layer's experts, where it has biases of D + 8 inputs, and of its shared one."""
+    bias, w_out = layer.fc1.bias, layer.fc2.weight  # (D, H)
+    w_in = first = layer.fc1.weight.view(-1, *w_out.T.shape)  # (m, H, D)
+    if bias is not None:  # as weights of 8 inputs of 1/8
+        first = torch.cat([w_in, bias.view(-1, w_in.shape[1], 1).expand(-1, -1, 8)], dim=2)
+    parts = {"experts.w_in": first[:, own].transpose(0, 1).flatten(1, 2)}
+    parts["experts.w_out"] = w_out[:, own].transpose(0, 1)
+    silent = len(common) == 0
+    if silent and bias is None:
+        return parts
+    common = torch.arange(SILENT) % w_in.shape[1] if silent else common
+    parts |= {"shared.fc1.weight": w_in[:, common].flatten(0, 1), "shared.fc2.weight": w_out[:, common] * (not silent)}
+    return parts if bias is None else parts | {"shared.fc1.bias": bias[common], "shared.fc2.bias": layer.fc2.bias}

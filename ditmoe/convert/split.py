@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model import DiTMoETransformer2DModel, tokens_per_image
 from ..moe import FeedForward, Router
 from .prune import Batches
-from .rebuild import SILENT, TOPK, cut, dense_layers, rebuilt, shared
+from .rebuild import dense_layers, with_experts
 
 TOKENS = 20_000  # of a block that are looked at, about
 LLOYD = 20  # steps of k-means at most
@@ -22,7 +22,7 @@ BATCH, RATE = 512, 3e-3  # of the fit, with Adam; the rate falls to 0
 FLOOR = 1e-2  # of a block's mean norm: what is less is as good as nothing
 PART = 2048  # tokens of which all hidden units are in memory
 CHOICE: dict[str, Any] = {  # settings of a router that is fitted to choose parts of a dense layer, and stays
-    **TOPK, "router_kind": "mlp", "router_score": "softmax", "router_weights": "one", "router_renormalize": False,
+    "router_kind": "mlp", "router_score": "softmax", "router_weights": "one", "router_renormalize": False,
     "router_scale": 1.0, "router_bias": False,
 }  # fmt: skip
 
@@ -67,8 +67,8 @@ def split(
         raise ValueError(f"num_experts is {E}; it must be 2 or more, and divide ffn_width {H}")
     if not 0 <= tau <= 1:
         raise ValueError(f"tau is {tau}; it must lie in [0, 1]")
-    generator, weights = torch.Generator().manual_seed(seed), dict[str, Tensor]()
-    served, error = [], []
+    generator, routers = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    cuts, served, error = [], [], []
     seen = tokens_of(net, [*layers.values()], batches, generator)
     for (name, layer), tokens in zip(layers.items(), seen, strict=True):
         units = clusters(layer, E)
@@ -76,16 +76,13 @@ def split(
         logits = router([tokens.unsqueeze(0)])[0][0].detach()
         served.append(float((logits.softmax(1) >= (1 - tau) * logits.softmax(1).amax(1, True)).float().mean()))
         error.append(wrong)
-        weights |= {f"{name}.moe.router.{key}": value for key, value in router.state_dict().items()}
-        weights |= {f"{name}.moe.experts.{key}": value for key, value in cut(layer, units).items()}
-        weights |= {f"{name}.moe.shared.{key}": value for key, value in shared(layer, units[:0, 0]).items()}
-    gelu = net.config.activation == "gelu"
+        routers |= {f"{name}.moe.router.{key}": value for key, value in router.state_dict().items()}
+        cuts.append((units, units[:0, 0]))
     settings: dict[str, Any] = {
-        **CHOICE, "moe_blocks": blocks, "num_experts": E, "top_k": max(1, round(E * sum(served) / len(served))),
-        "expert_width": H // E, "expert_biases": gelu, "shared_width": SILENT * gelu, "router_input": "token",
+        **CHOICE, "top_k": max(1, round(E * sum(served) / len(served))), "router_input": "token",
         "router_select": "relative", "router_tau": tau,
     }  # fmt: skip
-    return Split(rebuilt(net, weights, settings), served, error)
+    return Split(with_experts(net, blocks, cuts, routers, settings), served, error)
 
 
 @torch.no_grad()

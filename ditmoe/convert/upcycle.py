@@ -3,7 +3,7 @@
 Shapes: D width, E experts, K of a token, F hidden units of an expert, H of a dense layer.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config.experts import RouterInput
 from ..model import DiTMoETransformer2DModel
 from ..moe import FeedForward
-from .rebuild import SILENT, TOPK, cut, dense_layers, rebuilt, shared
+from .rebuild import dense_layers, with_experts
 
 
 def upcycle(
@@ -47,24 +47,21 @@ def upcycle(
     layers, E, K = dense_layers(net, blocks), num_experts, top_k
     if not 2 <= K <= E:
         raise ValueError(f"top_k is {K}; to upcycle to {E} experts it must be between 2 and {E}")
-    H, gelu = int(net.config.ffn_width), net.config.activation == "gelu"
-    F = H if copies else _width(H, E, K)
-    always = 0 if copies else H - K * F
-    generator, weights = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    H = int(net.config.ffn_width)
+    always = 0 if copies else H - K * _width(H, E, K)
+    generator, cuts, routers = torch.Generator().manual_seed(seed), [], {}
     wide = len(router_input.split("+")) * int(net.config.hidden_size)
     for name, layer in layers.items():
         order = _by_size(layer)
         units = torch.arange(H).expand(E, H) if copies else _cuts(order[always:], E, K, generator)
         rows = torch.randn(E if copies else E // K, wide, generator=generator) * wide**-0.5
-        weights[f"{name}.moe.router.weight"] = rows if copies else rows.repeat_interleave(K, dim=0)
-        weights |= {f"{name}.moe.experts.{key}": value for key, value in cut(layer, units).items()}
-        weights |= {f"{name}.moe.shared.{key}": value for key, value in shared(layer, order[:always]).items()}
-    settings: dict[str, Any] = {
-        **TOPK, "moe_blocks": blocks, "num_experts": E, "top_k": K, "expert_width": F, "expert_biases": gelu,
-        "shared_width": always or SILENT * gelu, "router_input": router_input, "router_bias": False,
-        "router_renormalize": True, "router_scale": 1.0 if copies else float(K),
+        routers[f"{name}.moe.router.weight"] = rows if copies else rows.repeat_interleave(K, dim=0)
+        cuts.append((units, order[:always]))
+    settings = {
+        "top_k": K, "router_input": router_input, "router_bias": False, "router_renormalize": True,
+        "router_scale": 1.0 if copies else float(K),
     }  # fmt: skip
-    return rebuilt(net, weights, settings)
+    return with_experts(net, blocks, cuts, routers, settings)
 
 
 def _width(H: int, E: int, K: int) -> int:
