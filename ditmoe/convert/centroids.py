@@ -19,12 +19,13 @@ from torch import Tensor
 from ..config.checks import plural
 from ..config.file import trained_by
 from ..config.sample import CentroidsArgs
-from ..config.sections import Config, ObjectiveConfig
+from ..config.sections import Config
 from ..data.open import open_data
 from ..files import whole
 from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS, Objective
 from ..pipeline import load
+from .prune import Batches
 from .split import tokens_of
 
 FORWARD = 128  # images in one forward pass
@@ -55,8 +56,8 @@ def run(args: CentroidsArgs) -> None:
     """
     config, net = trained_by(args.model), load(args.model, fast=True).transformer.eval()
     generator = torch.Generator().manual_seed(args.seed)
-    x, y, t = training_images(config, net, args.num, generator, args.data_path)
-    seen = tokens_seen(net, config.objective, x, y, t, args.router_input, generator)
+    batches = noisy_images(config, net, args.num, generator, FORWARD, args.data_path)
+    seen = tokens_seen(net, batches, args.router_input, generator)
     print(f"{len(seen[0])} tokens a block, {plural(args.experts, 'centre')}", flush=True)
     fits: dict[str, Fit] = {}
     for i, tokens in enumerate(seen):
@@ -65,7 +66,7 @@ def run(args: CentroidsArgs) -> None:
         uneven = "" if fits[name].ratio <= 3 else ", the most even that was found"
         print(f"{name}: mean distance {fits[name].distance:.3g}, busiest over idlest {fits[name].ratio:.2f}{uneven}")
     facts = {
-        "model": str(args.model), "data": config.data.name, "router_input": args.router_input, "images": str(len(x)),
+        "model": str(args.model), "data": config.data.name, "router_input": args.router_input, "images": str(args.num),
         "tokens": str(len(seen[0])), "seed": str(args.seed),
         "loads": json.dumps({name: fit.loads.tolist() for name, fit in fits.items()}),
     }  # fmt: skip
@@ -75,13 +76,14 @@ def run(args: CentroidsArgs) -> None:
     print(f"wrote {args.out}; python train.py ... --moe.preset centroid --moe.centroids {args.out} {wanted}")
 
 
-def training_images(
-    config: Config, net: DiTMoETransformer2DModel, num: int, generator: torch.Generator, path: Path | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean images (n, C, H, W) of what a network was trained on, their labels (n,) and times (n,) all over the axis.
+def noisy_images(
+    config: Config, net: DiTMoETransformer2DModel, num: int, generator: torch.Generator, size: int, path: Path | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Batches of what a network was trained on, noised to times all over the axis: x_t (n, C, H, W), t (n,), labels.
 
-    A small set is gone through again; images that cannot be used are left out. `path`: of the images, instead of the
-    configuration's. ValueError where there are none, or more classes than the network knows.
+    Labels are (n,) int64, or None where the network has none. A small set is gone through again; images that cannot be
+    used are left out. `path`: of the images, instead of the configuration's. No image is read before the first batch is
+    asked for. ValueError where there are none, or more classes than the network knows.
     """
     where = config.data if path is None else replace(config.data, path=path)
     data = open_data(where, size=net.config.sample_size, channels=net.config.in_channels)
@@ -94,36 +96,26 @@ def training_images(
     rows = (rows * -(-num // len(rows)))[:num]
     x = torch.cat([data.tensors(rows[i : i + FORWARD]) for i in range(0, num, FORWARD)])
     t = ((torch.arange(num) + 0.5) * (NUM_TIMESTEPS / num)).floor().clamp_min(1)
-    return x, torch.from_numpy(data.labels[rows]), t
-
-
-def noised(
-    net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, y: Tensor, t: Tensor, generator: torch.Generator,
-    size: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:  # fmt: skip
-    """Batches of clean images x (n, C, H, W) noised to times t (n,): x_t, t, and labels of a network that has them."""
-    x_t, _ = Objective(config).corrupt(x, t, torch.randn(x.shape, generator=generator))
-    for rows in torch.arange(len(x)).split(size):
-        yield x_t[rows], t[rows], None if net.null_label is None else y[rows]
+    x_t, _ = Objective(config.objective).corrupt(x, t, torch.randn(x.shape, generator=generator))
+    y = torch.from_numpy(data.labels[rows])
+    for some in torch.arange(num).split(size):
+        yield x_t[some], t[some], None if net.null_label is None else y[some]
 
 
 def tokens_seen(
-    net: DiTMoETransformer2DModel, config: ObjectiveConfig, x: Tensor, y: Tensor, t: Tensor, router_input: str,
-    generator: torch.Generator,
-) -> list[Tensor]:  # fmt: skip
-    """What a router of each block sees of images noised to their times: of every block the same m of a image, (S, D).
+    net: DiTMoETransformer2DModel, batches: Batches, router_input: str, generator: torch.Generator
+) -> list[Tensor]:
+    """What a router of each block sees of noisy images: of every block the same m of an image, (S, D).
 
     Args:
         net: in eval mode; its blocks may hold experts or not.
-        config: how x_t is made.
-        x: (n, C, H, W), y: (n,) int64, t: (n,): clean images, their labels and times.
+        batches: as of `noisy_images`.
         router_input: "plain": before adaLN modulates them; "token": after.
-        generator: of noise, and of which tokens are looked at.
+        generator: of which tokens are looked at.
     """
     plain = router_input == "plain"
     feed_forward = [block.moe if hasattr(block, "moe") else block.mlp for block in net.blocks]
     watched: list[Any] = [block.norm2 for block in net.blocks] if plain else feed_forward
-    batches = noised(net, config, x, y, t, generator, FORWARD)
     return tokens_of(net, watched, batches, generator, after=plain)
 
 

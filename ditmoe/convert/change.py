@@ -1,9 +1,5 @@
-"""A trained model made into another one: what the options of convert ask for.
+"""A trained model made into another one: what the options of convert ask for."""
 
-Shapes: n images, C channels, H W size.
-"""
-
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,12 +13,12 @@ from ..config.sections import Config, ObjectiveConfig, SampleConfig
 from ..data.open import open_data
 from ..files import replacing
 from ..model import DiTMoETransformer2DModel, count_parameters
-from .centroids import noised, training_images
+from .centroids import noisy_images
 from .domains import check_domains, split_by_domain
 from .grow import merge, more
 from .lora import load
 from .lora import merge as merge_lora
-from .prune import by_chance, check_keep, prune, usage
+from .prune import Batches, by_chance, check_keep, prune, usage
 from .rebuild import dense_layers, described
 from .split import split
 from .upcycle import upcycle
@@ -95,21 +91,23 @@ def _changed(args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config) -
         return net, ", the adapter among them"
     if args.merge:
         return merge(net, pipeline.load(args.merge).transformer.eval()), ""
+    generator = torch.Generator().manual_seed(args.seed)
+    batches = noisy_images(config, net, args.num, generator, BATCH, args.data_path)
     if args.prune is not None:
         check_keep(net, args.prune)
         if args.by == "random":
             return prune(net, args.prune, by_chance(net, args.seed)), ""
-        return prune(net, args.prune, getattr(usage(net, _batches(args, net, config)), args.by)), ""
+        return prune(net, args.prune, getattr(usage(net, batches), args.by)), ""
     assert args.split is not None
     if args.domains is not None:
-        return _by_domain(args, net, config)
-    found = split(net, args.split, _batches(args, net, config), blocks=args.blocks, tau=args.tau, seed=args.seed)
+        return _by_domain(args, net, config, batches)
+    found = split(net, args.split, batches, blocks=args.blocks, tau=args.tau, seed=args.seed)
     served = sum(found.served) / len(found.served)
     return found.network, f"; at tau {args.tau:g} {served:.0%} of the experts serve a token"
 
 
 def _by_domain(
-    args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config
+    args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config, batches: Batches
 ) -> tuple[DiTMoETransformer2DModel, str]:
     assert args.split is not None
     assert args.domains is not None
@@ -117,14 +115,7 @@ def _by_domain(
     check_domains(net, args.split, args.domains, len(config.data.sets()), args.keep)
     sets = _sets(net, config) if args.domains == "data" else None
     made, domain, known = split_by_domain(
-        net,
-        args.split,
-        _batches(args, net, config),
-        args.domains,
-        sets=sets,
-        blocks=args.blocks,
-        keep=args.keep,
-        seed=args.seed,
+        net, args.split, batches, args.domains, sets=sets, blocks=args.blocks, keep=args.keep, seed=args.seed
     )
     c, by_time = made.config, args.domains == "time"
     for e in () if by_time else range(args.split):
@@ -139,15 +130,3 @@ def _sets(net: DiTMoETransformer2DModel, config: Config) -> Tensor:
     sets = torch.zeros(net.config.num_classes, dtype=torch.int64)
     sets[torch.from_numpy(data.labels)] = torch.arange(len(data.sizes)).repeat_interleave(torch.tensor(data.sizes))
     return sets
-
-
-def _batches(
-    args: ConvertArgs, net: DiTMoETransformer2DModel, config: Config
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Training images noised to all times: x_t (n, C, H, W), t (n,), and labels (n,) of a model that has them.
-
-    No image is read before the first batch is asked for.
-    """
-    generator = torch.Generator().manual_seed(args.seed)
-    x, y, t = training_images(config, net, args.num, generator, args.data_path)
-    yield from noised(net, config.objective, x, y, t, generator, BATCH)

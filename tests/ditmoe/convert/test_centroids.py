@@ -93,8 +93,8 @@ def test_tokens_are_those_that_a_router_would_see(tiny: Tiny, router_input: str,
     net = build(config, 10).eval()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3]), torch.tensor([10.0, 500.0, 900.0])
-    seen = tokens_seen(net, config.objective, x, y, t, router_input, seeded(5))
+    batches = [(torch.randn(3, 1, 8, 8), torch.tensor([10.0, 500.0, 900.0]), torch.tensor([1, 2, 3]))]
+    seen = tokens_seen(net, batches, router_input, seeded(5))
     assert [z.shape for z in seen] == [(12, 32)] * 2
     for block in net.blocks:
         assert not block.norm2._forward_hooks
@@ -106,7 +106,7 @@ def test_tokens_are_those_that_a_router_would_see(tiny: Tiny, router_input: str,
             router = block.moe.router
             see = router.seen
             router.seen = lambda z, c, see=see: asked.append(see(z, c)[0]) or see(z, c)
-        tokens_seen(net, config.objective, x, y, t, router_input, seeded(5))
+        tokens_seen(net, batches, router_input, seeded(5))
         for z, wanted in zip(seen, asked, strict=True):
             assert torch.equal(z.sort(dim=0).values, wanted.flatten(0, 1).sort(dim=0).values)
 
