@@ -4,8 +4,9 @@ Shapes: N images (n of each of Y classes), B time bins, T tokens of an image, E 
 decision, P (row, expert) pairs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,21 +81,18 @@ def norms_of(layers: Sequence[MoELayer]) -> Iterator[list[Array]]:
     """
     sums = [np.zeros(layer.experts.num_experts) for layer in layers]
 
-    def noting(total: Array) -> Callable[..., None]:
-        def note(experts: Experts | FactorisedExperts, given: tuple[Tensor, Any], _options: dict[str, Any]) -> None:
-            x, plan = given
-            if isinstance(experts, FactorisedExperts):
-                total[:] += experts.norms(x, plan).cpu().numpy()
-                return
-            some = torch.arange(len(plan.row), device=x.device)
-            alone = plan_of(plan.expert, plan.weight, some, len(total), 1)  # every pair a row of its own
-            parts = experts.forward(x[plan.row], alone).double().norm(dim=-1).sum(dim=-1)  # (P,)
-            np.add.at(total, plan.expert.cpu().numpy(), parts.cpu().numpy())
-
-        return note
+    def note(total: Array, experts: Experts | FactorisedExperts, given: tuple[Tensor, Any], _options: Any) -> None:
+        x, plan = given
+        if isinstance(experts, FactorisedExperts):
+            total[:] += experts.norms(x, plan).cpu().numpy()
+            return
+        some = torch.arange(len(plan.row), device=x.device)
+        alone = plan_of(plan.expert, plan.weight, some, len(total), 1)  # every pair a row of its own
+        parts = experts.forward(x[plan.row], alone).double().norm(dim=-1).sum(dim=-1)  # (P,)
+        np.add.at(total, plan.expert.cpu().numpy(), parts.cpu().numpy())
 
     with ExitStack() as stack:
         for layer, total in zip(layers, sums, strict=True):
-            hook = layer.experts.register_forward_pre_hook(noting(total), with_kwargs=True)
+            hook = layer.experts.register_forward_pre_hook(partial(note, total), with_kwargs=True)
             stack.callback(hook.remove)
         yield sums

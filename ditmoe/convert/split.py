@@ -3,8 +3,9 @@
 Shapes: N images, S tokens of a block, D width, E experts, F hidden units of one, H = E F of a dense layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -98,16 +99,13 @@ def tokens_of(
     seen: list[list[Tensor]] = [[] for _ in layers]
     some = torch.empty(0)
 
-    def note(kept: list[Tensor]) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        def keep(_module: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
-            z = (out if after else given[0]).float().cpu()
-            kept.append(z.gather(1, some.expand(-1, -1, z.shape[2])).flatten(0, 1))
-
-        return keep
+    def keep(kept: list[Tensor], _module: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
+        z = (out if after else given[0]).float().cpu()
+        kept.append(z.gather(1, some.expand(-1, -1, z.shape[2])).flatten(0, 1))
 
     with ExitStack() as stack:
         for layer, kept in zip(layers, seen, strict=True):
-            stack.callback(layer.register_forward_hook(note(kept)).remove)
+            stack.callback(layer.register_forward_hook(partial(keep, kept)).remove)
         for x_t, t, y in batches:
             order = torch.rand(len(x_t), tokens_per_image(net), generator=generator).argsort(dim=1)
             some = order[:, : -(-TOKENS // images)].unsqueeze(-1)
