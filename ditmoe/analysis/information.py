@@ -4,21 +4,12 @@ Shapes: X conditions (places, time bins or classes), E experts.
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from .routing import Array, mutual_information
 
 SHUFFLES = 20  # of which the information that chance gives is the mean
-
-
-class Interval(NamedTuple):
-    """A mean and where it lies with 95 % confidence; of one value the ends are not finite."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def entropy(counts: Array) -> Array:
@@ -94,13 +85,13 @@ def _ranks(values: Array) -> Array:
     return ranks
 
 
-def interval(values: Array) -> Interval:
-    """Mean and 95 % interval by Student's t of independent values; without ends of fewer than two."""
+def interval(values: Array) -> tuple[float, float, float]:
+    """Mean and ends of its 95 % interval by Student's t of independent values; of fewer than two not finite ones."""
     mean, R = float(np.mean(values)), len(values)
     if R < 2:
-        return Interval(mean, -math.inf, math.inf)
+        return mean, -math.inf, math.inf
     half = student(R - 1) * float(np.std(values, ddof=1)) / math.sqrt(R)
-    return Interval(mean, mean - half, mean + half)
+    return mean, mean - half, mean + half
 
 
 def student(freedom: int) -> float:
