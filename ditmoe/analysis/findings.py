@@ -133,19 +133,19 @@ def tables(rows: Sequence[Row], timesteps: Sequence[float]) -> str:
     bins = [len(timesteps) - 1 - b for b in spread(len(timesteps), SHOWN_BINS)]
     return "\n".join([
         "What the choice of experts depends on, in bits (and of the choice) beyond chance", "",
-        *_table(["layer", "entropy", "choice", *CONDITIONS, "all three"], [
+        *markdown(["layer", "entropy", "choice", *CONDITIONS, "all three"], [
             [row["layer"], _number(row["entropy"]), _number(row["choice"]),
              *(_share(row, key) for key in (*CONDITIONS, "all"))]
             for row in rows
         ]), "",
         "How even it is: entropy of the load (1: even), busiest expert and largest contribution over the mean", "",
-        *_table(["layer", "entropy", "busiest", "idle", "contribution", "most often together"], [
+        *markdown(["layer", "entropy", "busiest", "idle", "contribution", "most often together"], [
             [row["layer"], _number(row["load_entropy"], 3), _number(row["busiest"]), f"{row['idle']:.3g}",
              *([_number(row["contribution"].max()), together(row["lift"])] if "lift" in row else ["", ""])]
             for row in rows
         ]), "",
         "Its entropy by time step, in bits, from noise to image, and where place and class are known", "",
-        *_table(["layer", *(f"t {timesteps[b]:.0f}" for b in bins)], [
+        *markdown(["layer", *(f"t {timesteps[b]:.0f}" for b in bins)], [
             [row["layer"], *(f"{row['entropy_by_time'][b]:.2f}, {_number(row['given'][b])}" for b in bins)]
             for row in rows
         ]),
@@ -163,7 +163,7 @@ def verdicts(judged: Sequence[Row]) -> str:
         rows.append([row["finding"], mean, *([ends, row["verdict"]] if several else [])])
     notes = [f"* {row['finding']}: {row['measure']}" for row in judged]
     more = [] if several else ["", "One run says nothing of another: give several, such as seeds, for intervals."]
-    return "\n".join([*_table(head, rows), "", *notes, *more])
+    return "\n".join([*markdown(head, rows), "", *notes, *more])
 
 
 def together(lifts: Array) -> str:
@@ -174,7 +174,8 @@ def together(lifts: Array) -> str:
     return f"{min(a, b)} and {max(a, b)}, {lifts[a, b]:.1f} times chance"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 

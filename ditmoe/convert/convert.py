@@ -1,6 +1,6 @@
 """The command convert: a checkpoint of others in, a model folder out; or a dense model of ours taken out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,6 @@ def _account(found: Foreign, state: dict[str, Tensor]) -> None:
 def _entry(found: Foreign, name: str, shape: tuple[int, ...]) -> Entry:
     """How a tensor of ours is made of theirs."""
     first, *others = found.names(name)
-    change = _final(found) if name.startswith("final_layer.linear") else None
 
     def pieces() -> Iterator[Tensor]:
         for at, part in enumerate(first):
@@ -100,35 +99,32 @@ def _entry(found: Foreign, name: str, shape: tuple[int, ...]) -> Entry:
             for copy in others:
                 if not torch.equal(found.tensors[copy[at]], value):
                     raise ValueError(f"{copy[at]} differs from {part}, and ours has one for all blocks")
-            yield value if change is None else change(value)
+            yield _final(found, value) if name.startswith("final_layer.linear") else value
 
     return Entry(name, found.tensors.dtypes[first[0]], shape, pieces)
 
 
-def _final(found: Foreign) -> Callable[[Tensor], Tensor]:
+def _final(found: Foreign, value: Tensor) -> Tensor:
     """What becomes of the last layer: a variance that nobody reads is left out; SiT's data - noise changes its sign."""
     C, p = found.settings["in_channels"], found.settings["patch_size"]
     kept = C * (2 if found.settings["learn_sigma"] else 1)
-
-    def change(value: Tensor) -> Tensor:
-        value = value.unflatten(0, (p * p, -1))[:, :kept].flatten(0, 1)
-        return -value if found.family == "sit" else value
-
-    return change
+    value = value.unflatten(0, (p * p, -1))[:, :kept].flatten(0, 1)
+    return -value if found.family == "sit" else value
 
 
 def _pipeline(net: DiTMoETransformer2DModel, found: Foreign, args: ConvertArgs) -> pipeline.DiTMoEPipeline:
-    vae = None if found.vae is None else open_vae(found.vae)
-    channels, official = found.settings["in_channels"], found.family != "diffusers"
-    latents: dict[str, Any] | None = None
-    if vae is not None or channels == 4:
-        scaling, shift = (SCALING, None) if vae is None else (vae.config.scaling_factor, vae.config.shift_factor)
-        if vae is not None and vae.config.latent_channels != channels:
+    vae, channels = None, found.settings["in_channels"]
+    known, scaling, shift = {"name": VAE, "sha256": ""}, SCALING, 0.0
+    if found.vae is not None:
+        vae = open_vae(found.vae)
+        scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        if vae.config.latent_channels != channels:
             raise ValueError(f"vae {found.vae} makes {vae.config.latent_channels} channels, and the network {channels}")
-        if vae is not None and official and (scaling, shift or 0) != (SCALING, 0):
+        if found.family != "diffusers" and (scaling, shift) != (SCALING, 0):
             raise ValueError(f"vae {found.vae} has scaling_factor {scaling}; the official code's has {SCALING}")
-        known = {"name": VAE, "sha256": ""} if vae is None or found.vae is None else identity(vae, found.vae)
-        latents = {"vae": known, "mean": [shift or 0.0] * channels, "std": [1 / scaling] * channels}
+        known = identity(vae, found.vae)
+    normal = {"vae": known, "mean": [shift] * channels, "std": [1 / scaling] * channels}
+    latents = normal if vae is not None or channels == 4 else None
     config = Config(objective=found.objective, sample=found.sample)
     pipe = pipeline.assemble(net, config, found.id2label, latents=latents)
     pipe.register_to_config(guidance_channels=found.channels)

@@ -6,9 +6,8 @@ Shapes: C channels, D width, E experts, F hidden width, T tokens of an image, p 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.checks import require
 from ..config.convert import ConvertArgs
@@ -28,31 +27,18 @@ _DRAWN = {  # how the official code draws: sampler, steps, guidance scale, guide
 }
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """What was found.
-
-    Attributes:
-        tensors: By their names.
-        layout: A key of LAYOUTS.
-        family: Whose it is, as `--from` has it.
-        settings: Of our network.
-        objective: What it learnt.
-        sample: How it is drawn from.
-        channels: How many of the first are guided, None for all.
-        id2label: Class names, where they are known.
-        vae: Folder of the VAE, where there is one.
-    """
+class Foreign(NamedTuple):
+    """What was found."""
 
     tensors: Tensors
-    layout: str
-    family: str
-    settings: dict[str, Any]
+    layout: str  # a key of LAYOUTS
+    family: str  # whose it is, as `--from` has it
+    settings: dict[str, Any]  # of our network
     objective: ObjectiveConfig
     sample: SampleConfig
-    channels: int | None
-    id2label: dict[int, str]
-    vae: Path | None
+    channels: int | None  # how many of the first are guided, None for all
+    id2label: dict[int, str]  # where class names are known
+    vae: Path | None  # its folder, where there is one
 
     def names(self, ours: str) -> list[list[str]]:
         """As of `theirs`."""

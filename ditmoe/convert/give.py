@@ -48,10 +48,9 @@ def give(args: ConvertArgs) -> None:
     else:
         with replacing(args.out) as temporary:
             _write_diffusers(place, temporary, index, settings, tensors)
-    eps = 1e-5 if args.to == "diffusers" else 1e-6
-    for name, value in (("freq_shift", 1 if args.to == "diffusers" else 0), ("norm2_eps", eps)):
-        settable = name == "norm2_eps" and args.to == "diffusers"
-        if settings[name] != value and not settable:
+    fixed = {"freq_shift": 1} if args.to == "diffusers" else {"freq_shift": 0, "norm2_eps": 1e-6}
+    for name, value in fixed.items():
+        if settings[name] != value:
             print(f"note: {args.to} computes with {name} {value}, and the model with {settings[name]}: answers differ")
     print(f"wrote {args.out}")
 

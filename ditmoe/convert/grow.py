@@ -33,11 +33,10 @@ def merge(a: DiTMoETransformer2DModel, b: DiTMoETransformer2DModel) -> DiTMoETra
     for name, usual in (("router_groups", 1), ("null_experts", 0)):
         if a.config[name] != usual:
             raise ValueError(f"models with {name} {a.config[name]} cannot be merged: choices beside experts would mix")
-    ours, theirs, theirs_each = per_expert(a), b.state_dict(), per_expert(b)
-    weights = {name: torch.cat([value, theirs_each[name].to(value.device)]) for name, value in ours.items()}
+    doubled, theirs, weights = per_expert(a), b.state_dict(), {}
     for name, value in a.state_dict().items():
-        if name not in ours:
-            weights[name] = torch.lerp(value, theirs[name].to(value.device), 0.5)
+        other = theirs[name].to(value.device)
+        weights[name] = torch.cat([value, other]) if name in doubled else torch.lerp(value, other, 0.5)
     return rebuilt(a, weights, {**same_tau(a), "num_experts": a.config.num_experts + b.config.num_experts})
 
 

@@ -29,13 +29,8 @@ class Tensors:
 
     Nothing but tensors and an argparse.Namespace is unpickled. Of a training checkpoint the averaged weights are taken.
 
-    Attributes:
-        shapes: Of each tensor.
-        dtypes: Of each tensor.
-        notes: What the training script was asked (`args`), where the file says so.
-
-    Raises:
-        ValueError: A file is damaged, or holds anything else.
+    `notes` is what the training script was asked (`args`), where the file says so. ValueError where a file is damaged,
+    or holds anything else.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -74,14 +69,15 @@ class Tensors:
             old = "it is no zip file, as torch.save makes since torch 1.6"
             why = " ".join(str(error).split())[:200] if is_zipfile(file) else old
             raise ValueError(f"{file} is damaged or no checkpoint ({why})") from error
-        if isinstance(found, dict) and isinstance(found.get("args"), Namespace):
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds no dict of tensors")
+        if isinstance(found.get("args"), Namespace):
             self.notes = vars(found["args"])
         for name in ("ema", "model"):
-            if isinstance(found, dict) and isinstance(found.get(name), dict):
+            if isinstance(found.get(name), dict):
                 return dict(found[name])
-        if not isinstance(found, dict) or "module" in found:
-            what = "is a part of a DeepSpeed checkpoint; its zero_to_fp32.py makes one file of it"
-            raise ValueError(f"{file} {what}" if isinstance(found, dict) else f"{file} holds no dict of tensors")
+        if "module" in found:
+            raise ValueError(f"{file} is a part of a DeepSpeed checkpoint; its zero_to_fp32.py makes one file of it")
         return found
 
 

@@ -1,12 +1,11 @@
 """The command analyze: images through a model or several, what the experts did in tables, a picture and a JSON file."""
 
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ..analysis.findings import Row, judge, layer_row, mean_rows, tables, values_of, verdicts
@@ -25,15 +24,6 @@ from .choices import draw_choices
 
 MOST_CLASSES = 20  # evenly chosen ones of a set that has more
 JSON, PICTURE = "analysis.json", "analysis.png"
-
-
-class Images(NamedTuple):
-    """What passes through a network: x (Y, n, C, H, W) of these classes, and a sentence on where it is from."""
-
-    x: Tensor
-    classes: list[int]
-    names: list[str]
-    source: str
 
 
 def run(args: AnalyzeArgs) -> None:
@@ -64,23 +54,16 @@ def run(args: AnalyzeArgs) -> None:
 def _one(args: AnalyzeArgs, model: Path) -> Row:
     """What there is to say of one model; announced in a line."""
     config, net = trained_by(model), load(model, fast=True).transformer.eval()
-    images = _images(args, config, net)
-    Y, n = images.x.shape[:2]
-    print(f"{model}: {Y * n} images, {n} of each of {plural(Y, 'class')}, {images.source}", flush=True)
-    counted = tally(net, config.objective, images.x, images.classes, args.bins, args.seed)
+    data, source = images_of(args, config, net)
+    classes, x = a_class_each(data, chosen_classes(data, MOST_CLASSES), args.num, args.seed)
+    Y, n = x.shape[:2]
+    print(f"{model}: {Y * n} images, {n} of each of {plural(Y, 'class')}, {source}", flush=True)
+    counted = tally(net, config.objective, x, classes, args.bins, args.seed)
     layers = [layer_row(name, t, args.seed) for name, t in zip(moe_layer_names(net), counted, strict=True)]
     return {
-        "model": str(model), "images": Y * n, "classes": images.names, "source": images.source,
-        "layers": layers, "findings": values_of(layers),
+        "model": str(model), "images": Y * n, "classes": [data.id2label.get(c, "all") for c in classes],
+        "source": source, "layers": layers, "findings": values_of(layers),
     }  # fmt: skip
-
-
-def _images(args: AnalyzeArgs, config: Config, net: DiTMoETransformer2DModel) -> Images:
-    """Images of the run's own data, of evenly chosen classes."""
-    data, source = images_of(args, config, net)
-    classes = chosen_classes(data, MOST_CLASSES)
-    chosen, x = a_class_each(data, classes, args.num, args.seed)
-    return Images(x, chosen, [data.id2label.get(c, "all") for c in chosen], source)
 
 
 def images_of(args: AnalyzeArgs, config: Config, net: DiTMoETransformer2DModel) -> tuple[ImageSet, str]:
@@ -125,10 +108,5 @@ def _said(shape: tuple[Sequence[str], int, int]) -> str:
 
 def plain(value: Any) -> Any:
     """JSON values: arrays as lists, what is not finite as null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    text = json.dumps(value, default=lambda array: array.tolist())
+    return json.loads(text, parse_constant=lambda _: None)

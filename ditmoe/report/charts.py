@@ -33,14 +33,11 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     if not rows:
         raise ValueError("rows is empty; train for at least one logged step before drawing the loss.")
-    load_matplotlib()
-    from matplotlib.figure import Figure
-
     series = {key: _series(rows, key) for key in ("loss", "mse", *SMALL_PANELS)}
     small = [key for key in SMALL_PANELS if len(series[key][0]) and np.ptp(series[key][1])][:6]
     columns = 1 if len(small) <= 3 else 2
     deep = max(1, -(-len(small) // columns))
-    fig = Figure(figsize=(WIDTH / 100, 3.6 if deep < 3 else 4.4), dpi=100, layout="constrained")
+    fig = figure(3.6 if deep < 3 else 4.4)
     grid = fig.add_gridspec(deep, 2 + columns if small else 1)
     main = fig.add_subplot(grid[:, :2])
     loss, mse = (smooth(series[key][1], len(rows) // 30 | 1) for key in ("loss", "mse"))
@@ -119,6 +116,14 @@ def _short(value: float, _position: Any = None) -> str:
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:.5g}"
+
+
+def figure(height: float) -> Any:
+    """A matplotlib figure of `WIDTH` pixels, so many inches high, that makes room for what is written in it."""
+    load_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH / 100, height), dpi=100, layout="constrained")
 
 
 def title(ax: Any, text: str, size: int = 11) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..analysis.findings import CONDITIONS, Row
-from ..generate.pictures import FAINT, INK, MUTED, WIDTH, load_matplotlib, spread
-from .charts import LINE, SECOND, bare_axes, octaves, ratio_ticks, save_figure, show_ratios, title
+from ..generate.pictures import FAINT, INK, MUTED, spread
+from .charts import LINE, SECOND, bare_axes, figure, octaves, ratio_ticks, save_figure, show_ratios, title
 
 SHOWN_LAYERS = 5  # evenly chosen ones
 SHOWN_PAIRS = 2
@@ -30,25 +30,17 @@ def draw_choices(runs: Sequence[Sequence[Row]], path: Path, *, timesteps: Sequen
         path: the PNG to write.
         timesteps: B centres of the time bins, on the 0..1000 scale.
     """
-    load_matplotlib()
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     some = spread(len(runs[0]), SHOWN_LAYERS)
     shown = [[run[i] for i in some] for run in runs]
     has_pairs = bool(np.isfinite(runs[0][0]["lift"]).any())
-    engine = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12, hspace=0.04, wspace=0.03)
-    fig = Figure(figsize=(WIDTH / 100, 8.2), dpi=100, layout=engine)
+    fig = figure(8.2)
+    fig.get_layout_engine().set(h_pad=0.12, w_pad=0.12, hspace=0.04, wspace=0.03)
     grid = fig.add_gridspec(2, 2)
     of = "" if len(some) == len(runs[0]) else f", {len(some)} of {len(runs[0])} layers"
     _dependence(fig.add_subplot(grid[0, 0]), shown, f"What the choice depends on{of}")
     _evenness(fig.add_subplot(grid[0, 1]), shown, f"How even the experts are{of}")
-    _over_time(
-        fig.add_subplot(grid[1, 0] if has_pairs else grid[1, :]),
-        shown,
-        timesteps,
-        f"Evenness over the noise{of}",
-    )
+    below = fig.add_subplot(grid[1, 0] if has_pairs else grid[1, :])
+    _over_time(below, shown, timesteps, f"Evenness over the noise{of}")
     if has_pairs:
         _pairs(fig, grid[1, 1], runs[0])
     save_figure(fig, path)

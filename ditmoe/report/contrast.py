@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.findings import markdown
 from ..analysis.routing import Array
 from ..analysis.tally import tally
 from ..config.checks import plural
@@ -19,13 +20,13 @@ from ..config.sample import label_or_name
 from ..data.mixture import Mixture
 from ..data.sets import ImageSet
 from ..files import write_json
-from ..generate.pictures import INK, MUTED, WIDTH, load_matplotlib
+from ..generate.pictures import INK, MUTED
 from ..model import DiTMoETransformer2DModel, moe_layer_names, tokens_per_image
 from ..moe.policy import table
 from ..pipeline import load
 from ..pipeline.asked import labels_of
 from .analyze import a_class_each, images_of, plain, shape_of
-from .charts import bare_axes, save_figure, title
+from .charts import bare_axes, figure, save_figure, title
 
 SHOWN = 5  # experts over the noise
 
@@ -95,9 +96,9 @@ def _classes(words: Sequence[str], data: ImageSet, net: DiTMoETransformer2DModel
         if which not in sets or not data.id2label:
             known = f"those of this model are {', '.join(sets)}" if sets else "this model has one data set"
             raise ValueError(f"there is no domain {which!r} with labels: {known}")
-        assert isinstance(data, Mixture), "it has several sets"
-        end = sum(data.sizes[: sets.index(which) + 1])
-        found |= {*data.labels[end - data.sizes[sets.index(which)] : end].tolist()}
+        number = sets.index(which)
+        start = sum(data.sizes[:number])
+        found |= {*data.labels[start : start + data.sizes[number]].tolist()}
     if gone := [label for label in found if not (data.labels == label).any()]:
         raise ValueError(f"{data.source}: there is no image of class {gone[0]}")
     return sorted(found)
@@ -109,18 +110,15 @@ def _table(layers: Sequence[int], cells: Sequence[tuple[int, int]], a: Array, b:
         [str(layers[i]), str(e), f"{a[i, e]:.1%}", f"{b[i, e]:.1%}", f"{a[i, e] - b[i, e]:+.1%} ± {error[i, e]:.1%}"]
         for i, e in cells
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+    return "\n".join(markdown(head, rows))
 
 
 def _draw(
     path: Path, names: str, layers: Sequence[int], difference: Array, by_time: Array, top: Sequence[tuple[int, int]]
 ) -> None:
     """Every layer's experts as a matrix of differences, and those on top over the time steps."""
-    load_matplotlib()
-    from matplotlib.figure import Figure
-
     (L, E), B = difference.shape, by_time.shape[1]
-    fig = Figure(figsize=(WIDTH / 100, max(3.4, 1.6 + 0.3 * L)), dpi=100, layout="constrained")
+    fig = figure(max(3.4, 1.6 + 0.3 * L))
     matrix, lines = fig.subplots(1, 2, width_ratios=[3, 2])
     most = float(np.abs(difference).max()) or 1.0
     drawn = matrix.imshow(100 * difference, cmap="RdBu_r", vmin=-100 * most, vmax=100 * most, aspect="auto")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..analysis.routing import relative_load
-from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, load_matplotlib, shorten, spread
-from .charts import FLOOR, octaves, ratio_ticks, save_figure, show_ratios, title
+from ..generate.pictures import FAINT, INK, MUTED, WIDTH, Array, shorten, spread
+from .charts import FLOOR, figure, octaves, ratio_ticks, save_figure, show_ratios, title
 
 MARGIN = 0.9  # inches that labels take from the width of the picture
 
@@ -40,17 +40,13 @@ def expert_maps(
     if counts.ndim != 5 or counts.shape[:4] != expected or 0 in counts.shape:
         raise ValueError(f"counts has shape {counts.shape}; its names and grid say {expected} and then experts")
     E = counts.shape[-1]
-    layers = spread(len(layer_names), max(2, 128 // E))
-    some, names = counts[layers], [layer_names[i] for i in layers]
-    wide = len(layers) * E > 40
-    by_layer = relative_load(counts.sum(axis=(1, 2, 3)))[:, None]
-    by_time = relative_load(some.sum(axis=(2, 3))).transpose(1, 0, 2)
-    by_class = relative_load(some.sum(axis=(1, 3))).transpose(1, 0, 2)
-    by_place = relative_load(some.sum(axis=(1, 2))).reshape(len(layers), *grid, E)
-    limit = octaves(by_layer, by_time, by_class, by_place)
+    layers, limit, loads = _loads(counts)
+    names, wide = [layer_names[i] for i in layers], len(layers) * E > 40
+    by_layer = loads["load"][:, None]
+    by_time, by_class = (loads[name].swapaxes(0, 1) for name in ("time", "class"))
     panel = WIDTH / 100 / (1 if wide else 2) - MARGIN
     few = 4 if len(layers) * -(-E // 4) * panel / 4 <= 4.5 else 8  # small maps on a line of half a page, by its height
-    maps, corners = _tile(by_place, 32 if wide else few)
+    maps, corners = _tile(loads["place"].reshape(len(layers), *grid, E), 32 if wide else few)
     heights = [0.26 * max(3, len(rows)) for rows in (by_layer, by_time, by_class)]
     fig, axes = _four_panels([*heights, panel * maps.shape[0] / maps.shape[1]], wide)
     of = "" if len(layers) == len(layer_names) else f", {len(layers)} of {len(layer_names)} layers"
@@ -72,26 +68,29 @@ def expert_loads(
     Of `expert_maps`' layers, `load` is (L, E), `time` (L, E, B), `class` (L, E, Y), `place` (L, E, T); the arguments
     are its own. Where nothing was counted there is 0. `octaves` is half the colour range of `expert_maps`.
     """
-    layers = spread(len(layer_names), max(2, 128 // counts.shape[-1]))
-    sums = {"load": (1, 2, 3), "time": (2, 3), "class": (1, 3), "place": (1, 2)}
-    loads = {name: np.moveaxis(relative_load(counts[layers].sum(axis=axes)), -1, 1) for name, axes in sums.items()}
-    by_layer = relative_load(counts.sum(axis=(1, 2, 3)))
+    layers, limit, loads = _loads(counts)
+    loads["load"] = loads["load"][layers]
     return {
-        "octaves": octaves(by_layer, loads["time"], loads["class"], loads["place"]),
-        **{name: np.nan_to_num(load).round(2).tolist() for name, load in loads.items()},
+        "octaves": limit,
+        **{name: np.nan_to_num(np.moveaxis(load, -1, 1)).round(2).tolist() for name, load in loads.items()},
         "layers": [layer_names[i] for i in layers], "classes": [*class_names], "times": [*timesteps], "grid": [*grid],
     }  # fmt: skip
 
 
+def _loads(counts: Array) -> tuple[list[int], float, dict[str, Array]]:
+    """Shown layers, half the colour range, loads: of all layers (L, E), of those shown (layers, B or Y or T, E)."""
+    layers = spread(len(counts), max(2, 128 // counts.shape[-1]))
+    loads = {"load": relative_load(counts.sum(axis=(1, 2, 3)))}
+    for name, axes in (("time", (2, 3)), ("class", (1, 3)), ("place", (1, 2))):
+        loads[name] = relative_load(counts[layers].sum(axis=axes))
+    return layers, octaves(*loads.values()), loads
+
+
 def _four_panels(heights: Sequence[float], wide: bool) -> tuple[Any, list[Any]]:
     """A figure and four axes of these heights in inches: one above the other when wide, else two by two."""
-    load_matplotlib()
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     rows = heights if wide else [max(heights[:2]), max(heights[2:])]
-    engine = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1, hspace=0.03, wspace=0.03)
-    fig = Figure(figsize=(WIDTH / 100, sum(rows) + 0.62 * len(rows) + 0.7), dpi=100, layout=engine)
+    fig = figure(sum(rows) + 0.62 * len(rows) + 0.7)
+    fig.get_layout_engine().set(h_pad=0.1, w_pad=0.1, hspace=0.03, wspace=0.03)
     return fig, list(fig.subplots(len(rows), 4 // len(rows), height_ratios=rows).flat)
 
 

@@ -191,7 +191,9 @@ def _draw_experts(
     """Write the expert maps, where there are experts; the same in numbers, a row a layer, and expert by expert."""
     if not (layers := moe_layer_names(net)):
         return [], None
-    chosen, x = _one_batch_a_class(net, data, config.seed)
+    classes = chosen_classes(data, SHOWN_CLASSES)
+    cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS  # of an image of each
+    chosen, x = batch_a_class(data, classes, int(np.clip(ROUTING_FLOPS / cost, 2, 32)), config.seed)
     counts = count_experts(net, config.objective, x, chosen, TIME_BINS, config.seed)
     side = net.config.sample_size // net.config.patch_size
     known: Any = {
@@ -201,13 +203,6 @@ def _draw_experts(
     expert_maps(counts, path, **known)
     rows = [{"layer": name, **row} for name, row in zip(layers, routing_summary(counts), strict=True)]
     return rows, expert_loads(counts, **known)
-
-
-def _one_batch_a_class(net: DiTMoETransformer2DModel, data: ImageSet, seed: int) -> tuple[list[int], Tensor]:
-    """Evenly chosen classes, and as many training images of each as the budget allows: x (Y, n, C, H, W)."""
-    classes = chosen_classes(data, SHOWN_CLASSES)
-    cost = 2 * count_parameters(net)[1] * tokens_per_image(net) * len(classes) * TIME_BINS
-    return batch_a_class(data, classes, int(np.clip(ROUTING_FLOPS / cost, 2, 32)), seed)
 
 
 def _judge(
