@@ -8,7 +8,7 @@ import torch
 from .. import __version__, pipeline
 from ..config.convert import ExportArgs
 from ..config.file import read_config
-from ..files import read_object
+from ..files import read_object, replacing
 from ..pipeline.guide import EXPERTS_OFF
 from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
@@ -42,11 +42,12 @@ def export(args: ExportArgs) -> None:
         if net is not None:
             torch.nn.Module.to(net, getattr(torch, args.dtype))  # diffusers' own `to` warns without a reason
     args.folder.parent.mkdir(parents=True, exist_ok=True)
-    pipeline.save(pipe, args.folder)
-    (args.folder / "training.json").write_text((args.run / CONFIG).read_text())
-    (args.folder / "README.md").write_text(page)
-    if args.standalone:
-        make_standalone(args.folder, __version__)
+    with replacing(args.folder) as temporary:
+        pipeline.save(pipe, temporary)
+        (temporary / "training.json").write_text((args.run / CONFIG).read_text())
+        (temporary / "README.md").write_text(page)
+        if args.standalone:
+            make_standalone(temporary, __version__)
     print(f"wrote {args.folder}; {_use(args)}")
     if args.push is not None:
         _push(args.push, args.folder)

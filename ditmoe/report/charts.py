@@ -128,7 +128,8 @@ def figure(height: float) -> Any:
 
 def title(ax: Any, text: str, size: int = 11) -> None:
     """A title at the left, bold from size 11."""
-    ax.set_title(text, loc="left", fontsize=size, color=INK, fontweight="bold" if size > 10 else "normal")
+    weight = "bold" if size > 10 else "normal"
+    ax.set_title(text, loc="left", fontsize=size, color=INK, fontweight=weight, parse_math=False)  # names may have $
 
 
 def bare_axes(ax: Any) -> None:

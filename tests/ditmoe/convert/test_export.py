@@ -81,3 +81,22 @@ def test_what_cannot_be_named_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=sentence):
         export(ExportArgs(RUN, tmp_path / "gift", **options))  # type: ignore[arg-type]
     assert not (tmp_path / "gift").exists()
+
+
+def test_an_interrupted_export_leaves_nothing_and_the_older_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ditmoe.convert.export.make_standalone", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export(ExportArgs(RUN, tmp_path / "gift", standalone=True))
+    assert not [*tmp_path.iterdir()]
+    export(ExportArgs(RUN, tmp_path / "gift"))
+    before = sorted(file.name for file in (tmp_path / "gift").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        export(ExportArgs(RUN, tmp_path / "gift", standalone=True, force=True))
+    assert [*tmp_path.iterdir()] == [tmp_path / "gift"]
+    assert sorted(file.name for file in (tmp_path / "gift").iterdir()) == before
+    assert {"README.md", "training.json", "model_index.json"} <= {*before}

@@ -111,3 +111,10 @@ def test_routing_summary_finds_what_the_choice_depends_on() -> None:
     assert by_place == pytest.approx(
         {"busiest": 2, "idle": 2, "bits_time": 0, "bits_class": 0, "bits_position": 1}, abs=1e-9
     )
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    fig = charts.figure(2.0)
+    charts.title(fig.add_subplot(), r"cash $\nothing more$")
+    charts.save_figure(fig, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
