@@ -1,7 +1,7 @@
 """Do experts in attention (SwitchHead) pay in time? Forward and backward of one attention, dense and with experts.
 
 Six dense heads of 64 channels at width 384, against two heads with 4 maps to values and outputs each, 2 of them used,
-as wide as gives the same number of parameters: a third of the attention matrices. At 1,024 tokens it is to take at most
+as wide as gives about as many parameters: a third of the attention matrices. At 1,024 tokens it is to take at most
 0.9 of the dense one's time.
 
     python -m benchmarks.attention [--rounds 9] [--images 2] [--precision bf16]

@@ -44,6 +44,7 @@ from ditmoe.data.open import open_data
 from ditmoe.data.sets import ArrayImages
 from ditmoe.generate.draw import balanced_labels, draw
 from ditmoe.model import DiTMoETransformer2DModel, count_parameters
+from ditmoe.objective import Objective
 from ditmoe.training.state import update_ema
 from ditmoe.training.step import optimise
 
@@ -153,12 +154,14 @@ class Benchmark:
         _, x = batch_a_class(data, classes, 20, 0)
         layers = [layer_row("", t, 0) for t in tally(net, config.objective, x, classes, 10, 0)]
         with torch.inference_mode():
-            t = torch.linspace(10, 990, len(x[0])).repeat(len(classes))
-            records = net(x.flatten(0, 1), t, torch.arange(len(classes)).repeat_interleave(len(x[0]))).routing
-        experts = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
-        idle = mean(0.0 if r.plan is None else float(r.plan.unserved) for r in records)
+            t, clean = torch.linspace(10, 990, len(x[0])).repeat(len(classes)), x.flatten(0, 1)
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+            x_t, _ = Objective(config.objective).corrupt(clean, t, noise)
+            records = net(x_t, t, torch.arange(len(classes)).repeat_interleave(len(x[0]))).routing
+        served = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
+        alone = mean(0.0 if r.plan is None else float(r.plan.unserved) for r in records)
         numbers = {key: mean(row[key] for row in layers) for key, v in layers[0].items() if isinstance(v, float | int)}
-        return {"experts": experts, "unserved": idle, "choice": numbers, "findings": values_of(layers)}
+        return {"served": served, "alone": alone, "choice": numbers, "findings": values_of(layers)}
 
     def pictures(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
         """Distances and the recognised share of images drawn as the preset draws."""

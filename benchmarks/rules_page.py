@@ -24,7 +24,7 @@ def table(rows: list[Row], steps: int) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in dict.fromkeys(row["rule"] for row in runs):
         own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
-        numbers = [_mean([r.get(key) for r in own[0]], 2) for key in ("experts", "experts_train")]
+        numbers = [_mean([r.get(key) for r in own[0]], 2) for key in ("served", "experts_train")]
         cells = [name, _joined(numbers)]
         for shift in (0, 4):
             distances = [_mean([r.get(f"fd {n}") for r in own[shift]], d) for n, d in DISTANCES.items()]

@@ -145,7 +145,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     image_too = (7 * b + 8) * D  # adaLN
     if not routed:
         token += b * D + b * both * m.ffn_width
-        return T * token + image_too, T * b * D, T * b * (2 * D + max(3 * D, both * m.ffn_width, pairs))
+        return T * token + image_too, T * b * D, T * b * (2 * D + max(3 * A, both * m.ffn_width, pairs))
     K, F, E, factorised = e.rule.active(e.num_experts), e.expert_width, e.num_experts, e.experts == "factorised"
     (tokens, image), decisions = _seen(config), _decisions(config)
     token += b * both * e.shared_width
@@ -164,7 +164,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     if e.router == "prototype":  # products before they are cosines; who serves a token or image that is seen
         token += decisions * (4 * E + 12) + (1.0 if tokens else min(image, 1) / T) * 4 * E
     image_too += image * (4 * D + 8) + (4 * D if half and "time" in e.router_input else 0)  # time and label
-    return T * token + image_too, T * (b * D + record), T * b * (2 * D + max(3 * D, widest, pairs))
+    return T * token + image_too, T * (b * D + record), T * b * (2 * D + max(3 * A, widest, pairs))
 
 
 def _attending(config: Config) -> tuple[float, int]:

@@ -127,6 +127,7 @@ class MoEConfig:
         self.rule.check(self.num_experts)
         self._check_router()
         self._check_select()
+        self._check_held()
         self._check_attention()
         self._check_experts()
         if self.top_k == 1 and self.renormalize and self.select == "topk" and self.blocks != "none":
@@ -184,9 +185,6 @@ class MoEConfig:
         require(not alike, "renormalize with tau 0 makes every weight alike, so the router would not learn; raise tau")
         beyond = self.select == "threshold" and self.tau is not None and self.tau >= 1 and self.score != "identity"
         require(not beyond or self.bias_rate > 0, f"tau is {self.tau}, which no score of {self.score} reaches")
-        least = (self.top_k - 1) / self.num_experts  # of even scores the share of K - 1
-        held = self.select == "top_p" and self.bias_rate > 0 and self.rule.share <= least
-        require(not held, f"bias_rate cannot make top_k {self.top_k} have the share tau; raise it above {least:g}")
         seen, by_place = self.router_input.split("+"), self.router_input == "position"
         require(self.jitter < 1, f"jitter is {self.jitter}; it must lie in [0, 1)")
         limited, unseen = self.overflow != "none", "needs a router that sees images, and router_input position does not"
@@ -205,6 +203,17 @@ class MoEConfig:
         require(
             not self.shared_gate or self.shared_width > 0, "shared_gate needs a shared expert, and shared_width is 0"
         )
+
+    def _check_held(self) -> None:
+        """Biases bring the experts of a token to K only where more than one, and fewer than all, can have the share."""
+        if not self.bias_rate or self.select not in ("relative", "top_p"):
+            return
+        K, choices = self.top_k, self.num_experts + self.null_experts
+        alone = f"select {self.select} with bias_rate and top_k 1 gives each token one expert, as topk does"
+        require(K > 1, f"{alone}; raise top_k, or add --moe.bias-rate 0")
+        least = (K - 1) / choices if self.select == "top_p" else 0.0  # of even scores what K - 1 have
+        held = f"bias_rate brings experts to top_k {K} with a tau above {least:g}, and tau is {self.rule.share:g}"
+        require(self.rule.share > least, f"{held}; raise it, or add --moe.bias-rate 0")
 
     def _check_attention(self) -> None:
         at_least(self, 0, "attention_experts")

@@ -41,8 +41,19 @@ RULES: dict[str, Rule] = {
         "capacity_start": 2.0 * K,
     },
     # D2DMoE (arXiv 2310.04361), rule dynk_max, and its variant by cumulative share; biases hold the K
-    "relative": _constant(router_input="token", select="relative", tau=0.12, bias_rate=0.001),
-    "top-p": _constant(router_input="token", select="top_p", score="softmax", tau=0.45, bias_rate=0.001),
+    "relative": lambda E, K, F: {
+        "router_input": "token",
+        "select": "relative",
+        "tau": 0.12,
+        "bias_rate": 0.001 * (K > 1),
+    },
+    "top-p": lambda E, K, F: {
+        "router_input": "token",
+        "select": "top_p",
+        "score": "softmax",
+        "tau": max(0.45, K / E),
+        "bias_rate": 0.001 * (K > 1),
+    },
     "threshold": _constant(router_input="token", score="sigmoid", select="threshold", bias_rate=0.001),
     # DiffMoE (arXiv 2503.14487): thresholds that follow the load, without its choice over a batch
     "diffmoe": _constant(router_input="token", score="sigmoid", select="threshold", bias_rate=0.01, balance_weight=0.0),

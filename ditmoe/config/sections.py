@@ -69,7 +69,8 @@ class ModelConfig:
         unit, value, own = 4 * self.num_heads, self.hidden_size, self.head_width
         what = f"hidden_size {value} must be a multiple of 4 * num_heads = {unit}"
         if own is not None:
-            unit, value, what = 4, own, f"head_width {own} must be a multiple of 4"
+            what = f"head_width {own} and hidden_size {value} must be multiples of 4"
+            unit, value = 4, own if value % 4 == 0 else 0
         require(value % unit == 0 < value, f"{what}, so that a head splits into two rotary halves for two axes")
 
     @property

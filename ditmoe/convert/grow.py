@@ -34,9 +34,12 @@ def merge(a: DiTMoETransformer2DModel, b: DiTMoETransformer2DModel) -> DiTMoETra
         if a.config[name] != usual:
             raise ValueError(f"models with {name} {a.config[name]} cannot be merged: choices beside experts would mix")
     doubled, theirs, weights = per_expert(a), b.state_dict(), {}
+    halved = a.config.router_score in ("softmax", "entmax")  # scores of twice as many: biases weigh as much as before
     for name, value in a.state_dict().items():
         other = theirs[name].to(value.device)
         weights[name] = torch.cat([value, other]) if name in doubled else torch.lerp(value, other, 0.5)
+        if halved and name.endswith("expert_bias"):
+            weights[name] = weights[name] / 2
     return rebuilt(a, weights, {**same_tau(a), "num_experts": a.config.num_experts + b.config.num_experts})
 
 

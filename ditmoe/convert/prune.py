@@ -84,6 +84,8 @@ def check_keep(net: DiTMoETransformer2DModel, keep: int) -> None:
     routed_layers(net, "prune")
     c = net.config
     least = 1 if c.router_select in ("relative", "top_p", "threshold") else c.top_k
+    if c.router_bias and c.router_select in ("relative", "top_p"):  # which hold K, in the training that follows
+        least = 2 if c.router_select == "relative" else max(2, int((c.top_k - 1) / (c.router_tau or 0.5)) + 1)
     if not least <= keep <= c.num_experts:
         between = f"{least} to {c.num_experts}"
         raise ValueError(f"{keep} experts cannot be kept of {c.num_experts} with top_k {c.top_k}; give {between}")

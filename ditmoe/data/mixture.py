@@ -84,7 +84,7 @@ class Mixture(ImageSet):
     def in_proportion(self, order: Sequence[int], most: int) -> list[int]:
         """The first rows of an order, at most so many, as many of each set as its share and the smallest set allow.
 
-        One of each, where that would be none of any.
+        One of each, though they be more, where that would be none of any.
         """
         total = sum(self.weights)
         whole = min([most, *(size * total // weight for size, weight in zip(self.sizes, self.weights, strict=True))])

@@ -39,7 +39,7 @@ def open_fashion(config: DataConfig, split: str) -> ArrayImages:
         found = [next((f for f in (place / n, place / f"{n}.gz") if f.is_file()), None) for n in names]
         return [f for f in found if f]
 
-    if config.download and not any(len(files_in(place)) == 2 for place in places):
+    if config.download and not config.path and not any(len(files_in(place)) == 2 for place in places):
         from torchvision.datasets import FashionMNIST
 
         try:
@@ -48,7 +48,8 @@ def open_fashion(config: DataConfig, split: str) -> ArrayImages:
             raise ValueError(f"Fashion-MNIST could not be downloaded ({error}); give --data.path FOLDER") from error
     place = next((place for place in places if len(files_in(place)) == 2), None)
     if place is None:
-        fix = "install the Debian package dataset-fashion-mnist, or give --data.path FOLDER, or --data.download"
+        way = "give another --data.path, or leave it out and" if config.path else "give --data.path FOLDER, or"
+        fix = f"{way} install the Debian package dataset-fashion-mnist, or add --data.download"
         raise ValueError(f"Fashion-MNIST ({names[0]}[.gz]) is not in {' or '.join(map(str, places))}; {fix}")
     files = files_in(place)
     pixels, labels = map(read_idx, files)

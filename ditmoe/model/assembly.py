@@ -42,6 +42,8 @@ def build(config: Config, num_classes: int) -> DiTMoETransformer2DModel:
     options = {KEYS.get(name, name): value for name, value in fields.items()}
     options |= {"num_classes": num_classes, "router_bias": config.moe.bias_rate > 0}
     options |= {"router_scale": config.moe.routed_scale, "other_sizes": tuple(config.other_sizes())}
+    if config.model.attention_width == config.model.hidden_size:
+        options["head_width"] = None  # said or not, the networks are equal
     if config.moe.experts == "factorised":
         options["expert_rank"] = config.moe.factors(config.model.hidden_size, config.model.activation)
     model: DiTMoETransformer2DModel = DiTMoETransformer2DModel(**{k: v for k, v in options.items() if k in known})

@@ -111,9 +111,9 @@ def z_loss(routing: Routing) -> Tensor:
 def balanced_bias(bias: Tensor, counts: Tensor, rate: float, wanted: float | None = None) -> Tensor:
     """The balancing bias after one optimiser step, (E,) float32, with mean 0 unless a load is `wanted`.
 
-    b_e <- b_e + rate * sign(mean load - load_e), then minus the mean of b. Where a load is wanted, as of experts that
-    take all scores above a threshold, it stands for the mean, and nothing is subtracted: threshold - b_e then tracks
-    the quantile that lets so many pass.
+    b_e <- b_e + rate * sign(mean load - load_e), then minus the mean of b. Where a load is wanted, as where
+    a token may have any number of experts, it stands for the mean, and nothing is subtracted: of experts that take all
+    scores above a threshold, threshold - b_e then tracks the quantile that lets so many pass.
 
     Args:
         bias: (E,) the bias now.

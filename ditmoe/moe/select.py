@@ -127,7 +127,7 @@ def select(
     worth = scores if rule.weights == "scores" else 1 + 0 * scores  # a gradient of 0: the router stays
     choice = scores.detach() if bias is None else scores.detach() + bias
     if policy is not None:
-        choice = choice.masked_fill(policy == -math.inf, 0.0 if rule.kind == "top_p" else -1e6)
+        choice = choice.masked_fill(policy == -math.inf, -1e6)
         choice = choice.masked_fill((policy == math.inf) & (rule.kind == "topk"), 1e9)  # among the K of its groups
     if rule.kind == "topk" and rule.overflow == "none" and not rule.null_experts:
         experts = _best(choice, rule)  # (R, K), best first
@@ -187,7 +187,8 @@ def _chosen(choice: Tensor, rule: RoutingRule, images: int, tau: Tensor | None, 
     if rule.kind == "relative":
         best = choice.amax(dim=-1, keepdim=True)
         return choice >= ((1 - share) * best).minimum(best)  # by biases it may be below 0
-    ordered, experts = choice.clamp_min(0).sort(dim=-1, descending=True)
+    ordered, experts = choice.sort(dim=-1, descending=True)
+    ordered = ordered.clamp_min(0)  # by biases some are below
     before = ordered.cumsum(dim=-1) - ordered  # what those before it have
     wanted = before < share * ordered.sum(dim=-1, keepdim=True)
     wanted[:, :1] = True

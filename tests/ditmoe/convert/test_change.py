@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditmoe.convert.grow import merge, more
-from ditmoe.convert.prune import by_chance, prune, usage
+from ditmoe.convert.prune import by_chance, check_keep, prune, usage
 from ditmoe.convert.split import split
 from ditmoe.convert.upcycle import upcycle
 from ditmoe.model import count_parameters
@@ -156,6 +156,22 @@ def test_with_equal_trunks_and_the_experts_of_one_it_is_that_one() -> None:
     for block in made.blocks[1::2]:
         block.moe.router.expert_bias[8:] = -10
     assert off(drawn(made), drawn(a)) < 1e-6
+
+
+@pytest.mark.parametrize(("score", "share"), [("softmax", 0.5), ("sigmoid", 1.0)])
+def test_biases_weigh_as_much_among_twice_as_many(score: str, share: float) -> None:
+    a, b = (network(bias_rate=0.01, score=score) for _ in "ab")
+    for net in (a, b):
+        torch.nn.init.normal_(net.blocks[1].moe.router.expert_bias)
+    both = torch.cat([net.blocks[1].moe.router.expert_bias for net in (a, b)])
+    torch.testing.assert_close(merge(a, b).blocks[1].moe.router.expert_bias, share * both)
+
+
+def test_experts_that_training_could_not_hold_at_their_number_are_not_all_pruned() -> None:
+    held = network(bias_rate=0.001, select="top_p", score="softmax", tau=0.45)
+    with pytest.raises(ValueError, match="2 experts cannot be kept of 8 with top_k 2; give 3 to 8"):
+        check_keep(held, 2)
+    check_keep(held, 3)
 
 
 @pytest.mark.parametrize(("moe", "words"), [({"expert_width": 64}, "expert_width is 128 and 64"), ({"groups": 2}, "")])

@@ -281,7 +281,6 @@ def test_a_folder_called_like_a_data_set_is_another_set() -> None:
         ({"mixture": ("digits", "=2")}, "mixture has '=2'; give SET or SET=WEIGHT"),
         ({"mixture": ("digits", "a"), "name": "folder", "path": Path("b")}, "path does not apply to a mixture"),
         ({"mixture": ("digits", "a"), "vae": Path("b")}, "vae works with latents"),
-        ({"name": "fashion", "path": "a", "download": True}, "download is into ./data, and path is a; leave one out"),
         ({"mixture": ("digits", "a"), "download": True}, "download works with the data set fashion, not digits and fo"),
         ({"mixture": ("digits", "fashion"), "max_bad": 1}, "max_bad works with folder and hf, not digits"),
         (

@@ -60,6 +60,12 @@ def test_fashion_reads_idx_files_and_says_from_where(tmp_path: Path, zipped: boo
     assert data.id2label[9] == "Ankle boot"
 
 
+def test_where_a_folder_is_named_nothing_is_downloaded(tmp_path: Path) -> None:
+    config = DataConfig(name="fashion", path=tmp_path, download=True)
+    with pytest.raises(ValueError, match=f"is not in {tmp_path}; give another --data.path, or leave it out and"):
+        open_data(config, size=28, channels=1)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_truncated_idx_file_is_named(tmp_path: Path, zipped: bool) -> None:
     raw = idx(np.zeros((3, 28, 28)))

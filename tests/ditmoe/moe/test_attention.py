@@ -131,10 +131,14 @@ def test_parameters_are_counted_as_they_are_activated() -> None:
     assert used - active == (2 * 2 - 2) * square + gates - biases
 
 
-@pytest.mark.parametrize("width", [0, -4, 6])
-def test_heads_that_rotary_positions_cannot_turn_are_refused(width: int) -> None:
-    with pytest.raises(ValueError, match=f"head_width {width} must be a multiple of 4, so that a head splits"):
-        replace(MODEL, head_width=width)
+@pytest.mark.parametrize(("width", "hidden"), [(0, 32), (-4, 32), (6, 32), (8, 66)])
+def test_heads_that_rotary_positions_cannot_turn_are_refused(width: int, hidden: int) -> None:
+    with pytest.raises(ValueError, match=f"head_width {width} and hidden_size {hidden} must be multiples of 4, so th"):
+        replace(MODEL, head_width=width, hidden_size=hidden)
+
+
+def test_heads_as_wide_as_ever_need_not_be_named() -> None:
+    assert build(replace(DENSE, model=replace(MODEL, head_width=16)), 5).config.head_width is None
 
 
 def test_narrower_heads_have_the_parameters_that_their_width_says() -> None:

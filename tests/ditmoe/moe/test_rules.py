@@ -243,7 +243,12 @@ def test_centroids_are_nearest_first_and_do_not_learn(centroids: Path) -> None:
         ({"select": "expert_choice", "bias_rate": 0.001}, "bias_rate does not apply to select expert_choice"),
         ({"select": "relative", "tau": 0.0}, "renormalize with tau 0 makes every weight alike"),
         ({"select": "threshold", "tau": 1.0}, "tau is 1.0, which no score of sigmoid reaches"),
-        ({"select": "top_p", "tau": 0.125, "bias_rate": 0.001}, "cannot make top_k 2 have .* above 0.125"),
+        ({"select": "top_p", "tau": 0.125, "bias_rate": 0.001}, "to top_k 2 with a tau above 0.125, and tau is 0.125"),
+        ({"select": "relative", "tau": 0.0, "bias_rate": 0.1, "renormalize": False}, "tau above 0, and tau is 0"),
+        (
+            {"select": "relative", "top_k": 1, "bias_rate": 0.001},
+            "gives each token one expert, as topk does",
+        ),
         ({"null_experts": 4, "domain_weight": 0.1}, "domain_weight gives data sets experts of their own"),
         ({"null_experts": 4, "select": "threshold"}, "take no room from experts under select threshold"),
         ({"null_experts": 4, "overflow": "order"}, "take no room from experts under overflow order"),

@@ -211,3 +211,19 @@ def test_noise_is_uniform_and_a_function_of_key_place_and_salt() -> None:
     for a, b in ((flat[:-1], flat[1:]), (flat[:, :-1], flat[:, 1:])):  # neighbours in key and in place
         corr = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
         assert abs(float(corr)) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["relative", "top_p"])
+def test_a_row_that_biases_leave_nothing_has_its_best_expert(kind: str) -> None:
+    """All choices at 0 or below, an expert suppressed or not: nobody goes to an arbitrary one, or without."""
+    rule = RoutingRule(2, "softmax", kind=kind, tau=0.4)  # type: ignore[arg-type]
+    logits, bias = logits_of(), torch.linspace(-1.3, -1.0, E)
+    best = (logits.softmax(-1) + bias).argmax(-1)
+    plan = select(logits, rule, bias)[1]
+    assert pairs(plan) == {(row, int(e)) for row, e in enumerate(best)}
+    policy = torch.zeros(E)
+    policy[0] = -math.inf
+    logits = logits.masked_fill(policy == -math.inf, -1e4)
+    best = (logits.softmax(-1) + bias)[:, 1:].argmax(-1) + 1
+    plan = select(logits, rule, bias, policy=policy)[1]
+    assert pairs(plan) == {(row, int(e)) for row, e in enumerate(best)}
