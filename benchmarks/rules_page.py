@@ -16,7 +16,7 @@ def table(rows: list[Row], steps: int) -> str:
     """Markdown of what there is, means over seeds."""
     runs = [row for row in rows if row["phase"] == "train" and row["steps"] == steps]
     speed = next((row for row in reversed(rows) if row["phase"] == "speed"), {"train": {}, "passes": {}})
-    images = ("held-out error", "against the twin", "distances", "recognised")
+    images = ("held-out error", "against the twin", "against topk", "distances", "recognised")
     head = (
         "rule", "experts a token; in training", *images, *(f"{name}, shifted" for name in images),
         "place / time / class, % of the choice", "busiest; idle", "training", "drawing",
@@ -24,12 +24,15 @@ def table(rows: list[Row], steps: int) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in dict.fromkeys(row["rule"] for row in runs):
         own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
-        numbers = [_mean([r.get(key) for r in own[0]], 2) for key in ("served", "experts_train")]
-        cells = [name, _joined(numbers)]
+        served, trained = (_mean([r.get(key) for r in own[0]], 2) for key in ("served", "experts_train"))
+        cells = [name, f"{served or '?'}; {trained}" if trained else served]
         for shift in (0, 4):
             distances = [_mean([r.get(f"fd {n}") for r in own[shift]], d) for n, d in DISTANCES.items()]
-            cells += [_mean([r["mse"] for r in own[shift]], 5), _against(runs, name, shift), _joined(distances)]
-            cells.append(_mean([r.get("recognised") for r in own[shift]], 3))
+            cells += [
+                _mean([r["mse"] for r in own[shift]], 5),
+                *(_against(runs, name, shift, b) for b in ("dense", "topk")),
+            ]
+            cells += [_joined(distances), _mean([r.get("recognised") for r in own[shift]], 3)]
         loads = [_mean([r.get("choice", {}).get(key) for r in own[0]], d) for key, d in (("busiest", 2), ("idle", 1))]
         cells += [_explained(own[0]), _joined(loads)]
         for kind in ("train", "passes"):
@@ -55,17 +58,17 @@ def _joined(cells: list[str]) -> str:
     return "; ".join(filter(None, cells))
 
 
-def _differences(runs: list[Row], name: str, shift: int) -> list[float]:
-    """Errors against the twin of the same seed, in percent."""
+def _differences(runs: list[Row], name: str, shift: int, base: str = "dense") -> list[float]:
+    """Errors against another rule's, such as the twin's, of the same seed, in percent."""
     runs = [r for r in runs if r["shift"] == shift]
-    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == "dense"}
+    twins = {r["seed"]: r["mse"] for r in runs if r["rule"] == base}
     return [100 * (r["mse"] / twins[r["seed"]] - 1) for r in runs if r["rule"] == name and r["seed"] in twins]
 
 
-def _against(runs: list[Row], name: str, shift: int) -> str:
-    """Mean difference to the twin in percent, its standard error over seeds, and how often it won."""
-    found = _differences(runs, name, shift)
-    if not found or name == "dense":
+def _against(runs: list[Row], name: str, shift: int, base: str) -> str:
+    """Mean difference to another rule in percent, its standard error over seeds, and how often it won."""
+    found = _differences(runs, name, shift, base)
+    if not found or name == base:
         return ""
     spread = f" ± {stdev(found) / math.sqrt(len(found)):.2f}" if len(found) > 1 else ""
     return f"{mean(found):+.2f} %{spread}, {sum(v < 0 for v in found)} of {len(found)}"
