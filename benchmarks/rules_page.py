@@ -25,7 +25,8 @@ def table(rows: list[Row], steps: int) -> str:
     for name in dict.fromkeys(row["rule"] for row in runs):
         own = {shift: [r for r in runs if r["rule"] == name and r["shift"] == shift] for shift in (0, 4)}
         served, trained = (_mean([r.get(key) for r in own[0]], 2) for key in ("served", "experts_train"))
-        cells = [name, f"{served or '?'}; {trained}" if trained else served]
+        served = served or ("" if name == "dense" else "?")  # of rows that did not count it
+        cells = [name, f"{served}; {trained}" if trained else served]
         for shift in (0, 4):
             distances = [_mean([r.get(f"fd {n}") for r in own[shift]], d) for n, d in DISTANCES.items()]
             cells += [
