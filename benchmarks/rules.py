@@ -43,8 +43,7 @@ from ditmoe.config.sections import Config
 from ditmoe.data.open import open_data
 from ditmoe.data.sets import ArrayImages
 from ditmoe.generate.draw import balanced_labels, draw
-from ditmoe.model import DiTMoETransformer2DModel, count_parameters
-from ditmoe.objective import Objective
+from ditmoe.model import DiTMoETransformer2DModel, count_parameters, tokens_per_image
 from ditmoe.training.state import update_ema
 from ditmoe.training.step import optimise
 
@@ -143,8 +142,8 @@ class Benchmark:
         found |= self.choices(net, config, shift) if config.moe.blocks != "none" else {}
         found |= {"heads_by_time": heads_by_time(net)} if config.model.head_experts else {}
         if config.moe.blocks != "none" and config.moe.rule.has_tau:
-            tokens = config.train.batch_size * (config.model.sample_size // config.model.patch_size) ** 2
-            found["experts_train"] = torch.stack(loads[-100:]).mean().item() / tokens
+            load = torch.stack(loads[-100:]).mean().item()
+            found["experts_train"] = load / (config.train.batch_size * tokens_per_image(net))
         return found | self.pictures(net, config, shift)
 
     def choices(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
@@ -152,16 +151,12 @@ class Benchmark:
         data = self.data("test", shift)
         classes = sorted(data.id2label)
         _, x = batch_a_class(data, classes, 20, 0)
-        layers = [layer_row("", t, 0) for t in tally(net, config.objective, x, classes, 10, 0)]
-        with torch.inference_mode():
-            t, clean = torch.linspace(10, 990, len(x[0])).repeat(len(classes)), x.flatten(0, 1)
-            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-            x_t, _ = Objective(config.objective).corrupt(clean, t, noise)
-            records = net(x_t, t, torch.arange(len(classes)).repeat_interleave(len(x[0]))).routing
-        served = mean(float(r.served().sum(dim=-1).double().mean()) for r in records)
-        alone = mean(0.0 if r.plan is None else float(r.plan.unserved) for r in records)
+        counted = tally(net, config.objective, x, classes, 10, 0)
+        layers = [layer_row("", t, 0) for t in counted]
+        tokens = 10 * x.shape[0] * x.shape[1] * tokens_per_image(net)  # each at 10 times
+        served = mean(float(t.counts.sum()) / tokens for t in counted)
         numbers = {key: mean(row[key] for row in layers) for key, v in layers[0].items() if isinstance(v, float | int)}
-        return {"served": served, "alone": alone, "choice": numbers, "findings": values_of(layers)}
+        return {"served": served, "choice": numbers, "findings": values_of(layers)}
 
     def pictures(self, net: DiTMoETransformer2DModel, config: Config, shift: int) -> Row:
         """Distances and the recognised share of images drawn as the preset draws."""

@@ -205,7 +205,7 @@ class MoEConfig:
         )
 
     def _check_held(self) -> None:
-        """Biases bring the experts of a token to K only where more than one, and fewer than all, can have the share."""
+        """A token always has its best expert, so K is 2 or more; and K even scores have the share that tau asks for."""
         if not self.bias_rate or self.select not in ("relative", "top_p"):
             return
         K, choices = self.top_k, self.num_experts + self.null_experts

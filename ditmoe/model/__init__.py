@@ -8,6 +8,5 @@ from .network import DiTMoETransformer2DModel
 
 __all__ = [
     "KEYS", "DiTBlock", "DiTMoEOutput", "DiTMoETransformer2DModel", "FinalLayer", "Heads", "ModelMixin", "build",
-    "check_network", "count_parameters", "initial", "moe_layer_names", "to_compile",
-    "tokens_per_image",
+    "check_network", "count_parameters", "initial", "moe_layer_names", "to_compile", "tokens_per_image",
 ]  # fmt: skip

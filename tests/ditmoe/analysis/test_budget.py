@@ -665,3 +665,11 @@ def test_the_command(tmp_path: Path) -> None:
     wrong = typed("train", *argv, "--plan.memory", "0")
     assert wrong.returncode == 2
     assert "memory is 0.0" in wrong.stderr
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_what_passes_through_a_block_of_wide_heads_is_queries_keys_and_values(routed: bool) -> None:
+    config = changed(SMALL, model={"num_heads": 2, "head_width": 512})
+    D, A, T, size = config.model.hidden_size, 1024, (config.model.sample_size // config.model.patch_size) ** 2, 4
+    config = changed(config, train={"precision": "fp32"})
+    assert budget.activations(config, routed)[2] == T * size * (2 * D + 3 * A)
