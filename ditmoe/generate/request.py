@@ -79,6 +79,7 @@ def requested(args: SampleArgs, pipe: DiTMoEPipeline | None = None) -> Requested
     labels = balanced_labels(pipe, num) if args.classes is None else pipe.get_label_ids(args.classes)
     name, steps = args.sampler or pipe.config.sampler, args.steps or pipe.config.num_inference_steps
     cfg = args.cfg if args.cfg is not None or labels is None else pipe.config.guidance_scale
+    note_no_dropout(args, labels)
     more, of_sampler = {option: getattr(args, option) for option in PIPELINE_OPTIONS}, args.sampler_options()
     of_sampler |= shift_option(name, args.flow_shift)
     scheduler = pipe.scheduler_for(name, steps, of_sampler)
@@ -127,6 +128,15 @@ def note_numbers(pipe: DiTMoEPipeline, classes: Sequence[int | str]) -> None:
         if isinstance(label, int) and (other := named.get(str(label), label)) != label:
             asked = f"classes has {label}: the class of that label is {pipe.id2label.get(label, 'not there')!r}"
             print(f"note: {asked}, and the one of that name has label {other}", flush=True)
+
+
+def note_no_dropout(args: SampleArgs, labels: Sequence[int] | None) -> None:
+    """Say where a guidance is asked for that goes by an answer without labels which the run did not train."""
+    config = _configuration(args.model)
+    if args.cfg in (None, 1.0) or labels is None or config is None or config.objective.class_dropout_prob:
+        return
+    trained = "its run trained no answer without labels, which guidance goes by (objective.class_dropout_prob 0)"
+    print(f"note: cfg is {args.cfg}, but {trained}; --cfg 1 draws without it", flush=True)
 
 
 def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from ditmoe import cli, pipeline
 from ditmoe.cli import parse
+from ditmoe.config.file import save
 from ditmoe.config.sample import SampleArgs
-from ditmoe.config.sections import Config, ModelConfig, SampleConfig
+from ditmoe.config.sections import Config, ModelConfig, ObjectiveConfig, SampleConfig
 from ditmoe.data import pixels
 from ditmoe.generate.request import facts, requested, run
 from ditmoe.model import build
@@ -275,6 +276,17 @@ def test_classes_are_labels_or_names(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "note: classes has 10: the class of that label is 'not there', and the one of that name has label 1" in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(("dropout", "cfg", "said"), [(0.0, 2.0, True), (0.0, 1.0, False), (0.1, 2.0, False)])
+def test_guidance_by_an_answer_that_was_not_trained_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dropout: float, cfg: float, said: bool
+) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    config = Config(objective=ObjectiveConfig(class_dropout_prob=dropout))
+    save(config, tmp_path / "config.json")
+    requested(SampleArgs(tmp_path, cfg=cfg))
+    assert ("trained no answer without labels" in capsys.readouterr().out) is said
 
 
 def test_classes_are_asked_for_by_name_too_and_suffixes_in_capitals(tmp_path: Path) -> None:
