@@ -59,7 +59,8 @@ def specialists(args: argparse.Namespace) -> list[str]:
         folder = args.out / ("low" if label in halves["low"] else "high") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[..., 0]).save(folder / f"{row:04}.png")
-    sets, half, whole = [args.out / name for name in halves], length(args.steps // 2), length(args.steps)
+    sets = [args.out / name for name in halves]
+    half, whole = length(args.steps // 2, args.seed), length(args.steps, args.seed)
     alone = [
         train(args.out / f"of-{place.name}", "digits", *half, "--data.name", "folder", "--data.path", place)
         for place in sets
@@ -82,7 +83,7 @@ def repair(args: argparse.Namespace) -> list[str]:
     if not pruned.exists():
         words = ["convert", str(args.model), str(pruned), "--prune", str(args.prune)]
         subprocess.run([sys.executable, "-m", "ditmoe", *words], check=True)
-    more = (pruned / "training.json", *length(args.steps), "--train.learning-rate", args.rate)
+    more = (pruned / "training.json", *length(args.steps, args.seed), "--train.learning-rate", args.rate)
     more += ("--train.warmup-steps", 10, "--train.ema-decay", 0.98)
     models = {
         "whole": args.model, "pruned": pruned, "trained on": train(args.out / "plain", *more),
@@ -109,9 +110,9 @@ def speed(args: argparse.Namespace) -> list[str]:
     return lines + [f"| {name} | {pipes[name].network_calls()} | {64 / value:.1f} |" for name, value in seconds.items()]
 
 
-def length(steps: int) -> tuple[object, ...]:
-    """Of a run whose learning rate ends at zero."""
-    return "--max-steps", steps, "--train.decay-steps", steps
+def length(steps: int, seed: int) -> tuple[object, ...]:
+    """Of a run whose learning rate ends at zero; and its seed."""
+    return "--max-steps", steps, "--train.decay-steps", steps, "--seed", seed
 
 
 def main() -> None:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="of specialists and repair: folder of what is made")
     parser.add_argument("--models", type=Path, nargs="+", help="speed")
     parser.add_argument("--steps", type=int, help="default: 2,200 of digits, 180 of the repair")
+    parser.add_argument("--seed", type=int, default=0, help="of training; give each its own --out")
     parser.add_argument("--model", type=Path, default=Path("models/fashion"), help="repair")
     parser.add_argument("--prune", type=int, default=12, help="repair: experts that stay")
     parser.add_argument("--rate", type=float, default=2e-3, help="repair: learning rate")

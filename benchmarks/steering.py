@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of what is made")
     parser.add_argument("--model", type=Path, help="instead of one that is trained")
     parser.add_argument("--steps", type=int, default=1000, help="of training")
+    parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--top", type=int, default=8, help="experts that are suppressed")
     parser.add_argument("--by", choices=("contrast", "error"), default="contrast")
     parser.add_argument("--num", type=int, default=1000, help="held-out images of a group, at most")
@@ -122,8 +123,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.model is None:
         args.model = args.out / "run"
-        length = ["--max-steps", str(args.steps), "--train.decay-steps", str(args.steps)]
-        subprocess.run([sys.executable, *TRAIN.split(), *length, "--out", str(args.model)], check=True)
+        own = ["--max-steps", args.steps, "--train.decay-steps", args.steps, "--seed", args.seed, "--out", args.model]
+        subprocess.run([sys.executable, *TRAIN.split(), *map(str, own)], check=True)
     bench = Bench(args.model, args.num)
     half = slice(1, None, 2) if args.by == "error" else slice(None)
     chance = [bench.rises(suppressed(bench.by_chance(args.top, seed)), half) for seed in range(args.draws)]

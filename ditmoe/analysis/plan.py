@@ -88,7 +88,8 @@ def teaching(config: Config) -> tuple[float, float, str]:
         if distill.guided or distill.teacher_steps:
             labelled = bool(read_object(parts[0] / "config.json").get("num_classes"))
             guide = len(parts) > 1 or bool(index.get("experts_off"))
-            guides = (labelled and index.get("guidance_scale", 1) != 1) + (guide and index.get("guide_scale") != 1)
+            scale = index.get("guidance_scale", 1) if distill.cfg is None else distill.cfg
+            guides = (labelled and scale != 1) + (guide and index.get("guide_scale") != 1)
             passes *= 1 + guides
         share = sets[number][1] / sum(weight for _, weight in sets) if distill.by == "domain" else 1
         try:

@@ -1,5 +1,6 @@
 """The section `distill` of a configuration: who teaches beside the images. No torch."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,8 @@ class DistillConfig:
     """Share of the teachers' answers in the loss, above 0; the rest is that of the images."""
     guided: bool = False
     """The teachers answer as their folders guide them (scale, interval, guide), so that one pass does what took two."""
+    cfg: float | None = None
+    """Scale of their guidance by the classes, for guided and teacher_steps; None: each folder's own."""
     teacher_steps: int = 0
     """Few calls: so many steps of the teacher's own sampler, guided as its folder says, from noise to image; the
     student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all of these.
@@ -31,8 +34,11 @@ class DistillConfig:
         at_least(self, 0, "teacher_steps")
         require(0 < self.weight <= 1, f"weight is {self.weight}; it must lie in (0, 1]")
         if not self.teachers:
-            changed = next((n for n in ("by", "weight", "guided", "teacher_steps") if self._chosen(n)), None)
+            changed = next((n for n in ("by", "weight", "guided", "cfg", "teacher_steps") if self._chosen(n)), None)
             require(changed is None, f"{changed} needs teachers; give them as --distill.teachers MODEL")
+        require(self.cfg is None or 0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be 0 or more, and finite")
+        bare = self.cfg is not None and not (self.guided or self.teacher_steps)
+        require(not bare, f"cfg is {self.cfg}, and the teachers are not guided; add --distill.guided, or leave it out")
         one = self.by == "domain" and len(self.teachers) == 1
         require(not one, "by domain needs a teacher for each data set; with one leave it out")
         if self.teacher_steps:

@@ -40,6 +40,8 @@ class Teachers:
         few = distill.teacher_steps > 0
         self.levels = flow_levels(config.sample.flow_shift, config.sample.steps) if few else None
         self.pipes = [pipeline.load(Path(folder)) for folder in distill.teachers]
+        if distill.cfg is not None and not any(pipe.transformer.config.num_classes for pipe in self.pipes):
+            raise ValueError(f"distill.cfg is {distill.cfg}, and the teachers know no classes; leave it out")
         self.null_label, self.answers = student.null_label, list[Answers]()
         for folder, pipe in zip(distill.teachers, self.pipes, strict=True):
             net = pipe.transformer.config
@@ -57,6 +59,8 @@ class Teachers:
                     f"teaches fewer calls, with --distill.teacher-steps {calls}"
                 )
             pipe.register_modules(vae=None)  # all is latent here
+            if distill.cfg is not None and net.num_classes:
+                pipe.register_to_config(guidance_scale=distill.cfg)
             pipe.set_progress_bar_config(disable=True)
             pipe.to(device)
             if not few:

@@ -549,6 +549,8 @@ def test_a_teacher_answers_once_for_each_level_and_of_a_mixture_for_its_set(teac
     plain = changed(DIGITS, distill={"teachers": (str(teacher), str(teacher))})
     assert teaching(plain)[1] == 2 * once
     assert teaching(changed(plain, distill={"guided": True}, sample={"cfg": 1.0}))[1] == 4 * once
+    bare = changed(plain, distill={"guided": True, "cfg": 1.0}, sample={"cfg": 1.0})
+    assert teaching(bare)[1] == 2 * once
     data = {"mixture": ("digits=3", "fashion"), "fit": "crop"}
     assert teaching(changed(plain, distill={"by": "domain"}, data=data))[1] == once
     (teacher / "training.json").unlink()

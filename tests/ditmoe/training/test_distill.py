@@ -1,5 +1,6 @@
 """Teachers: what they say is the target, at every level or a few calls on; whose labels; exact resume; refusals."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_a_guided_teacher_is_guided_within_its_interval_alone(teacher: Path) -> 
     assert (guided - cond).abs().max() > 1e-3
 
 
+def test_teachers_are_guided_as_their_folders_say_or_by_the_scale_of_the_run(tiny: Tiny, teacher: Path) -> None:
+    x, t, y = images()
+    net, domain = pipeline.load(teacher).transformer, torch.zeros(6, dtype=torch.long)
+    with torch.no_grad():
+        cond, uncond = (net(x, t, class_labels=labels).sample for labels in (y, torch.full_like(y, 10)))
+    for cfg, scale in ((None, 2.0), (1.25, 1.25), (1.0, 1.0)):
+        distill = {"teachers": (str(teacher),), "guided": True, "cfg": cfg}
+        said = student(tiny(objective=FLOW, sample={"cfg": 1.0}, distill=distill)).target(x, t, y, domain)
+        torch.testing.assert_close(said, uncond + scale * (cond - uncond), rtol=1e-4, atol=1e-5)
+    assert (cond - uncond).abs().max() > 1e-3
+
+
 def test_a_teacher_of_another_objective_is_translated(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(out=tmp_path / "v", train={"learning_rate": 0.02})
     go(config)
@@ -116,9 +129,9 @@ class OneStep(nn.Module):
         return type("Output", (), {"sample": self.target[rows]})
 
 
-@pytest.mark.parametrize("sampler", ["unipc", "ddim", "flow-euler"])
+@pytest.mark.parametrize(("sampler", "cfg"), [("unipc", None), ("ddim", None), ("flow-euler", None), ("unipc", 1.25)])
 def test_a_perfect_student_draws_in_few_calls_what_the_teacher_draws_in_many(
-    tiny: Tiny, teacher: Path, sampler: str
+    tiny: Tiny, teacher: Path, sampler: str, cfg: float | None
 ) -> None:
     pipe = pipeline.load(teacher)
     pipe.scheduler = make_scheduler(sampler, FLOW)
@@ -127,10 +140,12 @@ def test_a_perfect_student_draws_in_few_calls_what_the_teacher_draws_in_many(
     x, _, y = images()
     y[y == 10] = 4
     config = tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW,
-                  distill={"teachers": (str(teacher),), "teacher_steps": 8})  # fmt: skip
+                  distill={"teachers": (str(teacher),), "teacher_steps": 8, "cfg": cfg})  # fmt: skip
     few = make_scheduler("flow-euler", FLOW, {"shift": 1.5})
     drawn = sample(OneStep(student(config), x, y), few, x, num_inference_steps=3, class_labels=y)
-    whole = pipe(y.tolist(), latents=x, num_inference_steps=8, output_type="latent").images
+    whole = pipe(
+        y.tolist(), latents=x, num_inference_steps=8, guidance_scale=cfg, output_type="latent"
+    ).images  # by the folder's 2 where it is None
     torch.testing.assert_close(drawn, whole, rtol=1e-3, atol=1e-4)
     assert (whole - x).abs().mean() > 0.1
 
@@ -214,6 +229,12 @@ def test_a_specialist_without_classes_teaches_too(tiny: Tiny, teacher: Path, tmp
     said = student(config).target(x, t, torch.full((6,), 10), torch.ones(6, dtype=torch.long))
     with torch.no_grad():
         assert torch.equal(said, pipeline.load(tmp_path / "second").transformer(x, t).sample)
+    guided = {**named, "guided": True, "cfg": 3.0}  # by the classes of the teacher that has some
+    config = tiny(objective=FLOW, sample={"cfg": 1.0}, data={"mixture": ("digits", str(waves))}, distill=guided)
+    assert torch.equal(said, student(config).target(x, t, torch.full((6,), 10), torch.ones(6, dtype=torch.long)))
+    alone = {"teachers": (str(tmp_path / "second"),), "guided": True, "cfg": 3.0}
+    with pytest.raises(ValueError, match="distill.cfg is 3.0, and the teachers know no classes; leave it out"):
+        student(tiny(objective=FLOW, sample={"cfg": 1.0}, data={"name": "folder", "path": waves}, distill=alone))
 
 
 def test_specialists_have_their_own_labels(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
@@ -404,6 +425,9 @@ def test_two_processes_equal_one(teacher: Path, tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"distill": {"guided": True}}, "guided needs teachers; give them as --distill.teachers MODEL"),
+        ({"distill": {"cfg": 1.0}}, "cfg needs teachers"),
+        ({"distill": {"teachers": ("t",), "cfg": 2.0}}, "the teachers are not guided; add --distill.guided"),
+        ({"distill": {"teachers": ("t",), "guided": True, "cfg": math.inf}}, "cfg is inf; it must be 0 or more"),
         ({"distill": {"teachers": ("t",), "weight": 0.0}}, "weight is 0.0; it must lie in .0, 1."),
         ({"distill": {"teachers": ("t",), "by": "domain"}}, "by domain needs a teacher for each data set"),
         ({"distill": {"teachers": ("t", "u"), "by": "domain"}}, "has 2 teachers, and data.mixture 0 sets"),
