@@ -16,6 +16,7 @@ from typing import IO, Any
 from safetensors import SafetensorError, safe_open
 
 LOCK = ".lock"
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
 CODE = ("auto_map", "quantization_config")  # entries that name further code
 
 
@@ -84,6 +85,13 @@ def check_component(folder: Path) -> dict[str, tuple[int, ...]]:
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise ValueError(f"{file} names {shard!r}; weights are .safetensors files in the same folder")
     return {name: shape for file in sorted(folder.glob("*.safetensors")) for name, shape in _shapes(file).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that diffusers reads of a folder, variants' left out; `check_component` comes first."""
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    names = {*read_object(index)["weight_map"].values()} if index.is_file() else {f"{WEIGHTS}.safetensors"}
+    return [folder / name for name in sorted(names)]
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from ..config.checks import require
 from ..config.convert import ConvertArgs
 from ..config.sections import ObjectiveConfig, PredictionType, SampleConfig
-from ..files import check_component, read_object
+from ..files import WEIGHTS, check_component, read_object, weight_files
 from .layouts import POSITIONS, recognise, theirs
-from .tensors import WEIGHTS, Tensors
+from .tensors import Tensors
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}  # of the widths of the papers
 _EPSILON, _FLOW = (384, 768), (1152, 1408)  # widths of the published DiT-MoE that predict noise; a flow's velocity
@@ -96,9 +96,8 @@ def open_foreign(args: ConvertArgs) -> Foreign:
 
 def _files(place: Path) -> list[Path]:
     """The files of weights at a place; what an index lists was looked at by `check_component`."""
-    index = place / f"{WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        return [place / name for name in sorted({*read_object(index)["weight_map"].values()})]
+    if (place / f"{WEIGHTS}.safetensors.index.json").is_file():
+        return weight_files(place)
     for file in (place, place / f"{WEIGHTS}.safetensors", place / f"{WEIGHTS}.bin"):
         if file.is_file():
             return [file]

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from ..files import WEIGHTS
+
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SHARD = 5 * 10**9  # bytes of a file that is written, about
-WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
 _LET_GO = 2**27  # bytes of mapped files that are read before the pages read so far are let go
 _BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 

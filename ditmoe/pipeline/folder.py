@@ -16,7 +16,7 @@ from ..config.checks import near
 from ..config.sections import Config
 from ..data.latents import read_normalization
 from ..data.vae import check_vae, load_vae
-from ..files import replacing
+from ..files import WEIGHTS, replacing
 from ..launch.start import best_device
 from ..model import DiTMoETransformer2DModel
 from ..objective import scheduler_config
@@ -96,12 +96,12 @@ def save(pipeline: DiTMoEPipeline, folder: Path, weights: Iterable[dict[str, Ten
         where: dict[str, str] = {}
         size = 0
         for number, lot in enumerate(weights, start=1):  # diffusers' layout of a sharded model
-            name = f"diffusion_pytorch_model-{number:05d}.safetensors"
+            name = f"{WEIGHTS}-{number:05d}.safetensors"
             save_file({key: value.contiguous() for key, value in lot.items()}, transformer / name)
             where |= dict.fromkeys(lot, name)
             size += sum(value.nbytes for value in lot.values())
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1) + "\n"
-        (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+        (transformer / f"{WEIGHTS}.safetensors.index.json").write_text(text)
 
 
 def shift_option(sampler: str | None, flow_shift: float | None) -> dict[str, float]:

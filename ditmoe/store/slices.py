@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import weight_files
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
@@ -33,7 +35,7 @@ class Slices:
 
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, Place] = {}
-        self._opened = [file.open("rb") for file in sorted(folder.glob("*.safetensors"))]
+        self._opened = [file.open("rb") for file in weight_files(folder)]
         for opened in self._opened:
             length = int.from_bytes(opened.read(8), "little")
             for name, entry in json.loads(opened.read(length)).items():

@@ -1,5 +1,6 @@
 """Experts on the disk: the same images to the bit, however few have room."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -100,6 +101,21 @@ def test_every_expert_is_read_from_the_shard_that_has_it(tmp_path: Path) -> None
     assert all(torch.equal(slices.tensor(name), value) for name, value in state.items())
     expected = pipe([2], output_type="pt").images
     assert torch.equal(pipeline.load(folder, cached_experts=2)([2], output_type="pt").images, expected)
+
+
+@pytest.mark.parametrize("whole", ["1GB", "40KB"])
+def test_a_variants_files_beside_the_weights_are_not_read(tmp_path: Path, whole: str) -> None:
+    folder = saved(network(RULES["topk"]), tmp_path / "m")
+    pipe = pipeline.load(folder)
+    shutil.rmtree(folder)
+    pipe.save_pretrained(folder, max_shard_size=whole)
+    for size in ("1GB", "40KB"):  # in one file and in several, which come before and after the others by name
+        pipe.transformer.half().save_pretrained(folder / "transformer", variant="fp16", max_shard_size=size)
+    assert len(list((folder / "transformer").glob("*fp16*.safetensors"))) > 2
+    state, stored = pipeline.load(folder).transformer.state_dict(), Slices(folder / "transformer")
+    assert len(stored.places) == len(state)
+    for name, value in state.items():
+        assert torch.equal(stored.tensor(name), value), name
 
 
 def test_a_failed_read_leaves_no_wrong_expert_behind(tmp_path: Path) -> None:
