@@ -26,9 +26,9 @@ class DistillConfig:
     cfg: float | None = None
     """Scale of their guidance by the classes, for guided and teacher_steps; None: each folder's own."""
     teacher_steps: int = 0
-    """Few calls: so many steps of the teacher's own sampler, guided as its folder says, from noise to image; the
-    student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all of these.
-    0: it learns what teachers say at every noise level, for all samplers."""
+    """Few calls: so many steps of the teacher's own sampler, guided as its folder says (or by cfg), from noise to
+    image; the student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all
+    of these. 0: it learns what teachers say at every noise level, for all samplers."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "teacher_steps")

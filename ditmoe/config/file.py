@@ -80,6 +80,14 @@ def trained_by(model: Path) -> Config:
     raise ValueError(f"{model} has neither config.json nor training.json, which say how it was trained; give a run")
 
 
+def drops_labels(model: Path) -> bool:
+    """Whether its run left labels out, so that guidance has an answer without them; True where nothing says."""
+    try:
+        return trained_by(model).objective.class_dropout_prob > 0
+    except ValueError:
+        return True
+
+
 def _built(section: type[Section], values: Mapping[str, Any]) -> Section:
     """A section of the configuration, itself checked, of what a file holds."""
     hints = get_type_hints(section)

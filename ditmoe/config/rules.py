@@ -18,6 +18,10 @@ def _constant(**changes: Any) -> Rule:
     return lambda E, K, F: changes
 
 
+FACTORISED: Changes = {
+    "experts": "factorised", "select": "dense", "score": "entmax", "renormalize": False, "scale": None, "top_k": 1,
+    "router_input": "token", "balance_weight": 0.0, "bias_rate": 0.0, "backend": "auto",
+}  # fmt: skip
 RULES: dict[str, Rule] = {
     # DiT-MoE (arXiv 2407.11633): softmax, its K largest as they are
     "dit-moe": _constant(router_input="token", score="softmax", renormalize=False, scale=None, balance_weight=0.005),
@@ -73,19 +77,7 @@ RULES: dict[str, Rule] = {
     # ProMoE (arXiv 2510.24711): prototypes, held at their experts' tokens by a contrastive loss
     "promoe": _constant(router="prototype", router_input="plain", contrastive_weight=1.0, balance_weight=0.0),
     # muMoE (arXiv 2402.12550), CP form: all experts at once, in factors with the parameters of the K that were active
-    "mumoe": lambda E, K, F: {
-        "experts": "factorised",
-        "select": "dense",
-        "score": "entmax",
-        "renormalize": False,
-        "scale": None,
-        "router_input": "token",
-        "expert_width": K * F,
-        "top_k": 1,
-        "balance_weight": 0.0,
-        "bias_rate": 0.0,
-        "backend": "auto",
-    },
+    "mumoe": lambda E, K, F: {**FACTORISED, "expert_width": K * F},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..config.checks import plural
-from ..config.file import trained_by
+from ..config.file import drops_labels, trained_by
 from ..config.policy import Policy
 from ..config.sample import SampleArgs
 from ..config.sections import Config
@@ -132,11 +132,9 @@ def note_numbers(pipe: DiTMoEPipeline, classes: Sequence[int | str]) -> None:
 
 def note_no_dropout(args: SampleArgs, labels: Sequence[int] | None) -> None:
     """Say where a guidance is asked for that goes by an answer without labels which the run did not train."""
-    config = _configuration(args.model)
-    if args.cfg in (None, 1.0) or labels is None or config is None or config.objective.class_dropout_prob:
-        return
-    trained = "its run trained no answer without labels, which guidance goes by (objective.class_dropout_prob 0)"
-    print(f"note: cfg is {args.cfg}, but {trained}; --cfg 1 draws without it", flush=True)
+    if labels is not None and args.cfg not in (None, 1.0) and not drops_labels(args.model):
+        trained = "its run trained no answer without labels, which guidance goes by (objective.class_dropout_prob 0)"
+        print(f"note: cfg is {args.cfg}, but {trained}; --cfg 1 draws without it", flush=True)
 
 
 def facts(args: SampleArgs, images: RequestedSet) -> dict[str, Any]:

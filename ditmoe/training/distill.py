@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import pipeline
-from ..config.file import trained_by
+from ..config.file import drops_labels, trained_by
 from ..config.sections import Config
 from ..data.mixture import Mixture
 from ..data.sets import ImageSet
@@ -61,6 +61,8 @@ class Teachers:
             pipe.register_modules(vae=None)  # all is latent here
             if distill.cfg is not None and net.num_classes:
                 pipe.register_to_config(guidance_scale=distill.cfg)
+                if distill.cfg != 1 and not drops_labels(Path(folder)):
+                    print(f"note: distill.cfg is {distill.cfg}, but {folder} was trained with no label left out")
             pipe.set_progress_bar_config(disable=True)
             pipe.to(device)
             if not few:

@@ -87,7 +87,9 @@ def test_a_guided_teacher_is_guided_within_its_interval_alone(teacher: Path) -> 
     assert (guided - cond).abs().max() > 1e-3
 
 
-def test_teachers_are_guided_as_their_folders_say_or_by_the_scale_of_the_run(tiny: Tiny, teacher: Path) -> None:
+def test_teachers_are_guided_as_their_folders_say_or_by_the_scale_of_the_run(
+    tiny: Tiny, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     x, t, y = images()
     net, domain = pipeline.load(teacher).transformer, torch.zeros(6, dtype=torch.long)
     with torch.no_grad():
@@ -97,6 +99,13 @@ def test_teachers_are_guided_as_their_folders_say_or_by_the_scale_of_the_run(tin
         said = student(tiny(objective=FLOW, sample={"cfg": 1.0}, distill=distill)).target(x, t, y, domain)
         torch.testing.assert_close(said, uncond + scale * (cond - uncond), rtol=1e-4, atol=1e-5)
     assert (cond - uncond).abs().max() > 1e-3
+    asked = tiny(objective=FLOW, sample={"cfg": 1.0}, distill={"teachers": (str(teacher),), "guided": True, "cfg": 2.0})
+    student(asked)
+    assert "no label left out" not in capsys.readouterr().out
+    said = (teacher / "config.json").read_text()
+    (teacher / "config.json").write_text(said.replace('"class_dropout_prob": 0.1', '"class_dropout_prob": 0.0'))
+    student(asked)
+    assert f"note: distill.cfg is 2.0, but {teacher} was trained with no label left out" in capsys.readouterr().out
 
 
 def test_a_teacher_of_another_objective_is_translated(tiny: Tiny, tmp_path: Path) -> None:

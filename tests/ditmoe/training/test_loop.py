@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ditmoe.config.rules import RULES
 from ditmoe.config.sections import Config
@@ -71,11 +71,7 @@ def test_resume_is_exact_to_the_bit(tiny: Tiny, tmp_path: Path, changes: dict[st
     assert [row["step"] for row in timeless[0]] == list(range(1, 9))
 
 
-RULED = {
-    name: {**RULES[name](TINY_MOE.num_experts, TINY_MOE.top_k, TINY_MOE.expert_width)}
-    for name in RULES
-    if name != "centroid"
-}
+RULED = {name: {**RULES[name](TINY_MOE.num_experts, TINY_MOE.top_k, TINY_MOE.expert_width)} for name in RULES}
 RULED["mumoe"]["bias_rate"] = 0.0
 OTHERS = {
     "label": {"router_input": "label"}, "label+place": {"router_input": "label+position"},
@@ -86,6 +82,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", [*RULED, *OTHERS, "muon"])
 def test_every_rule_is_resumed_to_the_bit(tiny: Tiny, tmp_path: Path, name: str) -> None:
     moe, section = {**RULED, **OTHERS}.get(name, {}), {"decay_steps": 4}
+    if name == "centroid":
+        E, D = TINY_MOE.num_experts, tiny().model.hidden_size
+        save_file({f"blocks.{i}": torch.randn(E, D) for i in (1,)}, tmp_path / "centres.safetensors")
+        moe = {**moe, "centroids": tmp_path / "centres.safetensors"}
     section |= {"optimizer": "muon"} if name == "muon" else {}
     straight = tiny(out=tmp_path / "straight", max_steps=4, train=section, moe=moe)
     assert go(straight)
