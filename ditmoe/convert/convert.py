@@ -12,7 +12,7 @@ from ..config.checks import plural, require
 from ..config.convert import ConvertArgs
 from ..config.sections import Config
 from ..data.vae import identity, open_vae
-from ..files import read_object, replacing
+from ..files import read_object, replacing, weight_files
 from ..model import DiTMoETransformer2DModel, check_network
 from ..model.layers import sincos_positions
 from ..pipeline.folder import save_settings
@@ -153,7 +153,7 @@ def check_forward(folder: Path) -> str:
     It computes with one block in memory at a time, in float32, or for weights of 16 bits in bfloat16. Raises ValueError
     where the answer is not finite.
     """
-    tensors, config = Tensors(sorted(folder.glob("*.safetensors"))), read_object(folder / "config.json")
+    tensors, config = Tensors(weight_files(folder)), read_object(folder / "config.json")
     made = blank(lambda: DiTMoETransformer2DModel.from_config(config), limit=2 * len(tensors.shapes))
     assert isinstance(made, DiTMoETransformer2DModel)
     net: Any = made.eval()

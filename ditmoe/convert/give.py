@@ -10,7 +10,7 @@ import diffusers
 from torch import Tensor
 
 from ..config.convert import ConvertArgs
-from ..files import read_object, replacing, whole, write_json
+from ..files import read_object, replacing, weight_files, whole, write_json
 from ..model import DiTMoETransformer2DModel
 from ..model.layers import sincos_positions
 from ..pipeline.folder import find
@@ -38,7 +38,7 @@ def give(args: ConvertArgs) -> None:
     defaults = {name: p.default for name, p in signature(DiTMoETransformer2DModel.__init__).parameters.items()}
     settings = {name: config.get(name, default) for name, default in defaults.items() if name != "self"}
     _refuse(args, settings, index.get("latents"))
-    tensors = Tensors(files := sorted((place / "transformer").glob("*.safetensors")))
+    tensors = Tensors(files := weight_files(place / "transformer"))
     if args.to == "dit":
         names = {theirs(name, "dit", 0, 0)[0][0]: name for name in tensors.shapes}
         first = tensors.dtypes["x_embedder.proj.weight"]

@@ -144,6 +144,18 @@ def test_round_trips_are_equal_bit_by_bit(kind: str, tmp_path: Path, capsys: pyt
     assert all(torch.equal(back[name], value) for name, value in expected.items())
 
 
+def test_a_variant_beside_the_weights_does_not_go_out(tmp_path: Path) -> None:
+    ours = brought("dit", tmp_path)
+    net = load(ours).transformer
+    (ours / WEIGHTS).unlink()
+    net.save_pretrained(ours / "transformer", max_shard_size="40KB")
+    net.half().save_pretrained(ours / "transformer", variant="fp16", max_shard_size="40KB")
+    assert len(list((ours / "transformer").glob("*fp16-*.safetensors"))) > 1
+    assert command("convert", ours, tmp_path / "back.pt", "--to", "dit") == 0
+    back, expected = torch.load(tmp_path / "back.pt", weights_only=True), checkpoint("dit")
+    assert all(torch.equal(back[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("option", ["local_conv", "long_skips"])
 @pytest.mark.parametrize("kind", ["dit", "diffusers"])
 def test_what_dit_has_not_is_not_written(
