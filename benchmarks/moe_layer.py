@@ -7,11 +7,13 @@ Two dense rivals have the FLOPs of the K experts a token visits:
 
     python -m benchmarks.moe_layer [--rounds 9] [--tokens 4096]
     python -m benchmarks.moe_layer --rules          # ways to choose, against the twin: 16 images of 256 tokens
+    python -m benchmarks.moe_layer --backends       # --moe.backend auto against each backend, by experts and tokens
 """
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.timing import machine, round_robin
 from ditmoe.moe import Condition, FeedForward, Input, MoELayer, RoutingRule
 
+Backend = Literal["auto", "grouped", "loop"]
 WIDTH = 384
 CASES = [(8, 2, 1536), (16, 2, 1536), (64, 8, 384)]  # E, K, F
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,12 +65,29 @@ def rules(dtype: torch.dtype, images: int = 16, tokens: int = 256, E: int = 8, F
     return {"dense": backward_of(wide, wide, tokens, dtype, images), **steps}
 
 
+BACKENDS: tuple[Backend, ...] = ("auto", "grouped", "loop")
+SIZES = [(64, 64), (128, 128), (WIDTH, 1536)]  # D, F
+
+
+def backends(D: int, F: int, E: int, S: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Forward and backward of one layer, top-2 of E, with each backend."""
+    steps = {}
+    for backend in BACKENDS:
+        torch.manual_seed(0)
+        made = MoELayer(
+            D, num_experts=E, expert_width=F, shared_width=0, rule=RoutingRule(2, "sigmoid"), backend=backend
+        ).to(DEVICE, dtype)
+        steps[backend] = backward_of(lambda x, m=made: m(x)[0], made, S, dtype, width=D)  # type: ignore[misc]
+    return steps
+
+
 def backward_of(
-    forward: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, dtype: torch.dtype, images: int = 1
-) -> Callable[[], object]:
+    forward: Callable[[Tensor], Tensor], module: nn.Module, tokens: int, dtype: torch.dtype, images: int = 1,
+    width: int = WIDTH,
+) -> Callable[[], object]:  # fmt: skip
     """Forward and backward, gradients of the input included; old gradients are dropped first, as in training."""
-    x = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
-    g = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=dtype)
+    x = torch.randn(images, tokens, width, device=DEVICE, dtype=dtype, requires_grad=True)
+    g = torch.randn(images, tokens, width, device=DEVICE, dtype=dtype)
 
     def step() -> None:
         x.grad = None
@@ -82,7 +102,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rules", action="store_true", help="the ways to choose instead")
+    parser.add_argument("--backends", action="store_true", help="the backends instead")
     args = parser.parse_args()
+    if args.backends:
+        print(f"{machine()}; top-2 of E, forward + backward, medians of {args.rounds} rounds\n")
+        print("| D | F | E | tokens | dtype | auto ms | grouped ms | loop ms | auto / best |\n|" + "---|" * 9)
+        for (D, F), E, S, dtype in product(SIZES, (8, 16, 64), (256, 1024, 4096), (torch.float32, torch.bfloat16)):
+            t = round_robin(backends(D, F, E, S, dtype), args.rounds)
+            cells = " | ".join(f"{t[name] * 1e3:.2f}" for name in BACKENDS)
+            best = t["auto"] / min(t["grouped"], t["loop"])
+            print(f"| {D} | {F} | {E} | {S} | {str(dtype)[6:]} | {cells} | {best:.2f} |", flush=True)
+        return
     if args.rules:
         print(f"{machine()}; D {WIDTH}, 16 images of 256 tokens, top-2 of 8, F 768, medians of {args.rounds} rounds\n")
         print("| rule | fp32 ms | of the dense layer | bf16 ms | of the dense layer |\n|---|---|---|---|---|")

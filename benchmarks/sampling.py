@@ -42,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled and cached": {"compile": True, "cache": "taylor:2"},
     "compiled, cached by 3": {"compile": True, "cache": "taylor:3"},
     "dense twin": {},
+    "dense twin, bf16": {"precision": "bf16"},
     "dense twin, compiled": {"compile": True},
 }
 

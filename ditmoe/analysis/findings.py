@@ -44,8 +44,9 @@ def layer_row(name: str, tally: Tally, seed: int) -> Row:
         `entropy` of the expert, bits; `choice`, how many of them a condition may explain; `place`, `time` and `class`,
         how many each does beyond chance (nan: there is one class), and what `chance` gives; `all`, how many the three
         do together; `load_entropy` (1: even), `busiest`, `idle`; `load` and `contribution` (E,), over even shares, of
-        the tokens and of the norm of what is added up; `lift` (E, E); `entropy_by_time` (B,), and `given` (B,) place
-        and class: this and `all` are nan where the images of a class are too few to tell.
+        the tokens and of the norm of what is added up; `routed`, their share of it beside the shared expert; `lift`
+        (E, E); `entropy_by_time` (B,), and `given` (B,) place and class: this and `all` are nan where the images of a
+        class are too few to tell.
     """
     (B, Y, _, E), images, rng = tally.counts.shape, tally.by_place.sum(axis=1), np.random.default_rng(seed)
     n, total = len(images) // Y, images.sum(axis=0)
@@ -66,7 +67,8 @@ def layer_row(name: str, tally: Tally, seed: int) -> Row:
         "all": round(whole - float(known.mean()), 9) if enough else math.nan,
         "load_entropy": whole / math.log2(E) if E > 1 else math.nan,
         "busiest": summary["busiest"], "idle": summary["idle"],
-        "load": relative_load(total), "contribution": relative_load(tally.norms), "lift": lift(tally.pairs),
+        "load": relative_load(total), "contribution": relative_load(tally.norms),
+        "routed": tally.routed, "lift": lift(tally.pairs),
         "entropy_by_time": by_time, "given": known if enough else np.full(B, math.nan),
     }  # fmt: skip
 
@@ -138,9 +140,11 @@ def tables(rows: Sequence[Row], timesteps: Sequence[float]) -> str:
              *(_share(row, key) for key in (*CONDITIONS, "all"))]
             for row in rows
         ]), "",
-        "How even it is: entropy of the load (1: even), busiest expert and largest contribution over the mean", "",
-        *markdown(["layer", "entropy", "busiest", "idle", "contribution", "most often together"], [
+        "How even it is: entropy of the load (1: even), busiest expert and largest contribution over the mean; and how",
+        "much of a layer's output is the routed experts' and not the shared one's, by norm", "",
+        *markdown(["layer", "entropy", "busiest", "idle", "routed", "contribution", "most often together"], [
             [row["layer"], _number(row["load_entropy"], 3), _number(row["busiest"]), f"{row['idle']:.3g}",
+             _number(row["routed"]),
              *([_number(row["contribution"].max()), together(row["lift"])] if "lift" in row else ["", ""])]
             for row in rows
         ]), "",

@@ -4,6 +4,7 @@ Shapes: N images (n of each of Y classes), B time bins, T tokens of an image, E 
 decision, P (row, expert) pairs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,6 +29,8 @@ class Tally(NamedTuple):
         by_time: (N, B, E) int64, of each image over all places.
         pairs: (E, E), tokens that both experts serve; on the diagonal those that one serves.
         norms: (E,), sum over tokens of |w_e Expert_e(x)|.
+        routed: Of the norms of both parts of a token's output the routed experts' share, all tokens together; 1 where
+            no expert is shared.
         undecided: bits, mean log2 of how many experts serve the token of an assignment: of its expert they cannot be
             told, log2 K where all have K.
     """
@@ -37,6 +40,7 @@ class Tally(NamedTuple):
     by_time: Array
     pairs: Array
     norms: Array
+    routed: float
     undecided: float
 
 
@@ -52,7 +56,7 @@ def tally(
     by_time = [torch.zeros(Y * n, num_bins, E, dtype=torch.int64) for _ in layers]
     pairs, bits = torch.zeros(len(layers), E, E, dtype=torch.float64), torch.zeros(len(layers), dtype=torch.float64)
     y = torch.arange(Y).repeat_interleave(n)
-    with norms_of(layers) as norms:
+    with norms_of(layers) as norms, parts_of(layers) as parts:
         for b, rows, routing in passes(net, config, x, classes, num_bins, seed):
             for i, record in enumerate(routing):
                 decided = record.served().cpu()[..., :E]  # without null experts
@@ -67,6 +71,7 @@ def tally(
     return [
         Tally(
             counts[i].numpy(), cells[i].numpy(), by_time[i].numpy(), pairs[i].numpy(), norms[i],
+            routed=float(parts[i][0] / parts[i].sum()) if parts[i].any() else math.nan,
             undecided=float(bits[i]) / max(1, int(counts[i].sum())),
         )
         for i in range(len(layers))
@@ -95,4 +100,21 @@ def norms_of(layers: Sequence[MoELayer]) -> Iterator[list[Array]]:
         for layer, total in zip(layers, sums, strict=True):
             hook = layer.experts.register_forward_pre_hook(partial(note, total), with_kwargs=True)
             stack.callback(hook.remove)
+        yield sums
+
+
+@contextmanager
+def parts_of(layers: Sequence[MoELayer]) -> Iterator[list[Array]]:
+    """For each layer (2,) float64, sums over tokens of |routed part| and |shared part|, of all that passes meanwhile.
+
+    That is while this is open; the shared part is computed once more.
+    """
+    sums = [np.zeros(2) for _ in layers]
+
+    def note(total: Array, layer: MoELayer, _experts: Any, given: tuple[Tensor, Any], routed: Tensor) -> None:
+        total += [float(part.double().norm(dim=-1).sum()) for part in (routed, layer.without_routed(given[0]))]
+
+    with ExitStack() as stack:
+        for layer, total in zip(layers, sums, strict=True):
+            stack.callback(layer.experts.register_forward_hook(partial(note, total, layer)).remove)
         yield sums

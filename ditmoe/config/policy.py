@@ -95,7 +95,9 @@ class Policy:
     def check(self, rule: RoutingRule, layers: Sequence[int], experts: int, steps: int) -> None:
         """ValueError where a network with so many experts in these layers cannot follow it in so many steps."""
         _refuse(not layers, "it is for experts, and this model has none")
-        _refuse(rule.kind == "dense", "it is for experts that are chosen, and all of this model serve every token")
+        if rule.kind == "dense":
+            other = next((one.action for one in self.rules if one.action != "suppress"), "")
+            _refuse(bool(other), f"{other} is for experts that are chosen, and all of this model serve every token")
         there = ", ".join(map(str, layers))
         for one in self.rules:
             _refuse(one.layer not in layers, f"layer {one.layer} has no experts; those that have are {there}")

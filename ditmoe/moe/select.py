@@ -115,6 +115,7 @@ def select(
         tau: (R, 1), instead of the rule's.
         capacity: Instead of the rule's.
         policy: (E + Z,), of logits that were `steered` by it: experts at -inf are never chosen, those at +inf always.
+            Of dense the logits are as they were, and weights at -inf are 0, the others what they are without it.
 
     Source: DiT-MoE (arXiv 2407.11633) eq. 4: softmax, not renormalised; DeepSeek-V3 (arXiv 2412.19437) eq. 12-16:
     sigmoid, renormalised, scaled, with a bias; ProMoE (arXiv 2510.24711) Table 8: identity, of cosines.
@@ -122,6 +123,7 @@ def select(
     R, E = logits.shape[0], logits.shape[1] - rule.null_experts
     if rule.kind == "dense":
         scores = _scores(F.layer_norm(logits, logits.shape[-1:]), rule.score)
+        scores = scores if policy is None else scores.masked_fill(policy == -math.inf, 0.0)
         return Selection(scores, None, (scores > 0).sum(dim=0))
     scores = _scores(logits, rule.score)
     worth = scores if rule.weights == "scores" else 1 + 0 * scores  # a gradient of 0: the router stays

@@ -17,7 +17,7 @@ def made(expert: np.ndarray) -> Tally:
     total = served.sum(axis=(0, 1, 2, 3)).astype(float)
     return Tally(
         served.sum(axis=1).transpose(1, 0, 2, 3), served.sum(axis=2).reshape(-1, T, E),
-        served.sum(axis=3).reshape(-1, B, E), np.diag(total), total, 0.0,
+        served.sum(axis=3).reshape(-1, B, E), np.diag(total), total, 0.25, 0.0,
     )  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def test_all_bits_are_explained_by_what_decides(axis: int, key: str) -> None:
     assert row["load_entropy"] == row["busiest"] == 1
     assert row["idle"] == 0
     assert row["contribution"].tolist() == [1] * E
+    assert row["routed"] == 0.25
     assert row["entropy_by_time"].tolist() == [0 if key == "time" else 2] * B
     assert row["given"].tolist() == [0] * B
     assert row["all"] == 2

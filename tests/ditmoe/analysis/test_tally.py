@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ditmoe.analysis.routing import count_experts
-from ditmoe.analysis.tally import norms_of, tally
+from ditmoe.analysis.tally import norms_of, parts_of, tally
 from ditmoe.config.rules import with_rule
 from ditmoe.config.sections import Config, ObjectiveConfig
 from ditmoe.model import DiTMoETransformer2DModel, build
@@ -78,6 +78,34 @@ def test_norms_are_those_of_every_token_and_expert(place: bool) -> None:
             out = w_out[e] @ (torch.nn.functional.silu(gate) * up)
             expected[e] += float((weights[n, t, e] * out).detach().norm())
     assert norms == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("place", [False, True])
+def test_the_routed_part_of_the_output_beside_the_shared_one(gated: bool, place: bool) -> None:
+    layer = MoELayer(
+        16, num_experts=4, expert_width=8, shared_width=8, rule=RoutingRule(2, "sigmoid"), shared_gate=gated,
+        inputs=("position",) if place else ("token",), positions=torch.randn(6, 16) if place else None,
+    )  # fmt: skip
+    if layer.shared_gate is not None:
+        torch.nn.init.normal_(layer.shared_gate.weight)
+    x = torch.randn(5, 6, 16)
+    with torch.no_grad(), parts_of([layer]) as (parts,):
+        y, _ = layer(x, Condition(torch.zeros(5, 16), torch.zeros(5, 16)))
+    assert not layer.experts._forward_hooks
+    assert layer.shared is not None
+    shared = layer.shared(x)
+    if layer.shared_gate is not None:
+        shared = shared * torch.sigmoid(x @ layer.shared_gate.weight[0])[..., None]
+    expected = [float(part.detach().norm(dim=-1).sum()) for part in (y - shared, shared)]
+    assert parts == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_a_shared_expert_all_is_routed(tiny: Tiny) -> None:
+    x = torch.randn(3, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for width, low, high in [(0, 1.0, 1.0), (16, 0.01, 0.99)]:
+        (one,) = tally(network(tiny(moe={"shared_width": width})), ObjectiveConfig(), x, [0, 1, 2], 2, 0)
+        assert low <= one.routed <= high
 
 
 def test_what_experts_are_chosen_among_k_is_not_a_choice(tiny: Tiny) -> None:

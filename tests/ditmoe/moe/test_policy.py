@@ -1,5 +1,6 @@
 """What a call tells the routers: another tau, at all times or by time; experts suppressed, forced or favoured."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,22 @@ def test_a_dense_twin_and_wrong_types_are_refused() -> None:
         made(blocks="none")([0], policy={"rules": [{"layer": 1, "expert": 4, "action": "suppress"}]})
     with pytest.raises(ValueError, match="policy: it is 'p.json'; it must be"):
         made()([0], policy="p.json")  # type: ignore[arg-type]
-    factorised = made(experts="factorised", select="dense", score="entmax", renormalize=False, top_k=1,
-                      balance_weight=0)  # fmt: skip
-    with pytest.raises(ValueError, match="policy: it is for experts that are chosen"):
-        factorised([0], policy=rules("suppress", (1, 4)))
+
+
+def test_of_factorised_experts_one_that_is_suppressed_has_no_weight_and_the_others_theirs() -> None:
+    pipe = made(experts="factorised", select="dense", score="entmax", renormalize=False, top_k=1, balance_weight=0)
+    net, (x, t, y) = pipe.transformer, (torch.randn(4, 1, 8, 8), torch.full((4,), 500.0), torch.tensor([0, 1, 2, 3]))
+    _, whole = net(x, t, y, return_dict=False)
+    expert = int(whole[0].scores.sum(dim=0).argmax())
+    layer = next(i for i, block in enumerate(net.blocks) if hasattr(block, "moe"))
+    off = Steered(net, rules("suppress", (layer, expert)))(x, t, y).sample
+    bias = torch.zeros(2, 8)
+    bias[layer, expert] = -math.inf
+    _, routing = net(x, t, y, return_dict=False, steering=Steering(bias=bias))
+    expected = whole[0].scores.clone()
+    assert expected[:, expert].max() > 0
+    expected[:, expert] = 0
+    assert torch.equal(routing[0].scores, expected)
+    assert not torch.equal(off, net(x, t, y).sample)
+    with pytest.raises(ValueError, match="policy: force is for experts that are chosen"):
+        pipe([0], policy=rules("force", (1, 4)))
