@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from traceback import walk_tb
@@ -35,6 +36,7 @@ Args = TypeVar("Args")
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "")  # which flags do without
 _RATE, _PRECISION = "--train.learning-rate", "--train.precision bf16 or fp32"
 _SIZE = "--model.sample-size, for latents theirs"
+_PRESET = "--moe.preset"
 MEANT = {  # what other programs call options of training
     "--lr": _RATE, "--train.lr": _RATE, "--epochs": "--max-steps, in batches", "--iters": "--max-steps",
     "--output": "--out", "--output-dir": "--out", "--resolution": _SIZE, "--image-size": _SIZE,
@@ -88,6 +90,8 @@ def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
             stop(f"there is no {word}: {what}; CUDA_VISIBLE_DEVICES=1 before the command chooses another one")
         if kind is Config and (meant := MEANT.get(option.replace("_", "-"))):
             stop(f"there is no {option}; here it is {meant}")
+        if kind is Config and option != _PRESET and get_close_matches(option, [_PRESET, "--preset"], cutoff=0.9):
+            stop(f"there is no {option}; routing rules by name are {_PRESET} RULE")  # no field, so tyro knows it not
     return list(argv)
 
 
@@ -118,8 +122,7 @@ def _ruled(base: Config, argv: list[str]) -> tuple[Config, list[str]]:
     The rule goes by the numbers of experts that they ask for, and what it makes of one stays. Where it cannot go with
     the rest, its options are the first of all, and those that follow may mend it.
     """
-    flag = "--moe.preset"
-    at = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
+    at = next((i for i, word in enumerate(argv) if word == _PRESET or word.startswith(f"{_PRESET}=")), None)
     if at is None:
         return base, argv
     word, _, name = argv[at].partition("=")

@@ -55,6 +55,15 @@ def test_options_of_other_programs_are_known(word: str, capsys: pytest.CaptureFi
             value = getattr(value, name.replace("-", "_"))
 
 
+@pytest.mark.parametrize("word", ["--moe.presett", "--moe.pre-set", "--preset", "--moe.presets=topk"])
+def test_a_misspelt_rule_option_is_known(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.parse_train(["fashion", word, "topk"])
+    assert end.value.code == 2
+    option = word.split("=")[0]
+    assert capsys.readouterr().err == f"error: there is no {option}; routing rules by name are --moe.preset RULE\n"
+
+
 def test_a_model_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     shutil.copytree(SAVED / "by-token" / "model", tmp_path / "newer")
     file = tmp_path / "newer" / "transformer" / "config.json"
