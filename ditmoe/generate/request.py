@@ -66,6 +66,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if processes.rank == 0:
         steps, calls = plural(images.sampler["steps"], "step"), plural(images.sampler["nfe"], "network call")
         what = f"{images.sampler['name']}, {steps}, {calls} an image"
+        what += "" if args.cache is None else f", most of which cache {args.cache} foretells"
         print(f"{plural(images.num, 'image')} in {out} ({what})", flush=True)
     if score:
         score(out)
