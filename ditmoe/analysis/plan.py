@@ -3,6 +3,7 @@
 import json
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -76,14 +77,23 @@ def teaching(config: Config) -> tuple[float, float, str]:
     """What teachers add on every device: bytes, operations of their passes for one image, and a line that says so.
 
     Their weights and their guides' are there whole, see `_held`. Those that are guided are taken to be so at all times,
-    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain.
+    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain. The
+    network of `distill.features` counts as a teacher.
     """
     distill, sets, frozen, weights, asked, lacking = config.distill, config.data.sets(), 0.0, 0, 0.0, ""
+
+    def count(folder: str, parts: Sequence[Path], passes: float) -> None:
+        nonlocal frozen, weights, asked, lacking
+        for values, size in map(_held, parts):
+            weights, frozen = weights + values, frozen + size
+        try:
+            asked += passes * flops(trained_by(Path(folder))).forward
+        except ValueError:
+            lacking += f", without those of {folder}, which does not say how it was trained"
+
     for number, folder in enumerate(distill.teachers):
         index = check_pipeline(place := find(Path(folder)))
         parts = [place / part for part in ("transformer", "guide") if any(index.get(part, ()))]
-        for values, size in map(_held, parts):
-            weights, frozen = weights + values, frozen + size
         passes = max(1, distill.teacher_steps)
         if distill.guided or distill.teacher_steps:
             labelled = bool(read_object(parts[0] / "config.json").get("num_classes"))
@@ -92,10 +102,9 @@ def teaching(config: Config) -> tuple[float, float, str]:
             guides = (labelled and scale != 1) + (guide and index.get("guide_scale") != 1)
             passes *= 1 + guides
         share = sets[number][1] / sum(weight for _, weight in sets) if distill.by == "domain" else 1
-        try:
-            asked += share * passes * flops(trained_by(Path(folder))).forward
-        except ValueError:
-            lacking += f", without those of {folder}, which does not say how it was trained"
+        count(folder, parts, share * passes)
+    if distill.features is not None:  # where the teacher's steps lead, where the student's do, and back through it
+        count(distill.features, [find(Path(distill.features)) / "transformer"], 3 * config.sample.steps)
     said = f"\nteachers: {weights / 1e6:.2f} M parameters, {asked / 1e9:.2f} GFLOP an image{lacking}"
     if distill.teacher_steps:
         said += f"; an image is {config.sample.steps} to the student, one for each of its steps"

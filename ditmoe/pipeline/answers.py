@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from samplers.catalog import CHAIN, chain_of, make_scheduler, prediction_type_of
 from samplers.guidance import Guidance, Network
 from samplers.translate import FLOW, translation
 
+from ..config.file import trained_by
 from ..config.sections import ObjectiveConfig
 from ..objective import scheduler_config
 
@@ -85,6 +87,15 @@ def words(objective: ObjectiveConfig, pipe: Any) -> Any:
             f"--objective.prediction-type flow_prediction"
         )
     return make_scheduler("ddim", own)
+
+
+def calls_of(folder: Path) -> int:
+    """Of a student of few calls how many they are; 0 of a model of all noise levels, or that does not say."""
+    try:
+        config = trained_by(folder)
+    except ValueError:
+        return 0
+    return config.sample.steps if config.distill.teacher_steps else 0
 
 
 def flow_levels(shift: float | None, steps: int) -> tuple[float, ...]:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import pipeline
-from ..config.file import drops_labels, trained_by
+from ..config.file import drops_labels
 from ..config.sections import Config
 from ..data.mixture import Mixture
 from ..data.sets import ImageSet
 from ..files import digest
 from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS
-from ..pipeline.answers import ONE_CALL, Answers, flow_levels, path, words
+from ..pipeline.answers import ONE_CALL, Answers, calls_of, flow_levels, path, words
+from .features import Features
 
 
 class Teachers:
@@ -52,7 +53,7 @@ class Teachers:
                     )
             if pipe.config.latents != data.normalization:
                 raise ValueError(f"distill.teachers {folder} is of other latents than the data (or one is of pixels)")
-            calls = _calls(Path(folder))
+            calls = calls_of(Path(folder))
             if calls not in (0, distill.teacher_steps):
                 raise ValueError(
                     f"distill.teachers {folder} was taught {calls} calls and knows their noise levels alone: it "
@@ -76,6 +77,7 @@ class Teachers:
                     f"distill.teachers {folder} draws by {name}, which few calls cannot follow; distill.teacher_steps "
                     f"needs one of {', '.join(ONE_CALL)}"
                 )
+        self.features = None if distill.features is None else Features(distill.features, student, device)
         self.first = _first_labels(config, data, student.config.num_classes, self.pipes)
 
     @property
@@ -128,15 +130,6 @@ class Teachers:
         return torch.where(labels == self.null_label, null, labels - self.first[number])
 
 
-def _calls(folder: Path) -> int:
-    """Of a student of few calls how many they are; 0 of a model of all noise levels, or that does not say."""
-    try:
-        config = trained_by(folder)
-    except ValueError:
-        return 0
-    return config.sample.steps if config.distill.teacher_steps else 0
-
-
 def _first_labels(config: Config, data: ImageSet, classes: int, pipes: Sequence[Any]) -> list[int]:
     """Of each teacher the student's label of its label 0, once both are found to have the same classes.
 
@@ -174,7 +167,8 @@ def facts(config: Config) -> dict[str, list[str] | None]:
     None where one is not there (any more), which a finished run does not need.
     """
     found = list[str]()
-    for folder in config.distill.teachers:
+    distill = config.distill
+    for folder in (*distill.teachers, *([] if distill.features is None else [distill.features])):
         place = next((p for p in (Path(folder) / "model", Path(folder)) if (p / "model_index.json").is_file()), None)
         if place is None:
             return {"teachers": None}

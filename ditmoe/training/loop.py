@@ -119,7 +119,8 @@ def _common(config: Config) -> dict[str, Any]:
     options = to_dict(config)
     for name in ("path", "mixture", "vae", "download", "num_workers"):
         del options["data"][name]
-    del options["distill"]["teachers"]
+    for name in ("teachers", "features"):
+        del options["distill"][name]
     split = config.parallel.shard or config.parallel.experts > 1  # then all of them write into the run folder
     return {name: value for name, value in options.items() if name != "plan" and (split or name != "out")}
 

@@ -525,6 +525,10 @@ def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
     assert not any(line.startswith("teachers") for line in thrice.splitlines())
     work, more = (plan_seconds(plan) * 989e12 * 0.4 for plan in (thrice, text))
     assert more - work == pytest.approx(12 * asked, rel=0.05)  # 12 images of a device; cells have two digits
+    judged = changed(taught, distill={"features": str(teacher)})
+    both, costs, _ = teaching(judged)
+    assert both == 2 * held
+    assert costs - asked == pytest.approx(3 * 3 * budget.flops(config).forward)
 
 
 def test_teachers_of_int8_experts_take_a_byte_a_weight_and_their_scales(teacher: Path) -> None:
