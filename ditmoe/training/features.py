@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samplers.translate import FLOW
-
 from .. import pipeline
 from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS
@@ -39,7 +37,7 @@ class Features:
                 raise ValueError(
                     f"distill.features {folder} has {name} {self.net.config[name]}, the student {student.config[name]}"
                 )
-        if self.net.config.prediction_type != FLOW:
+        if self.net.config.prediction_type != "flow_prediction":
             raise ValueError(f"distill.features {folder} is no flow, as few calls are; give a model that is")
         if calls := calls_of(Path(folder)):
             raise ValueError(
