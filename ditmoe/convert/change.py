@@ -42,10 +42,14 @@ def change(args: ConvertArgs) -> None:
     onward = described(after, config)
     if onward.moe.domain_weight != config.moe.domain_weight:
         words += "; moe.domain_weight is left out, for the experts of a data set have other numbers now"
+    train = replace(config.train, init=args.out.absolute())
+    if args.upcycle is not None and train.optimizer == "muon":
+        train = replace(train, muon_on="all")
+        words += "; Muon moves its experts, as it did the layers that they come from (train.muon_on)"
     pipe.register_modules(transformer=after)
     with replacing(args.out) as temporary:
         pipe.save_pretrained(temporary)
-        save(replace(onward, train=replace(config.train, init=args.out.absolute())), temporary / "training.json")
+        save(replace(onward, train=train), temporary / "training.json")
     sizes = [f"{n / 1e6:.2f} M" for net in (before, after) for n in count_parameters(net)]
     print(f"{args.src}: {sizes[0]} parameters, {sizes[1]} activated; {args.out}: {sizes[2]}, {sizes[3]}{words}")
     print(f"wrote {args.out}; python train.py {args.out}/training.json --out RUN trains it on")

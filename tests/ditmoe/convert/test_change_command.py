@@ -10,7 +10,7 @@ import torch
 
 from ditmoe import pipeline
 from ditmoe.config.file import read_config, save
-from ditmoe.config.sections import Config, DataConfig, MoEConfig
+from ditmoe.config.sections import Config, DataConfig, MoEConfig, TrainConfig
 from ditmoe.convert.split import split
 from ditmoe.data.open import open_data
 from ditmoe.model import count_parameters
@@ -28,7 +28,7 @@ def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def saved(folder: Path, seed: int = 0, **moe: Any) -> Path:
-    config = Config(model=MODEL, moe=MoEConfig(**moe))
+    config = Config(model=MODEL, moe=MoEConfig(**moe), train=TrainConfig(optimizer="muon"))
     pipe = pipeline.assemble(network(seed, **moe), config, {i: str(i) for i in range(10)})
     pipeline.save(pipe, folder)
     save(config, folder / "training.json")
@@ -72,6 +72,8 @@ def test_a_changed_model_is_written_with_what_trains_it_on(
         assert off(drawn(after), drawn(before)) < same
     config = read_config(out, "training.json")
     assert config.train.init == out.absolute()
+    assert config.train.optimizer == "muon"
+    assert config.train.muon_on == ("all" if "--upcycle" in words else "trunk")
     small = replace(
         config.train, batch_size=16, warmup_steps=1, learning_rate=1e-6, precision="fp32", checkpoint_every=10
     )
