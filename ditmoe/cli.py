@@ -90,7 +90,8 @@ def _words(kind: type[Any], argv: Sequence[str]) -> list[str]:
             stop(f"there is no {word}: {what}; CUDA_VISIBLE_DEVICES=1 before the command chooses another one")
         if kind is Config and (meant := MEANT.get(option.replace("_", "-"))):
             stop(f"there is no {option}; here it is {meant}")
-        if kind is Config and option != _PRESET and get_close_matches(option, [_PRESET, "--preset"], cutoff=0.9):
+        other = kind is Config and option.startswith("-") and option != _PRESET
+        if other and get_close_matches(option, [_PRESET, "--preset"], cutoff=0.9):
             stop(f"there is no {option}; routing rules by name are {_PRESET} RULE")  # no field, so tyro knows it not
     return list(argv)
 

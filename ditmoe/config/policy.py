@@ -118,6 +118,9 @@ def _check_number(rule: RoutingRule, experts: int, rules: Sequence[Rule]) -> Non
     off = [one.expert // size for one in rules if one.action == "suppress"]
     on = [one.expert // size for one in rules if one.action == "force"]
     left = sorted(size - off.count(group) for group in range(rule.groups))[: rule.top_groups]  # a token's worst groups
+    if rule.kind == "dense":
+        _refuse(sum(left) == 0, f"it leaves 0 {among}; suppress fewer")
+        return
     few, K = sum(left) + rule.null_experts, rule.top_k if rule.kind == "topk" else 1
     of = "" if rule.groups == 1 else f" in {rule.top_groups} of their groups"
     _refuse(few < K, f"it leaves {few} {among}{of}, and a token has {K}; suppress fewer")

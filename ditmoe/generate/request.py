@@ -23,7 +23,7 @@ from ..run_folder.network import load_guide
 from .draw import RequestedSet, balanced_labels
 from .pictures import write_grid
 from .set_files import Processes, write_folder, write_npz
-from .speed import ALWAYS_RUN, batch_size, prepare
+from .speed import ALWAYS_RUN, batch_size, blocks_run, prepare
 
 PIPELINE_OPTIONS = ("eta", "guidance_interval", "guidance_channels", "guidance_rule", "epsilon_scale")
 
@@ -66,7 +66,8 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     if processes.rank == 0:
         steps, calls = plural(images.sampler["steps"], "step"), plural(images.sampler["nfe"], "network call")
         what = f"{images.sampler['name']}, {steps}, {calls} an image"
-        what += "" if args.cache is None else f", most of which cache {args.cache} foretells"
+        if args.cache is not None:
+            what += f", {blocks_run(args.cache, images.sampler['steps'])} of them through the blocks"
         print(f"{plural(images.num, 'image')} in {out} ({what})", flush=True)
     if score:
         score(out)

@@ -43,6 +43,11 @@ def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> 
     return found | ({} if args.cache is None else {"cache": args.cache})
 
 
+def blocks_run(cache: str, steps: int) -> int:
+    """In how many of so many steps the blocks are run under a cache taylor:N, which foretells the others."""
+    return min(steps, ALWAYS_RUN) + max(0, steps - ALWAYS_RUN) // int(cache.partition(":")[2])
+
+
 def _halve(net: nn.Module) -> None:
     """Weights and tables in bfloat16, but those of routers, which decide in float32, and int8 ones and their scales."""
     kept = {part for module in net.modules() if isinstance(module, Router) for part in module.modules()}

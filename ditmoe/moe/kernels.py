@@ -77,15 +77,18 @@ class _Loop(torch.autograd.Function):
         shape, D = grad.shape, grad.shape[-1]
         grad = grad.reshape(x.shape)
         grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
-        grad_in, grad_out = torch.zeros_like(w_in), torch.zeros_like(w_out)
+        needed = zip((w_in, w_out), ctx.needs_input_grad[1:], strict=False)  # not those of a frozen network
+        grad_in, grad_out = (torch.zeros_like(w) if need else None for w, need in needed)
         for (e, run), h in zip(ctx.runs, hidden, strict=True):
             g = grad.index_select(0, row[run])
             torch.sum(g.to(weight.dtype) * out[run].to(weight.dtype), dim=-1, out=grad_weight[run])
             g = (g * weight[run].to(g.dtype).unsqueeze(-1)).view(-1, D)
-            torch.mm(g.T, _activation(h, ctx.activation), out=grad_out[e])
+            if grad_out is not None:
+                torch.mm(g.T, _activation(h, ctx.activation), out=grad_out[e])
             grad_h = torch.empty_like(h)
             _activation_backward(g @ w_out[e], h, ctx.activation, grad_h)
-            torch.mm(grad_h.T, x.index_select(0, row[run]).view(-1, D), out=grad_in[e])
+            if grad_in is not None:
+                torch.mm(grad_h.T, x.index_select(0, row[run]).view(-1, D), out=grad_in[e])
             torch.mm(grad_h, w_in[e], out=grad_rows[run].view(-1, D))
         grad_x = _bags(grad_rows, slot, starts).view(shape)
         return grad_x, grad_in, grad_out, grad_weight, None, None, None, None, None

@@ -22,7 +22,7 @@ class Steering(NamedTuple):
 
     Attributes:
         tau: (N,) or a number: instead of the routing rule's own.
-        bias: (B, E + Z) float32, at a block its own (E + Z,): see `steered`.
+        bias: (B, E + Z) float32, at a block its own (E + Z,): see `steered`. Of the rule dense -inf alone counts.
     """
 
     tau: Tensor | float | None = None

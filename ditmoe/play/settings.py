@@ -142,7 +142,8 @@ def described(pipe: DiTMoEPipeline, model: Path) -> dict[str, Any]:
         "model": str(model), "classes": classes,
         "size": pipe.image_shape[1], "side": side, "parameters": total, "activated": active,
         "layers": [int(name.split()[-1]) for name in moe_layer_names(net)], "experts": C.num_experts,
-        "samplers": list(SAMPLERS), "saved_guide": saved, "steering": net.rule.kind != "dense", "most": MOST_IMAGES,
+        "samplers": list(SAMPLERS), "saved_guide": saved, "most": MOST_IMAGES,
+        "actions": ["suppress"] if net.rule.kind == "dense" else ["suppress", "force"],  # of a click
         "by_place": C.router_input == "position",
         "defaults": {
             "sampler": config.sampler or "", "steps": config.num_inference_steps, "cfg": config.guidance_scale,

@@ -77,7 +77,9 @@ class Teachers:
                     f"distill.teachers {folder} draws by {name}, which few calls cannot follow; distill.teacher_steps "
                     f"needs one of {', '.join(ONE_CALL)}"
                 )
-        self.features = None if distill.features is None else Features(distill.features, student, device)
+        self.features = (
+            None if distill.features is None else Features(distill.features, student, data.normalization, device)
+        )
         self.first = _first_labels(config, data, student.config.num_classes, self.pipes)
 
     @property

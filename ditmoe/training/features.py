@@ -10,6 +10,7 @@ Shapes: n images, K steps of each, C channels, H W size, T tokens, D width.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,25 @@ LOW, HIGH = 0.05, 0.35  # noise levels of finished images
 
 
 class Features:
-    """The frozen network whose hidden states are compared, on a device.
+    """The frozen network whose hidden states are compared, on a device. `normalization` is that of the data.
 
     Raises:
-        ValueError: It is no model, no flow, of other images or classes, or knows the noise levels of few calls alone.
+        ValueError: It is no model, no flow, of other images, latents or classes, or knows the noise levels of few calls
+            alone.
     """
 
-    def __init__(self, folder: str, student: DiTMoETransformer2DModel, device: torch.device) -> None:
-        net = pipeline.load(Path(folder)).transformer
-        self.net: DiTMoETransformer2DModel = net.eval().requires_grad_(False).to(device)
+    def __init__(
+        self, folder: str, student: DiTMoETransformer2DModel, normalization: Any, device: torch.device
+    ) -> None:  # fmt: skip
+        pipe = pipeline.load(Path(folder))
+        self.net: DiTMoETransformer2DModel = pipe.transformer.eval().requires_grad_(False).to(device)
         for name in ("sample_size", "in_channels", "num_classes"):
             if self.net.config[name] != student.config[name]:
                 raise ValueError(
                     f"distill.features {folder} has {name} {self.net.config[name]}, the student {student.config[name]}"
                 )
+        if pipe.config.latents != normalization:
+            raise ValueError(f"distill.features {folder} is of other latents than the data (or one is of pixels)")
         if self.net.config.prediction_type != "flow_prediction":
             raise ValueError(f"distill.features {folder} is no flow, as few calls are; give a model that is")
         if calls := calls_of(Path(folder)):
@@ -78,6 +84,6 @@ class Features:
 
     def _states(self, x: Tensor, t: Tensor, labels: Tensor | None) -> list[Tensor]:
         """What the blocks give, (K n, T, D) each."""
-        self._seen.clear()
         self.net(x, t, labels, return_dict=False)
-        return [*self._seen]
+        seen, self._seen[:] = [*self._seen], []
+        return seen

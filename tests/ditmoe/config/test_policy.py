@@ -98,7 +98,7 @@ TOP2, GROUPS = RoutingRule(2), RoutingRule(2, groups=4, top_groups=2)
         (RoutingRule(2, kind="expert_choice"), many("suppress", *range(7)), None),
         (RoutingRule(2, overflow="order"), many("force", 1), "it forces expert 1 of layer 1, but under overflow order"),
         (RoutingRule(1, kind="dense"), many("suppress", 1), None),
-        (RoutingRule(1, kind="dense"), many("suppress", *range(8)), "it leaves 0 experts of layer 1"),
+        (RoutingRule(1, kind="dense"), many("suppress", *range(8)), "it leaves 0 experts of layer 1; suppress"),
         (RoutingRule(1, kind="dense"), many("force", 1), "force is for experts that are chosen, and all of this model"),
         (TOP2, (Rule(2, 0, "suppress"),), "layer 2 has no experts; those that have are 1, 3"),
         (TOP2, many("suppress", 8), "there is no expert 8 of layer 1; it has 0 to 7"),

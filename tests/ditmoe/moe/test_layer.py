@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import replace
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -477,3 +477,25 @@ def test_an_mlp_router_is_its_formula() -> None:
     z = torch.cat([x, torch.nn.functional.layer_norm(t, (D,)).unsqueeze(1).expand(-1, 5, -1)], dim=2)
     wanted = (z @ router.hidden.weight.T + router.hidden.bias).tanh() @ router.weight.T + router.offset
     torch.testing.assert_close(logits, wanted)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_through_frozen_experts_the_input_has_its_gradient_and_they_have_none(
+    backend: Literal["loop", "grouped"], activation: Literal["swiglu", "gelu"]
+) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(
+        16, num_experts=4, expert_width=64, shared_width=0, rule=RoutingRule(2), activation=activation, backend=backend
+    )
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    found = []
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        layer.zero_grad()
+        x.grad = None
+        layer(x)[0].square().sum().backward()
+        assert x.grad is not None
+        found.append(x.grad)
+        assert all((p.grad is None) == frozen for p in layer.experts.parameters())
+    assert torch.equal(*found)

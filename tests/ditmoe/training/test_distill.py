@@ -306,7 +306,7 @@ def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
             run("cut", 6, sample={**FEW, "steps": 4})
     weights = next((teacher / "model/transformer").glob("*.safetensors"))
     weights.write_bytes(next((straight / "model/transformer").glob("*.safetensors")).read_bytes())
-    with pytest.raises(ValueError, match="distill.teachers are not those of"):
+    with pytest.raises(ValueError, match="distill.teachers or features are not those of"):
         run("cut", 6)
 
 
@@ -380,7 +380,7 @@ def test_a_finished_run_needs_its_teachers_no_more(tiny: Tiny, teacher: Path, tm
     assert go(moved)  # the same ones at another place
     index = tmp_path / "moved/model/model_index.json"
     index.write_text(index.read_text().replace('"guidance_scale": 2.0', '"guidance_scale": 9.0'))
-    with pytest.raises(ValueError, match="distill.teachers are not those of"):
+    with pytest.raises(ValueError, match="distill.teachers or features are not those of"):
         go(replace(moved, max_steps=3))
 
 
@@ -450,6 +450,7 @@ def test_hidden_states_are_compared_where_steps_lead(tiny: Tiny, teacher: Path) 
     assert float(features.loss(target, target, x_t, labels, levels, drawn)) == 0
     found.backward()
     assert sample.grad is not None
+    assert not features._seen  # which would keep the graph
     assert bool((sample.grad.abs().amax(dim=(1, 2, 3)) > 0).all())
     assert all(weight.grad is None for weight in features.net.parameters())
 
@@ -487,8 +488,11 @@ def test_what_features_cannot_be_of(tiny: Tiny, teacher: Path, tmp_path: Path) -
     ):  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             student(tiny(objective=objective, sample=FEW, distill={**taught, "features": str(folder)}))
+    here = torch.device("cpu")
     with pytest.raises(ValueError, match=r"distill.features .* has num_classes 10, the student 12"):
-        Features(str(teacher), build(tiny(model={"num_classes": 12}), 12), torch.device("cpu"))
+        Features(str(teacher), build(tiny(model={"num_classes": 12}), 12), None, here)
+    with pytest.raises(ValueError, match="is of other latents than the data"):
+        Features(str(teacher), build(tiny(), 10), {"mean": [0.0], "std": [2.0]}, here)
 
 
 @pytest.mark.parametrize(
