@@ -66,7 +66,7 @@ def rules(dtype: torch.dtype, images: int = 16, tokens: int = 256, E: int = 8, F
 
 
 BACKENDS: tuple[Backend, ...] = ("auto", "grouped", "loop")
-SIZES = [(64, 64), (128, 128), (WIDTH, 1536)]  # D, F
+SIZES = [(128, 128), (WIDTH, 1536)]  # D, F
 
 
 def backends(D: int, F: int, E: int, S: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

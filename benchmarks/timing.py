@@ -11,12 +11,14 @@ import torch
 def round_robin(
     rivals: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median seconds of each rival over `rounds` rounds, after one warm-up each."""
+    """Median seconds of each rival over `rounds` rounds, after one warm-up each; every round begins with another."""
     for run in rivals.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name, run in rivals.items():
+    turns = list(rivals.items())
+    for k in range(rounds):
+        first = k % len(turns)
+        for name, run in turns[first:] + turns[:first]:
             start = clock()
             run()
             if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .kernels import Activation, _activate, _Combine, _Dispatch, _grouped, _Loop, _one_by_one, autocast_dtype
 from .select import Plan
 
-_LOOP_PAYS = 2**16  # D * F; on a CPU the loop won at 147,456 and 589,824, the grouped products at 16,384
+_LOOP_PAYS = 2**16, 256  # D * F and rows of an expert from which on the loop won on a CPU
 
 
 class FeedForward(nn.Module):
@@ -65,9 +65,10 @@ class Experts(nn.Module):
         width: Hidden width F.
         activation: As in FeedForward.
         backend: "grouped" (torch.nn.functional.grouped_mm: float32, bfloat16, float16; D and F multiples of 16
-            bytes), "loop" (any dtype and size, one expert after the other), or "auto": grouped where it applies,
-            but on a CPU the loop for experts of D * F >= 65,536, whose rows it keeps in cache. On a CPU both give
-            the same bits (with gelu where F is a multiple of 64: torch rounds the ends of its runs differently).
+            bytes), "loop" (any dtype and size, one expert after the other), or "auto": grouped where it applies, but
+            on a CPU the loop for experts of D * F >= 65,536 with 256 rows or more on average, which it keeps in cache.
+            On a CPU both give the same bits (with gelu where F is a multiple of 64: torch rounds the ends of its runs
+            differently).
         biases: Before the activation; an output bias is for the shared expert, which every token has.
         active_width: Width of the dense layer whose initial size the experts share, K F where K of them serve a token
             with weights that sum to K; default: F, each for itself.
@@ -118,21 +119,22 @@ class Experts(nn.Module):
         x = x.to(autocast_dtype(x))
         if not x.numel() and self.exchange is None:  # else the others wait for this process
             return x
-        if torch.compiler.is_compiling() and (self.exchange or x.dtype == torch.float32 or not self._use_grouped(x)):
-            y: Tensor = self._uncompiled(x, plan)
+        grouped = self._use_grouped(x, len(plan.row) * x.shape[1])
+        if torch.compiler.is_compiling() and (self.exchange or x.dtype == torch.float32 or not grouped):
+            y: Tensor = self._uncompiled(x, plan, grouped)
             return y
-        return self._weighted_sum(x, plan)
+        return self._weighted_sum(x, plan, grouped)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _uncompiled(self, x: Tensor, plan: Plan) -> Tensor:
+    def _uncompiled(self, x: Tensor, plan: Plan, grouped: bool) -> Tensor:
         """Every step has other row counts, which would be compiled anew; and grouped_mm compiles in 16 bits only."""
-        return self._weighted_sum(x, plan)
+        return self._weighted_sum(x, plan, grouped)
 
-    def _weighted_sum(self, x: Tensor, plan: Plan) -> Tensor:
+    def _weighted_sum(self, x: Tensor, plan: Plan, grouped: bool) -> Tensor:
         y: Tensor
         plan = plan if self.exchange else evened(plan, x)
         way = plan.row, plan.slot, plan.starts
-        if self.exchange is None and not self.biases and not self._use_grouped(x):
+        if self.exchange is None and not self.biases and not grouped:
             w_in, w_out = self.matrices(x.dtype)
             y = _Loop.apply(x, w_in, w_out, plan.weight, *way, plan.counts, self.activation)
             return y
@@ -140,26 +142,26 @@ class Experts(nn.Module):
         counts = plan.counts * B
         rows = _Dispatch.apply(x.reshape(R, B * D), *way).view(-1, D)
         exchange = self.exchange
-        out = self._products(rows, counts) if exchange is None else exchange(rows, counts, self._products)
+        out = self._products(rows, counts, grouped) if exchange is None else exchange(rows, counts, self._products)
         y = _Combine.apply(out.view(-1, B * D), plan.weight, *way)
         return y.view(R, B, D)
 
-    def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def _products(self, rows: Tensor, counts: Tensor, grouped: bool | None = None) -> Tensor:
         """Both products and the activation, for rows (P, D) sorted by expert: (P, D)."""
         w_in, w_out = self.matrices(rows.dtype)
         rows = F.pad(rows, (0, 8), value=1 / 8) if self.biases else rows
-        if self._use_grouped(rows):
+        if self._use_grouped(rows, len(rows)) if grouped is None else grouped:
             hidden = _activate(_grouped(rows, w_in, counts), self.activation)  # (P, F)
             return _grouped(hidden, w_out, counts)
         a, b = w_in.unbind(0), w_out.unbind(0)
         return _one_by_one(rows, counts, lambda e, part: _activate(part @ a[e].T, self.activation) @ b[e].T)
 
-    def _use_grouped(self, x: Tensor) -> bool:
+    def _use_grouped(self, x: Tensor, pairs: int) -> bool:
         if self.backend != "auto":
             return self.backend == "grouped"
-        D, width = self.w_out.shape[1:]
-        fits = _fits_grouped(D, width, x.dtype)
-        return fits and (x.device.type != "cpu" or D * width < _LOOP_PAYS)
+        E, D, width = self.w_out.shape
+        small = D * width < _LOOP_PAYS[0] or pairs < E * _LOOP_PAYS[1]
+        return _fits_grouped(D, width, x.dtype) and (x.device.type != "cpu" or small)
 
 
 def evened(plan: Plan, x: Tensor) -> Plan:

@@ -64,8 +64,7 @@ def decide(
     if told is not None:  # it may differ where images share their logits
         logits = logits.expand(N, -1, -1)
     n, t, E = logits.shape
-    logits = logits.reshape(n * t, E)
-    logits = logits if rule.kind == "dense" else steered(logits, bias)
+    logits = steered(logits.reshape(n * t, E), None if rule.kind == "dense" else bias)
     tau = (
         None if told is None else torch.as_tensor(told, device=x.device).float().expand(N).repeat_interleave(t)[:, None]
     )

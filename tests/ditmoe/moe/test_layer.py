@@ -352,12 +352,12 @@ def test_grouped_refuses_odd_widths_and_auto_takes_the_loop() -> None:
     assert odd(torch.randn(1, 4, 6))[0].shape == (1, 4, 6)
 
 
-@pytest.mark.parametrize(("width", "loops"), [(128, False), (1024, True)])
-def test_auto_takes_the_loop_for_large_experts_on_a_cpu(
-    width: int, loops: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("width", "tokens", "loops"), [(128, 512, False), (1024, 512, True), (1024, 508, False)])
+def test_auto_takes_the_loop_for_large_experts_with_many_rows_on_a_cpu(
+    width: int, tokens: int, loops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = MoELayer(64, num_experts=2, expert_width=width, shared_width=0, rule=RoutingRule(1))
-    x = torch.randn(1, 4, 64)
+    x = torch.randn(1, tokens, 64)
     expected = made(x)[0]
 
     def refuse(*_: object, **__: object) -> None:
