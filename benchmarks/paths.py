@@ -5,7 +5,7 @@
 The path of a held-out image is how many of its tokens each expert of each layer serves, at each of --bins noise levels.
 Once its label is given to the network, as RAPHAEL's paths are chosen by the words of a prompt, and once not.
 Attributes: the class, and whether the image is brighter than the median, which no label says. Fitted on one half of the
-images, told of the other. Source: RAPHAEL (arXiv 2305.18295), section 4.
+images, told of the other. Source: RAPHAEL (arXiv 2305.18295).
 """
 
 import argparse

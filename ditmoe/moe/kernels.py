@@ -77,7 +77,7 @@ class _Loop(torch.autograd.Function):
         shape, D = grad.shape, grad.shape[-1]
         grad = grad.reshape(x.shape)
         grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
-        needed = zip((w_in, w_out), ctx.needs_input_grad[1:], strict=False)  # not those of a frozen network
+        needed = zip((w_in, w_out), ctx.needs_input_grad[1:3], strict=True)  # not those of a frozen network
         grad_in, grad_out = (torch.zeros_like(w) if need else None for w, need in needed)
         for (e, run), h in zip(ctx.runs, hidden, strict=True):
             g = grad.index_select(0, row[run])

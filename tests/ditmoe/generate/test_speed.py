@@ -95,14 +95,17 @@ def test_cached_images_do_not_depend_on_the_batch_and_differ_little(tmp_path: Pa
     assert facts(args, images)["cache"] == "taylor:2"
 
 
-def test_a_cache_runs_the_blocks_in_every_second_step(tmp_path: Path) -> None:
-    images = requested(replace(saved(tmp_path), num=2, steps=12, cache="taylor:2", cfg=1.0))
+@pytest.mark.parametrize(("cache", "steps", "run"), [("taylor:2", 12, 3 + 4), ("taylor:3", 10, 3 + 2)])
+def test_a_cache_runs_the_blocks_in_the_first_three_steps_and_every_nth(
+    tmp_path: Path, cache: str, steps: int, run: int
+) -> None:
+    images = requested(replace(saved(tmp_path), num=2, steps=steps, cache=cache, cfg=1.0))
     calls: list[int] = []
     net = images.pipe.transformer
     block = net.blocks[0]
     block.adaLN_modulation.register_forward_hook(lambda *_: calls.append(1))
     images.whole(2)
-    assert len(calls) == 3 + 4  # three at first, then every second of nine
+    assert len(calls) == run == speed.blocks_run(cache, steps)
 
 
 def test_joined_blocks_answer_as_without_a_cache_in_the_steps_that_it_always_runs(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ditmoe import cli
 from ditmoe.config.policy import Policy
 from ditmoe.config.sample import SampleArgs
 from ditmoe.play import settings
+from tests.ditmoe.moe.test_policy import made
 from tests.ditmoe.pipeline.test_pipeline import make
 
 MODEL = Path("models/a b")
@@ -89,3 +90,8 @@ def test_what_a_page_is_told_of_a_model() -> None:
     assert (told["layers"], told["experts"], told["side"], told["size"]) == ([1], 4, 2, 8)
     assert told["defaults"]["steps"] == 4
     assert settings.described(make(num_classes=0), MODEL)["classes"] == []
+    factorised = made(
+        experts="factorised", select="dense", score="entmax", renormalize=False, top_k=1, balance_weight=0
+    )
+    actions = [settings.described(pipe, MODEL)["actions"] for pipe in (make(), factorised)]
+    assert actions == [["suppress", "force"], ["suppress"]]
