@@ -3,8 +3,6 @@
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from ..model import DiTMoETransformer2DModel, build, count_parameters
 from ..pipeline.folder import find
 from ..pipeline.handed_in import check_pipeline
 from ..training.muon import work as muon_work
-from .budget import Way, activations, flops, needs, routed_blocks
+from .budget import Way, flops, needs, routed_blocks
 
 USABLE = 0.9  # of a device's memory; the rest is for the driver, the communication library and fragments
 _ROWS = (
@@ -39,25 +37,22 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     large = sum(p.numel() for p in model.parameters()) > 1e7
     muon = config.train.optimizer == "muon"  # which FSDP2's slices do not go with
     trunk, whole = (muon_work(model, experts=x)[2] if muon else 0 for x in (False, config.train.muon_on == "all"))
-    (frozen, asked, kept, said), calls = teaching(config), config.sample.steps if config.distill.teacher_steps else 1
+    (frozen, asked, said), calls = teaching(config), config.sample.steps if config.distill.teacher_steps else 1
     usable, (unit, scale) = USABLE * plan.memory * 1e9 - frozen, ("GB", 1e9) if large else ("MB", 1e6)
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
         at = partial(needs, config, model, way)
         found = {d: at(d, calls * images, checkpointing) for d in degrees}
-        fitting = [d for d in degrees if found[d].peak + kept * images <= usable]
+        fitting = [d for d in degrees if found[d].peak <= usable]
         d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
-        largest = bisect_right(
-            range(1, 2**20), usable, key=lambda size: at(d, calls * size, checkpointing).peak + kept * size
-        )
+        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, calls * size, checkpointing).peak)
         most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
         more = trunk + (whole - trunk) / d  # a device makes its own experts orthogonal
         passes = asked + calls * (count.training(checkpointing) + count.forward * looks_ahead(config))
         work = (times * images * passes + more) / plan.tflops / 1e12
         seconds = [_cell(x, 4) for x in (work / plan.efficiency, sum(found[d][7:]) / plan.bandwidth / 1e9)]
         *own, peak = found[d][:7]
-        others = frozen + kept * images
-        sizes = [_cell(size / scale) for size in (*own, others, peak + others, *found[d][7:])]
+        sizes = [_cell(size / scale) for size in (*own, frozen, peak + frozen, *found[d][7:])]
         return [way, str(d), _cell(checkpointing), *sizes[:8], _cell(bool(fitting)), most, *sizes[8:], *seconds]
 
     precision = "fp32" if config.train.precision == "fp32" else "bf16 autocast"
@@ -77,29 +72,18 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     return "\n".join([head, *(f"{name.format(unit):28}" + "".join(f"{x:>11}" for x in row) for name, *row in rows)])
 
 
-def teaching(config: Config) -> tuple[float, float, float, str]:
-    """What teachers add on every device: bytes, of an image operations and bytes that are kept, and a line.
+def teaching(config: Config) -> tuple[float, float, str]:
+    """What teachers add on every device: bytes, operations of their passes for one image, and a line that says so.
 
     Their weights and their guides' are there whole, see `_held`. Those that are guided are taken to be so at all times,
-    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain. The
-    network of `distill.features` counts as a teacher, whose pass the backward pass goes through.
+    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain.
     """
-    distill, sets, frozen, weights, asked, kept, lacking = config.distill, config.data.sets(), 0.0, 0, 0.0, 0.0, ""
-
-    def count(folder: str, parts: Sequence[Path], passes: float) -> Config | None:
-        nonlocal frozen, weights, asked, lacking
-        for values, size in map(_held, parts):
-            weights, frozen = weights + values, frozen + size
-        try:
-            asked += passes * flops(own := trained_by(Path(folder))).forward
-        except ValueError:
-            own = None
-            lacking += f", without those of {folder}, which does not say how it was trained"
-        return own
-
+    distill, sets, frozen, weights, asked, lacking = config.distill, config.data.sets(), 0.0, 0, 0.0, ""
     for number, folder in enumerate(distill.teachers):
         index = check_pipeline(place := find(Path(folder)))
         parts = [place / part for part in ("transformer", "guide") if any(index.get(part, ()))]
+        for values, size in map(_held, parts):
+            weights, frozen = weights + values, frozen + size
         passes = max(1, distill.teacher_steps)
         if distill.guided or distill.teacher_steps:
             labelled = bool(read_object(parts[0] / "config.json").get("num_classes"))
@@ -108,16 +92,14 @@ def teaching(config: Config) -> tuple[float, float, float, str]:
             guides = (labelled and scale != 1) + (guide and index.get("guide_scale") != 1)
             passes *= 1 + guides
         share = sets[number][1] / sum(weight for _, weight in sets) if distill.by == "domain" else 1
-        count(folder, parts, share * passes)
-    if distill.features is not None:  # where the teacher's steps lead, where the student's do, and back through it
-        judge = count(distill.features, [find(Path(distill.features)) / "transformer"], 3 * config.sample.steps)
-        if judge is not None:
-            judge = replace(judge, train=replace(judge.train, precision=config.train.precision))
-            kept = config.sample.steps * sum(activations(judge, routed)[0] for routed in routed_blocks(judge))
+        try:
+            asked += share * passes * flops(trained_by(Path(folder))).forward
+        except ValueError:
+            lacking += f", without those of {folder}, which does not say how it was trained"
     said = f"\nteachers: {weights / 1e6:.2f} M parameters, {asked / 1e9:.2f} GFLOP an image{lacking}"
     if distill.teacher_steps:
         said += f"; an image is {config.sample.steps} to the student, one for each of its steps"
-    return frozen, asked, kept, said * bool(distill.teachers)
+    return frozen, asked, said * bool(distill.teachers)
 
 
 def _held(part: Path) -> tuple[int, int]:

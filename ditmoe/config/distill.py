@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from .sections import Config
 
 
-_OF_TEACHERS = ("by", "weight", "guided", "cfg", "teacher_steps", "features")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Distillation: frozen networks say what this one should."""
@@ -33,26 +30,15 @@ class DistillConfig:
     image; the student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all
     of these. 0: it learns what teachers say at every noise level, for all samplers."""
 
-    features: str | None = None
-    """Few calls: a model folder or run, of the same images and classes, whose hidden states are compared too, of where
-    each step of the student and of the teacher leads; for sharper images. Mostly the teacher."""
-    features_weight: float = 0.3
-    """Of that loss, beside the squared error."""
-
     def __post_init__(self) -> None:
         at_least(self, 0, "teacher_steps")
         require(0 < self.weight <= 1, f"weight is {self.weight}; it must lie in (0, 1]")
         if not self.teachers:
-            changed = next((n for n in _OF_TEACHERS if self._chosen(n)), None)
+            changed = next((n for n in ("by", "weight", "guided", "cfg", "teacher_steps") if self._chosen(n)), None)
             require(changed is None, f"{changed} needs teachers; give them as --distill.teachers MODEL")
         require(self.cfg is None or 0 <= self.cfg < math.inf, f"cfg is {self.cfg}; it must be 0 or more, and finite")
         bare = self.cfg is not None and not (self.guided or self.teacher_steps)
         require(not bare, f"cfg is {self.cfg}, and the teachers are not guided; add --distill.guided, or leave it out")
-        few = self.features is None or self.teacher_steps > 0
-        require(few, f"features is {self.features}, which is for few calls; add --distill.teacher-steps M")
-        bare = self.features is None and self._chosen("features_weight")
-        require(not bare, "features_weight needs --distill.features MODEL")
-        require(0 < self.features_weight < math.inf, f"features_weight is {self.features_weight}; it must be above 0")
         one = self.by == "domain" and len(self.teachers) == 1
         require(not one, "by domain needs a teacher for each data set; with one leave it out")
         if self.teacher_steps:

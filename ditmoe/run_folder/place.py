@@ -27,7 +27,7 @@ PAGE = "index.html"
 _FREE = {"out", "max_steps", "dry_run", "moe.backend", "parallel.experts", "parallel.shard", "parallel.gather"}
 _FREE |= {f"data.{name}" for name in ("path", "mixture", "vae", "download", "num_workers", "max_bad")}
 _FREE |= {f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "tracker")}
-_FREE |= {"distill.teachers", "distill.features"}  # as of data.path
+_FREE |= {"distill.teachers"}  # as of data.path
 _FREE |= {"train.max_skipped", "train.on_save_error", "train.moved"}
 _MOVED = {"train.learning_rate", "train.precision", "train.accumulation"}  # may change too, where train.moved says so
 

@@ -23,7 +23,6 @@ from ..files import digest
 from ..model import DiTMoETransformer2DModel
 from ..objective import NUM_TIMESTEPS
 from ..pipeline.answers import ONE_CALL, Answers, calls_of, flow_levels, path, words
-from .features import Features
 
 
 class Teachers:
@@ -77,9 +76,6 @@ class Teachers:
                     f"distill.teachers {folder} draws by {name}, which few calls cannot follow; distill.teacher_steps "
                     f"needs one of {', '.join(ONE_CALL)}"
                 )
-        self.features = (
-            None if distill.features is None else Features(distill.features, student, data.normalization, device)
-        )
         self.first = _first_labels(config, data, student.config.num_classes, self.pipes)
 
     @property
@@ -169,8 +165,7 @@ def facts(config: Config) -> dict[str, list[str] | None]:
     None where one is not there (any more), which a finished run does not need.
     """
     found = list[str]()
-    distill = config.distill
-    for folder in (*distill.teachers, *([] if distill.features is None else [distill.features])):
+    for folder in config.distill.teachers:
         place = next((p for p in (Path(folder) / "model", Path(folder)) if (p / "model_index.json").is_file()), None)
         if place is None:
             return {"teachers": None}

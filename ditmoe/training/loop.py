@@ -119,7 +119,7 @@ def _common(config: Config) -> dict[str, Any]:
     options = to_dict(config)
     for name in ("path", "mixture", "vae", "download", "num_workers"):
         del options["data"][name]
-    options["distill"] |= {"teachers": len(config.distill.teachers), "features": config.distill.features is None}
+    options["distill"]["teachers"] = len(config.distill.teachers)
     split = config.parallel.shard or config.parallel.experts > 1  # then all of them write into the run folder
     return {name: value for name, value in options.items() if name != "plan" and (split or name != "out")}
 

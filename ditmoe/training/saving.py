@@ -130,7 +130,7 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
         other = f"the one that {path} was trained on (other images, order, weights, classes or VAE)"
         raise ValueError(f"the data set is not {other}; restore it, or give another --out")
     if facts.get("teachers", []) not in (None, meta.get("teachers", [])):
-        raise ValueError(f"distill.teachers or features are not those of {path}; restore them, or give another --out")
+        raise ValueError(f"distill.teachers are not those of {path}; restore them, or give another --out")
     parts = parallel.own(saved)
     wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
     if wrong:

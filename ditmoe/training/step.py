@@ -151,7 +151,6 @@ class Given(NamedTuple):
     labels: Tensor | None
     target: Tensor
     domain: Tensor
-    drawn: Tensor  # (n,) the times that the objective drew
 
 
 def _given(run: Run, batch: Batch) -> Given:
@@ -164,11 +163,11 @@ def _given(run: Run, batch: Batch) -> Given:
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
     if teachers is None or not teachers.levels:
         x_t, target = objective.corrupt(x_0, t, noise)
-        return Given(x_0, x_t, t, labels, target, domain, t)
+        return Given(x_0, x_t, t, labels, target, domain)
     with accelerator.autocast():
-        x_t, times, target = teachers.steps(noise, labels, domain)
+        x_t, t, target = teachers.steps(noise, labels, domain)
     labels, domain = None if labels is None else labels.repeat(teachers.calls), domain.repeat(teachers.calls)
-    return Given(x_0, x_t, times, labels, target, domain, t)
+    return Given(x_0, x_t, t, labels, target, domain)
 
 
 def _said(run: Run, given: Given) -> tuple[Tensor, list[Routing], list[Any], list[Tensor]]:
@@ -211,7 +210,7 @@ def _forward(
     global batch, of all processes and micro-batches together.
     """
     config, taught = run.config, None
-    x_0, x_t, t, labels, target, domain, drawn = given
+    x_0, x_t, t, labels, target, domain = given
     if run.teachers is not None and not run.teachers.levels:
         with run.parallel.accelerator.autocast():
             taught = run.teachers.target(x_t, t, labels, domain)
@@ -220,11 +219,6 @@ def _forward(
     parts = [(name, 1 - share, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
     if taught is not None:
         parts.append(("distill", share, (sample.float() - taught).square().mean()))
-    if run.teachers is not None and run.teachers.features is not None:
-        assert run.teachers.levels is not None, "config refuses it"
-        with run.parallel.accelerator.autocast():
-            value = run.teachers.features.loss(sample, target, x_t, labels, run.teachers.levels, drawn)
-        parts.append(("features", config.distill.features_weight, value))
     if heads:
         wanted = [(1 - share, target), *([] if taught is None else [(share, taught)])]
         expert: Any = sum(part * expert_loss(heads[0], of) for part, of in wanted if part)

@@ -513,7 +513,7 @@ def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
     taught = changed(config, distill={"teachers": (str(teacher),), "teacher_steps": 5})
     pipe = pipeline.load(teacher)
     held = 4 * sum(p.numel() for p in pipe.transformer.parameters())
-    frozen, asked, kept, _ = teaching(taught)
+    frozen, asked, _ = teaching(taught)
     assert frozen == held
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         path(pipe, torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), 5, flow_levels(None, 3))
@@ -525,33 +525,16 @@ def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
     assert not any(line.startswith("teachers") for line in thrice.splitlines())
     work, more = (plan_seconds(plan) * 989e12 * 0.4 for plan in (thrice, text))
     assert more - work == pytest.approx(12 * asked, rel=0.05)  # 12 images of a device; cells have two digits
-    judged = changed(taught, distill={"features": str(teacher)})
-    both, costs, more, _ = teaching(judged)
-    assert (both, kept) == (2 * held, 0)
-    net = pipeline.load(teacher).transformer.requires_grad_(False)
-    saved: dict[int, int] = {}
-
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        out = net(torch.randn(4, 1, 8, 8, requires_grad=True), torch.tensor(500.0), torch.tensor([0, 1, 2, 3])).sample
-    passed = sum(size for place, size in saved.items() if place not in weights) / 4
-    assert out.requires_grad
-    assert 0.6 < 3 * passed / more < 1.05  # of frozen weights torch keeps less than of those that are trained
-    assert costs - asked == pytest.approx(3 * 3 * budget.flops(config).forward)
 
 
 def test_teachers_of_int8_experts_take_a_byte_a_weight_and_their_scales(teacher: Path) -> None:
     pipe = pipeline.load(teacher)
     taught = changed(DIGITS, distill={"teachers": (str(teacher),)})
-    (wide, _, _, said), before = teaching(taught), [p.numel() for p in pipe.transformer.parameters()]
+    (wide, _, said), before = teaching(taught), [p.numel() for p in pipe.transformer.parameters()]
     assert wide == 4 * sum(before)
     pipe.transformer.bfloat16().store_int8()  # as `ditmoe convert --int8` does
     pipeline.save(pipe, teacher)
-    frozen, _, _, still = teaching(taught)
+    frozen, _, still = teaching(taught)
     assert frozen == sum(value.nbytes for value in pipeline.load(teacher).transformer.state_dict().values())
     assert frozen < wide
     assert still.split(",")[0] == said.split(",")[0] == f"\nteachers: {sum(before) / 1e6:.2f} M parameters"
@@ -571,10 +554,10 @@ def test_a_teacher_answers_once_for_each_level_and_of_a_mixture_for_its_set(teac
     data = {"mixture": ("digits=3", "fashion"), "fit": "crop"}
     assert teaching(changed(plain, distill={"by": "domain"}, data=data))[1] == once
     (teacher / "training.json").unlink()
-    frozen, asked, _, said = teaching(plain)
+    frozen, asked, said = teaching(plain)
     assert (frozen > 0, asked) == (True, 0)
     assert f"without those of {teacher}, which does not say how it was trained" in said
-    assert teaching(DIGITS) == (0, 0, 0, "")
+    assert teaching(DIGITS) == (0, 0, "")
 
 
 def test_the_largest_model_on_64_devices() -> None:

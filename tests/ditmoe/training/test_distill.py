@@ -18,7 +18,6 @@ from ditmoe.objective import scheduler_config
 from ditmoe.pipeline.answers import Answers, flow_levels, path, words
 from ditmoe.pipeline.guide import ExpertsOff
 from ditmoe.training.distill import Teachers
-from ditmoe.training.features import Features
 from ditmoe.training.state import num_classes
 from samplers import make_scheduler, sample
 from samplers.catalog import chain_of
@@ -283,9 +282,7 @@ def test_the_loss_is_shared_between_teachers_and_images(
 def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
     tiny: Tiny, teacher: Path, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
-    distill: dict[str, Any] = {"teachers": (str(teacher),)}
-    if sampling:
-        distill |= {"teacher_steps": 4, "features": str(teacher)}
+    distill = {"teachers": (str(teacher),), "teacher_steps": 4 if sampling else 0}
 
     def run(name: str, stop: int, **more: Any) -> Config:
         objective = {**FLOW, "class_dropout_prob": 0.0 if sampling else 0.1}
@@ -306,7 +303,7 @@ def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
             run("cut", 6, sample={**FEW, "steps": 4})
     weights = next((teacher / "model/transformer").glob("*.safetensors"))
     weights.write_bytes(next((straight / "model/transformer").glob("*.safetensors")).read_bytes())
-    with pytest.raises(ValueError, match="distill.teachers or features are not those of"):
+    with pytest.raises(ValueError, match="distill.teachers are not those of"):
         run("cut", 6)
 
 
@@ -380,7 +377,7 @@ def test_a_finished_run_needs_its_teachers_no_more(tiny: Tiny, teacher: Path, tm
     assert go(moved)  # the same ones at another place
     index = tmp_path / "moved/model/model_index.json"
     index.write_text(index.read_text().replace('"guidance_scale": 2.0', '"guidance_scale": 9.0'))
-    with pytest.raises(ValueError, match="distill.teachers or features are not those of"):
+    with pytest.raises(ValueError, match="distill.teachers are not those of"):
         go(replace(moved, max_steps=3))
 
 
@@ -424,75 +421,13 @@ def test_levels_begin_at_the_noise(shift: float) -> None:
 def test_two_processes_equal_one(teacher: Path, tmp_path: Path) -> None:
     flags = ["--max-steps", 4, "--objective.prediction-type", "flow_prediction", "--distill.teachers", teacher,
              "--objective.class-dropout-prob", 0, "--distill.teacher-steps", 2, "--sample.sampler", "flow-euler",
-             "--sample.steps", 2, "--sample.cfg", 1, "--distill.features", teacher]  # fmt: skip
+             "--sample.steps", 2, "--sample.cfg", 1]  # fmt: skip
     for name, world in (("one", 1), ("two", 2)):
         group = runs.training(tmp_path / name, *flags, world=world, name=f"log-{name}")
         assert group.wait() == [0] * world, group.err()
     for a, b in zip(runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two"), strict=True):
-        for name in ("loss", "mse", "features"):
+        for name in ("loss", "mse"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
-
-
-def test_hidden_states_are_compared_where_steps_lead(tiny: Tiny, teacher: Path) -> None:
-    """By hand: of the last step with a little noise again, mirrored; of a batch it is the mean of its images."""
-    config = tiny(objective={**FLOW, "class_dropout_prob": 0.0}, sample=FEW, distill={
-        "teachers": (str(teacher),), "teacher_steps": 3, "features": str(teacher)})  # fmt: skip
-    taught = student(config)
-    features, levels = taught.features, taught.levels
-    assert features is not None
-    assert levels is not None
-    x, drawn, y = images()
-    y[y == 10] = 4
-    x_t, _, target = taught.steps(x, y, torch.zeros(6, dtype=torch.long))
-    labels = y.repeat(3)
-    sample = (target + 0.3 * torch.randn(18, 1, 8, 8, generator=torch.Generator().manual_seed(2))).requires_grad_()
-    found = features.loss(sample, target, x_t, labels, levels, drawn)
-    assert float(features.loss(target, target, x_t, labels, levels, drawn)) == 0
-    found.backward()
-    assert sample.grad is not None
-    assert not features._seen  # which would keep the graph
-    assert bool((sample.grad.abs().amax(dim=(1, 2, 3)) > 0).all())
-    assert all(weight.grad is None for weight in features.net.parameters())
-
-    net, hidden = pipeline.load(teacher).transformer.eval(), list[Tensor]()
-    for block in net.blocks:
-        block.register_forward_hook(lambda _block, _given, out: hidden.append(out[0][0].detach()))
-    expected = []
-    for row in range(18):
-        k, i = divmod(row, 6)
-        s, end = levels[k], levels[k + 1]
-        states = []
-        for v in (sample[row].detach(), target[row]):
-            arrived = x_t[row] + (end - s) * v
-            level = end
-            if k == 2:
-                level = 0.05 + 0.3 * float(drawn[i]) / 1000
-                arrived = (1 - level) * arrived + level * torch.flip(x[i], dims=[-1])
-            hidden.clear()
-            net(arrived[None], torch.tensor([1000 * level]), labels[row : row + 1])
-            states.append([*hidden])
-        expected += [float((a - b).square().mean() / b.var()) for a, b in zip(*states, strict=True)]
-    assert float(found.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-3)
-
-
-def test_what_features_cannot_be_of(tiny: Tiny, teacher: Path, tmp_path: Path) -> None:
-    objective = {**FLOW, "class_dropout_prob": 0.0}
-    taught = {"teachers": (str(teacher),), "teacher_steps": 6}
-    few = tiny(max_steps=1, out=tmp_path / "few", objective=objective, sample=FEW, distill=taught)
-    chain = tiny(max_steps=1, out=tmp_path / "chain")
-    for config in (few, chain):
-        go(config)
-    for folder, sentence in (
-        (few.out, "was taught 3 calls and knows their noise levels alone; give its teacher"),
-        (chain.out, "is no flow, as few calls are"), (tmp_path / "nowhere", "nowhere holds no model"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=sentence):
-            student(tiny(objective=objective, sample=FEW, distill={**taught, "features": str(folder)}))
-    here = torch.device("cpu")
-    with pytest.raises(ValueError, match=r"distill.features .* has num_classes 10, the student 12"):
-        Features(str(teacher), build(tiny(model={"num_classes": 12}), 12), None, here)
-    with pytest.raises(ValueError, match="is of other latents than the data"):
-        Features(str(teacher), build(tiny(), 10), {"mean": [0.0], "std": [2.0]}, here)
 
 
 @pytest.mark.parametrize(
@@ -504,10 +439,6 @@ def test_what_features_cannot_be_of(tiny: Tiny, teacher: Path, tmp_path: Path) -
         ({"distill": {"teachers": ("t",), "guided": True, "cfg": math.inf}}, "cfg is inf; it must be 0 or more"),
         ({"distill": {"teachers": ("t",), "weight": 0.0}}, "weight is 0.0; it must lie in .0, 1."),
         ({"distill": {"teachers": ("t",), "by": "domain"}}, "by domain needs a teacher for each data set"),
-        ({"distill": {"features": "m"}}, "features needs teachers"),
-        ({"distill": {"teachers": ("t",), "features": "m"}}, "features is m, which is for few calls; add"),
-        ({"distill": {**FOUR, "features_weight": 0.1}}, "features_weight needs --distill.features MODEL"),
-        ({"distill": {**FOUR, "features": "m", "features_weight": 0.0}}, "features_weight is 0.0; it must be above 0"),
         ({"distill": {"teachers": ("t", "u"), "by": "domain"}}, "has 2 teachers, and data.mixture 0 sets"),
         ({"distill": {"teachers": ("t", "u"), "teacher_steps": 4}}, "teacher_steps follows one teacher, not several"),
         ({"distill": {"teachers": ("t",), "teacher_steps": 4, "weight": 0.5}}, "takes nothing from the images; use 1"),
