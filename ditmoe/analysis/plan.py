@@ -37,15 +37,16 @@ def table(config: Config, model: DiTMoETransformer2DModel, images: int) -> str:
     large = sum(p.numel() for p in model.parameters()) > 1e7
     muon = config.train.optimizer == "muon"  # which FSDP2's slices do not go with
     trunk, whole = (muon_work(model, experts=x)[2] if muon else 0 for x in (False, config.train.muon_on == "all"))
-    (frozen, asked, said), calls = teaching(config), config.sample.steps if config.distill.teacher_steps else 1
+    (frozen, asked, said), calls = teaching(config), config.sample.steps if config.distill.few else 1
+    kept = calls + bool(config.distill.fake_steps)  # rows of an image whose activations are there at once
     usable, (unit, scale) = USABLE * plan.memory * 1e9 - frozen, ("GB", 1e9) if large else ("MB", 1e6)
 
     def column(way: Way, degrees: list[int], checkpointing: bool) -> list[str]:
         at = partial(needs, config, model, way)
-        found = {d: at(d, calls * images, checkpointing) for d in degrees}
+        found = {d: at(d, kept * images, checkpointing) for d in degrees}
         fitting = [d for d in degrees if found[d].peak <= usable]
         d = min(fitting or degrees, key=lambda d: sum(found[d][7:]) if fitting else found[d].peak)
-        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, calls * size, checkpointing).peak)
+        largest = bisect_right(range(1, 2**20), usable, key=lambda size: at(d, kept * size, checkpointing).peak)
         most = f"{'>' * (largest == 2**20 - 1)}{largest:,}" if largest else "none"
         more = trunk + (whole - trunk) / d  # a device makes its own experts orthogonal
         passes = asked + calls * (count.training(checkpointing) + count.forward * looks_ahead(config))
@@ -76,7 +77,8 @@ def teaching(config: Config) -> tuple[float, float, str]:
     """What teachers add on every device: bytes, operations of their passes for one image, and a line that says so.
 
     Their weights and their guides' are there whole, see `_held`. Those that are guided are taken to be so at all times,
-    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain.
+    by a guide as costly as they are. An image of a mixture has the teacher of its set where `distill.by` is domain. Of
+    distribution matching the fake is among them.
     """
     distill, sets, frozen, weights, asked, lacking = config.distill, config.data.sets(), 0.0, 0, 0.0, ""
     for number, folder in enumerate(distill.teachers):
@@ -89,15 +91,21 @@ def teaching(config: Config) -> tuple[float, float, str]:
             labelled = bool(read_object(parts[0] / "config.json").get("num_classes"))
             guide = len(parts) > 1 or bool(index.get("experts_off"))
             scale = index.get("guidance_scale", 1) if distill.cfg is None else distill.cfg
-            guides = (labelled and scale != 1) + (guide and index.get("guide_scale") != 1)
+            w = index.get("guide_scale") if distill.guide_scale is None else distill.guide_scale
+            guides = (labelled and scale != 1) + (guide and w != 1)
             passes *= 1 + guides
         share = sets[number][1] / sum(weight for _, weight in sets) if distill.by == "domain" else 1
+        if distill.fake_steps:  # weights, gradients and moments of a copy, which learns and is asked once
+            frozen += 4 * _held(parts[0])[1]
         try:
-            asked += share * passes * flops(trained_by(Path(folder))).forward
+            count = flops(trained_by(Path(folder)))
+            asked += share * passes * count.forward
+            asked += (count.forward + distill.fake_steps * count.training(False)) * bool(distill.fake_steps)
         except ValueError:
             lacking += f", without those of {folder}, which does not say how it was trained"
-    said = f"\nteachers: {weights / 1e6:.2f} M parameters, {asked / 1e9:.2f} GFLOP an image{lacking}"
-    if distill.teacher_steps:
+    learns = " and a copy that learns" if distill.fake_steps else ""
+    said = f"\nteachers: {weights / 1e6:.2f} M parameters{learns}, {asked / 1e9:.2f} GFLOP an image{lacking}"
+    if distill.few:
         said += f"; an image is {config.sample.steps} to the student, one for each of its steps"
     return frozen, asked, said * bool(distill.teachers)
 

@@ -95,7 +95,7 @@ def calls_of(folder: Path) -> int:
         config = trained_by(folder)
     except ValueError:
         return 0
-    return config.sample.steps if config.distill.teacher_steps else 0
+    return config.sample.steps if config.distill.few else 0
 
 
 def flow_levels(shift: float | None, steps: int) -> tuple[float, ...]:

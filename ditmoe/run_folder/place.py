@@ -65,7 +65,7 @@ def check_place(config: Config) -> None:
 def _changed(config: Config) -> list[str]:
     """What differs from the run that the folder holds, and has an influence on its weights."""
     lines = differences(_told(read_file(config.out / CONFIG)), _told(config))
-    grid = ("sample.steps", "sample.flow_shift") if config.distill.teacher_steps else ()  # what is learnt, then
+    grid = ("sample.steps", "sample.flow_shift") if config.distill.few else ()  # what is learnt, then
     shown = [x for x in lines if x.split(":")[0] in grid or not x.startswith(("sample.", "plan."))]
     return [x for x in shown if x.split(":")[0] not in _FREE]
 

@@ -50,6 +50,12 @@ class Teachers:
                     raise ValueError(
                         f"distill.teachers {folder} has {name} {net[name]}, the student {student.config[name]}"
                     )
+            if distill.fake_steps and (net.prediction_type, net.expert_storage) != ("flow_prediction", "float"):
+                kind = f"{net.prediction_type}, its experts in {net.expert_storage}"
+                raise ValueError(
+                    f"distill.teachers {folder} is of {kind}; a copy of it is to learn, for distill.fake_steps, "
+                    f"which takes a flow whose experts are in float"
+                )
             if pipe.config.latents != data.normalization:
                 raise ValueError(f"distill.teachers {folder} is of other latents than the data (or one is of pixels)")
             calls = calls_of(Path(folder))
@@ -59,6 +65,10 @@ class Teachers:
                     f"teaches fewer calls, with --distill.teacher-steps {calls}"
                 )
             pipe.register_modules(vae=None)  # all is latent here
+            if distill.guide_scale is not None:
+                if pipe.guide is None and not pipe.config.experts_off:
+                    raise ValueError(f"distill.guide_scale is {distill.guide_scale}, and {folder} has no guide")
+                pipe.register_to_config(guide_scale=distill.guide_scale)
             if distill.cfg is not None and net.num_classes:
                 pipe.register_to_config(guidance_scale=distill.cfg)
                 if distill.cfg != 1 and not drops_labels(Path(folder)):
@@ -77,11 +87,6 @@ class Teachers:
                     f"needs one of {', '.join(ONE_CALL)}"
                 )
         self.first = _first_labels(config, data, student.config.num_classes, self.pipes)
-
-    @property
-    def calls(self) -> int:
-        """K of a student of few calls, else 1: rows that an image gives."""
-        return len(self.levels) - 1 if self.levels else 1
 
     def target(self, x_t: Tensor, t: Tensor, labels: Tensor | None, domain: Tensor) -> Tensor:
         """What the student should say, (n, C, H, W) float32, of x_t at t (n,).

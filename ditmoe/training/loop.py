@@ -22,10 +22,10 @@ from ..model import build, count_parameters
 from ..run_folder import place
 from ..run_folder.checkpoint import check_begins, newest_first
 from ..run_folder.log import Log
-from . import distill, muon
+from . import distill, matching, muon
 from .parallel import Parallel
 from .row import log_row
-from .saving import Saving, begin, newest, resume
+from .saving import Saving, begin, newest, opened, resume
 from .state import new_state, num_classes, update_ema
 from .step import Run, optimise
 from .tracking import Tracking, check_tracker
@@ -88,13 +88,19 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
         facts = {"data": images, "precision": precision, "num_processes": processes, **distill.facts(config)}
         variance = pixel_variance(data, config.seed)
         found = newest(config.out / place.CHECKPOINTS, parallel)
-        saved = {} if found is None else agree.agreed(accelerator, lambda: resume(found, state, facts, parallel))
+        begins = None if found is None else agree.agreed(accelerator, lambda: opened(found, facts))
+        saved = {} if begins is None else begins.values
         first, last = int(saved.get("step", 0)), max(int(saved.get("step", 0)), config.max_steps)
         exported = agree.decided_by_first(accelerator, lambda: pipeline.trained_steps(config.out / place.MODEL))
         if exported is not None and (exported == first == last if saved else exported >= last):
             return False
         taught = teachers() if begun else taught  # a finished run needs none
-        if not saved:
+        if config.distill.fake_steps:
+            assert taught is not None, "config refuses it"
+            state = state._replace(fake=matching.new_fake(config, taught.pipes[0].transformer))
+        if begins is not None:
+            agree.agreed(accelerator, lambda: resume(begins, state, facts, parallel))
+        else:
             agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
             agree.agreed(accelerator, lambda: begin(config.train.init, state, parallel))
         if accelerator.is_main_process:

@@ -4,7 +4,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..run_folder import checkpoint
 from ..run_folder.place import CHECKPOINTS, MODEL
 from ..run_folder.writer import Writer
 from .parallel import Parallel
-from .state import State, num_classes
+from .state import Fake, State, num_classes
 
 # Settings of a network that the same weights may have in another run; the others say what weights are.
 _FREE = {
@@ -93,10 +93,19 @@ class Saving:
 
 
 def to_parts(state: State) -> dict[str, dict[str, Tensor]]:
-    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"."""
-    names, entries = {p: n for n, p in state.model.named_parameters()}, state.optimizer.state.items()
-    moments = {f"{names[p]}.{kind}": torch.as_tensor(v) for p, entry in entries for kind, v in entry.items()}
-    return {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": moments}
+    """All that learns as named tensors: "model", "ema" and the moments of the "optimizer"; "fake" and its moments."""
+    parts = {"ema": state.ema.state_dict()}
+    for name, moments, (model, optimizer) in _moved(state):
+        names, entries = {p: n for n, p in model.named_parameters()}, optimizer.state.items()
+        parts[name] = model.state_dict()
+        parts[moments] = {f"{names[p]}.{kind}": torch.as_tensor(v) for p, entry in entries for kind, v in entry.items()}
+    return parts
+
+
+def _moved(state: State) -> list[tuple[str, str, Fake]]:
+    """The networks that optimisers move: names of the parts of a checkpoint, network and optimiser."""
+    found = [("model", "optimizer", Fake(state.model, state.optimizer))]
+    return found if state.fake is None else [*found, ("fake", "fake_optimizer", state.fake)]
 
 
 def newest(root: Path, parallel: Parallel) -> Path | None:
@@ -116,13 +125,17 @@ def newest(root: Path, parallel: Parallel) -> Path | None:
     return checkpoint.first_whole(candidates, fault_of, accelerator.print)
 
 
-def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
-    """Load a whole checkpoint into the state, which is touched only when all of it fits; its saved values.
+class Opened(NamedTuple):
+    """A whole checkpoint: its tensors, which are read when they are asked for, and its saved values."""
 
-    Raises:
-        ValueError: It is of other data, or of another network.
-    """
-    saved, meta = checkpoint.opened(path)
+    path: Path
+    parts: dict[str, dict[str, checkpoint.Saved]]
+    values: dict[str, Any]
+
+
+def opened(path: Path, facts: dict[str, Any]) -> Opened:
+    """A whole checkpoint. ValueError: It is of other data, or other teachers."""
+    parts, meta = checkpoint.opened(path)
     lacking = [name for name in ("step", *facts) if name not in meta and name != "teachers"]
     if lacking:
         raise ValueError(f"{path / 'state.json'} lacks {', '.join(lacking)}; move the checkpoint away")
@@ -131,7 +144,12 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
         raise ValueError(f"the data set is not {other}; restore it, or give another --out")
     if facts.get("teachers", []) not in (None, meta.get("teachers", [])):
         raise ValueError(f"distill.teachers are not those of {path}; restore them, or give another --out")
-    parts = parallel.own(saved)
+    return Opened(path, parts, meta)
+
+
+def resume(found: Opened, state: State, facts: dict[str, Any], parallel: Parallel) -> None:
+    """Load a checkpoint into the state, which is touched only when all of it fits. ValueError: Of another network."""
+    path, meta, parts = found.path, found.values, parallel.own(found.parts)
     wrong = _mismatches(parts, state, moved=meta["step"] > meta.get("skipped_steps", 0))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -139,13 +157,13 @@ def resume(path: Path, state: State, facts: dict[str, Any], parallel: Parallel) 
     for name in ("precision", "num_processes"):
         if meta[name] != facts[name]:
             print(f"note: {name} was {meta[name]} and is now {facts[name]}; results may differ in the last digits")
-    state.model.load_state_dict(parts["model"])
     state.ema.load_state_dict(parts["ema"])
-    parameters = dict(state.model.named_parameters())
-    for key, value in parts.get("optimizer", {}).items():
-        name, moment = key.rsplit(".", 1)
-        state.optimizer.state[parameters[name]][moment] = value
-    return meta
+    for own, moments, (model, optimizer) in _moved(state):
+        model.load_state_dict(parts[own])
+        parameters = dict(model.named_parameters())
+        for key, value in parts.get(moments, {}).items():
+            name, moment = key.rsplit(".", 1)
+            optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
 
 
 def begin(folder: Path | None, state: State, parallel: Parallel) -> None:
@@ -169,13 +187,15 @@ def begin(folder: Path | None, state: State, parallel: Parallel) -> None:
 
 def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: bool) -> list[str]:
     """What a checkpoint's tensors are and the state's are not, in words. An optimiser that has `moved` has moments."""
-    want = {f"{part} {n}": v for part in ("model", "ema") for n, v in getattr(state, part).state_dict().items()}
-    muons = {p for group in state.optimizer.param_groups if "parts" in group for p in group["params"]}
-    for name, parameter in state.model.named_parameters() if moved else ():
-        moments = ("momentum",) if parameter in muons else ("exp_avg", "exp_avg_sq")
-        want |= {f"optimizer {name}.{moment}": parameter.detach() for moment in moments}
-        want[f"optimizer {name}.step"] = torch.zeros(())
-    found = {f"{part} {n}": v for part in ("model", "ema", "optimizer") for n, v in parts.get(part, {}).items()}
+    want = {f"ema {n}": v for n, v in state.ema.state_dict().items()}
+    for own, part, (model, optimizer) in _moved(state):
+        want |= {f"{own} {n}": v for n, v in model.state_dict().items()}
+        muons = {p for group in optimizer.param_groups if "parts" in group for p in group["params"]}
+        for name, parameter in model.named_parameters() if moved else ():
+            moments = ("momentum",) if parameter in muons else ("exp_avg", "exp_avg_sq")
+            want |= {f"{part} {name}.{moment}": parameter.detach() for moment in moments}
+            want[f"{part} {name}.step"] = torch.zeros(())
+    found = {f"{part} {n}": v for part, tensors in parts.items() for n, v in tensors.items()}
     wrong = [f"{name} is missing" for name in want.keys() - found.keys()]
     wrong += [f"{name} is not known" for name in found.keys() - want.keys()]
     for name in want.keys() & found.keys():

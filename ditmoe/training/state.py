@@ -17,12 +17,20 @@ from .muon import matrices as muons
 from .parallel import Parallel, expert_names
 
 
+class Fake(NamedTuple):
+    """The network that learns what a student draws, see `training.matching`, and what moves it."""
+
+    model: DiTMoETransformer2DModel
+    optimizer: torch.optim.AdamW
+
+
 class State(NamedTuple):
-    """All that learns: the network, its moving average, the optimiser."""
+    """All that learns: the network, its moving average, the optimiser; of a matched student also its fake."""
 
     model: DiTMoETransformer2DModel
     ema: DiTMoETransformer2DModel
     optimizer: torch.optim.AdamW
+    fake: Fake | None = None
 
 
 def new_state(config: Config, num_classes: int, parallel: Parallel, begun: bool = False) -> State:

@@ -29,6 +29,7 @@ from .distill import Teachers
 from .exchange import all_sum
 from .feed import Watch
 from .health import Evidence, Health
+from .matching import Matching
 from .parallel import Parallel
 from .sparsity import hidden_units, square_hoyer
 from .state import State
@@ -37,7 +38,8 @@ from .state import State
 class Run(NamedTuple):
     """What a step needs. `raw` is the network, `model` what Accelerate made of it, `ema` its average.
 
-    `domains` is the number of sets that the data are a mixture of, 1 of none; `teachers` is None without any.
+    `domains` is the number of sets that the data are a mixture of, 1 of none; `teachers` is None without any,
+    `matching` of a student that no fake follows.
     """
 
     config: Config
@@ -52,6 +54,13 @@ class Run(NamedTuple):
     health: Health
     domains: int
     teachers: Teachers | None
+    matching: Matching | None
+
+    @property
+    def calls(self) -> int:
+        """Rows of the network that an image of a batch gives: K of a student of few calls."""
+        follows = self.teachers if self.matching is None else self.matching
+        return len(follows.levels) - 1 if follows is not None and follows.levels else 1
 
     @classmethod
     def of(
@@ -69,7 +78,10 @@ class Run(NamedTuple):
         health = Health(accelerator, config.train.max_skipped, saved)
         objective = Objective(config.objective)
         ours = (state.model, model, state.ema, optimizer, objective, batches, watch, health)
-        return cls(config, parallel, *ours, domains=len(data.weights), teachers=teachers)
+        matching = None
+        if state.fake is not None and teachers is not None:
+            matching = Matching(config, state.fake, teachers, accelerator)
+        return cls(config, parallel, *ours, domains=len(data.weights), teachers=teachers, matching=matching)
 
 
 class StepResult(NamedTuple):
@@ -117,8 +129,7 @@ def optimise(run: Run, step: int) -> StepResult | None:
             losses, routing, counts, own = _forward(run, given[i] if ahead else _given(run, batch), whole)
             accelerator.backward(losses["total"])
         evidence.append(Evidence(batch, losses, routing))
-        tokens = (batch.x.shape[-1] // config.model.patch_size) ** 2  # of an image, at all levels that it gives
-        tokens *= 1 if run.teachers is None else run.teachers.calls
+        tokens = run.calls * (batch.x.shape[-1] // config.model.patch_size) ** 2  # of an image, in all its rows
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.train.accumulation
         if counts is not None:
@@ -143,7 +154,10 @@ class Loads(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the network is asked of a micro-batch, and what it should say; of few calls, all steps of its images."""
+    """What the network is asked of a micro-batch, and what it should say; of few calls, all steps of its images.
+
+    Where a fake follows the student, x_t is the noise that images are drawn of, and the target is not looked at.
+    """
 
     x_0: Tensor
     x_t: Tensor
@@ -151,6 +165,7 @@ class Given(NamedTuple):
     labels: Tensor | None
     target: Tensor
     domain: Tensor
+    indices: Sequence[int]
 
 
 def _given(run: Run, batch: Batch) -> Given:
@@ -161,19 +176,26 @@ def _given(run: Run, batch: Batch) -> Given:
     t, noise = draws.t.to(device), draws.noise.to(device)
     null, teachers = run.raw.null_label, run.teachers
     labels = None if null is None else torch.where(draws.drop, null, batch.y).to(device)
+    if run.matching is not None:
+        return Given(x_0, noise, t, labels, x_0, domain, batch.indices)
     if teachers is None or not teachers.levels:
         x_t, target = objective.corrupt(x_0, t, noise)
-        return Given(x_0, x_t, t, labels, target, domain)
+        return Given(x_0, x_t, t, labels, target, domain, batch.indices)
     with accelerator.autocast():
         x_t, t, target = teachers.steps(noise, labels, domain)
-    labels, domain = None if labels is None else labels.repeat(teachers.calls), domain.repeat(teachers.calls)
-    return Given(x_0, x_t, t, labels, target, domain)
+    labels, domain = None if labels is None else labels.repeat(run.calls), domain.repeat(run.calls)
+    return Given(x_0, x_t, t, labels, target, domain, batch.indices)
 
 
 def _said(run: Run, given: Given) -> tuple[Tensor, list[Routing], list[Any], list[Tensor]]:
-    """Sample, records of routing, that of several output heads, hidden units of layers that are to be sparse."""
+    """Sample, records of routing, that of several output heads, hidden units of layers that are to be sparse.
+
+    Where a fake follows the student, the sample is the images that it draws, and the records are of all its calls.
+    """
     hoyer = run.config.moe.hoyer_weight
     with run.parallel.accelerator.autocast(), hidden_units(run.raw if hoyer else None) as hidden:
+        if run.matching is not None:
+            return *run.matching.draw(run.model, given.x_t, given.labels), [], hidden
         sample, routing, *heads = run.model(given.x_t, given.t, given.labels, return_dict=False)
     return sample, routing, heads, hidden
 
@@ -210,13 +232,17 @@ def _forward(
     global batch, of all processes and micro-batches together.
     """
     config, taught = run.config, None
-    x_0, x_t, t, labels, target, domain = given
-    if run.teachers is not None and not run.teachers.levels:
+    x_0, x_t, t, labels, target, domain, indices = given
+    if run.teachers is not None and run.matching is None and not run.teachers.levels:
         with run.parallel.accelerator.autocast():
             taught = run.teachers.target(x_t, t, labels, domain)
     sample, routing, heads, hidden = _said(run, given)
     share = 0.0 if taught is None else config.distill.weight
-    parts = [(name, 1 - share, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
+    if run.matching is None:
+        parts = [(name, 1 - share, value) for name, value in run.objective.losses(sample, target, x_0, x_t, t).items()]
+    else:
+        followed = run.matching.follow(sample, labels, indices)
+        parts = [("match", 1.0, run.matching.loss(sample, labels, indices)), ("fake", 0.0, followed)]
     if taught is not None:
         parts.append(("distill", share, (sample.float() - taught).square().mean()))
     if heads:
@@ -227,7 +253,7 @@ def _forward(
         parts.append(("hoyer", config.moe.hoyer_weight, torch.stack([*map(square_hoyer, hidden)]).mean()))
     own = _loads(run, routing)
     if own is not None:
-        moe, L = config.moe, len(routing)
+        moe, L = config.moe, len(routing) // (1 if run.matching is None else run.calls)
         counts, sums = (
             own if whole is None else (whole.counts, _all_parts(whole.sums, own.sums, config.train.accumulation))
         )
@@ -249,7 +275,7 @@ def _forward(
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
     domains = None if run.domains == 1 else _by_domain(sample[:, : target.shape[1]], target, domain, run.domains)
     losses = {"total": total, **{name: value for name, _, value in parts}}
-    return losses, routing, None if own is None else own.counts, domains
+    return losses, routing, None if own is None else own.counts.view(-1, L, own.counts.shape[1]).sum(dim=0), domains
 
 
 def _all_parts(whole: Tensor | None, own: Tensor | None, parts: int) -> Tensor | None:

@@ -675,3 +675,25 @@ def test_what_passes_through_a_block_of_wide_heads_is_queries_keys_and_values(ro
     D, A, T, size = config.model.hidden_size, 1024, (config.model.sample_size // config.model.patch_size) ** 2, 4
     config = changed(config, train={"precision": "fp32"})
     assert budget.activations(config, routed)[2] == T * size * (2 * D + 3 * A)
+
+
+def test_a_fake_is_held_with_its_moments_and_its_work_counted(teacher: Path) -> None:
+    config = changed(DIGITS, train={"batch_size": 24}, objective={"class_dropout_prob": 0.0},
+                     sample={"sampler": "flow-euler", "steps": 2, "cfg": 1.0})  # fmt: skip
+    config = changed(config, objective={"prediction_type": "flow_prediction"})
+    taught = changed(config, distill={"teachers": (str(teacher),), "fake_steps": 3})
+    net = pipeline.load(teacher).transformer
+    held = sum(p.numel() * p.element_size() for p in net.parameters())
+    frozen, asked, said = teaching(taught)
+    assert frozen == 5 * held
+    assert "and a copy that learns" in said
+    given = torch.randn(2, 1, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for _ in range(3):
+            net(*given).sample.square().mean().backward()
+        with torch.no_grad():
+            net(*given)  # the fake and the teacher, without guidance
+            net(*given)
+    assert asked == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
+    text, thrice = describe(taught), describe(changed(config, train={"batch_size": 72}))
+    assert [float(x) for x in cells(text, "activations")] == [float(x) for x in cells(thrice, "activations")]

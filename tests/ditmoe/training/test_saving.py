@@ -16,7 +16,7 @@ from ditmoe.launch import start
 from ditmoe.run_folder import checkpoint
 from ditmoe.training.loop import train
 from ditmoe.training.parallel import Parallel
-from ditmoe.training.saving import resume, to_parts
+from ditmoe.training.saving import opened, resume, to_parts
 from ditmoe.training.state import new_state
 
 Tiny = Callable[..., Config]
@@ -53,7 +53,8 @@ def attempt(config: Config, path: Path) -> None:
     before = {part: {k: v.clone() for k, v in found.items()} for part, found in to_parts(state).items()}
     data = open_data(config.data, size=8, channels=1)
     try:
-        resume(path, state, {"data": data.fingerprint(), "precision": "fp32", "num_processes": 1}, parallel)
+        facts = {"data": data.fingerprint(), "precision": "fp32", "num_processes": 1}
+        resume(opened(path, facts), state, facts, parallel)
     finally:
         after = to_parts(state)
         untouched = all(torch.equal(v, after[part][k]) for part, found in before.items() for k, v in found.items())
