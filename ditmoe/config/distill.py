@@ -23,12 +23,12 @@ class DistillConfig:
     guided: bool = False
     """The teachers answer as their folders guide them (scale, interval, guide), so that one pass does what took two."""
     cfg: float | None = None
-    """Scale of their guidance by the classes, for guided and teacher_steps; None: each folder's own."""
+    """Scale of their guidance by the classes, for guided and teacher_steps, instead of each folder's own."""
     guide_scale: float | None = None
     """Scale of their guidance by their guides, likewise."""
     teacher_steps: int = 0
-    """Few calls: so many steps of the teacher's own sampler, guided as its folder says (or by cfg), from noise to
-    image; the student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all
+    """Few calls: so many steps of the teacher's own sampler, guided as its folder says, from noise to image; the
+    student learns to draw the same in --sample.steps of flow-euler, and each image of a batch gives it all
     of these. 0: it learns what teachers say at every noise level, for all samplers."""
     fake_steps: int = 0
     """Few calls by distribution matching, for a student that draws in few calls already: its images become as likely
@@ -81,6 +81,11 @@ class DistillConfig:
             )
         if config.objective.learn_sigma:
             raise ValueError("objective.learn_sigma has no teacher for its variance; leave it or distill.teachers out")
+        if self.fake_steps and sample.cfg != 1:
+            raise ValueError(
+                f"distill.fake_steps makes a student that draws without guidance, and sample.cfg is {sample.cfg}; "
+                f"set --sample.cfg 1"
+            )
         if (self.guided or few) and sample.cfg != 1:
             raise ValueError(
                 f"distill.{few or 'guided'} puts guidance into the network, and sample.cfg {sample.cfg} would add "
@@ -109,6 +114,11 @@ class DistillConfig:
             raise ValueError(
                 f"distill.{few} draws of classes alone, without guidance later on; add --objective.class-dropout-prob 0"
             )
+        if config.moe.jitter:
+            raise ValueError(
+                f"moe.jitter {config.moe.jitter} is the same for all images of a noise level, of which distill.{few} "
+                f"has few; leave it out"
+            )
         if self.fake_steps:
             self._check_fake(config)
 
@@ -120,5 +130,7 @@ class DistillConfig:
         ):  # fmt: skip
             if value != usual:
                 raise ValueError(f"{name} is {value}, which distill.fake_steps does not go with; leave it out")
+        if config.train.init is None:
+            raise ValueError("distill.fake_steps goes on from a student of few calls; give it as --train.init MODEL")
         if config.data.mixture:
             raise ValueError("distill.fake_steps follows one teacher, and data.mixture has several sets; leave it out")

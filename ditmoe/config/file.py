@@ -56,6 +56,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     if isinstance(train, dict) and "tensorboard" in train:  # of a version before there were other trackers
         known = {name: value for name, value in train.items() if name != "tensorboard"}
         values = {**values, "train": {"tracker": "tensorboard" if train["tensorboard"] else "none", **known}}
+    distill = values.get("distill")
+    if isinstance(distill, dict) and distill.get("features", "") is None:  # of a version that had them
+        values = {**values, "distill": {n: v for n, v in distill.items() if n not in ("features", "features_weight")}}
     return _built(Config, values)
 
 

@@ -62,7 +62,7 @@ class Teachers:
             if calls not in (0, distill.teacher_steps):
                 raise ValueError(
                     f"distill.teachers {folder} was taught {calls} calls and knows their noise levels alone: it "
-                    f"teaches fewer calls, with --distill.teacher-steps {calls}"
+                    f"teaches fewer calls, with --distill.teacher-steps {calls} and nothing else"
                 )
             pipe.register_modules(vae=None)  # all is latent here
             if distill.guide_scale is not None:

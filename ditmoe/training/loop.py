@@ -6,6 +6,7 @@ step: a run is resumed from weights, moments and the step alone, and equals the 
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
             assert taught is not None, "config refuses it"
             state = state._replace(fake=matching.new_fake(config, taught.pipes[0].transformer))
         if begins is not None:
-            agree.agreed(accelerator, lambda: resume(begins, state, facts, parallel))
+            agree.agreed(accelerator, partial(resume, begins, state, facts, parallel))
+            begins = None  # which would keep its files
         else:
             agree.decided_by_first(accelerator, lambda: check_begins(config, exported))
             agree.agreed(accelerator, lambda: begin(config.train.init, state, parallel))

@@ -7,8 +7,9 @@ finds them less so. With x the images, x_s = (1 - s) x + s e, and x^ = x_s - s v
 
     d loss / d x = (x^fake - x^teacher) / mean |x - x^teacher|, a mean over each image
 
-Source: DMD (Yin et al., arXiv 2311.18828) eq. 7 and 8; DMD2 (arXiv 2405.14867) for several steps of the fake to one of
-the student and for a loss without pairs.
+Source: DMD (Yin et al., arXiv 2311.18828) eq. 7 and 8, without their factor alpha, as in its code; DMD2 (arXiv
+2405.14867) for several steps of the fake to one of the student and for a loss without pairs. No adversary, and no noise
+between calls.
 
 Shapes: n images of a micro-batch, C channels, H W size.
 """
@@ -16,11 +17,9 @@ Shapes: n images of a micro-batch, C channels, H W size.
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -39,8 +38,10 @@ CLIP = 1.0
 
 
 def new_fake(config: Config, teacher: DiTMoETransformer2DModel) -> Fake:
-    """A copy of the teacher, which learns."""
-    model = copy.deepcopy(teacher).train().requires_grad_(True)
+    """A copy of the teacher, which learns, in eval mode: its router has no jitter."""
+    model = copy.deepcopy(teacher).requires_grad_(True)
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     for block in model.blocks if config.train.compile else ():
         to_compile(block, moving=False).compile(dynamic=False)
     rate, betas = config.distill.fake_learning_rate, (0.9, config.train.beta2)
@@ -70,54 +71,44 @@ class Matching:
         return x, records
 
     def follow(self, images: Tensor, labels: Tensor | None, indices: Sequence[int]) -> Tensor:
-        """Let the fake learn from images, in `distill.fake_steps` steps; its last loss, the squared error of a flow.
+        """Let the fake learn from images, in `distill.fake_steps` steps; its mean loss, the squared error of a flow.
 
         A step that is not finite moves nothing. Of several processes all must call it.
         """
-        x, net = images.detach(), self.fake.model
+        x, net, losses = images.detach(), self.fake.model, list[Tensor]()
         for number in range(self.steps):
-            normal, noise = self._draws(x, indices, 1 + number)
-            s = normal.sigmoid().clamp(0.005, 0.995)
+            s, noise = self._draws(x, indices, 1 + number)
             with self.accelerator.autocast():
                 v = net(torch.lerp(x, noise, s), NUM_TIMESTEPS * s.flatten(), labels, return_dict=False)[0]
-            loss: Tensor = (v.float() - (noise - x)).square().mean()
-            loss.backward()
-            self._average()
+            losses.append((v[:, : x.shape[1]].float() - (noise - x)).square().mean())
+            losses[-1].backward()
+            for parameter in net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             if norm.isfinite():
                 self.fake.optimizer.step()
             self.fake.optimizer.zero_grad()
-        return loss.detach()
+        return torch.stack(losses).mean().detach()
 
     def loss(self, images: Tensor, labels: Tensor | None, indices: Sequence[int]) -> Tensor:
         """A scalar with the gradient above; its value is half the mean square of that of the images."""
         x = images.detach()
-        normal, noise = self._draws(x, indices, 0)
-        s: Any = LOW + (HIGH - LOW) * torch.special.ndtr(normal)
+        s, noise = self._draws(x, indices, 0)
         x_s, t = torch.lerp(x, noise, s), NUM_TIMESTEPS * s.flatten()
         with torch.no_grad(), self.accelerator.autocast():
             wanted = x_s - s * self.teachers.target(x_s, t, labels, torch.zeros_like(t, dtype=torch.long))
-            fake = x_s - s * self.fake.model(x_s, t, labels, return_dict=False)[0].float()
+            fake = x_s - s * self.fake.model(x_s, t, labels, return_dict=False)[0][:, : x.shape[1]].float()
         scale = (x - wanted).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
         value: Tensor = 0.5 * (images - (x - (fake - wanted) / scale)).square().mean()
         return value
 
     def _draws(self, x: Tensor, indices: Sequence[int], stream: int) -> tuple[Tensor, Tensor]:
-        """A standard normal number (n, 1, 1, 1), for its noise level, and noise (n, C, H, W) of each image."""
-        C, H, W = x.shape[1:]
-        found = np.stack(
-            [
-                sample_rng(self.seed, STREAM + stream, index).standard_normal(1 + C * H * W, dtype=np.float32)
-                for index in indices
-            ]
-        )
-        numbers = torch.from_numpy(found).to(x.device)
-        return numbers[:, :1, None, None], numbers[:, 1:].view_as(x)
-
-    def _average(self) -> None:
-        """The fake's gradients become their means over all processes."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.fake.model.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad.div_(self.accelerator.num_processes)
+        """Noise levels (n, 1, 1, 1), even for the loss (stream 0) and logit-normal for the fake, and noise like x."""
+        found = np.empty((len(indices), 1 + x[0].numel()), dtype=np.float32)
+        for row, index in enumerate(indices):
+            sample_rng(self.seed, STREAM + stream, index).standard_normal(out=found[row], dtype=np.float32)
+        numbers = torch.from_numpy(found)
+        normal = numbers[:, :1, None, None]
+        s = normal.sigmoid().clamp(0.005, 0.995) if stream else LOW + (HIGH - LOW) * torch.special.ndtr(normal)
+        return s.to(x.device), numbers[:, 1:].reshape(x.shape).to(x.device)

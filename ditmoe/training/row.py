@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .step import Run, StepResult, learning_rate
+from .schedule import learning_rate
+from .step import Run, StepResult
 
 
 def log_row(run: Run, step: int, result: StepResult) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _mismatches(parts: dict[str, dict[str, Tensor]], state: State, *, moved: boo
     for own, part, (model, optimizer) in _moved(state):
         want |= {f"{own} {n}": v for n, v in model.state_dict().items()}
         muons = {p for group in optimizer.param_groups if "parts" in group for p in group["params"]}
-        for name, parameter in model.named_parameters() if moved else ():
+        for name, parameter in model.named_parameters() if moved or (own == "fake" and parts.get(part)) else ():
             moments = ("momentum",) if parameter in muons else ("exp_avg", "exp_avg_sq")
             want |= {f"{part} {name}.{moment}": parameter.detach() for moment in moments}
             want[f"{part} {name}.step"] = torch.zeros(())

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.sections import Config, MoEConfig, TrainConfig, looks_ahead
+from ..config.sections import Config, MoEConfig, looks_ahead
 from ..data.order import Batch, Batches
 from ..data.sets import ImageSet
 from ..launch.signals import Signals
 from ..model import DiTMoETransformer2DModel
 from ..moe import (
-    MoELayer,
     Router,
     Routing,
     balance_loss,
@@ -31,6 +30,7 @@ from .feed import Watch
 from .health import Evidence, Health
 from .matching import Matching
 from .parallel import Parallel
+from .schedule import anneal, learning_rate
 from .sparsity import hidden_units, square_hoyer
 from .state import State
 
@@ -94,17 +94,8 @@ class StepResult(NamedTuple):
     faults: Sequence[str]  # what was not finite, in words; the step was then skipped
 
 
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Linear warm-up over `warmup_steps`, then constant, or linear down to zero at `decay_steps`."""
-    warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-    if train.decay_steps is None:
-        return train.learning_rate * warm
-    left = (train.decay_steps - step) / (train.decay_steps - train.warmup_steps)
-    return train.learning_rate * min(warm, max(0.0, left))
-
-
 def optimise(run: Run, step: int) -> StepResult | None:
-    """One optimiser step; without moving anything where a value is not finite; None when asked to stop before it.
+    """One optimiser step; without moving the network where a value is not finite; None when asked to stop before it.
 
     The rate of a parameter group is the step's, times its `lr_factor` if it has one.
     """
@@ -201,11 +192,17 @@ def _said(run: Run, given: Given) -> tuple[Tensor, list[Routing], list[Any], lis
 
 
 def _loads(run: Run, routing: Sequence[Routing]) -> Loads | None:
+    """Of records of one call, or of several, one after the other, all of which count."""
     if not routing:
         return None
-    counts: Any = run.parallel.accelerator.reduce(torch.stack([record.counts for record in routing]), "sum")
+    layers = len(routing) // run.calls if run.matching is not None else len(routing)
+
+    def over_calls(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*values]).view(-1, layers, *values[0].shape).sum(dim=0)
+
+    counts: Any = run.parallel.accelerator.reduce(over_calls([record.counts for record in routing]), "sum")
     sums = [record.sums for record in routing if record.sums is not None]
-    return Loads(counts, all_sum(torch.stack(sums)) if sums else None)
+    return Loads(counts, all_sum(over_calls(sums)) if sums else None)
 
 
 @torch.no_grad()
@@ -223,8 +220,8 @@ def _loads_ahead(run: Run, given: Sequence[Given]) -> Loads | None:
 def _forward(
     run: Run, given: Given, whole: Loads | None
 ) -> tuple[dict[str, Tensor], list[Routing], Tensor | None, Tensor | None]:
-    """The losses of one micro-batch, the routers' records, the (L, E) assignments of all processes, and of a mixture
-    the (2, domains) sums by set, see `StepResult`. `whole`: the loads of all micro-batches, where there are several.
+    """The losses of one micro-batch, the routers' last records, the (L, E) assignments of all processes, and of a
+    mixture the (2, domains) sums by set, see `StepResult`. `whole`: the loads of all micro-batches, if several.
 
     The total is the weighted sum of the other losses. Each layer's own balance loss has the weight, as in the paper;
     "balance", "z" and "contrastive" (of prototype routers) are means over the L layers, so that 1 is even load whatever
@@ -253,17 +250,18 @@ def _forward(
         parts.append(("hoyer", config.moe.hoyer_weight, torch.stack([*map(square_hoyer, hidden)]).mean()))
     own = _loads(run, routing)
     if own is not None:
-        moe, L = config.moe, len(routing) // (1 if run.matching is None else run.calls)
+        moe, L = config.moe, len(own.counts)
         counts, sums = (
             own if whole is None else (whole.counts, _all_parts(whole.sums, own.sums, config.train.accumulation))
         )
-        together = moe.balance_over == "model"
-        layers = [whole_balance_loss(routing, counts)] if together else map(balance_loss, routing, counts)
+        calls, together = len(routing) // L, moe.balance_over == "model"
+        every = counts.repeat(calls, 1)  # a record of each call
+        layers = [whole_balance_loss(routing, counts)] if together else map(balance_loss, routing, every)
         balance = torch.stack([*layers]).mean()
         z = torch.stack([*map(z_loss, routing)]).mean()
         parts += [("balance", L * moe.balance_weight, balance), ("z", L * moe.z_weight, z)]
         if sums is not None:
-            layer = zip(routing, sums, counts, strict=True)
+            layer = zip(routing, sums.repeat(calls, 1, 1), every, strict=True)
             contrastive = torch.stack([contrastive_loss(r, moe.contrastive_temperature, s, c) for r, s, c in layer])
             parts.append(("contrastive", L * moe.contrastive_weight, contrastive.mean()))
         plans = [record.plan for record in routing if record.plan is not None and record.plan.per_row is None]
@@ -275,7 +273,7 @@ def _forward(
     total: Any = sum(weight * value for _, weight, value in parts if weight)  # a weight of 0: logged alone
     domains = None if run.domains == 1 else _by_domain(sample[:, : target.shape[1]], target, domain, run.domains)
     losses = {"total": total, **{name: value for name, _, value in parts}}
-    return losses, routing, None if own is None else own.counts.view(-1, L, own.counts.shape[1]).sum(dim=0), domains
+    return losses, routing[-len(own.counts) :] if own else [], None if own is None else own.counts, domains
 
 
 def _all_parts(whole: Tensor | None, own: Tensor | None, parts: int) -> Tensor | None:
@@ -299,15 +297,3 @@ def _move_biases(model: nn.Module, counts: Tensor, moe: MoEConfig, tokens: int) 
     for router, load in zip(routers, counts, strict=moe.scope == "layer"):
         assert router.expert_bias is not None
         router.expert_bias.copy_(balanced_bias(router.expert_bias, load, moe.bias_rate, wanted))
-
-
-def anneal(model: DiTMoETransformer2DModel, config: Config, step: int) -> None:
-    """Set the capacity of all layers for a step, where it starts elsewhere than it ends: linear, to `decay_steps`."""
-    moe, decay = config.moe, config.train.decay_steps
-    if moe.capacity_start is None:
-        return
-    assert decay is not None, "train refuses it"
-    done = min(1.0, step / (decay - 1)) if decay > 1 else 1.0
-    for module in model.modules():
-        if isinstance(module, MoELayer | DiTMoETransformer2DModel):
-            module.capacity = moe.capacity_start + (moe.rule.usual_capacity - moe.capacity_start) * done

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plan_check, train_step
 from ditmoe import pipeline
 from ditmoe.analysis import budget
+from ditmoe.analysis.budget import activations, routed_blocks
 from ditmoe.analysis.plan import USABLE, describe, teaching
 from ditmoe.config.experts import RouterInput
-from ditmoe.config.file import save, to_dict
+from ditmoe.config.file import save, to_dict, trained_by
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.rules import RULES, with_rule
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig, PlanConfig, TrainConfig
@@ -513,8 +514,9 @@ def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
     taught = changed(config, distill={"teachers": (str(teacher),), "teacher_steps": 5})
     pipe = pipeline.load(teacher)
     held = 4 * sum(p.numel() for p in pipe.transformer.parameters())
-    frozen, asked, _ = teaching(taught)
-    assert frozen == held
+    found = teaching(taught)
+    asked = found.asked
+    assert (found.held, found.kept, found.sent) == (held, 0, 0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         path(pipe, torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), 5, flow_levels(None, 3))
     assert asked == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
@@ -530,14 +532,14 @@ def test_teachers_are_held_and_asked_as_planned(teacher: Path) -> None:
 def test_teachers_of_int8_experts_take_a_byte_a_weight_and_their_scales(teacher: Path) -> None:
     pipe = pipeline.load(teacher)
     taught = changed(DIGITS, distill={"teachers": (str(teacher),)})
-    (wide, _, said), before = teaching(taught), [p.numel() for p in pipe.transformer.parameters()]
-    assert wide == 4 * sum(before)
+    whole, before = teaching(taught), [p.numel() for p in pipe.transformer.parameters()]
+    assert whole.held == 4 * sum(before)
     pipe.transformer.bfloat16().store_int8()  # as `ditmoe convert --int8` does
     pipeline.save(pipe, teacher)
-    frozen, _, still = teaching(taught)
-    assert frozen == sum(value.nbytes for value in pipeline.load(teacher).transformer.state_dict().values())
-    assert frozen < wide
-    assert still.split(",")[0] == said.split(",")[0] == f"\nteachers: {sum(before) / 1e6:.2f} M parameters"
+    small = teaching(taught)
+    assert small.held == sum(value.nbytes for value in pipeline.load(teacher).transformer.state_dict().values())
+    assert small.held < whole.held
+    assert small.said.split(",")[0] == whole.said.split(",")[0] == f"\nteachers: {sum(before) / 1e6:.2f} M parameters"
 
 
 def plan_seconds(text: str) -> float:
@@ -547,17 +549,17 @@ def plan_seconds(text: str) -> float:
 def test_a_teacher_answers_once_for_each_level_and_of_a_mixture_for_its_set(teacher: Path) -> None:
     once = budget.flops(DIGITS).forward
     plain = changed(DIGITS, distill={"teachers": (str(teacher), str(teacher))})
-    assert teaching(plain)[1] == 2 * once
-    assert teaching(changed(plain, distill={"guided": True}, sample={"cfg": 1.0}))[1] == 4 * once
+    assert teaching(plain).asked == 2 * once
+    assert teaching(changed(plain, distill={"guided": True}, sample={"cfg": 1.0})).asked == 4 * once
     bare = changed(plain, distill={"guided": True, "cfg": 1.0}, sample={"cfg": 1.0})
-    assert teaching(bare)[1] == 2 * once
+    assert teaching(bare).asked == 2 * once
     data = {"mixture": ("digits=3", "fashion"), "fit": "crop"}
-    assert teaching(changed(plain, distill={"by": "domain"}, data=data))[1] == once
+    assert teaching(changed(plain, distill={"by": "domain"}, data=data)).asked == once
     (teacher / "training.json").unlink()
-    frozen, asked, said = teaching(plain)
-    assert (frozen > 0, asked) == (True, 0)
-    assert f"without those of {teacher}, which does not say how it was trained" in said
-    assert teaching(DIGITS) == (0, 0, "")
+    found = teaching(plain)
+    assert (found.held > 0, found.asked) == (True, 0)
+    assert f"without those of {teacher}, which does not say how it was trained" in found.said
+    assert teaching(DIGITS) == (0, 0, 0, 0, "")
 
 
 def test_the_largest_model_on_64_devices() -> None:
@@ -681,12 +683,13 @@ def test_a_fake_is_held_with_its_moments_and_its_work_counted(teacher: Path) -> 
     config = changed(DIGITS, train={"batch_size": 24}, objective={"class_dropout_prob": 0.0},
                      sample={"sampler": "flow-euler", "steps": 2, "cfg": 1.0})  # fmt: skip
     config = changed(config, objective={"prediction_type": "flow_prediction"})
-    taught = changed(config, distill={"teachers": (str(teacher),), "fake_steps": 3})
+    taught = changed(config, plan={"devices": 4}, distill={"teachers": (str(teacher),), "fake_steps": 3},
+                     train={"init": teacher})  # fmt: skip
     net = pipeline.load(teacher).transformer
     held = sum(p.numel() * p.element_size() for p in net.parameters())
-    frozen, asked, said = teaching(taught)
-    assert frozen == 5 * held
-    assert "and a copy that learns" in said
+    found = teaching(taught)
+    assert (found.held, found.sent) == (5 * held, 3 * held)
+    assert "and a copy that learns" in found.said
     given = torch.randn(2, 1, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for _ in range(3):
@@ -694,6 +697,12 @@ def test_a_fake_is_held_with_its_moments_and_its_work_counted(teacher: Path) -> 
         with torch.no_grad():
             net(*given)  # the fake and the teacher, without guidance
             net(*given)
-    assert asked == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
-    text, thrice = describe(taught), describe(changed(config, train={"batch_size": 72}))
-    assert [float(x) for x in cells(text, "activations")] == [float(x) for x in cells(thrice, "activations")]
+    assert found.asked == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
+    text, plain = describe(taught), describe(changed(config, plan={"devices": 4}, train={"batch_size": 48}))
+    sent = [float(cells(plan, "sent a step: all-reduce")[0]) for plan in (text, plain)]
+    assert sent[0] - sent[1] == pytest.approx(1.5 * 3 * held / 1e6, rel=0.01)  # of 4 devices each sends 3/4 twice
+    assert set(cells(text, "a device, in")) == {"DDP"}
+    assert set(cells(plain, "a device, in")) == {"DDP", "FSDP2"}
+    rows = [float(x) for x in cells(text, "teachers  ")]
+    kept = sum(activations(trained_by(teacher), routed)[0] for routed in routed_blocks(trained_by(teacher)))
+    assert rows == [pytest.approx((5 * held + 6 * kept) / 1e6, rel=1e-2)] * len(rows)  # 6 images of a device

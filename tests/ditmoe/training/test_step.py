@@ -12,7 +12,7 @@ from ditmoe.config.sections import Config, TrainConfig
 from ditmoe.data.open import open_data
 from ditmoe.training.loop import train
 from ditmoe.training.row import expert_load
-from ditmoe.training.step import learning_rate
+from ditmoe.training.schedule import learning_rate
 
 Tiny = Callable[..., Config]
 
