@@ -38,12 +38,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"precision": "bf16"},
     "compiled": {"compile": True},
+    "compiled, bf16": {"precision": "bf16", "compile": True},
     "cached": {"cache": "taylor:2"},
     "compiled and cached": {"compile": True, "cache": "taylor:2"},
     "compiled, cached by 3": {"compile": True, "cache": "taylor:3"},
     "dense twin": {},
     "dense twin, bf16": {"precision": "bf16"},
     "dense twin, compiled": {"compile": True},
+    "dense twin, compiled, bf16": {"precision": "bf16", "compile": True},
 }
 
 
