@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from benchmarks.timing import machine
 from ditmoe import pipeline
+from ditmoe.config.experts import RouterInput
 from ditmoe.config.presets import PRESETS
 from ditmoe.model import build, count_parameters
 from ditmoe.objective import scheduler_config
@@ -42,9 +44,8 @@ def weights(net: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 def write(args: argparse.Namespace) -> None:
     """The model folder."""
     config = PRESETS[args.preset]
-    moe = replace(
-        config.moe, num_experts=args.num_experts or config.moe.num_experts, top_k=args.top_k or config.moe.top_k
-    )
+    asked = {name: getattr(args, name) for name in ("num_experts", "top_k", "router_input") if getattr(args, name)}
+    moe = replace(config.moe, **asked)
     config = replace(config, moe=moe)
     with torch.device("meta"):
         net = build(config, 1000)
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--preset", default="s")
     parser.add_argument("--num-experts", type=int)
     parser.add_argument("--top-k", type=int)
+    parser.add_argument("--router-input", choices=get_args(RouterInput), help="what chooses an image's experts")
     parser.add_argument("--cached", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
