@@ -89,6 +89,6 @@ def test_no_figure_was_left_open() -> None:
 def test_commands_of_distillation_are_taken() -> None:
     text = (ROOT / "docs" / "distill.md").read_text().replace("\\\n", " ")
     commands = [c for c in re.findall(r"^python train.py ((?:fashion|digits) .*)$", text, re.M) if "--distill" in c]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert cli.parse_train(shlex.split(command)).distill.teachers
