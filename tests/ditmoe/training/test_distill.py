@@ -22,7 +22,7 @@ from ditmoe.training.state import num_classes
 from samplers import make_scheduler, sample
 from samplers.catalog import chain_of
 from tests.ditmoe.training.test_domains import stripes
-from tests.ditmoe.training.test_loop import go, rows, same_checkpoint
+from tests.ditmoe.training.test_loop import cut_equals_straight, go, rows
 from tests.faults import runs
 
 Tiny = Callable[..., Config]
@@ -101,6 +101,16 @@ def test_teachers_are_guided_as_their_folders_say_or_by_the_scale_of_the_run(
     assert (cond - uncond).abs().max() > 1e-3
     asked = tiny(objective=FLOW, sample={"cfg": 1.0}, distill={"teachers": (str(teacher),), "guided": True, "cfg": 2.0})
     student(asked)
+    pipe = pipeline.load(teacher)
+    pipe.register_to_config(experts_off=True, guide_scale=3.0)
+    pipe.save_pretrained(teacher / "model")
+    with torch.no_grad():
+        weak = ExpertsOff(net)(x, t, class_labels=y).sample
+    for scale in (None, 1.5):
+        distill = {"teachers": (str(teacher),), "guided": True, "cfg": 1.0, "guide_scale": scale}
+        said = student(tiny(objective=FLOW, sample={"cfg": 1.0}, distill=distill)).target(x, t, y, domain)
+        torch.testing.assert_close(said, cond + ((scale or 3.0) - 1) * (cond - weak), rtol=1e-4, atol=1e-5)
+    assert (cond - weak).abs().max() > 1e-3
     assert "no label left out" not in capsys.readouterr().out
     said = (teacher / "config.json").read_text()
     (teacher / "config.json").write_text(said.replace('"class_dropout_prob": 0.1', '"class_dropout_prob": 0.0'))
@@ -291,11 +301,7 @@ def test_a_taught_run_resumes_to_the_bit_and_asks_for_the_same_teachers(
         go(config)
         return config
 
-    straight = run("straight", 5).out
-    for stop in (2, 5):
-        cut = run("cut", stop).out
-    last = Path("checkpoints/step-000005")
-    same_checkpoint(straight / last, cut / last)
+    straight = cut_equals_straight(run)
     if sampling:
         saved = pipeline.load(straight).config
         assert (saved.sampler, saved.num_inference_steps, saved.guidance_scale) == ("flow-euler", 3, 1.0)

@@ -35,6 +35,16 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def cut_equals_straight(run: Callable[[str, int], Config]) -> Path:
+    """run(name, last step): five steps at once, and two and then the rest, end alike; the folder of the first."""
+    straight = run("straight", 5).out
+    for stop in (2, 5):
+        cut = run("cut", stop).out
+    last = Path("checkpoints/step-000005")
+    same_checkpoint(straight / last, cut / last)
+    return straight
+
+
 def same_checkpoint(a: Path, b: Path) -> None:
     (parts_a, _), (parts_b, _) = checkpoints.load(a), checkpoints.load(b)
     assert parts_a.keys() == parts_b.keys() >= {"model", "ema", "optimizer"}

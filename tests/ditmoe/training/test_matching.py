@@ -24,7 +24,7 @@ from ditmoe.rng import sample_rng
 from ditmoe.training.distill import Teachers
 from ditmoe.training.matching import Matching, new_fake
 from samplers import make_scheduler, sample
-from tests.ditmoe.training.test_loop import go, rows, same_checkpoint
+from tests.ditmoe.training.test_loop import cut_equals_straight, go, rows
 from tests.faults import runs
 
 Tiny = Callable[..., Config]
@@ -151,12 +151,9 @@ def test_a_matched_run_resumes_to_the_bit(tiny: Tiny, tmp_path: Path, moe: dict[
         go(config)
         return config
 
-    straight = run("straight", 5).out
-    for stop in (2, 5):
-        cut = run("cut", stop).out
-    last = Path("checkpoints/step-000005")
-    same_checkpoint(straight / last, cut / last)
-    fake, begun = load_file(straight / last / "fake.safetensors"), pipeline.load(teacher).transformer.state_dict()
+    straight = cut_equals_straight(run)
+    last = straight / "checkpoints/step-000005"
+    fake, begun = load_file(last / "fake.safetensors"), pipeline.load(teacher).transformer.state_dict()
     assert not any(torch.equal(fake[name], begun[name]) for name in fake if name.endswith("w_in"))
     saved = pipeline.load(straight).config
     assert (saved.sampler, saved.num_inference_steps, saved.guidance_scale) == ("flow-euler", 3, 1.0)
@@ -165,11 +162,11 @@ def test_a_matched_run_resumes_to_the_bit(tiny: Tiny, tmp_path: Path, moe: dict[
     assert row["loss"] > row["match"] > 0
     assert row["fake"] > 0
     assert len(row["load_max_over_mean"]) == len(row["dead_experts"])
-    manifest = straight / last / "manifest.json"
+    manifest = last / "manifest.json"
     names = json.loads(manifest.read_text())
     del names["files"]["fake.safetensors"]
     manifest.write_text(json.dumps(names))
-    (straight / last / "fake.safetensors").unlink()
+    (last / "fake.safetensors").unlink()
     with pytest.raises(ValueError, match="is of another network: fake .* is missing"):
         run("straight", 6)
 
@@ -208,8 +205,6 @@ def test_the_balance_loss_is_over_all_calls(tiny: Tiny, teacher: Path) -> None:
         max_steps=1, objective=FLOW, sample=FEW, distill={"teachers": (str(teacher),), "fake_steps": 1},
         train={"init": teacher}, moe={"router_input": "time"},
     )  # fmt: skip
-    with pytest.raises(ValueError, match="router_input|another network"):
-        go(config)
     begun = tiny(out=teacher.parent / "time", objective={"prediction_type": "flow_prediction"},
                  train={"learning_rate": 0.02}, moe={"router_input": "time"})  # fmt: skip
     go(begun)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,18 @@ def test_a_manifest_that_is_too_deep_is_damage_like_any_other(saved) -> None:
     _, path = saved
     (path / "manifest.json").write_text("[" * 100_000)
     assert checkpoint.find_fault(path) == "manifest.json cannot be read"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no /proc")
+def test_a_checkpoint_that_was_read_is_let_go(tiny: Tiny) -> None:
+    """Its files are mapped while they are read; kept, a removed checkpoint would go on taking its place."""
+    config = tiny(max_steps=1)
+    data, mapped = open_data(config.data, size=8, channels=1), list[str]()
+    train(config, data)
+
+    def look(step: int, pipe: Any) -> None:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped.extend(line for line in lines if str(config.out / "checkpoints") in line)
+
+    assert train(replace(config, max_steps=3, train=replace(config.train, sample_every=1)), data, on_sample=look)
+    assert not mapped
