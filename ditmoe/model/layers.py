@@ -145,6 +145,8 @@ def sincos_positions(hidden_size: int, side: int, span: int | None = None) -> Te
 def rotary_positions(head_dim: int, side: int, span: int | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of 2-D rotary positions, each (T, head_dim) float32; `span` as in `sincos_positions`.
 
+    The sines of a pair's first channels are negative, as `rotate` wants them.
+
     The first half of a head turns with the row, the second with the column; within a half, channel j and channel
     j + head_dim / 4 are one pair with frequency 100^(-4 j / head_dim); not text's 10,000: a grid has
     tens of positions an axis, not thousands. Source: RoFormer (arXiv 2104.09864), axial form.
@@ -153,7 +155,8 @@ def rotary_positions(head_dim: int, side: int, span: int | None = None) -> tuple
     frequency = 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
     angles = [p.double().outer(frequency).repeat(1, 2) for p in _grid(side, span)]
     both = torch.cat(angles, dim=-1)  # (T, head_dim)
-    return both.cos().float(), both.sin().float()
+    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(pairs).repeat(2)
+    return both.cos().float(), both.sin().float() * sign
 
 
 def position_tables(
@@ -168,8 +171,7 @@ def position_tables(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs of x (N, heads, T, head_dim) by the angles of `rotary_positions`."""
     a, b, c, d = x.chunk(4, dim=-1)
-    turned = torch.cat([-b, a, -d, c], dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat([b, a, d, c], dim=-1), sin.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -204,11 +206,12 @@ class Attention(nn.Module):
         """x (N, T, D) -> (N, T, D); rotary: cos and sin of the positions, or None."""
         N, T, _ = x.shape
         if self.maps is None:
-            q, k, v = self.qkv(x).view(N, T, 3, *self.heads).permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
+            q, k, v = self.qkv(x).view(N, T, 3, *self.heads).unbind(2)  # each (N, T, heads, head_dim)
+            v = v.transpose(1, 2)
         else:
-            q, k = self.qk(x).view(N, T, 2, *self.heads).permute(2, 0, 3, 1, 4)
+            q, k = self.qk(x).view(N, T, 2, *self.heads).unbind(2)
             v, project = self.maps(x)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = (y.to(v.dtype).transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k)))  # (N, heads, T, head_dim)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = attend(q, k, v)

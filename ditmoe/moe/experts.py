@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .kernels import Activation, _activate, _Combine, _Dispatch, _grouped, _Loop, _one_by_one, autocast_dtype
 from .select import Plan
 
-_LOOP_PAYS = 2**16, 256  # D * F and rows of an expert from which on the loop won on a CPU
-
 
 class FeedForward(nn.Module):
     """One dense feed-forward layer: the shared expert, and the blocks that hold no experts.
@@ -65,10 +63,10 @@ class Experts(nn.Module):
         width: Hidden width F.
         activation: As in FeedForward.
         backend: "grouped" (torch.nn.functional.grouped_mm: float32, bfloat16, float16; D and F multiples of 16
-            bytes), "loop" (any dtype and size, one expert after the other), or "auto": grouped where it applies, but
-            on a CPU the loop for experts of D * F >= 65,536 with 256 rows or more on average, which it keeps in cache.
-            On a CPU both give the same bits (with gelu where F is a multiple of 64: torch rounds the ends of its runs
-            differently).
+            bytes), "loop" (any dtype and size, expert after expert, whose rows stay in cache), or "auto": grouped where
+            it applies, but on a CPU the loop from 256 rows an expert on; if D * F < 65,536 from 512 with gradients and
+            never in 16 bits. There both give the same bits (with gelu if F is a multiple of 64: torch rounds ends of
+            runs differently).
         biases: Before the activation; an output bias is for the shared expert, which every token has.
         active_width: Width of the dense layer whose initial size the experts share, K F where K of them serve a token
             with weights that sum to K; default: F, each for itself.
@@ -136,7 +134,7 @@ class Experts(nn.Module):
         way = plan.row, plan.slot, plan.starts
         if self.exchange is None and not self.biases and not grouped:
             w_in, w_out = self.matrices(x.dtype)
-            y = _Loop.apply(x, w_in, w_out, plan.weight, *way, plan.counts, self.activation)
+            y = _Loop.apply(x, w_in, w_out, plan.weight, *way, plan.counts, self.activation, torch.is_grad_enabled())
             return y
         R, B, D = x.shape
         counts = plan.counts * B
@@ -160,8 +158,9 @@ class Experts(nn.Module):
         if self.backend != "auto":
             return self.backend == "grouped"
         E, D, width = self.w_out.shape
-        small = D * width < _LOOP_PAYS[0] or pairs < E * _LOOP_PAYS[1]
-        return _fits_grouped(D, width, x.dtype) and (x.device.type != "cpu" or small)
+        small = D * width < 2**16
+        few = pairs < E * (512 if small and torch.is_grad_enabled() else 256) or (small and x.itemsize < 4)
+        return _fits_grouped(D, width, x.dtype) and (few or x.device.type != "cpu")
 
 
 def evened(plan: Plan, x: Tensor) -> Plan:

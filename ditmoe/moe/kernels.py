@@ -55,7 +55,7 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor, row: Tensor, slot: Tensor, starts: Tensor,
-        counts: Tensor, activation: Activation,
+        counts: Tensor, activation: Activation, keep: bool,
     ) -> Tensor:  # fmt: skip
         R, B, D = x.shape
         x = x.reshape(R, B * D)
@@ -65,7 +65,7 @@ class _Loop(torch.autograd.Function):
         for e, run in runs:
             h = x.index_select(0, row[run]).view(-1, D) @ w_in[e].T
             torch.mm(_activation(h, activation), w_out[e].T, out=out[run].view(-1, D))
-            hidden.append(h)
+            hidden += [h] if keep else []
         ctx.save_for_backward(x, w_in, w_out, weight, row, slot, starts, out, *hidden)
         ctx.runs, ctx.activation = runs, activation
         return _bags(out, slot, starts, weight).view(R, B, D)
@@ -91,7 +91,7 @@ class _Loop(torch.autograd.Function):
                 torch.mm(grad_h.T, x.index_select(0, row[run]).view(-1, D), out=grad_in[e])
             torch.mm(grad_h, w_in[e], out=grad_rows[run].view(-1, D))
         grad_x = _bags(grad_rows, slot, starts).view(shape)
-        return grad_x, grad_in, grad_out, grad_weight, None, None, None, None, None
+        return grad_x, grad_in, grad_out, grad_weight, None, None, None, None, None, None
 
 
 def _bags(pairs: Tensor, slot: Tensor, starts: Tensor, weight: Tensor | None = None) -> Tensor:

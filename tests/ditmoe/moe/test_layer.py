@@ -1,6 +1,7 @@
 """The MoE layer: against the obvious version, backend against backend, and what must not depend on what."""
 
 import itertools
+import weakref
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ from ditmoe.config.experts import RouterInput
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
 from ditmoe.model import build
-from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, Plan, Router, RoutingRule, plan_of, select
+from ditmoe.moe import Condition, Experts, FeedForward, MoELayer, Plan, Router, RoutingRule, kernels, plan_of, select
 from ditmoe.moe import experts as experts_module
 from tests.reference.moe_layer import expert
 from tests.reference.moe_layer import moe as reference_moe
@@ -352,23 +353,61 @@ def test_grouped_refuses_odd_widths_and_auto_takes_the_loop() -> None:
     assert odd(torch.randn(1, 4, 6))[0].shape == (1, 4, 6)
 
 
-@pytest.mark.parametrize(("width", "tokens", "loops"), [(128, 512, False), (1024, 512, True), (1024, 508, False)])
-def test_auto_takes_the_loop_for_large_experts_with_many_rows_on_a_cpu(
-    width: int, tokens: int, loops: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("width", "tokens", "dtype", "drawing", "loops"),
+    [
+        (1024, 512, torch.float32, False, True),
+        (1024, 508, torch.float32, False, False),
+        (128, 512, torch.float32, False, False),
+        (128, 1024, torch.float32, False, True),
+        (128, 512, torch.float32, True, True),
+        (128, 508, torch.float32, True, False),
+        (128, 2048, torch.bfloat16, True, False),
+        (1024, 512, torch.bfloat16, True, True),
+    ],
+)
+def test_auto_takes_the_loop_for_experts_with_many_rows_on_a_cpu(
+    width: int, tokens: int, dtype: torch.dtype, drawing: bool, loops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = MoELayer(64, num_experts=2, expert_width=width, shared_width=0, rule=RoutingRule(1))
-    x = torch.randn(1, tokens, 64)
-    expected = made(x)[0]
+    made = MoELayer(64, num_experts=2, expert_width=width, shared_width=0, rule=RoutingRule(1)).to(dtype)
+    x = torch.randn(1, tokens, 64, dtype=dtype)
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(not drawing):
+            return made(x)[0]
+
+    expected = run()
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("grouped_mm was called")
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", refuse)
     if loops:
-        assert torch.equal(made(x)[0], expected)
+        assert torch.equal(run(), expected)
     else:
         with pytest.raises(AssertionError, match="grouped_mm"):
-            made(x)
+            run()
+
+
+@pytest.mark.parametrize("drawing", [False, True])
+def test_the_loop_keeps_hidden_layers_for_gradients_alone(drawing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Experts(8, 6, 8, backend="loop")
+    plan = select(torch.randn(48, 6), RoutingRule(2)).plan
+    assert plan is not None
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    activate = kernels._activation
+
+    def watched(h: Tensor, activation: Literal["swiglu", "gelu"]) -> Tensor:
+        seen.append(weakref.ref(h))
+        alive.append(sum(each() is not None for each in seen))
+        return activate(h, activation)
+
+    monkeypatch.setattr(kernels, "_activation", watched)
+    with torch.set_grad_enabled(not drawing):
+        made(torch.randn(48, 1, 8), plan)
+    assert len(seen) == 6
+    assert max(alive) == (1 if drawing else 6)
 
 
 def block_of(**moe: object) -> torch.nn.Module:

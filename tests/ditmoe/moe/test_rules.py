@@ -115,7 +115,10 @@ def test_evaluation_changes_no_state_and_a_saved_model_is_the_same(name: str, ce
     assert torch.equal(first, second)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model.save_pretrained(tmp_path)
-    assert torch.equal(DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()(*inputs()).sample, first)
+    read = DiTMoETransformer2DModel.from_pretrained(tmp_path).eval()
+    assert all(torch.equal(value, before[key]) for key, value in read.state_dict().items())
+    # Weights that are mapped from a file are not aligned, and MKL then adds in another order.
+    torch.testing.assert_close(read(*inputs()).sample, first, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RULES)
