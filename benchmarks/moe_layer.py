@@ -8,6 +8,7 @@ Two dense rivals have the FLOPs of the K experts a token visits:
     python -m benchmarks.moe_layer [--rounds 9] [--tokens 4096]
     python -m benchmarks.moe_layer --rules          # ways to choose, against the twin: 16 images of 256 tokens
     python -m benchmarks.moe_layer --backends       # which backend is the faster, and which --moe.backend auto takes
+    python -m benchmarks.moe_layer --backends --drawing --dtypes float32        # the same without gradients
 """
 
 import argparse
@@ -64,14 +65,20 @@ def rules(dtype: torch.dtype, images: int = 16, tokens: int = 256, E: int = 8, F
     return {"dense": backward_of(wide, wide, tokens, dtype, images), **steps}
 
 
-SIZES = [(128, 128), (WIDTH, 1536)]  # D, F
+SIZES = [(128, 128), (WIDTH, 256), (WIDTH, 1536)]  # D, F
 
 
-def backends(D: int, F: int, E: int, S: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], str]:
-    """Forward and backward of one layer, top-2 of E, by each backend, of the same weights; and the one of `auto`."""
+def backends(
+    D: int, F: int, E: int, S: int, dtype: torch.dtype, drawing: bool
+) -> tuple[dict[str, Callable[[], object]], str]:
+    """One layer, top-2 of E, by each backend, of the same weights; and the one of `auto`.
+
+    Forward and backward, or forward alone and without gradients where it is `drawing`.
+    """
     layer = MoELayer(D, num_experts=E, expert_width=F, shared_width=0, rule=RoutingRule(2, "sigmoid")).to(DEVICE, dtype)
     experts: Any = layer.experts
-    auto = "grouped" if experts._use_grouped(torch.empty(0, device=DEVICE, dtype=dtype), 2 * S) else "loop"
+    with torch.set_grad_enabled(not drawing):
+        auto = "grouped" if experts._use_grouped(torch.empty(0, device=DEVICE, dtype=dtype), 2 * S) else "loop"
 
     def by(backend: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -81,7 +88,16 @@ def backends(D: int, F: int, E: int, S: int, dtype: torch.dtype) -> tuple[dict[s
 
         return forward
 
-    return {name: backward_of(by(name), layer, S, dtype, width=D) for name in ("grouped", "loop")}, auto
+    step = forward_of if drawing else backward_of
+    return {name: step(by(name), layer, S, dtype, width=D) for name in ("grouped", "loop")}, auto
+
+
+def forward_of(
+    forward: Callable[[Tensor], Tensor], _: nn.Module, tokens: int, dtype: torch.dtype, width: int
+) -> Callable[[], object]:
+    """Forward alone, without gradients."""
+    x = torch.randn(1, tokens, width, device=DEVICE, dtype=dtype)
+    return lambda: torch.no_grad()(forward)(x)
 
 
 def backward_of(
@@ -106,16 +122,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rules", action="store_true", help="the ways to choose instead")
     parser.add_argument("--backends", action="store_true", help="the backends instead")
+    parser.add_argument("--drawing", action="store_true", help="of the backends forward alone, without gradients")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the backends")
     args = parser.parse_args()
     if args.backends:
-        print(f"{machine()}; top-2 of E, forward + backward, medians of {args.rounds} rounds\n")
+        what = "forward without gradients" if args.drawing else "forward + backward"
+        print(f"{machine()}; top-2 of E, {what}, medians of {args.rounds} rounds\n")
         print("| D | F | E | tokens | dtype | grouped ms | loop ms | auto takes | of the best |\n|" + "---|" * 9)
-        for (D, F), E, S, dtype in product(SIZES, (8, 16, 64), (256, 1024, 4096), (torch.float32, torch.bfloat16)):
-            steps, auto = backends(D, F, E, S, dtype)
+        for (D, F), E, S, name in product(SIZES, (8, 16, 64), (256, 1024, 4096), args.dtypes):
+            steps, auto = backends(D, F, E, S, getattr(torch, name), args.drawing)
             t = round_robin(steps, args.rounds)
             cells = " | ".join([*(f"{value * 1e3:.1f}" for value in t.values()), auto])
             share = t[auto] / min(t.values())
-            print(f"| {D} | {F} | {E} | {S} | {str(dtype)[6:]} | {cells} | {share:.2f} |", flush=True)
+            print(f"| {D} | {F} | {E} | {S} | {name} | {cells} | {share:.2f} |", flush=True)
         return
     if args.rules:
         print(f"{machine()}; D {WIDTH}, 16 images of 256 tokens, top-2 of 8, F 768, medians of {args.rounds} rounds\n")

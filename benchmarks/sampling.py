@@ -1,6 +1,6 @@
 """Images a second: the plain path, bfloat16, compiled, a cache between steps, the dense twin, diffusers' DiTPipeline.
 
-    python -m benchmarks.sampling [fashion | s] --num 32 --rounds 5 --threads 1
+    python -m benchmarks.sampling [fashion | s] --rounds 5 --threads 1
 
 One run, in turns, medians. `plain` is what `sample.py` did before it had the options: float32, nothing compiled or
 kept. `fashion` is models/fashion without its guide, `s` the preset with random weights and 256 tokens; the twin and
@@ -30,7 +30,7 @@ from ditmoe.config.presets import PRESETS
 from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config
 from ditmoe.generate.draw import Pixels, RequestedSet, balanced_labels
-from ditmoe.generate.speed import prepare
+from ditmoe.generate.speed import batch_size, prepare
 from ditmoe.model import build, count_parameters
 from ditmoe.pipeline import DiTMoEPipeline
 
@@ -98,7 +98,7 @@ def stock(config: Config, target: int | None) -> DiTPipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", choices=["fashion", "s"], default="fashion")
-    parser.add_argument("--num", type=int, default=32, help="images of a turn, one batch")
+    parser.add_argument("--num", type=int, help="images of a turn, one batch; default: what sample.py draws at once")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--rounds", type=int, default=5)
@@ -109,6 +109,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = PRESETS[args.preset]
     own = pipeline.load(Path("models/fashion")) if args.preset == "fashion" else random_pipe(config, dense=False)
+    num = args.num or batch_size(own)
     options = {"sampler": "ddim", "num_inference_steps": args.steps, "guidance_scale": args.cfg, "seed": 0}
     options |= {"guide": "none", "guidance_interval": (0, 1000)}
     turns: dict[str, Callable[[], object]] = {}
@@ -116,7 +117,7 @@ def main() -> None:
 
     def turn(name: str, images: RequestedSet) -> Callable[[], None]:
         def draw() -> None:
-            drawn[name] = images.batch(range(args.num))
+            drawn[name] = images.batch(range(num))
 
         return draw
 
@@ -124,16 +125,16 @@ def main() -> None:
         pipe = random_pipe(config, dense=True) if "dense" in name else own
         pipe = DiTMoEPipeline(copy.deepcopy(pipe.transformer), pipe.scheduler, id2label=pipe.config.id2label)
         prepare(pipe, None, replace(SampleArgs(Path("models/fashion"), precision="fp32"), **WAYS[name]))
-        turns[name] = turn(name, RequestedSet(pipe, balanced_labels(pipe, args.num), args.num, options))
+        turns[name] = turn(name, RequestedSet(pipe, balanced_labels(pipe, num), num, options))
     total, active = count_parameters(own.transformer)
-    labels = [i % 10 for i in range(args.num)]
+    labels = [i % 10 for i in range(num)]
     how = {"num_inference_steps": args.steps, "output_type": "np"}
     for name, target in zip(RIVALS, (None, active, total), strict=True):
         if name in args.only:
             turns[name] = partial(stock(config, target), labels, args.cfg, **how)
     clock = time.process_time if args.cpu_time else time.perf_counter
     seconds = round_robin(turns, args.rounds, clock)
-    words = f"{args.num} images, {args.steps} steps of ddim, guidance {args.cfg}, median of {args.rounds}"
+    words = f"{num} images, {args.steps} steps of ddim, guidance {args.cfg}, median of {args.rounds}"
     print(f"{args.preset}: {words}{', processor time' if args.cpu_time else ''}; {machine()}\n")
     print("| | images/s | of plain | of the dense twin | of DiTPipeline | active | all | differs by | at most |")
     print("|---" * 9 + "|")
@@ -144,7 +145,7 @@ def main() -> None:
         if name in WAYS and "dense" not in name and "plain" in drawn:
             difference = np.abs(drawn[name].astype(int) - drawn["plain"])
             far = [f"{difference.mean():.2f}", f"{difference.max()}"]
-        print(f"| {name} | {args.num / took:.3g} | " + " | ".join([*shares, *far]) + " |", flush=True)
+        print(f"| {name} | {num / took:.3g} | " + " | ".join([*shares, *far]) + " |", flush=True)
 
 
 if __name__ == "__main__":

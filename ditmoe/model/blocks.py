@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..moe import Condition, FeedForward, MoELayer, Router, Routing
+from ..moe import Condition, FeedForward, MoELayer, Router, Routing, decide
 from .layers import Attention, LocalConv, modulate
 
 
@@ -64,6 +64,18 @@ class DiTBlock(nn.Module):
             y = self.moe.without_routed(h)
         x = torch.addcmul(x, gate2.unsqueeze(1), y)
         return x if alone else (x, routing)
+
+    def by_place(self, x: Tensor) -> Routing | None:
+        """What its router decides of x (N, T, D) at any time and of any image; None where there is no such decision.
+
+        That is where it sees the place alone. None, too, of a router that is offloaded to another device.
+        """
+        layer = getattr(self, "moe", None)
+        if not isinstance(layer, MoELayer) or layer.router is None or layer.router.per_image:
+            return None
+        if layer.router.weight.device != x.device:
+            return None
+        return decide(layer.router, layer.rule, x, None, layer.capacity)
 
 
 def to_compile(block: nn.Module, *, moving: bool = False) -> nn.Module:

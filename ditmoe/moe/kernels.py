@@ -58,7 +58,6 @@ class _Loop(torch.autograd.Function):
         counts: Tensor, activation: Activation, keep: bool,
     ) -> Tensor:  # fmt: skip
         R, B, D = x.shape
-        x = x.reshape(R, B * D)
         out = x.new_empty(len(row), B * D)
         hidden = []
         runs = _runs(counts)
@@ -75,12 +74,11 @@ class _Loop(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, weight, row, slot, starts, out, *hidden = ctx.saved_tensors
         shape, D = grad.shape, grad.shape[-1]
-        grad = grad.reshape(x.shape)
         grad_rows, grad_weight = torch.empty_like(out), torch.empty_like(weight)
         needed = zip((w_in, w_out), ctx.needs_input_grad[1:3], strict=True)  # not those of a frozen network
         grad_in, grad_out = (torch.zeros_like(w) if need else None for w, need in needed)
         for (e, run), h in zip(ctx.runs, hidden, strict=True):
-            g = grad.index_select(0, row[run])
+            g = grad.index_select(0, row[run]).flatten(1)
             torch.sum(g.to(weight.dtype) * out[run].to(weight.dtype), dim=-1, out=grad_weight[run])
             g = (g * weight[run].to(g.dtype).unsqueeze(-1)).view(-1, D)
             if grad_out is not None:

@@ -147,21 +147,18 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Routing]:
         """x (N, T, D) -> y (N, T, D) of x's dtype or autocast's, and the record. Changes no state."""
         N, T, D = x.shape
-        if self.router is None:
-            assert condition is not None, "the shared router's decision is missing"
-            assert condition.routing is not None, "the shared router's decision is missing"
-            routing = condition.routing
-        else:
+        routing = None if condition is None else condition.routing
+        if routing is None:
+            assert self.router is not None, "the shared router's decision is missing"
             routing = decide(self.router, self.rule, x, condition, self.capacity)
         n, R = routing.images, len(routing.logits)
         t = R // n if n else 1
         images, places = N // n if n else 1, T // t if t else 1  # that share a decision
         tokens = x.to(autocast_dtype(x)).view(n, images, t, places, D)
-        rows = tokens.transpose(1, 2).reshape(R, images * places, D).contiguous()  # (R, B, D): a copy by place
+        rows = tokens.transpose(1, 2).reshape(R, images * places, D)  # (R, B, D)
         y = self.experts(rows, routing.scores if routing.plan is None else routing.plan)
-        if self.shared is not None:
-            y = y + self._shared(rows)
-        return y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D), routing
+        y = y.view(n, t, images, places, D).transpose(1, 2).reshape(N, T, D)
+        return y if self.shared is None else self._shared(tokens.view(N, T, D)) + y, routing
 
     def _shared(self, x: Tensor) -> Tensor:
         """The shared expert's part, gated where there is a gate."""

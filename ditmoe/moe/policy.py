@@ -5,12 +5,15 @@ Shapes: N images, S sampling steps, B blocks, E experts, Z null experts behind t
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config.policy import Policy as Policy
+
+if TYPE_CHECKING:
+    from .layer import Routing
 
 Spans = Sequence[tuple[float, float, float]]
 StepEnd = Callable[[int, Tensor, Tensor], Tensor]
@@ -58,7 +61,9 @@ def table(policy: Policy, net: Any, steps: int = 1) -> Tensor:
 
 
 class Steered(nn.Module):
-    """A network whose routers follow a policy, and have another tau at some times. It holds no weights of its own.
+    """A network in one call: its routers follow a policy, have another tau at some times, and decide once by the place.
+
+    It holds no weights of its own; the network's may not change meanwhile.
 
     Args:
         net: The network.
@@ -78,6 +83,7 @@ class Steered(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.net, self.config, self.spans, self.step = net, cast("Any", net.config), [*(spans or ())], 0
+        self.decided: dict[tuple[int, int], Routing | None] = {}
         rule = self.rule = cast("Any", net).rule
         if spans is not None and not rule.has_tau:
             raise ValueError(
@@ -93,7 +99,7 @@ class Steered(nn.Module):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
         """As of the network."""
         if self.table is None and not self.spans:
-            return self.net(x, t, class_labels)
+            return self.net(x, t, class_labels, decided=self.decided)
         bias = None if self.table is None else self.table[self.step].to(x.device, copy=True)
         return self.net(x, t, class_labels, steering=Steering(self._tau(x, t) if self.spans else None, bias))
 

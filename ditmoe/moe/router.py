@@ -32,7 +32,7 @@ class Condition(NamedTuple):
         plain: (N, T, D) the tokens before they were modulated, normalised.
         timestep: (N,) the time itself, 0..1000, on which random choices depend.
         steering: What a call tells the routers, `at` a block its own.
-        routing: The decision of a router that all layers share.
+        routing: The decision, where it was made before: of a router that all layers share, or kept from another pass.
     """
 
     c: Tensor

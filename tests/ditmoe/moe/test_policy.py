@@ -17,7 +17,7 @@ from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ObjectiveConf
 from ditmoe.files import read_object, write_json
 from ditmoe.generate.request import facts, requested
 from ditmoe.model import build
-from ditmoe.moe import Plan, select
+from ditmoe.moe import Plan, Router, select
 from ditmoe.moe.policy import Steered, Steering, steered
 from tests.doors import command
 
@@ -195,6 +195,63 @@ def test_policy_and_tau_together() -> None:
     assert both[..., 3].sum() == 0
     assert (both[2:].sum(dim=-1) == 7).all()
     assert (both[:2].sum(dim=-1) < 7).any()
+
+
+def routers_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each time that any router is asked."""
+    asked, ask = list[int](), Router.forward
+    monkeypatch.setattr(Router, "forward", lambda self, seen, keys=None: (asked.append(1), ask(self, seen, keys))[1])
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("moe", "times"),
+    [
+        ({"router_input": "position"}, 2 * 2),  # two layers, and with and without guidance two numbers of images
+        ({"router_input": "position", "select": "relative", "tau": 0.4}, 2 * 2),
+        ({"router_input": "position", "capacity": 1.0, "overflow": "order"}, 2 * 2),
+        ({"router_input": "label+position"}, 2 * 4),
+        ({}, 2 * 4),
+    ],
+)
+def test_routers_that_see_the_place_alone_decide_once_in_a_call(
+    moe: dict[str, Any], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = made(blocks="all", **moe)
+    asked = routers_asked(monkeypatch)
+    how: dict[str, Any] = {"guidance_scale": 2.0, "guidance_interval": (0, 500), "output_type": "latent"}
+    found = pipe([0, 1, 2], **how).images
+    assert len(asked) == times
+    monkeypatch.setattr(type(pipe.transformer.blocks[0]), "by_place", lambda self, x: None)
+    assert torch.equal(pipe([0, 1, 2], **how).images, found)
+    assert len(asked) == times + 2 * 4
+    with torch.no_grad():
+        pipe.transformer.blocks[0].moe.router.weight.neg_()  # the next call goes by other weights
+    assert not torch.equal(pipe([0, 1, 2], **how).images, found)
+
+
+def test_decisions_are_kept_without_gradients_and_steering_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made(blocks="all", router_input="position").transformer
+    asked = routers_asked(monkeypatch)
+    x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([100.0, 400.0, 600.0, 900.0]), torch.tensor([0, 1, 2, 3])
+    decided: dict[tuple[int, int], Any] = {}
+    with torch.no_grad():
+        first = net(x, t, y, decided=decided)
+        again = net(x, t / 2, y, decided=decided)
+        assert sorted(decided) == [(0, 4), (1, 4)]
+        assert len(asked) == 2
+        for kept, one, other in zip(decided.values(), first.routing, again.routing, strict=True):
+            assert one is kept is other
+        assert torch.equal(again.sample, net(x, t / 2, y).sample)
+        bias = torch.zeros(2, 8)
+        bias[:, 0] = math.inf
+        forced = net(x, t, y, decided=decided, steering=Steering(bias=bias))
+        assert torch.equal(forced.sample, net(x, t, y, steering=Steering(bias=bias)).sample)
+        assert not torch.equal(forced.sample, first.sample)
+    fresh: dict[tuple[int, int], Any] = {}
+    net(x, t, y, decided=fresh).sample.sum().backward()
+    assert not fresh
+    assert net.blocks[0].moe.router.weight.grad.any()
 
 
 def test_another_policy_is_not_compiled_anew() -> None:
