@@ -68,12 +68,12 @@ class DiTBlock(nn.Module):
     def by_place(self, x: Tensor) -> Routing | None:
         """What its router decides of x (N, T, D) at any time and of any image; None where there is no such decision.
 
-        That is where it sees the place alone. None, too, of a router that is offloaded to another device.
+        That is where it sees the place alone. None, too, where hooks bring weights just before they are used.
         """
         layer = getattr(self, "moe", None)
         if not isinstance(layer, MoELayer) or layer.router is None or layer.router.per_image:
             return None
-        if layer.router.weight.device != x.device:
+        if any(hasattr(part, name) for part in (self, layer, layer.router) for name in ("_diffusers_hook", "_hf_hook")):
             return None
         return decide(layer.router, layer.rule, x, None, layer.capacity)
 

@@ -155,7 +155,7 @@ def rotary_positions(head_dim: int, side: int, span: int | None = None) -> tuple
     frequency = 100.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
     angles = [p.double().outer(frequency).repeat(1, 2) for p in _grid(side, span)]
     both = torch.cat(angles, dim=-1)  # (T, head_dim)
-    sign = torch.tensor([-1.0, 1.0]).repeat_interleave(pairs).repeat(2)
+    sign = torch.tensor([-1.0, 1.0], dtype=torch.float32).repeat_interleave(pairs).repeat(2)
     return both.cos().float(), both.sin().float() * sign
 
 

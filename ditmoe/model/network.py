@@ -212,7 +212,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
     def forward(
         self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None,
         return_dict: bool = True, routed: bool = True, steering: Steering | None = None,
-        decided: dict[tuple[int, int], Routing | None] | None = None,
+        decided: dict[tuple[int, ...], Routing | None] | None = None,
     ) -> DiTMoEOutput | tuple[Tensor, list[Routing]] | tuple[Tensor, list[Routing], Heads]:  # fmt: skip
         """Predict from noisy images. A sample's output does not depend on the others of its batch.
 
@@ -223,8 +223,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
             return_dict: Return `DiTMoEOutput`; otherwise the tuple (sample, routing), or with heads those too.
             routed: False leaves the routed experts out: of a layer with experts the shared one alone.
             steering: Another tau of a rule that has one, biases of single experts: see `ditmoe.moe.policy`.
-            decided: What routers that see the place alone decided in other passes with the same weights, by block and
-                N: used, and filled. Not with gradients, `steering` or compiled whole.
+            decided: What blocks' routers that see the place alone decided in other passes with the same weights, by
+                (block, N, T): used, and filled. Not with gradients or `steering`.
 
         Raises:
             ValueError: Labels for a model without classes, x_t of another shape, or tau for a rule that has none.
@@ -250,9 +250,9 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
                 decision = decide(self.router, self.rule, tokens, condition._replace(plain=plain), self.capacity)
                 condition = condition._replace(routing=decision)
             if keeps and decided is not None:
-                if (i, len(x)) not in decided:
-                    decided[i, len(x)] = cast("DiTBlock", block).by_place(x)
-                condition = condition._replace(routing=decided[i, len(x)] or decision)
+                if (key := (i, *x.shape[:2])) not in decided:
+                    decided[key] = cast("DiTBlock", block).by_place(x)
+                condition = condition._replace(routing=decided[key] or decision)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, record = self._gradient_checkpointing_func(block, x, condition, rotary, routed, early)
             elif self.is_cache_enabled:

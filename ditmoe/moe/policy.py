@@ -61,9 +61,9 @@ def table(policy: Policy, net: Any, steps: int = 1) -> Tensor:
 
 
 class Steered(nn.Module):
-    """A network in one call: its routers follow a policy, have another tau at some times, and decide once by the place.
+    """A network in one call: its routers follow a policy, and have another tau at some times.
 
-    It holds no weights of its own; the network's may not change meanwhile.
+    Where they do neither, a layer's router that sees the place alone decides once: weights may not change meanwhile.
 
     Args:
         net: The network.
@@ -83,7 +83,7 @@ class Steered(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.net, self.config, self.spans, self.step = net, cast("Any", net.config), [*(spans or ())], 0
-        self.decided: dict[tuple[int, int], Routing | None] = {}
+        self.decided: dict[tuple[int, ...], Routing | None] = {}
         rule = self.rule = cast("Any", net).rule
         if spans is not None and not rule.has_tau:
             raise ValueError(

@@ -129,7 +129,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "pil"; "np", (N, H, W, C) in [0, 1]; "pt", (N, C, H, W) about [-1, 1]; "latent", not decoded.
             return_dict: False: a tuple of the images alone.
             callback_on_step_end: As in diffusers: called with (pipeline, step, timestep, {"latents": ...}) after each
-                step; goes on with the latents of the dictionary that it returns.
+                step; goes on with the latents of the dictionary that it returns. It changes no weights.
             edit: Of `image_to_image` and `inpaint`.
 
         Raises:

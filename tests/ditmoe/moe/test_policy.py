@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch._dynamo.testing import CompileCounter
 
 from ditmoe import pipeline
@@ -222,23 +223,37 @@ def test_routers_that_see_the_place_alone_decide_once_in_a_call(
     how: dict[str, Any] = {"guidance_scale": 2.0, "guidance_interval": (0, 500), "output_type": "latent"}
     found = pipe([0, 1, 2], **how).images
     assert len(asked) == times
-    monkeypatch.setattr(type(pipe.transformer.blocks[0]), "by_place", lambda self, x: None)
-    assert torch.equal(pipe([0, 1, 2], **how).images, found)
-    assert len(asked) == times + 2 * 4
     with torch.no_grad():
-        pipe.transformer.blocks[0].moe.router.weight.neg_()  # the next call goes by other weights
-    assert not torch.equal(pipe([0, 1, 2], **how).images, found)
+        pipe.transformer.blocks[0].moe.router.weight.neg_()  # the next call goes by them
+    changed = pipe([0, 1, 2], **how).images
+    assert not torch.equal(changed, found)
+    assert len(asked) == 2 * times
+    monkeypatch.setattr(type(pipe.transformer.blocks[0]), "by_place", lambda self, x: None)
+    assert torch.equal(pipe([0, 1, 2], **how).images, changed)
+    assert len(asked) == 2 * times + 2 * 4
+
+
+def test_offloaded_routers_are_asked_in_their_turn() -> None:
+    pipe = made(blocks="all", router_input="position")
+    how: dict[str, Any] = {"output_type": "latent", "seed": 3}
+    found = pipe([0, 1, 2], **how).images
+    x, net = torch.randn(3, 16, 32), pipe.transformer
+    assert all(block.by_place(x) is not None for block in net.blocks)
+    cpu = torch.device("cpu")
+    apply_group_offloading(net, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    assert all(block.by_place(x) is None for block in net.blocks)
+    torch.testing.assert_close(pipe([0, 1, 2], **how).images, found)
 
 
 def test_decisions_are_kept_without_gradients_and_steering_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     net = made(blocks="all", router_input="position").transformer
     asked = routers_asked(monkeypatch)
     x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([100.0, 400.0, 600.0, 900.0]), torch.tensor([0, 1, 2, 3])
-    decided: dict[tuple[int, int], Any] = {}
+    decided: dict[tuple[int, ...], Any] = {}
     with torch.no_grad():
         first = net(x, t, y, decided=decided)
         again = net(x, t / 2, y, decided=decided)
-        assert sorted(decided) == [(0, 4), (1, 4)]
+        assert sorted(decided) == [(0, 4, 16), (1, 4, 16)]
         assert len(asked) == 2
         for kept, one, other in zip(decided.values(), first.routing, again.routing, strict=True):
             assert one is kept is other
@@ -248,7 +263,7 @@ def test_decisions_are_kept_without_gradients_and_steering_alone(monkeypatch: py
         forced = net(x, t, y, decided=decided, steering=Steering(bias=bias))
         assert torch.equal(forced.sample, net(x, t, y, steering=Steering(bias=bias)).sample)
         assert not torch.equal(forced.sample, first.sample)
-    fresh: dict[tuple[int, int], Any] = {}
+    fresh: dict[tuple[int, ...], Any] = {}
     net(x, t, y, decided=fresh).sample.sum().backward()
     assert not fresh
     assert net.blocks[0].moe.router.weight.grad.any()
