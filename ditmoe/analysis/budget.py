@@ -140,8 +140,8 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     token += b * D * m.local_conv + b * D * m.long_skips * (m.depth // 2) / m.depth
     token += b * (4 * A + 2 * D) + 4 * m.num_heads  # qkv, attention, its statistics and projection, and what is gated
     token += more + (2 * b * A if normed or m.positions == "rope" else 0)  # experts of attention; q and k, changed
-    if normed:  # another layout for attention; in bf16 q and k in float32; statistics
-        token += b * A + (8 * A if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
+    if normed:  # in bf16 q and k in float32; statistics
+        token += (8 * A if half else 0) + (16 if m.qk_norm == "layer" else 8) * m.num_heads
     image_too = (7 * b + 8) * D  # adaLN
     if not routed:
         token += b * D + b * both * m.ffn_width
@@ -172,14 +172,14 @@ def _attending(config: Config) -> tuple[float, int]:
 
     2 b K (H D + A) of H K pairs that go into both products and come out; 72 H K + 8 (H E + H + 1) of their plans; in
     bf16 4 D for the gates. Less what of qkv is kept for the values alone, 2 b A where queries and keys are turned or in
-    bf16 normalised, and the b A of another layout where they are normalised.
+    bf16 normalised.
     """
     m, e, b = config.model, config.moe, _sizes(config)[1]
     D, A, H, K, E = m.hidden_size, m.attention_width, m.num_heads, e.attention_top_k, e.attention_experts
     if not E:
         return 0.0, 0
     half, normed = b == 2, m.qk_norm != "none"
-    less = b * A * (normed + 2 * (half if normed else m.positions == "rope"))
+    less = 2 * b * A * (half if normed else m.positions == "rope")
     more = 2 * b * K * (H * D + A) + 72 * H * K + 8 * (H * E + H + 1) + (4 * D if half else 0)
     return float(more - less), H * K * D
 

@@ -47,7 +47,10 @@ def test_a_changed_model_is_saved_and_is_what_its_configuration_says(name: str, 
     source = MoEConfig(blocks="none", hoyer_weight=0.1, router="prototype", contrastive_weight=1.0)
     config = described(net, Config(model=MODEL, moe=source))
     pipeline.save(pipeline.assemble(net, config, {}), tmp_path / "model")
-    assert torch.equal(drawn(pipeline.load(tmp_path / "model").transformer), drawn(net))
+    read = pipeline.load(tmp_path / "model").transformer
+    for weight in read.parameters():
+        weight.data = weight.data.clone()  # mapped from a file it is not aligned, by which MKL's last bits go
+    assert torch.equal(drawn(read), drawn(net))
     again = build(from_dict(to_dict(config)), 10)
     assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
         k: v for k, v in net.config.items() if k[0] != "_"

@@ -56,6 +56,8 @@ def resident(folder: Path) -> pipeline.DiTMoEPipeline:
     for module in pipe.transformer.modules():
         if isinstance(module, Experts):
             module.backend = "loop"
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.clone()  # mapped from a file it is not aligned, by which MKL's last bits go
     return pipe
 
 
