@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--drawing", action="store_true", help="of the backends forward alone, without gradients")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the backends")
     args = parser.parse_args()
+    if args.drawing and not args.backends:
+        parser.error("--drawing is of --backends")
     if args.backends:
         what = "forward without gradients" if args.drawing else "forward + backward"
         print(f"{machine()}; top-2 of E, {what}, medians of {args.rounds} rounds\n")

@@ -90,8 +90,7 @@ class ObjectiveConfig:
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule of the diffusion objectives (diffusers' names)."""
     time_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    """Law of the training times; logit_normal (SD3) is for flow_prediction. A student of few calls knows those of its
-    steps alone."""
+    """Law of the training times; logit_normal (SD3) is for flow_prediction. Few calls have those of their steps."""
     class_dropout_prob: float = 0.1
     """Share of training samples whose label is replaced by the null label, for guidance."""
     expert_weight: float = 0.0

@@ -238,7 +238,8 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         if table is not None:
             x = x + table.to(x.dtype)
         tokens, decision, routing, begun = x, None, list[Routing](), list[Tensor]()
-        keeps = steering is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if steering is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            decided = None
         for i, block in enumerate(self.blocks):
             if self.config.long_skips and 2 * i + 1 < len(self.blocks):
                 begun.append(x)
@@ -249,7 +250,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
                 plain = nn.functional.layer_norm(tokens, tokens.shape[-1:])
                 decision = decide(self.router, self.rule, tokens, condition._replace(plain=plain), self.capacity)
                 condition = condition._replace(routing=decision)
-            if keeps and decided is not None:
+            if decided is not None:
                 if (key := (i, *x.shape[:2])) not in decided:
                     decided[key] = cast("DiTBlock", block).by_place(x)
                 condition = condition._replace(routing=decided[key] or decision)

@@ -184,7 +184,7 @@ def test_the_scheduler_of_a_new_pipeline_is_drawn_with() -> None:
     sde = DiTMoEPipeline(pipe.transformer, stochastic, sampler="ddim", num_inference_steps=4)
     assert torch.equal(drawn(sde), drawn(sde))
     assert not torch.equal(drawn(sde), drawn(sde, seed=1))
-    torch.testing.assert_close(drawn(sde, (1, 2))[:1], drawn(sde, (1,)), rtol=1e-3, atol=1e-3)  # MKL rounds by shape
+    torch.testing.assert_close(drawn(sde, (1, 2))[:1], drawn(sde, (1,)), rtol=1e-4, atol=1e-4)  # MKL rounds by shape
     assert [name_of(make_scheduler(name, {})) for name in ("ts-ddpm", "pndm")] == ["ts-ddpm", "pndm"]
 
 
