@@ -8,23 +8,30 @@ from statistics import median
 import torch
 
 
-def round_robin(
+def turns(
     rivals: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Median seconds of each rival over `rounds` rounds, after one warm-up each; every round begins with another."""
+) -> dict[str, list[float]]:
+    """Seconds of each rival in every round, after one warm-up each; every round begins with another."""
     for run in rivals.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    turns = list(rivals.items())
+    order = list(rivals.items())
     for k in range(rounds):
-        first = k % len(turns)
-        for name, run in turns[first:] + turns[:first]:
+        first = k % len(order)
+        for name, run in order[first:] + order[:first]:
             start = clock()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def round_robin(
+    rivals: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of each rival over the rounds of `turns`."""
+    return {name: median(values) for name, values in turns(rivals, rounds, clock).items()}
 
 
 def machine() -> str:
