@@ -8,8 +8,7 @@ preset with random weights and 256 tokens; the twin, which a row is compared wit
 diffusers' DiT are random too, the latter of our heads and patches, and of our width and depth, or of as many parameters
 as are active in ours, or as ours has, or of as many operations as the twin, which has ours. All draw with DDIM and
 guidance over all steps. The differences are of pixels, 0 to 255, from the plain path's. `--cpu-time` counts processor
-seconds, of one thread, where others use the machine. All keep the memory they free, as `sample.py` does; with
-`--give-back` the C library decides over it.
+seconds, of one thread, where others use the machine.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from ditmoe.config.presets import PRESETS
 from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config
 from ditmoe.generate.draw import Pixels, RequestedSet, balanced_labels
-from ditmoe.generate.speed import batch_size, keep_memory, prepare
+from ditmoe.generate.speed import batch_size, prepare
 from ditmoe.model import build, count_parameters
 from ditmoe.pipeline import DiTMoEPipeline
 
@@ -137,12 +136,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--give-back", action="store_true")
     parser.add_argument("--only", nargs="+", choices=[*WAYS, *RIVALS], default=[*WAYS, *RIVALS])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if not args.give_back:
-        keep_memory()
     config = PRESETS[args.preset]
     own = pipeline.load(Path("models/fashion")) if args.preset == "fashion" else random_pipe(config, dense=False)
     num = args.num or batch_size(own)
@@ -170,8 +166,7 @@ def main() -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     seconds = turns(ways, args.rounds, clock)
     words = f"{num} images, {args.steps} steps of ddim, guidance {args.cfg}, median of {args.rounds}"
-    how_timed = [", processor time"] * args.cpu_time + [", memory given back"] * args.give_back
-    print(f"{args.preset}: {words}{''.join(how_timed)}; {machine()}\n")
+    print(f"{args.preset}: {words}{', processor time' if args.cpu_time else ''}; {machine()}\n")
     columns = "images/s", "of plain", "of the dense twin alike", "of DiTPipeline", "active", "all", "operations"
     print(f"| | {' | '.join(columns)} | differs by | at most |")
     print("|---" * 10 + "|")

@@ -41,9 +41,8 @@ def sample(argv: Sequence[str], prog: str) -> None:
     args = cli.parse(cli.SampleArgs, argv, prog)
     from eval import fid, processes
 
-    from .generate import request, speed
+    from .generate import request
 
-    speed.keep_memory()
     group: Any
     with processes.joined() as group:
         score = fid.scorer(args.score, args.report, group, **args.score_options()) if args.score else None

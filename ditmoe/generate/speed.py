@@ -3,8 +3,6 @@
 Shapes: T tokens of an image, D width.
 """
 
-import ctypes
-import sys
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from diffusers.hooks import TaylorSeerCacheConfig
 from torch import nn
 
 from ..config.sample import SampleArgs
-from ..launch.start import best_device, resolve_precision
+from ..launch.start import resolve_precision
 from ..model import DiTMoETransformer2DModel, to_compile, tokens_per_image
 from ..moe import Router
 from ..pipeline import DiTMoEPipeline
@@ -21,18 +19,6 @@ ALWAYS_RUN = 3  # first steps, in which a cache leaves nothing out
 CPU_TOKENS = 3136  # of a batch on a CPU; see `batch_size`
 VALUES = 64  # of width D that a forward pass holds at once for a token, at most
 PIXEL_BYTES = 4096  # of a picture that a VAE decodes, in float32
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory it frees, where it computes on a CPU under glibc. For a command's start.
-
-    By itself glibc gives large blocks back and gets them anew, page by page: a tenth and more of the time of drawing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and best_device().type == "cpu":
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, -1)
 
 
 def prepare(pipe: DiTMoEPipeline, guide: nn.Module | None, args: SampleArgs) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """Drawing fast: bfloat16 but for routers, compiled blocks in batches of one size, a cache between steps."""
 
-import ctypes
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -191,25 +188,3 @@ def test_a_full_disk_ends_the_run_though_another_thread_writes(
     assert len(drawn) == 4  # the batch that could not be written, and the one that was drawn meanwhile
     run(args, Alone())
     assert drawn[4:] == list(range(20))
-
-
-FAULTS = """
-import resource, sys, torch
-from ditmoe.generate.speed import keep_memory
-if sys.argv[1] == "kept":
-    keep_memory()
-def touched():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**24).fill_(1.0)  # 64 MB: 16,384 pages
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*(touched() for _ in range(3)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="memory is kept where a CPU computes")
-@pytest.mark.parametrize("how", ["kept", "given back"])
-def test_freed_memory_is_used_again(how: str) -> None:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-    last = int(done.stdout.split()[-1])
-    assert last < 8 if how == "kept" else last > 16  # huge pages: 32 of 2 MB
