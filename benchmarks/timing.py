@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -25,6 +25,13 @@ def turns(
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median of what values are drawn from lies, 19 times in 20 (order statistics); of 3 or 4 less often."""
+    values, n = sorted(values), len(values)
+    low = max(0, int((n - 1.96 * n**0.5) / 2))
+    return values[low], values[n - 1 - low]
 
 
 def round_robin(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..generate.pictures import spread
-from .information import chance, entropy, entropy_given, interval, lift, spearman
+from .information import chance, entropy, entropy_given, interval, lift
 from .routing import Array, relative_load, routing_summary
 from .tally import Tally
 
@@ -84,7 +84,7 @@ def beyond_chance(bits: float, by_chance: float, choice: float) -> float:
 
 
 def values_of(rows: Sequence[Row]) -> dict[str, float]:
-    """What a run says to each of `FINDINGS`; three shares of the choice, and rank correlations over depth and time."""
+    """What a run says to each of `FINDINGS`."""
     choice = np.mean([row["choice"] for row in rows])
     share = {key: float(np.mean([row[key] for row in rows]) / choice) if choice else math.nan for key in CONDITIONS}
     even, depth = np.array([row["load_entropy"] for row in rows]), np.linspace(0, 1, len(rows))
@@ -94,9 +94,7 @@ def values_of(rows: Sequence[Row]) -> dict[str, float]:
         "place_and_time": min(share["place"], share["time"]) - share["class"],
         "deeper_is_more_even": round(float(np.polyfit(depth, even, 1)[0]), 9) if len(rows) > 1 else math.nan,
         "noise_is_concentrated": round(float(sampling[-half:].mean() - sampling[:half].mean()), 9),
-        **{f"share_{key}": share[key] for key in CONDITIONS},
-        "rank_of_depth": spearman(depth, even), "rank_of_time": spearman(np.arange(len(sampling)), sampling),
-    }  # fmt: skip
+    }
 
 
 def judge(runs: Sequence[Mapping[str, float]]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Statistics of counts: entropies and information in bits without what few images feign, ranks, intervals.
+"""Statistics of counts: entropies and information in bits without what few images feign, intervals.
 
 Shapes: X conditions (places, time bins or classes), E experts.
 """
@@ -69,20 +69,6 @@ def lift(pairs: Array) -> Array:
     expected = np.outer(a, a) * (1 - np.eye(len(pairs)))
     lifts: Array = np.divide(together, expected, out=np.full(pairs.shape, np.nan), where=expected > 0)
     return lifts
-
-
-def spearman(x: Array, y: Array) -> float:
-    """Rank correlation, -1 to 1; equal values share their mean rank. nan where all of x or all of y are equal."""
-    ranks = [_ranks(np.asarray(v, dtype=float)) for v in (x, y)]
-    a, b = (r - r.mean() for r in ranks)
-    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if scale else math.nan
-
-
-def _ranks(values: Array) -> Array:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Array = (np.cumsum(count) - (count - 1) / 2)[place]
-    return ranks
 
 
 def interval(values: Array) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import pipeline
-from ..config.file import to_dict, trained_by
+from ..config.file import known, to_dict
 from ..config.sections import Config, looks_ahead, micro_batch_size
 from ..files import check_component, read_object
 from ..model import DiTMoETransformer2DModel, build, count_parameters
@@ -117,9 +117,7 @@ def teaching(config: Config) -> Teaching:
         if distill.fake_steps:
             copied = _held(parts[0])[1]
             held, sent = held + 4 * copied, distill.fake_steps * copied
-        try:
-            own = trained_by(Path(folder))
-        except ValueError:
+        if (own := known(Path(folder))) is None:
             lacking += f", without those of {folder}, which does not say how it was trained"
             continue
         count, again = flops(own), config.model.gradient_checkpointing

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -83,12 +84,17 @@ def trained_by(model: Path) -> Config:
     raise ValueError(f"{model} has neither config.json nor training.json, which say how it was trained; give a run")
 
 
+def known(model: Path) -> Config | None:
+    """As `trained_by`; None where nothing says."""
+    with suppress(ValueError):
+        return trained_by(model)
+    return None
+
+
 def drops_labels(model: Path) -> bool:
     """Whether its run left labels out, so that guidance has an answer without them; True where nothing says."""
-    try:
-        return trained_by(model).objective.class_dropout_prob > 0
-    except ValueError:
-        return True
+    config = known(model)
+    return config is None or config.objective.class_dropout_prob > 0
 
 
 def _built(section: type[Section], values: Mapping[str, Any]) -> Section:

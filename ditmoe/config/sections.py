@@ -179,7 +179,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How the report draws images; sampler, steps and cfg are also saved with the model as its defaults."""
+    """How the report draws images; all up to guidance_interval is also saved with the model as its defaults."""
 
     sampler: str = "ddim"
     """A name of samplers.SAMPLERS."""
@@ -188,7 +188,7 @@ class SampleConfig:
     cfg: float = 1.5
     """Classifier-free guidance scale; 1 is no guidance."""
     flow_shift: float | None = None
-    """flow-*, dpm++2m, unipc: steps evenly spread over the flow's time, warped towards noise by this; saved too."""
+    """flow-*, dpm++2m, unipc: steps evenly spread over the flow's time, warped towards noise by this."""
     guidance_interval: tuple[float, float] | None = None
     """Guide between these two timesteps alone (lowest, highest, of 0..1000); None: at all."""
     num: int = 500

@@ -39,7 +39,7 @@ def open_fashion(config: DataConfig, split: str) -> ArrayImages:
         found = [next((f for f in (place / n, place / f"{n}.gz") if f.is_file()), None) for n in names]
         return [f for f in found if f]
 
-    if config.download and not config.path and not any(len(files_in(place)) == 2 for place in places):
+    if config.download and not any(len(files_in(place)) == 2 for place in places):
         from torchvision.datasets import FashionMNIST
 
         try:

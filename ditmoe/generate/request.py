@@ -3,17 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config.checks import plural
-from ..config.file import drops_labels, trained_by
+from ..config.file import drops_labels, known
 from ..config.policy import Policy
 from ..config.sample import SampleArgs
-from ..config.sections import Config
 from ..data.pixels import QUANTIZE
 from ..files import digest
 from ..moe.policy import Steered
@@ -185,15 +183,8 @@ def _trained(model: Path) -> dict[str, Any]:
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors") and file.is_file():
             content.update(file.relative_to(folder).as_posix().encode() + bytes.fromhex(digest(file)))
-    file, config = folder.parent / "config.json", _configuration(model)
+    file, config = folder.parent / "config.json", known(model)
     going_on = file.is_file() and file.stat().st_mtime > (folder / "model_index.json").stat().st_mtime
     steps = None if config is None or going_on else config.max_steps  # a longer run has begun: the file is ahead
     checkpoint = {"path": str(model), "steps": steps, "sha256": content.hexdigest()}
     return {"checkpoint": checkpoint, "ema_decay": None if config is None else float(config.train.ema_decay)}
-
-
-def _configuration(model: Path) -> Config | None:
-    """What trained a model, None where it is not there."""
-    with suppress(ValueError):
-        return trained_by(model)
-    return None

@@ -60,8 +60,8 @@ def _halve(net: nn.Module) -> None:
 def batch_size(pipe: DiTMoEPipeline) -> int:
     """Images to draw at once where nobody says, the same on every machine with such a device.
 
-    A CPU is as fast with few images as with many: about `CPU_TOKENS` tokens. Elsewhere what fits into a third of the
-    device's memory with guidance, at most 1,024, as a power of two.
+    A CPU is as fast with few images as with many: about `CPU_TOKENS` tokens, and so on MPS. With CUDA and XPU what fits
+    into a third of the device's memory with guidance, at most 1,024, as a power of two.
     """
     net = pipe.transformer
     tokens = tokens_per_image(net)

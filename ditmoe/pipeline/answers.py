@@ -13,7 +13,7 @@ from samplers.catalog import CHAIN, chain_of, make_scheduler, prediction_type_of
 from samplers.guidance import Guidance, Network
 from samplers.translate import FLOW, translation
 
-from ..config.file import trained_by
+from ..config.file import known
 from ..config.sections import ObjectiveConfig
 from ..objective import scheduler_config
 
@@ -91,11 +91,8 @@ def words(objective: ObjectiveConfig, pipe: Any) -> Any:
 
 def calls_of(folder: Path) -> int:
     """Of a student of few calls how many they are; 0 of a model of all noise levels, or that does not say."""
-    try:
-        config = trained_by(folder)
-    except ValueError:
-        return 0
-    return config.sample.steps if config.distill.few else 0
+    config = known(folder)
+    return config.sample.steps if config is not None and config.distill.few else 0
 
 
 def flow_levels(shift: float | None, steps: int) -> tuple[float, ...]:

@@ -146,23 +146,17 @@ def _seed_of(generator: torch.Generator) -> int:
     return generator.initial_seed() if is_fresh else drawn
 
 
-def check_ends(output_type: Any, callback: Any) -> None:
-    """ValueError for an output_type that there is not, and a callback that is no function."""
+def check_call(
+    output_type: Any, callback: Any, interval: Any, channels: Any, indices: Any, numbers: Mapping[str, Any]
+) -> None:
+    """ValueError for arguments of a call that are of another kind than it takes; numbers may be None."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {callback!r}; it must be a function")
     if output_type not in OUTPUTS:
         raise ValueError(f"output_type is {output_type!r}; it must be pil or pt, np or latent")
-
-
-def check_numbers(**values: Any) -> None:
-    """ValueError for a value that is neither a number nor None."""
-    for name, value in values.items():
+    for name, value in numbers.items():
         if value is not None and not is_number(value):
             raise ValueError(f"{name} is {value!r}; it must be a number")
-
-
-def check_kinds(interval: Any, channels: Any, indices: Any) -> None:
-    """ValueError for arguments of a call that are of another kind than it takes."""
     pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(is_number, interval))
     if interval is not None and not pair:
         raise ValueError(f"guidance_interval is {interval!r}; it must be (lowest, highest) timestep")

@@ -137,11 +137,9 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         net, device = self.transformer, self._execution_device
         labels, N = asked.images_of(class_labels, num_images, num_images_per_label, net.config, self.id2label)
-        asked.check_ends(output_type, callback)
-        asked.check_numbers(
-            guidance_scale=guidance_scale, guide_scale=guide_scale, eta=eta, epsilon_scale=epsilon_scale
-        )
-        asked.check_kinds(guidance_interval, guidance_channels, indices)
+        numbers = {"guidance_scale": guidance_scale, "guide_scale": guide_scale, "eta": eta}
+        numbers["epsilon_scale"] = epsilon_scale
+        asked.check_call(output_type, callback, guidance_interval, guidance_channels, indices, numbers)
         on_step_end = asked.step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0

@@ -48,9 +48,7 @@ MOST_REAL = {True: 60_000, False: 10_000}  # training images that a judgement re
 ROUTING_FLOPS = 4e11  # about what counting the experts' work may cost
 
 
-def write(
-    run: Path, *, score: Score | None = None, judge: Judge | None = None, num_judged: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def write(run: Path, *, score: Score | None = None, judge: Judge | None = None) -> dict[str, Any]:
     """Write samples.png, film.png, loss.png, experts.png, report.json and index.html into a finished run's folder.
 
     Args:
@@ -58,7 +56,6 @@ def write(
         score: uint8 images (N, H, W, C) -> a JSON report with "metric", "value" and "n_gen", such as eval.fid.score
             with the training set as reference. Held-out real images are scored too. None leaves both out.
         judge: `eval.judge.judge`; None leaves out whether samples show their class and are copies.
-        num_judged: how many images are drawn, judged and scored; None takes the run's `sample.num`.
 
     Returns:
         What report.json holds.
@@ -74,7 +71,7 @@ def write(
     notes: list[str] = []
     real = _tried(notes, "No held-out set", lambda: _held_out(config, size, channels, notes), None)
     (run / PAGE).unlink(missing_ok=True)  # the last to come: where it is missing, a report was interrupted
-    num = num_judged or sample.num
+    num = sample.num
     labels, started = balanced_labels(pipe, num), time.perf_counter()
     guidance = 1.0 if labels is None else sample.cfg
     images = draw(

@@ -18,7 +18,6 @@ from ..files import digest, remove, sync, write_json, write_text
 from .checkpoint import Parts, find_fault, newest_first, remove_unfinished
 from .place import SAVED
 
-FORMAT = 1
 FAILED = "failed"  # a file in the temporary folder
 OTHERS_TAKE = 1800.0  # seconds, at most, to begin a save or to write their slices
 
@@ -143,7 +142,7 @@ def save(
         for note in notes:
             files |= json.loads(note.read_text())
             note.unlink()
-        manifest = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
+        manifest = {"step": step, "files": dict(sorted(files.items()))}
         write_text(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         sync(temporary)
         if final.exists():  # damaged: it was not found whole above

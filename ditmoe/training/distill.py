@@ -157,13 +157,6 @@ def _first_labels(config: Config, data: ImageSet, classes: int, pipes: Sequence[
     return first
 
 
-def teachers_of(
-    config: Config, data: ImageSet, student: DiTMoETransformer2DModel, device: torch.device
-) -> Teachers | None:
-    """The teachers of a run, None where it has none; see `Teachers`."""
-    return Teachers(config, data, student, device) if config.distill.teachers else None
-
-
 def facts(config: Config) -> dict[str, list[str] | None]:
     """What the teachers' weights and settings are, file by file: a run goes on with the same. Empty without teachers.
 

@@ -79,8 +79,8 @@ def train(config: Config, data: ImageSet, on_sample: OnSample | None = None, arg
     pipeline.assemble(state.ema, config, data.id2label, latents=data.normalization)  # refuses what does not fit, too
 
     def teachers() -> distill.Teachers | None:
-        made, device = state.model, accelerator.device
-        return agree.agreed(accelerator, lambda: distill.teachers_of(config, data, made, device))
+        made, device, named = state.model, accelerator.device, config.distill.teachers
+        return agree.agreed(accelerator, lambda: distill.Teachers(config, data, made, device) if named else None)
 
     taught = None if begun else teachers()
     with ExitStack() as stack:

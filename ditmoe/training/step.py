@@ -162,7 +162,7 @@ class Given(NamedTuple):
 def _given(run: Run, batch: Batch) -> Given:
     objective, config, accelerator = run.objective, run.config, run.parallel.accelerator
     device, (C, H, W) = accelerator.device, batch.x.shape[1:]
-    x_0, domain = batch.x.to(device, non_blocking=True), batch.domain.to(device)
+    x_0, domain = batch.x.to(device, non_blocking=True), batch.domain.to(device, non_blocking=True)
     draws = objective.draw(config.seed, batch.indices, (C, H, W))
     t, noise = draws.t.to(device), draws.noise.to(device)
     null, teachers = run.raw.null_label, run.teachers

@@ -80,12 +80,9 @@ def test_values_over_depth_and_noise() -> None:
     rows = [layer_row("block 1", made(np.where(grid(3) == 0, 1, grid(3))), 0), layer_row("block 3", made(grid(3)), 0)]
     values = values_of(rows)
     assert values["deeper_is_more_even"] == pytest.approx(1 - 1.5 / 2)
-    assert values["rank_of_depth"] == 1
     assert values["noise_is_concentrated"] == 0
-    assert math.isnan(values["rank_of_time"])
     values = values_of([layer_row("block 1", made(concentrated), 0)])
     assert values["noise_is_concentrated"] == 2
-    assert values["rank_of_time"] == pytest.approx(4 / math.sqrt(20), abs=1e-9)  # two equal halves
     assert math.isnan(values["deeper_is_more_even"])
 
 

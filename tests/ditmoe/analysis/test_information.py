@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ditmoe.analysis.information import chance, entropy, entropy_given, interval, lift, spearman, student
+from ditmoe.analysis.information import chance, entropy, entropy_given, interval, lift, student
 from ditmoe.analysis.routing import mutual_information
 
 
@@ -75,14 +75,6 @@ def test_lift_is_one_by_chance_and_knows_friends() -> None:
     assert lift(friends)[0, 1] == pytest.approx(2)  # 40 of 60, and by chance 20 each
     assert lift(friends)[0, 2] == pytest.approx(0.5)
     assert np.isnan(lift(np.diag([3.0, 4.0]))).all()
-
-
-def test_spearman_of_known_numbers() -> None:
-    assert spearman(np.arange(5), np.array([1, 2, 3, 4, 5]) ** 3) == 1
-    assert spearman(np.arange(5), -np.arange(5)) == -1
-    x, y = np.array([1, 2, 2, 4, 7, 5]), np.array([3, 3, 1, 9, 8, 2])
-    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert math.isnan(spearman(np.arange(3), np.ones(3)))
 
 
 def test_intervals_are_students() -> None:

@@ -60,8 +60,8 @@ def test_fashion_reads_idx_files_and_says_from_where(tmp_path: Path, zipped: boo
     assert data.id2label[9] == "Ankle boot"
 
 
-def test_where_a_folder_is_named_nothing_is_downloaded(tmp_path: Path) -> None:
-    config = DataConfig(name="fashion", path=tmp_path, download=True)
+def test_where_a_named_folder_has_none_it_says_so(tmp_path: Path) -> None:
+    config = DataConfig(name="fashion", path=tmp_path)
     with pytest.raises(ValueError, match=f"is not in {tmp_path}; give another --data.path, or leave it out and"):
         open_data(config, size=28, channels=1)
 
@@ -316,6 +316,7 @@ def test_the_reference_of_a_folder_holds_every_class(tmp_path: Path) -> None:
         {"path": "x"},
         {"name": "latents", "fit": "crop"},
         {"download": True},
+        {"name": "fashion", "download": True, "path": "x"},
         {"vae": "x"},
         {"name": "latents", "max_bad": 1},
     ],
