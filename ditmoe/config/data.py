@@ -71,7 +71,7 @@ class DataConfig:
         also = " in a mixture" if self.mixture else ""
         require(not self.stream or streams, f"stream works with the data set hf, not {name}{also}")
         require(not self.download or "fashion" in names, f"download works with the data set fashion, not {name}")
-        require(not self.download or self.path is None, "download does not apply with path, where the images are read")
+        require(not self.download or self.path is None, "download does not apply beside path; leave one of them out")
         require(self.path is None or name != "digits", "path does not apply to digits, which are bundled")
         require(self.fit == "exact" or name != "latents", "fit crop works with images, not latents")
         require(self.vae is None or name == "latents", f"vae works with latents, not {name}")

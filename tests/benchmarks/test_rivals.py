@@ -75,6 +75,10 @@ def test_all_are_trained_and_scored_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eval.judge.PASSES", 1_500)  # a classifier that need not be good
+    digits = PRESETS["digits"]
+    small = replace(digits.model, hidden_size=32, depth=2, num_heads=2, ffn_width=96)
+    moe = replace(digits.moe, expert_width=32, shared_width=32)
+    monkeypatch.setitem(PRESETS, "digits", replace(digits, model=small, moe=moe))
     out, four = tmp_path / "out", ("ours", "dense", "unet", "dit")
     command = ["--preset", "digits", "--minutes", "0.006", "--tune-minutes", "0.002", "--rates", "0.001", "0.002"]
     command += ["--num", "40", "--tune-num", "20", "--seeds", "0", "1", "--calls", "2", "--cfg", "1", "1.5"]
