@@ -30,18 +30,8 @@ from ..moe import (
     Steering,
     decide,
 )
+from . import layers
 from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
-from .layers import (
-    Attention,
-    LabelEmbedder,
-    LocalConv,
-    PatchEmbed,
-    Refiner,
-    TimestepEmbedder,
-    position_tables,
-    sincos_positions,
-    unpatchify,
-)
 
 
 class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -99,16 +89,16 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         self.gradient_checkpointing = False
         self.capacity: float | None = None
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size, freq_shift)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
+        self.x_embedder = layers.PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = layers.TimestepEmbedder(hidden_size, freq_shift)
+        self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size) if num_classes else None
         head = self.head_width = head_width or hidden_size // num_heads
-        tables = position_tables(positions, hidden_size, head, sample_size // patch_size)
+        tables = layers.position_tables(positions, hidden_size, head, sample_size // patch_size)
         for name, table in zip(("pos_embed", "rotary_cos", "rotary_sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
         inputs, places = cast("Sequence[Input]", router_input.split("+")), None
         if "position" in inputs:
-            table = sincos_positions(hidden_size, sample_size // patch_size)[0]  # (T, D)
+            table = layers.sincos_positions(hidden_size, sample_size // patch_size)[0]  # (T, D)
             places = nn.functional.layer_norm(table, (hidden_size,))
         if "label" in inputs and not num_classes:
             raise ValueError(f"router_input {router_input} needs a model with classes, and this one has none")
@@ -132,10 +122,10 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
                 rank=expert_rank, biases=expert_biases, **router,
             )  # fmt: skip
 
-        def attention() -> Attention:
+        def attention() -> layers.Attention:
             some = num_heads, head, attention_experts, attention_top_k, backend
             maps = AttentionExperts(hidden_size, *some) if attention_experts else None
-            return Attention(hidden_size, num_heads, qk_norm, maps, head)
+            return layers.Attention(hidden_size, num_heads, qk_norm, maps, head)
 
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, attention(), feed_forward(i), norm2_eps, long_skips and 2 * i >= depth, local_conv)
@@ -143,7 +133,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         )
         for i, module in enumerate(m for m in self.modules() if isinstance(m, Router)):
             module.salt = i
-        self.refiner = Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
+        self.refiner = layers.Refiner(in_channels, self.out_channels, refine_width) if refine_width else None
         features = 0 if self.refiner is None else self.refiner.FEATURES
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels + features, head_experts)
         self._initialise()
@@ -183,7 +173,7 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         zero += [m.shared_gate.weight for m in self.modules() if isinstance(m, MoELayer) and m.shared_gate is not None]
         zero += [] if self.refiner is None else self.refiner.conv3.parameters()
         zero += [m.skip.weight for m in self.modules() if isinstance(m, DiTBlock) and m.skip is not None]
-        zero += [p for module in self.modules() if isinstance(module, LocalConv) for p in module.parameters()]
+        zero += [p for module in self.modules() if isinstance(module, layers.LocalConv) for p in module.parameters()]
         for weight in zero:
             nn.init.zeros_(weight)
 
@@ -280,14 +270,14 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         side, span = images.shape[-1] // c.patch_size, c.sample_size // c.patch_size
         table, cos, sin = self.pos_embed, self.rotary_cos, self.rotary_sin
         if side != span:
-            found = position_tables(c.positions, c.hidden_size, self.head_width, side, span)
+            found = layers.position_tables(c.positions, c.hidden_size, self.head_width, side, span)
             table, cos, sin = (each if each is None else each.to(images.device) for each in found)
         return table, None if cos is None else (cos, sin)
 
     def _drawn(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, patch_size^2 * channels) as images (N, channels, H, W)."""
         p: int = self.config.patch_size
-        return unpatchify(tokens, p, tokens.shape[-1] // p**2)
+        return layers.unpatchify(tokens, p, tokens.shape[-1] // p**2)
 
     def condition(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Condition:
         """What blocks and routers get beside the tokens: of N images x, whose pixels do not matter, at t and of y."""

@@ -23,6 +23,14 @@ from ditmoe.training.loop import train
 SMALL = ModelConfig(sample_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2)
 
 
+@pytest.fixture
+def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = PRESETS["digits"]
+    model = replace(digits.model, hidden_size=32, depth=2, num_heads=2, ffn_width=96)
+    moe = replace(digits.moe, expert_width=32, shared_width=32)
+    monkeypatch.setitem(PRESETS, "digits", replace(digits, model=model, moe=moe))
+
+
 def rival(kind: str, target: int = 60_000) -> Rival:
     torch.manual_seed(0)
     net = sized(kind, target, SMALL, 10, "flow_prediction").make()
@@ -58,7 +66,7 @@ def test_the_size_is_near_the_one_asked_for(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet-active", "dit-active"])
-def test_a_short_training_lowers_the_loss(name: str) -> None:
+def test_a_short_training_lowers_the_loss(name: str, small_digits: None) -> None:
     preset = PRESETS["digits"]
     args = Namespace(preset="digits", rival_objective="flow-logit-normal", beta2=None, batch_size=16)
     who = contestants(args, 10)[name]
@@ -72,13 +80,9 @@ def test_a_short_training_lowers_the_loss(name: str) -> None:
 
 
 def test_all_are_trained_and_scored_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small_digits: None
 ) -> None:
     monkeypatch.setattr("eval.judge.PASSES", 1_500)  # a classifier that need not be good
-    digits = PRESETS["digits"]
-    small = replace(digits.model, hidden_size=32, depth=2, num_heads=2, ffn_width=96)
-    moe = replace(digits.moe, expert_width=32, shared_width=32)
-    monkeypatch.setitem(PRESETS, "digits", replace(digits, model=small, moe=moe))
     out, four = tmp_path / "out", ("ours", "dense", "unet", "dit")
     command = ["--preset", "digits", "--minutes", "0.006", "--tune-minutes", "0.002", "--rates", "0.001", "0.002"]
     command += ["--num", "40", "--tune-num", "20", "--seeds", "0", "1", "--calls", "2", "--cfg", "1", "1.5"]
