@@ -163,6 +163,9 @@ def run(main: Callable[[], int | None]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return EXIT_CODE
+    except PermissionError as error:
+        print(f"error: {error.filename} cannot be read or written: you may not; give another place", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

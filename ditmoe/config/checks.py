@@ -13,8 +13,9 @@ def plural(number: int, noun: str) -> str:
 
 def near(word: str, words: Iterable[str]) -> str:
     """The part of a refusal that asks whether one of `words` was meant, first one of the same letters; or nothing."""
-    found = get_close_matches(word, words, cutoff=0.5)
-    found.sort(key=lambda known: sorted(known) != sorted(word))
+    folded = {known.casefold(): known for known in words}
+    found = [folded[key] for key in get_close_matches(word.casefold(), folded, cutoff=0.5)]
+    found.sort(key=lambda known: sorted(known.casefold()) != sorted(word.casefold()))
     return f"did you mean {found[0]!r}? " if found else ""
 
 

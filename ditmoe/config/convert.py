@@ -129,8 +129,7 @@ class ConvertArgs:
         self._check_change()
         require(self.force or not self.out.exists(), f"out {self.out} exists; give another one, or --force")
         require(self.out.absolute().parent.is_dir(), f"out {self.out} must be in a folder that exists")
-        require(self.src.resolve() not in (self.out.resolve(), *self.out.resolve().parents), "out lies in src")
-        require(self.out.resolve() not in self.src.resolve().parents, "src lies in out, which would be replaced")
+        check_replaced("out", self.out, "src", self.src)
         if self.to == "dit":
             fits = self.out.suffix == ".pt" and not self.out.is_dir()
             require(fits, f"out {self.out} must be a .pt file with --to dit")
@@ -138,6 +137,15 @@ class ConvertArgs:
             require(not self.out.is_file(), f"out {self.out} is a file; a folder is written")
         if self.to != "ditmoe":
             self._refuse((*_OF_OTHERS, "top_k"), f"--to {self.to}")
+
+
+def check_replaced(what: str, out: Path, of: str, src: Path) -> None:
+    """ValueError where to write `out` would take `src` away, or a folder that has files and is no model's."""
+    place, kept = out.resolve(), src.resolve()
+    require(kept not in (place, *place.parents), f"{what} lies in {of}; give a place outside of it")
+    require(place not in kept.parents, f"{of} lies in {what}, which would be replaced")
+    if place.is_dir() and any(place.iterdir()) and not (place / "model_index.json").is_file():
+        raise ValueError(f"{what} {out} holds files and no model, so that nothing replaces it; give another place")
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,7 @@ class ExportArgs:
     """OWNER/NAME on the Hugging Face Hub to upload it to, privately (after hf auth login)."""
 
     def __post_init__(self) -> None:
+        check_replaced("folder", self.folder, "run", self.run)
         if self.push is not None and self.push.strip("/").count("/") != 1:
             raise ValueError(f"push is {self.push!r}; give OWNER/NAME")
         if self.guide_scale is not None and self.guide is None:

@@ -100,6 +100,8 @@ class SampleArgs:
             object.__setattr__(self, "classes", tuple(map(label_or_name, self.classes)))
         if self.classes is not None and self.num is not None:
             raise ValueError("give --num or --classes, not both")
+        if self.num is not None and self.num > 10**7:
+            raise ValueError(f"num is {self.num}; it must be at most 10000000")
         if self.classes == ():
             raise ValueError("classes is empty; give the label of every image, as in --classes 3 7 7")
         if self.report is not None and self.report.suffix.lower() != ".json":

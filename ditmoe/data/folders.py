@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 from ..config.checks import plural
 from .below import IMAGE_SUFFIXES, counted, files_below, is_hidden, is_image, is_table, left_out
 from .columns import METADATA, column_of, labelled, metadata_of, misnumbered
-from .pixels import to_pil
+from .pixels import to_pil, upright
 from .sets import BadImage, ImageSet
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
@@ -227,14 +227,8 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 
 
 def _decoded(file: Path, image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; what is transparent becomes white."""
     with _naming(file, "cannot be decoded"):
-        upright = ImageOps.exif_transpose(image)
-        upright.load()
-        if upright.has_transparency_data:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    return upright
+        return upright(image)
 
 
 def _centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 QUANTIZE = "floor(127.5 x + 128), clamped"  # rounds half up
@@ -35,6 +35,15 @@ def to_pixels(x: Tensor) -> NDArray[np.uint8]:
 def to_pil(image: NDArray[Any]) -> Image.Image:
     """uint8 (H, W, C) as a picture, grey for C = 1."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; what is transparent becomes white."""
+    turned = ImageOps.exif_transpose(image)
+    turned.load()
+    if not turned.has_transparency_data:
+        return turned
+    return Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned.convert("RGBA"))
 
 
 def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

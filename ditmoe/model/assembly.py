@@ -9,10 +9,8 @@ from typing import Any, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
-from .. import __version__
 from ..config.file import check_types
 from ..config.sections import Config, ModelConfig, MoEConfig
-from ..files import CODE
 from ..moe import AttentionExperts, Experts, MoELayer, Router
 from .network import DiTMoETransformer2DModel
 
@@ -115,9 +113,7 @@ def moe_layer_names(net: DiTMoETransformer2DModel) -> list[str]:
 def check_network(values: Mapping[str, Any]) -> None:
     """ValueError unless these are settings of a network that can be built and used, whatever its weights are."""
     make = DiTMoETransformer2DModel.__init__
-    if strange := sorted(name for name in values.keys() - {*CODE, *signature(make).parameters} if name[:1] != "_"):
-        what = f"has {strange[0]} {values[strange[0]]!r:.100}, which ditmoe {__version__} does not know"
-        raise ValueError(f"its config.json {what}; it may be of a newer version: pip install --upgrade ditmoe")
+    DiTMoETransformer2DModel.extract_init_dict(values)
     check_types(values, get_type_hints(make))
     c = {**{name: p.default for name, p in signature(make).parameters.items()}, **values, "router_renormalize": False}
     c |= {"balance_weight": 0.0, "experts": "factorised" if c["expert_rank"] is not None else "stacked"}

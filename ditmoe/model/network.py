@@ -3,7 +3,8 @@
 Shapes: N images, C channels, H W size, T tokens of an image, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
@@ -15,21 +16,16 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from .. import __version__
 from ..config.experts import RouterInput, RouterKind, has_experts
 from ..config.rule import Overflow, RouterScore, RoutingRule, SelectKind, Weights
-from ..moe import (
-    AttentionExperts,
-    Condition,
-    Experts,
-    FactorisedExperts,
-    FeedForward,
-    Input,
-    MoELayer,
-    Router,
-    Routing,
-    Steering,
-    decide,
-)
+from ..files import CODE
+from ..moe.attention import AttentionExperts
+from ..moe.experts import Experts, FeedForward
+from ..moe.factorised import FactorisedExperts
+from ..moe.layer import MoELayer, Routing, decide
+from ..moe.policy import Steering
+from ..moe.router import Condition, Input, Router
 from . import layers
 from .blocks import DiTBlock, DiTMoEOutput, FinalLayer, Heads
 
@@ -176,6 +172,15 @@ class DiTMoETransformer2DModel(ModelMixin, CacheMixin, ConfigMixin, PeftAdapterM
         zero += [p for module in self.modules() if isinstance(module, layers.LocalConv) for p in module.parameters()]
         for weight in zero:
             nn.init.zeros_(weight)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> Any:
+        """As in diffusers, but ValueError for settings that are unknown: without them it would be another network."""
+        known = {*CODE, *signature(cls.__init__).parameters}
+        if strange := sorted(name for name in config_dict.keys() - known if name[:1] != "_"):
+            what = f"has {strange[0]} {config_dict[strange[0]]!r:.100}, which ditmoe {__version__} does not know"
+            raise ValueError(f"its config.json {what}; it may be of a newer version: pip install --upgrade ditmoe")
+        return super().extract_init_dict(config_dict, **options)
 
     def enable_layerwise_casting(
         self, storage_dtype: torch.dtype = torch.float8_e4m3fn, compute_dtype: torch.dtype | None = None, **options: Any

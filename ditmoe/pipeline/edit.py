@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H W size; pixels are x in [-1, 1].
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from samplers.loop import StepEnd, noised
+from samplers.loop import StepEnd, check_start, noised
 
 from ..data.decode import encode
-from ..data.pixels import from_pixels
+from ..data.pixels import from_pixels, upright
 from .asked import is_number
 
 
@@ -41,11 +42,13 @@ class Edit:
                 f"strength is {self.strength!r}; it must be above 0 and at most 1, which starts from noise"
             )
         if (taken := int(steps * self.strength)) < 1:
-            raise ValueError(f"strength {self.strength} of {steps} steps is none; give {1 / steps:.3g} or more")
+            least = math.ceil(1000 / steps) / 1000
+            raise ValueError(f"strength {self.strength} of {steps} steps is none; give {least} or more")
         return steps - taken
 
     def begin(self, pipe: Any, noise: Tensor, scheduler: Any, first: int) -> "Known":
         """The images of a call with this noise (N, C, H, W), from the scheduler's timestep number `first` on."""
+        check_start(scheduler, first)
         N, (C, H, W), times = len(noise), pipe.image_shape, scheduler.timesteps
         pixels = pixels_of(self.image, N, (C, H, W)).to(noise.device)
         anew = None if self.mask is None else mask_of(self.mask, N, (H, W)).to(noise.device)
@@ -104,6 +107,7 @@ def pixels_of(image: Any, N: int, shape: tuple[int, int, int]) -> Tensor:
     if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
         if deep := next((one.mode for one in image if one.mode.startswith(("I", "F"))), None):
             raise ValueError(f"image is of mode {deep}, which has more than 8 bits; convert it")
+        image = [upright(one) for one in image]
         if len({one.size for one in image}) > 1:
             raise ValueError("images are of several sizes; bring them to the model's")
         image = np.stack([np.asarray(one.convert(mode)).reshape(one.height, one.width, -1) for one in image])
@@ -120,10 +124,14 @@ def pixels_of(image: Any, N: int, shape: tuple[int, int, int]) -> Tensor:
         raise ValueError(f"image is {type(image).__name__}; give PIL images, an array (n, H, W, C) or a tensor")
     if x.ndim != 4 or len(x) not in (1, N) or tuple(x.shape[1:]) != shape:
         C, H, W = shape
-        raise ValueError(f"images are (n, C, H, W) = {tuple(x.shape)}; they must be {N} or 1 of {C} x {H} x {W}")
+        raise ValueError(f"images are (n, C, H, W) = {tuple(x.shape)}; they must be {_one_or(N)} of {C} x {H} x {W}")
     if not bool((x.abs() <= 1).all()):
         raise ValueError("images have values outside of [-1, 1] as a tensor, or [0, 1] as an array; bring them there")
     return x.expand(N, -1, -1, -1)
+
+
+def _one_or(N: int) -> str:
+    return "1" if N == 1 else f"{N} or 1"
 
 
 def mask_of(mask: Any, N: int, size: tuple[int, int]) -> Tensor:
@@ -141,5 +149,5 @@ def mask_of(mask: Any, N: int, size: tuple[int, int]) -> Tensor:
     if isinstance(mask, Tensor | np.ndarray) and bool(torch.as_tensor(mask).isnan().any()):
         raise ValueError("mask_image has values that are no numbers (nan)")
     if tuple(found.shape[2:]) != size or len(found) not in (1, N):
-        raise ValueError(f"mask_image is not {N} or 1 of {size[0]} x {size[1]}; white (True) is what is drawn anew")
+        raise ValueError(f"mask_image is not {_one_or(N)} of {size[0]} x {size[1]}; white (True) is what is drawn anew")
     return found.expand(N, -1, -1, -1)

@@ -30,7 +30,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: One of `samplers` or of diffusers; it may read another prediction type than the network's.
         vae: Decodes latents; None for a model in pixel space.
         id2label: Class names by label, the labels as text (as JSON has them).
-        sampler: Name of the sampler to use when none is asked for; None, and beside a scheduler of diffusers: that.
+        sampler: As saved, for readers of the file: the scheduler decides what draws when no sampler is asked for.
         num_inference_steps: Its steps.
         guidance_scale: Classifier-free guidance scale to use when none is asked for.
         trained_steps: Optimiser steps behind the weights, where known.
@@ -208,6 +208,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         net = self.transformer.config  # it decides, whichever sampler it was saved with
         learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
         config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
+        if (length := config.get("num_train_timesteps", 1000)) != 1000:
+            raise ValueError(f"scheduler has num_train_timesteps {length}; the time of this network has 1000")
         if sampler is None and self.config.sampler is None:
             return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
         return scheduler_for(self.config.sampler if sampler is None else sampler, config, steps, sampler_options)

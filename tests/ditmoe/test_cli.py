@@ -230,3 +230,16 @@ def test_sampler_options_are_those_that_were_given() -> None:
 def test_checks_of_single_values() -> None:
     with pytest.raises(ValueError, match="ema_decay is 1.5"):
         TrainConfig(ema_decay=1.5)
+
+
+def test_a_place_that_is_not_the_users_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        raise PermissionError(13, "Permission denied", "/root/x.json")
+
+    assert cli.run(write) == 2
+    assert capsys.readouterr().err == "error: /root/x.json cannot be read or written: you may not; give another place\n"
+
+
+def test_more_images_than_anyone_draws_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="num is 99999999999999; it must be at most 10000000"):
+        SampleArgs(Path("models/digits"), num=99999999999999)

@@ -14,4 +14,5 @@ def test_a_noun_goes_by_its_number(number: int, words: str) -> None:
 def test_a_word_of_the_same_letters_was_meant_before_one_that_looks_more_alike() -> None:
     assert near("ddmi", ["ddpm", "ddim", "pndm"]) == "did you mean 'ddim'? "
     assert near("stepz", ["seed", "steps"]) == "did you mean 'steps'? "
+    assert near("SNEAKR", ["Coat", "Sneaker"]) == "did you mean 'Sneaker'? "
     assert near("xyz", ["seed", "steps"]) == ""

@@ -16,6 +16,22 @@ from tests.ditmoe.test_saved_files import SAVED
 RUN = SAVED / "by-token"
 
 
+def test_nothing_but_a_model_is_replaced(tmp_path: Path) -> None:
+    run = tmp_path / "home" / "run"
+    shutil.copytree(RUN, run)
+    (tmp_path / "home" / "thesis.txt").write_text("years")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years")
+    before = sorted(tmp_path.rglob("*"))
+    for folder, sentence in (
+        (run, "folder lies in run"), (run / "model", "folder lies in run"), (run.parent, "run lies in folder"),
+        (tmp_path / "other", "holds files and no model"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            export(ExportArgs(run, folder, force=True))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("guide", ["experts-off", str(RUN / "checkpoints/step-000004")])
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_the_folder_holds_the_guide_and_its_scale(tmp_path: Path, guide: str, scale: float | None) -> None:

@@ -302,6 +302,9 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="must be in a folder that exists"):
         ConvertArgs(tmp_path / "them.pt", tmp_path / "a" / "b")
     (tmp_path / "out" / "kept").touch()
+    with pytest.raises(ValueError, match="holds files and no model"):
+        ConvertArgs(tmp_path / "them.pt", tmp_path / "out", force=True)
+    (tmp_path / "out" / "model_index.json").touch()
     broken: dict[str, Tensor] = checkpoint("dit")
     del broken["pos_embed"]
     torch.save(broken, tmp_path / "broken.pt")

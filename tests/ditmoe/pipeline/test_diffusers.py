@@ -13,9 +13,11 @@ from PIL import Image
 from torch import nn
 
 from ditmoe import pipeline
-from ditmoe.config.sections import Config, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
+from ditmoe.config.sections import Config, DataConfig, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
+from ditmoe.data.open import open_data
 from ditmoe.model import build
 from ditmoe.pipeline import DiTMoEPipeline
+from ditmoe.pipeline.edit import pixels_of
 from samplers import DDPMScheduler, make_scheduler
 from samplers.catalog import name_of
 from tests.ditmoe.pipeline.test_pipeline import make
@@ -248,8 +250,27 @@ def test_a_scheduler_that_is_given_is_drawn_with_however_the_pipeline_is_made(tm
 def test_schedulers_that_remember_steps_cannot_start_from_an_image(stock: Any) -> None:
     pipe = make("flow_prediction", sampler="flow-euler")
     pipe.scheduler = stock.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="cannot start at a noise level"):
-        pipe.image_to_image(torch.zeros(1, 1, 8, 8), [1], strength=0.5)
+    for labels in ([1], [1, 2]):
+        with pytest.raises(ValueError, match="cannot start at a noise level"):
+            pipe.image_to_image(torch.zeros(1, 1, 8, 8), labels, strength=0.5)
+
+
+@pytest.mark.parametrize("stock", [diffusers.DDIMScheduler, diffusers.FlowMatchEulerDiscreteScheduler])
+def test_a_scheduler_of_another_time_is_refused(stock: Any) -> None:
+    pipe = make()
+    pipe.scheduler = stock.from_config(pipe.scheduler.config, num_train_timesteps=500)
+    for sampler in (None, "ddim"):
+        with pytest.raises(ValueError, match="scheduler has num_train_timesteps 500; the time of this network has"):
+            pipe([1], sampler=sampler)
+
+
+def test_a_network_of_unknown_settings_is_not_loaded_without_them(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention_window": 7}))
+    for load in (DiTMoEPipeline.from_pretrained, pipeline.load):
+        with pytest.raises(ValueError, match=r"has attention_window 7, which .* it may be of a newer version"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -479,9 +500,10 @@ def test_the_same_by_a_vae() -> None:
     [
         ({"strength": 0}, "strength is 0; it must be above 0 and at most 1"),
         ({"strength": 0.1}, r"strength 0\.1 of 4 steps is none; give 0\.25 or more"),
+        ({"strength": 0.333, "num_inference_steps": 3}, r"of 3 steps is none; give 0\.334 or more"),
         ({"sampler": "pndm", "num_inference_steps": 8}, "PNDMScheduler cannot start at a noise level; use another"),
         ({"sampler": "flow-heun"}, "FlowHeunScheduler cannot start"),
-        ({"image": Image.new("L", (9, 8))}, r"images are .*\(1, 1, 8, 9\); they must be 1 or 1 of 1 x 8 x 8"),
+        ({"image": Image.new("L", (9, 8))}, r"images are .*\(1, 1, 8, 9\); they must be 1 of 1 x 8 x 8"),
         ({"image": "a.png"}, "image is str; give PIL images"),
         ({"image": torch.full((1, 1, 8, 8), 3.0)}, r"values outside of \[-1, 1\]"),
     ],
@@ -491,8 +513,22 @@ def test_images_that_cannot_be_drawn_from(call: dict[str, Any], sentence: str) -
         make().image_to_image(**{"image": picture(), "class_labels": 1, **call})
 
 
+def test_an_image_is_decoded_as_training_does(tmp_path: Path) -> None:
+    turned = Image.new("L", (8, 8))
+    turned.paste(255, (0, 0, 8, 3))
+    turned.getexif()[0x0112] = 3  # upside down
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    for i, image in enumerate((turned, clear)):
+        image.save(tmp_path / f"{i}.png", exif=image.getexif())
+    trained = open_data(DataConfig(name="folder", path=tmp_path, fit="crop"), size=8, channels=1).tensors([0, 1])
+    images = [Image.open(tmp_path / f"{i}.png") for i in range(2)]
+    assert torch.equal(pixels_of(images, 2, (1, 8, 8)), trained)
+    assert trained[0, 0, 0].mean() == -1
+    assert trained[1].mean() == 1
+
+
 def test_masks_that_cannot_be_used() -> None:
-    for mask, sentence in ((None, "mask_image is None"), (np.zeros((4, 8)), "mask_image is not 1 or 1 of 8 x 8")):
+    for mask, sentence in ((None, "mask_image is None"), (np.zeros((4, 8)), "mask_image is not 1 of 8 x 8")):
         with pytest.raises(ValueError, match=sentence):
             make().inpaint(picture(), mask, 1)
 
