@@ -175,7 +175,6 @@ class ExportArgs:
     """OWNER/NAME on the Hugging Face Hub to upload it to, privately (after hf auth login)."""
 
     def __post_init__(self) -> None:
-        check_replaced("folder", self.folder, "run", self.run)
         if self.push is not None and self.push.strip("/").count("/") != 1:
             raise ValueError(f"push is {self.push!r}; give OWNER/NAME")
         if self.guide_scale is not None and self.guide is None:

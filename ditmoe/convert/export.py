@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import __version__, pipeline
-from ..config.convert import ExportArgs
+from ..config.convert import ExportArgs, check_replaced
 from ..config.file import read_config
 from ..files import read_object, replacing
 from ..pipeline.guide import EXPERTS_OFF
@@ -31,6 +31,7 @@ def export(args: ExportArgs) -> None:
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
     read_config(args.run)  # refuses what is no run
+    check_replaced("folder", args.folder, "run", args.run)
     page = card(args)  # before anything is written
     pipe = pipeline.load(args.run)
     if args.vae is not None:

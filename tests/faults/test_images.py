@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from ditmoe.cli import parse_train
-from ditmoe.data import folders
 from ditmoe.data import open as data
 from ditmoe.data.open import open_data
 from ditmoe.data.order import Batches
@@ -238,7 +237,7 @@ def test_what_a_decoder_raises_of_damage_is_a_bad_image(photos, monkeypatch, fau
     def fail(image):
         raise fault
 
-    monkeypatch.setattr(folders.ImageOps, "exif_transpose", fail)
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
     images = data.FolderImages(photos, 8, 3, "crop")
     row = [file.name for file in images.files].index("good-03.png")
     with pytest.raises(data.BadImage, match=r"good-03\.png cannot be decoded \((MemoryError|a)\)"):
