@@ -164,6 +164,8 @@ def run(main: Callable[[], int | None]) -> int:
         print(error, file=sys.stderr)
         return EXIT_CODE
     except PermissionError as error:
+        if error.filename is None:
+            raise
         print(f"error: {error.filename} cannot be read or written: you may not; give another place", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -17,6 +17,7 @@ from samplers.catalog import adopted, name_of, scheduler_for
 from ..data import decode
 from ..model import DiTMoETransformer2DModel
 from ..moe.policy import Policy, Spans, Steered
+from ..objective import NUM_TIMESTEPS
 from . import asked
 from .edit import Edit
 from .guide import EXPERTS_OFF, choose
@@ -208,8 +209,10 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         net = self.transformer.config  # it decides, whichever sampler it was saved with
         learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
         config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
-        if (length := config.get("num_train_timesteps", 1000)) != 1000:
-            raise ValueError(f"scheduler has num_train_timesteps {length}; the time of this network has 1000")
+        if (length := config.get("num_train_timesteps", NUM_TIMESTEPS)) != NUM_TIMESTEPS:
+            raise ValueError(
+                f"scheduler has num_train_timesteps {length}; the time of this network has {NUM_TIMESTEPS}"
+            )
         if sampler is None and self.config.sampler is None:
             return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
         return scheduler_for(self.config.sampler if sampler is None else sampler, config, steps, sampler_options)
