@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 LOCK = ".lock"
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
+_BEGUN = re.compile(r".+\.\d+\.tmp")  # by `whole`
 CODE = ("auto_map", "quantization_config")  # entries that name further code
 
 
@@ -24,10 +26,10 @@ CODE = ("auto_map", "quantization_config")  # entries that name further code
 def whole(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write into that stands at `path` once the block is done, in place of an older one; else nothing does.
 
-    What a kill leaves is named `path`.tmp and is written over the next time. With `durable` the bytes are on the disk
-    before the file has its name.
+    What a kill leaves is named `path`.PROCESS.tmp, see `locked`. With `durable` the bytes are on the disk before the
+    file has its name.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -110,20 +112,25 @@ def digest(file: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, kept: bool = True) -> Iterator[None]:
     """Hold a folder, which is made when missing. The lock ends with the process, however it ends.
+
+    Its file stays, unless it is not `kept`. What a kill left of files that `whole` had begun there is removed.
 
     Raises:
         ValueError: Another process holds it, or it cannot be written.
     """
+    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+        file = path.open("a+")
     except OSError as error:
         raise ValueError(f"out {folder} cannot be written ({error.strerror})") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its readers do not inherit it
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise BlockingIOError  # its holder has just removed it, and another one may have made the next
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ValueError(
@@ -136,10 +143,21 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # it holds on a full disk too
             file.truncate(0)
             os.write(file.fileno(), owner.encode())
+        for left in folder.glob("*.tmp"):
+            if _BEGUN.fullmatch(left.name):
+                left.unlink()
         try:
             yield
         finally:
             file.truncate(0)
+            if not kept:
+                path.unlink(missing_ok=True)
+
+
+def is_bare(folder: Path, first: str) -> bool:
+    """Whether a folder has nothing but what one that was killed at once leaves, its lock and its `first` file begun."""
+    left = re.compile(rf"{re.escape(LOCK)}|{re.escape(first)}\.\d+\.tmp")
+    return all(left.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 @contextmanager

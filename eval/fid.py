@@ -95,7 +95,7 @@ def scorer(
     """
 
     def prepare() -> None:
-        check_out(out, ".json", processes)
+        check_out(out, ".json", processes, "--report")  # which is what sample.py calls it
         check_sources((None, open_source(ref)), options["metrics"], options["extractor"])
 
         from eval.networks.extractors import load_extractor

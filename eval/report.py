@@ -83,15 +83,15 @@ def write_report(path: Path, report: Report) -> None:
         file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
 
 
-def check_out(path: Path | None, suffix: str, processes: Processes = ALONE) -> None:
-    """Refuse now what would fail after the work is done: ValueError for a file that cannot be written.
+def check_out(path: Path | None, suffix: str, processes: Processes = ALONE, option: str = "--out") -> None:
+    """Refuse now what would fail after the work is done: ValueError, by its option, for a file that cannot be written.
 
     The first process looks and will write: its disk alone may have the folder.
     """
     if path is None or processes.rank:
         return
     if path.suffix.lower() != suffix:
-        raise ValueError(f"--out {path} must end in {suffix}")
+        raise ValueError(f"{option} {path} must end in {suffix}")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -100,7 +100,9 @@ def check_out(path: Path | None, suffix: str, processes: Processes = ALONE) -> N
         partial.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"--out {path} cannot be written ({reason}); its folder must exist and be writable") from error
+        raise ValueError(
+            f"{option} {path} cannot be written ({reason}); its folder must exist and be writable"
+        ) from error
 
 
 def _partial(path: Path) -> Path:

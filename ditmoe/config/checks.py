@@ -1,7 +1,9 @@
 """Checks that the sections of a configuration share, each a sentence that names the field and the value; its nouns."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 MOST = 1e30  # of a number; one step below what float32 cannot hold
 
@@ -38,3 +40,15 @@ def at_least(section: object, least: int, *names: str) -> None:
         value = getattr(section, name)
         require(value is None or value >= least, f"{name} is {value}; it must be {least} or more")
         require(value is None or value <= MOST, f"{name} is {value}; it must be finite")
+
+
+def writable(name: str, path: Path) -> None:
+    """ValueError, before any work is done, where no file or folder can be written at a path."""
+    try:
+        place = next(p for p in (path, *path.absolute().parents) if p.is_dir() or (p != path and p.exists()))
+    except PermissionError as error:
+        what = f"you may not look into {Path(error.filename).parent}"
+        raise ValueError(f"{name} {path} cannot be written: {what}; give another place") from error
+    require(place.is_dir(), f"{name} {path} cannot be written: {place} is a file")
+    may = os.access(place, os.W_OK)
+    require(may, f"{name} {path} cannot be written: you may not write in {place}; give another place")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from .checks import at_least, require
+from .checks import at_least, require, writable
 from .policy import Action, Rule
 from .sample import AnalyzeArgs
 
@@ -53,3 +53,5 @@ class ContrastArgs(AnalyzeArgs):
             require(idle, "action and bias are of a policy; give --policy FILE.json too")
         elif self.policy.suffix.lower() != ".json" or not self.policy.absolute().parent.is_dir():
             raise ValueError(f"policy {self.policy} must be a .json file in a folder that exists")
+        else:
+            writable("policy", self.policy)

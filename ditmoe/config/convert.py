@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .checks import at_least, require
+from .checks import at_least, require, writable
 from .experts import RouterInput
 from .sections import PredictionType
 
@@ -129,6 +129,7 @@ class ConvertArgs:
         self._check_change()
         require(self.force or not self.out.exists(), f"out {self.out} exists; give another one, or --force")
         require(self.out.absolute().parent.is_dir(), f"out {self.out} must be in a folder that exists")
+        writable("out", self.out.absolute().parent)
         check_replaced("out", self.out, "src", self.src)
         if self.to == "dit":
             fits = self.out.suffix == ".pt" and not self.out.is_dir()
@@ -183,3 +184,4 @@ class ExportArgs:
             )
         if self.guide == "none":
             raise ValueError("guide is none, which a model without --guide has; leave it out")
+        writable("folder", self.folder.absolute().parent)

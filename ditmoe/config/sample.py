@@ -1,7 +1,6 @@
 """What the commands that take a trained model are asked: sample, exposure, analyze, centroids. No torch."""
 
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .checks import at_least
+from .checks import at_least, writable
 
 _FILES = (  # what people mean a file by; a folder may have any other suffix
-    ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".npy", ".pt", ".safetensors",
-    ".zip", ".tar", ".tgz", ".gz", ".pdf", ".svg", ".json", ".txt", ".html", ".mp4",
+    ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".ico", ".ppm",
+    ".pgm", ".jxl", ".psd", ".pdf", ".svg", ".mp4", ".mov", ".avi", ".webm", ".mkv", ".npy", ".h5", ".hdf5", ".pkl",
+    ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".parquet", ".arrow", ".zip", ".tar", ".tgz", ".txz",
+    ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml",
+    ".toml", ".xml", ".txt", ".md", ".log", ".html", ".htm", ".css", ".js", ".py", ".ipynb", ".sh",
 )  # fmt: skip
 
 
@@ -114,31 +116,27 @@ class SampleArgs:
             raise ValueError("score is empty; give what to compare with: folder, .npz, fashion:train, ...")
         if self.score is not None and (self.num == 1 or (self.classes is not None and len(self.classes) == 1)):
             raise ValueError(f"{'num' if self.num else 'classes'} asks for 1 image; a score needs 2 or more")
-        kind = "" if self.out is None else self.out.suffix.lower()
-        try:
-            above = None if self.out is None else next(p for p in self.out.absolute().parents if p.exists())
-            there = self.out is not None and self.out.exists()
-        except PermissionError as error:
-            what = f"you may not look into {Path(error.filename).parent}"
-            raise ValueError(f"out {self.out} cannot be written: {what}; give another place") from error
         if self.sampler == "":
             raise ValueError("sampler is empty; give a name of samplers.SAMPLERS, or leave it out")
-        if above is not None and not above.is_dir():
-            raise ValueError(f"out {self.out} cannot be written: {above} is a file")
-        place = self.out if self.out is not None and self.out.is_dir() else above
-        if place is not None and not os.access(place, os.W_OK):
-            raise ValueError(f"out {self.out} cannot be written: you may not write in {place}; give another place")
-        if kind in _FILES:
-            raise ValueError(f"out {self.out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
-        if self.out is not None and there and self.out.is_dir() == (kind in (".png", ".npz")):
-            kind = "is a folder; give a file name" if self.out.is_dir() else "is a file that is neither .png nor .npz"
-            raise ValueError(f"out {self.out} {kind}")
+        if (out := self.place) is not None:
+            writable("out", out)
+            kind = out.suffix.lower()
+            if kind in _FILES:
+                raise ValueError(f"out {out}: give a .png or .npz file, or a folder of PNG files, not {kind}")
+            if out.exists() and out.is_dir() == (kind in (".png", ".npz")):
+                kind = "is a folder; give a file name" if out.is_dir() else "is a file that is neither .png nor .npz"
+                raise ValueError(f"out {out} {kind}")
         variance = self.exposure_variance
         if variance not in (None, "published", "calibrated") and not _is_number(variance):
             raise ValueError(f"exposure_variance {variance!r} is neither published, calibrated nor a number")
         if self.cache is not None and not re.fullmatch(r"taylor:([2-9]|10)", self.cache):
             raise ValueError(f"cache is {self.cache!r}; give taylor:N with N from 2 to 10, such as taylor:2")
         at_least(self, 1, "num", "steps", "batch_size", "cached_experts")
+
+    @property
+    def place(self) -> Path | None:
+        """Where the images go; None where they are scored alone."""
+        return self.out or (None if self.score else Path("samples.png"))
 
     def tau_spans(self) -> list[tuple[float, float, float]] | None:
         """(lowest time, highest time, tau) of each span. ValueError for a word that is none."""
@@ -193,6 +191,7 @@ class ExposureArgs:
         a_file = self.out.suffix.lower() in (".png", ".pdf", ".svg") and not self.out.is_dir()
         if not a_file or not self.out.absolute().parent.is_dir():
             raise ValueError(f"out {self.out} must be a .png, .pdf or .svg file in a folder that exists")
+        writable("out", self.out)
 
 
 @dataclass(frozen=True)
@@ -227,9 +226,9 @@ class AnalyzeArgs:
             raise ValueError(f"models has {twice[0]} twice; give every run once")
         if self.bins > 1000:
             raise ValueError(f"bins is {self.bins}; the time axis has 1000 steps")
-        parent = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
-        if not parent.is_dir():
-            raise ValueError(f"out {self.out} cannot be a folder: {parent} is a file")
+        writable("out", self.out)
+        if self.out.is_file():
+            raise ValueError(f"out {self.out} is a file; give a folder")
 
 
 @dataclass(frozen=True)
@@ -263,6 +262,7 @@ class CentroidsArgs:
             raise ValueError(f"num is {self.num}; it must be at most 20000, as many tokens are looked at")
         if self.out.suffix.lower() != ".safetensors" or self.out.is_dir() or not self.out.absolute().parent.is_dir():
             raise ValueError(f"out {self.out} must be a .safetensors file in a folder that exists")
+        writable("out", self.out)
 
 
 def label_or_name(word: str | int) -> int | str:

@@ -25,7 +25,9 @@ from .sets import BadImage, ImageSet
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 2**30 // 12  # beyond it Pillow warns of a decompression bomb
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # what is so called is no class
+# Folders that are called so are parts of a set, and no classes; with such words beside, too: train_images, Test-Set.
+_TRAIN, _OTHER = {"train", "training"}, {"val", "valid", "validation", "test", "testing", "dev", "eval", "evaluation"}
+_BESIDE = {"set", "sets", "split", "data", "images", "imgs", "image", "img", "pictures", "photos"}
 _LONGEST = 16  # times the short side: of a longer image only the centre square is enlarged
 # What Pillow raises on truncated, corrupt or foreign bytes.
 _DAMAGE = (
@@ -182,10 +184,24 @@ def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
         others = left_out(file.relative_to(root) for file in files_below(root / empty[0]))
         kinds = f"give each some ({', '.join(sorted(IMAGE_SUFFIXES))}), remove it or begin its name with a dot"
         raise ValueError(f"data.path {root} {what}{others}; {kinds}")
-    if {name.lower() for name in found} <= SPLITS:
-        what = f"holds {', '.join(found)}, which are parts of a set, not classes"
-        raise ValueError(f"data.path {root} {what}; give one of them, as in --data.path {root / next(iter(found))}")
+    for depth in range(max(map(len, insides)) - 1):
+        places = sorted({inside[: depth + 1] for inside in insides if len(inside) > depth + 1})
+        named = [_part(place[-1]) for place in places]
+        if {*named} >= {"train", "other"} or (depth == 0 and all(named)):
+            parts = {Path(*place): part for place, part in zip(places, named, strict=True) if part}
+            what = f"holds {', '.join(map(str, [*parts][:4]))}, which are parts of a set, not classes"
+            one = max(parts, key=lambda part: parts[part] == "train")
+            fix = f"give one of them, as in --data.path {root / one}"
+            if len({part.parent for part in parts}) > 1:
+                fix = f"bring the parts to the top, as in {root / one.name / one.parent}"
+            raise ValueError(f"data.path {root} {what}; {fix}")
     return found
+
+
+def _part(name: str) -> str | None:
+    """Which part of a set a folder of this name is, "train" or "other"; None of one that is no part."""
+    words = {word for word in re.split(r"[\W_]+", re.sub(r"sets?$", "", name.lower())) if word} - _BESIDE
+    return None if len(words) != 1 else "train" if words <= _TRAIN else "other" if words <= _OTHER else None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def run(args: SampleArgs, processes: Processes, score: Callable[[dict[str, Any] 
     `score` scores a set as it is drawn, or the file or folder it was written to. Raises ValueError for a model that
     cannot be loaded, a value that does not fit it, or an output that exists.
     """
-    out = args.out or (None if score else Path("samples.png"))
+    out = args.place
     kind = "" if out is None else out.suffix.lower()
     images = requested(args)
     if images.are_latents and (score or kind != ".png"):  # the grid is there to look at them

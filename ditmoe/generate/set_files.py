@@ -4,22 +4,24 @@ Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..data.pixels import to_pil
-from ..files import read_object, whole, write_json
+from ..files import LOCK, is_bare, locked, read_object, whole, write_json
 from .draw import Pixels, RequestedSet, batches
 
 NOTE = "sampling.json"  # what made the images of a folder
 WRITERS = 4  # threads, at most
+_END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
 _NETWORKS = ("checkpoint", "guide")  # facts with a path and a hash
 
 Facts = Mapping[str, Any]  # what makes a set, as JSON values
@@ -39,7 +41,7 @@ def write_folder(images: RequestedSet, facts: Facts, folder: Path, processes: Pr
     """One PNG an image, 000000.png, or 000000-class7.png, and what made them in sampling.json.
 
     A folder that holds a part of the same set is completed; each file is whole or absent. ValueError where it holds
-    something else.
+    something else, or another command draws into it.
     """
 
     def files(indices: range) -> list[Path]:
@@ -47,19 +49,29 @@ def write_folder(images: RequestedSet, facts: Facts, folder: Path, processes: Pr
         return [folder / f"{i:06d}{end}.png" for i, end in zip(indices, ends, strict=True)]
 
     def write(path: Path, picture: Pixels) -> None:
-        if not path.exists():
+        if not is_png(path):
             with whole(path, durable=False) as file:
                 to_pil(picture).save(file, format="PNG")
 
-    _same_set(folder, facts, "--out")
-    _complete(images, facts, folder, files, list, write, processes)
+    with _held(folder, facts, "--out", processes):
+        _complete(images, facts, folder, files, list, write, is_png, processes)
+
+
+def is_png(path: Path) -> bool:
+    """Whether a PNG is there, down to its last bytes, which a machine that went down may not have written."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            return file.read() == _END
+    except OSError:  # a file may be shorter
+        return False
 
 
 def write_npz(images: RequestedSet, facts: Facts, path: Path, processes: Processes) -> None:
     """ADM's layout: arr_0 uint8 (N, H, W, C) and, for a model with classes, arr_1 labels (N,) int64; and `facts`.
 
     Batches are kept in `path`.parts until all are there, so an interrupted set is continued; memory does not grow
-    with N. The file is whole or absent. ValueError where the parts are those of another set.
+    with N. The file is whole or absent. ValueError where the parts are those of another set, or of another command.
     """
     parts = path.with_name(path.name + ".parts")
 
@@ -70,46 +82,68 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, processes: Process
         with whole(part, durable=False) as file:
             np.save(file, pixels)
 
-    _same_set(parts, facts, f"the unfinished set of {path}, ")
-    _complete(images, facts, parts, files, lambda pixels: [pixels], write, processes)
-    if processes.rank == 0:
-        written = (files(indices)[0] for indices in batches(images.num, images.batch_size, shown=False))
-        _join(written, images, facts, path)
-        finished = parts.with_name(parts.name + ".done")
-        shutil.rmtree(finished, ignore_errors=True)  # of a process that was killed below
-        parts.rename(finished)  # at once: no half-removed parts to go on from
-        shutil.rmtree(finished)
+    def is_whole(part: Path) -> bool:
+        try:
+            return len(np.load(part, mmap_mode="r", allow_pickle=False)) > 0  # of a shorter file nothing is mapped
+        except (OSError, ValueError, EOFError):
+            return False
+
+    with _held(parts, facts, f"the unfinished set of {path}, ", processes):
+        _complete(images, facts, parts, files, lambda pixels: [pixels], write, is_whole, processes)
+        if processes.rank == 0:
+            written = (files(indices)[0] for indices in batches(images.num, images.batch_size, shown=False))
+            _join(written, images, facts, path)
+            finished = parts.with_name(parts.name + ".done")
+            shutil.rmtree(finished, ignore_errors=True)  # of a process that was killed below
+            parts.rename(finished)  # at once: no half-removed parts to go on from
+            shutil.rmtree(finished)
+        processes.gather(None)
+
+
+@contextmanager
+def _held(folder: Path, facts: Facts, what: str, processes: Processes) -> Iterator[None]:
+    """A folder that is for this set alone, and that the first process holds for all; ValueError in each if not."""
+    _same_set(folder, facts, what)  # before anything is written
     processes.gather(None)
+    with ExitStack() as stack:
+        refused = None
+        try:
+            if processes.rank == 0:
+                stack.enter_context(locked(folder, kept=False))
+        except ValueError as error:
+            refused = str(error)
+        for sentence in processes.gather(refused):
+            if sentence is not None:
+                raise ValueError(sentence)
+        _same_set(folder, facts, what)  # another command may have come and gone
+        yield
 
 
 def _complete(
     images: RequestedSet, facts: Facts, folder: Path, files: Callable[[range], list[Path]],
-    shares: Callable[[Pixels], Sequence[Pixels]], write: Callable[[Path, Pixels], None], processes: Processes,
+    shares: Callable[[Pixels], Sequence[Pixels]], write: Callable[[Path, Pixels], None],
+    is_whole: Callable[[Path], bool], processes: Processes,
 ) -> None:  # fmt: skip
     """Draw this process's batches of which a file is missing, whole: the last bits may depend on a batch's size.
 
     Other threads write each file's share while the next batch is drawn, which waits for all of the one before.
     A command that is refused takes a folder with it that has nothing but its note.
     """
-    processes.gather(None)  # every process has looked at the folder
-    if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.tmp"):
-            left.unlink()
-        if not (folder / NOTE).exists():
-            write_json(folder / NOTE, facts)
+    if processes.rank == 0 and not (folder / NOTE).exists():
+        write_json(folder / NOTE, facts)
     processes.gather(None)
     written: list[Future[None]] = []
     with ThreadPoolExecutor(WRITERS) as pool:
         for indices in batches(images.num, images.batch_size, processes.rank, processes.world):
-            if all(file.exists() for file in files(indices)):
+            if all(map(is_whole, files(indices))):
                 continue
             try:
                 pixels = images.batch(indices)
             except ValueError:
                 with suppress(OSError):  # another process has been faster
-                    if {entry.name for entry in folder.iterdir()} == {NOTE}:
+                    if {entry.name for entry in folder.iterdir()} <= {NOTE, LOCK}:
                         (folder / NOTE).unlink()
+                        (folder / LOCK).unlink()
                         folder.rmdir()
                 raise
             for done in written:
@@ -136,7 +170,7 @@ def _join(parts: Iterator[Path], images: RequestedSet, facts: Facts, path: Path)
 
 def _same_set(folder: Path, facts: Facts, what: str) -> None:
     """Refuse a folder that holds anything but a part of the same set."""
-    if not folder.is_dir() or all(entry.name == f"{NOTE}.tmp" for entry in folder.iterdir()):
+    if not folder.is_dir() or is_bare(folder, NOTE):
         return
     try:
         there = read_object(folder / NOTE)

@@ -1,6 +1,5 @@
 """A run folder: what is in it, whose it is; it belongs to one configuration, and at any time to one process group."""
 
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import files
+from ..config.checks import writable
 from ..config.file import differences, read_file, save, to_dict
 from ..config.sections import Config
 
@@ -47,9 +47,9 @@ def check_place(config: Config) -> None:
         ValueError: It holds another run, or things that are no run, or cannot be a folder.
     """
     path = config.out / CONFIG
-    parent = next(p for p in (config.out, *config.out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"out {config.out} cannot be written: {parent} is a file, or not writable")
+    writable("out", config.out)
+    if config.out.is_file():
+        raise ValueError(f"out {config.out} is a file; give a folder")
     if path.exists():
         changed = _changed(config)
         if refused := [line for line in changed if not config.train.moved or line.split(":")[0] not in _MOVED]:
@@ -58,7 +58,7 @@ def check_place(config: Config) -> None:
             raise ValueError(what + (", or --train.moved if it goes on on other hardware" if movable else ""))
     elif config.train.moved:
         raise ValueError(f"train.moved is for a run that goes on, and {config.out} holds none; leave it out")
-    elif config.out.exists() and any(p.name not in (files.LOCK, f"{CONFIG}.tmp") for p in config.out.iterdir()):
+    elif config.out.exists() and not files.is_bare(config.out, CONFIG):
         raise ValueError(f"{config.out} is not empty and holds no run; give another --out")
 
 

@@ -4,15 +4,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ditmoe import cli, pipeline
-from ditmoe.config.sample import SampleArgs
+from ditmoe.config.contrast import ContrastArgs
+from ditmoe.config.convert import ConvertArgs, ExportArgs
+from ditmoe.config.sample import AnalyzeArgs, CentroidsArgs, ExposureArgs, SampleArgs
 from ditmoe.config.sections import Config
-from ditmoe.convert.export import ExportArgs, export
+from ditmoe.convert.export import export
 from ditmoe.convert.tensors import Tensors
 from ditmoe.data.folders import FolderImages
 from ditmoe.generate.request import run
@@ -112,6 +115,31 @@ def test_a_place_that_is_closed_is_told_before_anything_is_drawn(
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / place)
     with pytest.raises(ValueError, match=f"cannot be written: you may not write in {tmp_path / place}; give another"):
         SampleArgs(Path("m"), out=tmp_path / out)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda place: SampleArgs(Path("m")), "out samples.png"),
+        (lambda place: ExposureArgs(Path("m"), out=place / "x.png"), "out "),
+        (lambda place: AnalyzeArgs((Path("m"),), out=place / "found"), "out "),
+        (lambda place: CentroidsArgs(Path("m"), 4, place / "c.safetensors"), "out "),
+        (
+            lambda place: ContrastArgs(models=(Path("m"),), a=("class=1",), b=("class=2",), policy=place / "p.json"),
+            "policy ",
+        ),
+        (lambda place: ExportArgs(Path("m"), place / "model"), "folder "),
+        (lambda place: ConvertArgs(Path("m"), place / "model"), "out "),
+    ],
+)
+def test_no_command_works_for_a_place_that_is_closed(
+    make: Callable[[Path], Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    monkeypatch.chdir(tmp_path / "closed" if "samples" in name else tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
+    with pytest.raises(ValueError, match=f"^{name}.*cannot be written: you may not write in .*closed; give another"):
+        make(tmp_path / "closed")
 
 
 def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:

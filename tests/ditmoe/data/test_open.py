@@ -1,6 +1,7 @@
 """Data: what comes out, which source is taken, and every way a user's files can be wrong."""
 
 import gzip
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,8 +179,39 @@ def test_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
     fix = f"data.path {tmp_path} holds train, val, which are parts of a set.*--data.path {tmp_path}/train"
     with pytest.raises(ValueError, match=fix):
         open_data(folder(tmp_path), size=8, channels=1)
-    png(tmp_path / "bus" / "1.png")  # a train among vehicles
-    assert len(open_data(folder(tmp_path), size=8, channels=1).id2label) == 3
+    png(tmp_path / "bus" / "1.png")
+    with pytest.raises(ValueError, match=fix):
+        open_data(folder(tmp_path), size=8, channels=1)
+    shutil.rmtree(tmp_path / "val")  # a train among vehicles
+    assert open_data(folder(tmp_path), size=8, channels=1).id2label == {0: "bus", 1: "train"}
+
+
+@pytest.mark.parametrize(
+    ("places", "parts", "fix"),
+    [
+        (["Train/cat", "Testing/cat"], "Testing, Train", "Train"),
+        (["train_images/cat", "test_images/cat"], "test_images, train_images", "train_images"),
+        (["trainset/a", "testset/a"], "testset, trainset", "trainset"),
+        (["data/train/cat", "data/dev/cat"], "data/dev, data/train", "data/train"),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], "cat/test, cat/train, dog/test, dog/train", "train/cat"),
+        (["training data"], "training data", "training data"),
+    ],
+)
+def test_parts_of_a_set_by_the_names_that_people_give_them(
+    places: list[str], parts: str, fix: str, tmp_path: Path
+) -> None:
+    for place in places:
+        png(tmp_path / place / "1.png")
+    with pytest.raises(
+        ValueError, match=f"holds {parts}, which are parts of a set.* as in (--data.path )?{tmp_path}/{fix}$"
+    ):
+        open_data(folder(tmp_path), size=8, channels=1)
+
+
+def test_words_that_are_like_those_of_parts_are_classes(tmp_path: Path) -> None:
+    for place in ("steam train", "test tube", "trainer", "images", "train_bus", "cassettes"):
+        png(tmp_path / place / "1.png")
+    assert len(open_data(folder(tmp_path), size=8, channels=1).id2label) == 6
 
 
 def test_folders_named_by_numbers_keep_the_order_of_names_and_say_so(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Sets on the disk: continued after an interruption, shared by processes, never mixed with another."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,7 +39,8 @@ def test_a_refusal_is_told_though_another_process_has_removed_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any) -> Any:
-        (tmp_path / "many" / "sampling.json").unlink()
+        for file in (tmp_path / "many").iterdir():
+            file.unlink()
         (tmp_path / "many").rmdir()
         raise ValueError("the user's mistake")
 
@@ -67,6 +72,58 @@ def test_a_second_command_does_not_take_a_folder_that_another_one_has_just_begun
     written = note.stat().st_mtime_ns
     run(args, Alone())
     assert note.stat().st_mtime_ns == written
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ditmoe.files import locked
+with locked(Path(sys.argv[1]), kept=False):
+    print("held", flush=True)
+    input()
+"""
+
+
+@pytest.mark.parametrize(("name", "place"), [("set.npz", "set.npz.parts"), ("folder", "folder")])
+def test_of_two_commands_that_draw_the_same_set_at_once_one_is_refused(tmp_path: Path, name: str, place: str) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    args, folder = SampleArgs(tmp_path, out=tmp_path / name, num=2), tmp_path / place
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"{name}.* is in use by process {other.pid} .*; wait for it"):
+            run(args, Alone())
+        other.communicate("\n")
+    run(args, Alone())
+    assert sorted(x.name for x in tmp_path.rglob("*") if x.name in (".lock", place)) == ["folder"] * (name == place)
+
+
+@pytest.mark.parametrize("name", ["set.npz", "folder"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_file_that_was_cut_is_drawn_again(tmp_path: Path, name: str, size: int, monkeypatch: Any) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    args = SampleArgs(tmp_path, out=tmp_path / name, num=4, batch_size=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(set_files, "_join", Mock(side_effect=KeyboardInterrupt))  # before the parts go
+        if name == "set.npz":
+            with pytest.raises(KeyboardInterrupt):
+                run(args, Alone())
+        else:
+            run(args, Alone())
+    cut = next(iter(sorted(tmp_path.rglob("*.npy" if name == "set.npz" else "00000[01]*.png"))))
+    os.truncate(cut, size)
+    again: list[int] = []
+    real = RequestedSet.batch
+    monkeypatch.setattr(RequestedSet, "batch", lambda images, i: (again.extend(i), real(images, i))[1])
+    run(args, Alone())
+    assert again == [0, 1]
+    expected = np.concatenate([batch for _, batch in requested(args).read(4, 2, 0, 1)])
+    if name == "folder":
+        assert np.array_equal(np.asarray(Image.open(cut)), expected[0, ..., 0])
+    else:
+        with np.load(tmp_path / name) as file:
+            assert np.array_equal(file["arr_0"], expected)
 
 
 @pytest.mark.parametrize("name", ["set.npz", "folder"])

@@ -168,7 +168,7 @@ def test_mistakes_are_one_sentence(run: Make, tmp_path: Path, capsys: pytest.Cap
         (["m", "--bins", "1"], "bins is 1; it must be 2 or more"),
         (["m", "--bins", "1001"], "bins is 1001; the time axis has 1000 steps"),
         (["m", "--seed", "-1"], "seed is -1"),
-        (["m", "--out", "file"], "out file cannot be a folder: file is a file"),
+        (["m", "--out", "file"], "out file is a file; give a folder"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_read(
