@@ -60,6 +60,9 @@ _MEANINGFUL = ("rescale_betas_zero_snr", "clip_sample", "thresholding")
 # the solvers keep fields of their own alone, so that `variance_type` and what belongs to clipping are lost with them.
 _OF_THE_CHAIN = frozenset(signature(DDPMScheduler.__init__).parameters)
 
+# What is no loss of a sampler that has no such field: the network's prediction type says it.
+_HANDED_ON = {*_OF_THE_CHAIN, "use_flow_sigmas"}
+
 # Options of diffusers' flow-matching schedulers that change the path and that ours do not have.
 _FOREIGN_FLOW_OPTIONS = (
     "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas",
@@ -162,6 +165,21 @@ def adopted(scheduler: Any, prediction_type: str, steps: int, options: Mapping[s
             f"scheduler {kind.__name__} goes from images to noise; use one such as DDIM, Euler, DPM-Solver"
         )
     return copied
+
+
+def check_replaced(scheduler: Any, name: str) -> None:
+    """ValueError where a scheduler of diffusers was told what sampler ``name``, which is to draw instead, has not."""
+    if name not in SAMPLERS:  # which `make_scheduler` says
+        return
+    known, kind = {*signature(SAMPLERS[name].scheduler.__init__).parameters}, type(scheduler)
+    known |= {"flow_shift"} if "shift" in known else set()
+    for field, parameter in signature(kind.__init__).parameters.items():
+        value = scheduler.config.get(field, parameter.default)
+        if field not in known and field not in _HANDED_ON and value != parameter.default:
+            having = [other for other in SAMPLERS if field in signature(SAMPLERS[other].scheduler.__init__).parameters]
+            named = f", name one that has it ({', '.join(having)})" * bool(having)
+            what = f"sampler {name!r} has no {field}, which the scheduler that it would replace has as {value!r}"
+            raise ValueError(f"{what}; leave the sampler out{named}, or set another {kind.__name__}")
 
 
 def shift_field(name: str) -> str | None:

@@ -84,8 +84,8 @@ def refuse_lost(who: str, fields: Sequence[str], *configs: Mapping[str, Any]) ->
     for field in fields:
         if any(config.get(field) for config in configs):
             raise ValueError(
-                f"{who} has no {field}; remove it from the scheduler's config or use "
-                "the diffusers scheduler that wrote it"
+                f"{who} has no {field}; remove it from the scheduler's config or use the diffusers scheduler that "
+                "wrote it, which draws where no sampler is named"
             )
 
 

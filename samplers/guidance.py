@@ -19,6 +19,7 @@ from samplers import gaussian
 from samplers.translate import Translation
 
 RULES = ("cfg", "cfg++")
+MOST = 1e6  # of a scale: beyond it float32 has no digits left for the image
 
 Rescale = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,10 +48,9 @@ class Guidance:
     guide_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise ValueError(f"guidance_scale is {self.scale}, but it must be 0 or more; 1 is off")
-        if not math.isfinite(self.guide_scale) or self.guide_scale < 0:
-            raise ValueError(f"guide_scale is {self.guide_scale}, but it must be 0 or more; 1 is off")
+        for name, scale in (("guidance_scale", self.scale), ("guide_scale", self.guide_scale)):
+            if not 0 <= scale <= MOST:
+                raise ValueError(f"{name} is {scale}, but it must be 0 or more, and {MOST:.0f} at most; 1 is off")
         if self.guide_scale != 1 and self.rule == "cfg++":
             raise ValueError("guidance_rule 'cfg++' has no guide; use 'cfg', or guide_scale 1")
         if self.interval is not None and not _is_interval(self.interval):

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H W size.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any, ParamSpec
 
@@ -19,6 +20,13 @@ from ..data.pixels import to_pil, to_pixels
 
 Arguments = ParamSpec("Arguments")
 OUTPUTS = ("pil", "np", "pt", "latent")
+MEANT = {  # what other pipelines call arguments of a call
+    "num_images_per_prompt": "num_images_per_label", "prompt": "class_labels", "steps": "num_inference_steps",
+    "cfg": "guidance_scale", "batch_size": "num_images, of a model without labels", "num": "num_images",
+    "image": "pipe.image_to_image(image, ...)", "mask_image": "pipe.inpaint(image, mask_image, ...)",
+    "height": "the model's own size", "width": "the model's own size", "scheduler": "pipe.scheduler = ..., or sampler",
+    "callback_steps": "callback_on_step_end, after every step",
+}  # fmt: skip
 
 
 def names_of(id2label: Mapping[int, str]) -> dict[str, list[int]]:
@@ -70,8 +78,8 @@ def images_of(
     class_labels: Any, num_images: Any, each: Any, network: Any, id2label: Mapping[int, str]
 ) -> tuple[list[int] | None, int]:
     """(labels or None for a model without, N): `each` images a label, one after the other."""
-    for name, value in {"num_images": num_images, "num_images_per_label": each}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+    for name, value in {"num_images": 1 if num_images is None else num_images, "num_images_per_label": each}.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
     if not (classes := network.num_classes):
         if class_labels is not None:
@@ -90,11 +98,18 @@ def images_of(
     return labels, len(labels)
 
 
-def unmoved_if_refused(call: Callable[Arguments, Any]) -> Callable[Arguments, Any]:
-    """The call, after a refusal of which every torch.Generator that was handed in is as it was before."""
+def guarded(call: Callable[Arguments, Any]) -> Callable[Arguments, Any]:
+    """The call, after a refusal of which every torch.Generator that was handed in is as it was before.
+
+    A TypeError says what an argument that it does not have is called here.
+    """
+    names = signature(call).parameters
 
     @wraps(call)
     def guarded(*args: Arguments.args, **options: Arguments.kwargs) -> Any:
+        for name in options.keys() - names.keys():
+            meant = f"here it is {MEANT[name]}" if name in MEANT else f"{near(name, names)}see help(pipe.__call__)"
+            raise TypeError(f"this pipeline's call has no {name}; {meant}")
         given: Any = options.get("generator")
         generators = [g for g in (given if isinstance(given, list | tuple) else [given]) if hasattr(g, "get_state")]
         states = [g.get_state() for g in generators]
@@ -149,13 +164,13 @@ def _seed_of(generator: torch.Generator) -> int:
 def check_call(
     output_type: Any, callback: Any, interval: Any, channels: Any, indices: Any, numbers: Mapping[str, Any]
 ) -> None:
-    """ValueError for arguments of a call that are of another kind than it takes; numbers may be None."""
+    """ValueError for arguments of a call that are of another kind than it takes; scales of guidance may be None."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {callback!r}; it must be a function")
     if output_type not in OUTPUTS:
         raise ValueError(f"output_type is {output_type!r}; it must be pil or pt, np or latent")
     for name, value in numbers.items():
-        if value is not None and not is_number(value):
+        if not (is_number(value) or (value is None and name.startswith("guid"))):
             raise ValueError(f"{name} is {value!r}; it must be a number")
     pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(is_number, interval))
     if interval is not None and not pair:
@@ -214,6 +229,8 @@ def step_end(pipe: Any, callback: Any, inputs: Sequence[str]) -> Callable[[int, 
             raise ValueError(f"callback_on_step_end returned latents that are {type(latents).__name__}; give a tensor")
         if latents.shape != x.shape:
             raise ValueError(f"callback_on_step_end returned latents of {tuple(latents.shape)} for {tuple(x.shape)}")
+        if latents is not x and not bool(latents.isfinite().all()):
+            raise ValueError(f"callback_on_step_end returned latents that are not finite after step {k}")
         return latents.to(x.device)
 
     return end

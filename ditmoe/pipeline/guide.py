@@ -5,6 +5,7 @@ With the scale w the sampler follows guide + w (network - guide) (Karras et al. 
 """
 
 import math
+from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ EXPERTS_OFF = "experts-off"
 NONE = "none"
 GUIDE_SCALE = 2.0  # where neither the caller nor the model names one
 
+_KINDS = f"it must be a network, such as another pipeline's transformer, {EXPERTS_OFF!r} or {NONE!r}"
 _ALIKE = ("sample_size", "in_channels", "num_classes")
 
 
@@ -69,8 +71,10 @@ def choose(
         raise ValueError(f"guide_scale is {w}; with a guide it must be 0 or more, and not 1, which is off")
     if isinstance(guide, str):
         if guide != EXPERTS_OFF:
-            raise ValueError(f"guide is {guide!r}; it must be a network, {EXPERTS_OFF!r} or {NONE!r}")
+            raise ValueError(f"guide is {guide!r}; {_KINDS}")
         return ExpertsOff(net), w
+    if not isinstance(guide, nn.Module) or "class_labels" not in signature(guide.forward).parameters:
+        raise ValueError(f"guide is {guide!r:.100}; {_KINDS}")
     _check(net, guide)
     return guide, w
 

@@ -4,6 +4,7 @@ Shapes: N images, C channels, H W size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import diffusers
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
 from samplers import sample
-from samplers.catalog import adopted, name_of, scheduler_for
+from samplers.catalog import adopted, check_replaced, name_of, scheduler_for
 
 from ..data import decode
 from ..model import DiTMoETransformer2DModel
@@ -76,6 +77,14 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         if replaced:
             self.register_to_config(sampler=name_of(value))
 
+    @classmethod
+    def from_pretrained(cls, folder: Any, **options: Any) -> Any:
+        """As of diffusers. ValueError for `sampler`, which is the name of the scheduler."""
+        if "sampler" in options:
+            what = f"sampler {options['sampler']!r} is of a call: pipe(..., sampler={options['sampler']!r})"
+            raise ValueError(f"{what}; what from_pretrained takes is scheduler=samplers.make_scheduler(...)")
+        return super().from_pretrained(folder, **options)
+
     @property
     def id2label(self) -> dict[int, str]:
         """Class names by label (JSON keeps the keys as text)."""
@@ -90,7 +99,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The labels of class names. ValueError for a name that no class has, or several."""
         return asked.labels_of(label, self.transformer.config.num_classes, self.id2label)
 
-    @asked.unmoved_if_refused
+    @asked.guarded
     def __call__(
         self, class_labels: int | str | Sequence[int | str] | None = None, *, num_images: int | None = None,
         sampler: str | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
@@ -141,12 +150,14 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         numbers = {"guidance_scale": guidance_scale, "guide_scale": guide_scale, "eta": eta}
         numbers["epsilon_scale"] = epsilon_scale
         asked.check_call(output_type, callback, guidance_interval, guidance_channels, indices, numbers)
+        if not isinstance(edit, Edit | None):
+            raise ValueError(f"edit is {edit!r:.100}; leave it out: image_to_image and inpaint give it")
         on_step_end = asked.step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale if labels is not None else 1.0
         guide, w = self.guide_for(guide, guide_scale)
         scheduler = self.scheduler_for(sampler, num_inference_steps, sampler_options)
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = self.steps_for(num_inference_steps)
         first = 0 if edit is None else edit.skipped(steps) * scheduler.order
         guidance_interval = self.interval_for(guidance_interval, guidance_scale, w, scheduler.timesteps[first:])
         guidance_channels = self.channels_for(guidance_channels, guidance_scale, w)
@@ -205,7 +216,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         sampler_options: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
         """What a call with these arguments samples with; its `timesteps` are set, one a network call."""
-        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = self.steps_for(num_inference_steps)
         net = self.transformer.config  # it decides, whichever sampler it was saved with
         learned = {"variance_type": "learned_range"} if net.learn_sigma else {}
         config = {**self.scheduler.config, **learned, "prediction_type": net.prediction_type}
@@ -213,9 +224,18 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(
                 f"scheduler has num_train_timesteps {length}; the time of this network has {NUM_TIMESTEPS}"
             )
-        if sampler is None and self.config.sampler is None:
-            return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
+        if self.config.sampler is None:
+            if sampler is None:
+                return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
+            check_replaced(self.scheduler, sampler)
         return scheduler_for(self.config.sampler if sampler is None else sampler, config, steps, sampler_options)
+
+    def steps_for(self, num_inference_steps: int | None = None) -> int:
+        """How many steps a call with this argument takes. ValueError unless it is a whole number."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number, 1 or more")
+        return int(steps)
 
     def guide_for(
         self, guide: nn.Module | str | None = None, guide_scale: float | None = None

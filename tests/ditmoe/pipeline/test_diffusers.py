@@ -13,8 +13,10 @@ from PIL import Image
 from torch import nn
 
 from ditmoe import pipeline
+from ditmoe.config.sample import SampleArgs
 from ditmoe.config.sections import Config, DataConfig, ModelConfig, MoEConfig, ObjectiveConfig, SampleConfig
 from ditmoe.data.open import open_data
+from ditmoe.generate.request import requested
 from ditmoe.model import build
 from ditmoe.pipeline import DiTMoEPipeline
 from ditmoe.pipeline.edit import pixels_of
@@ -176,6 +178,57 @@ def test_a_scheduler_that_is_set_is_drawn_with_and_saved(tmp_path: Path) -> None
     loaded.scheduler = make_scheduler("unipc", loaded.scheduler.config)
     assert loaded.config.sampler == "unipc"
     assert torch.equal(drawn(loaded), before)
+
+
+@pytest.mark.parametrize(
+    ("stock", "told", "sampler", "sentence"),
+    [
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "unipc", "'unipc' has no use_karras_sigmas.* as True"),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "ddim", "'ddim' has no use_beta_sigmas"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpm++2m", "has no algorithm_type"),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "dpm++2m", "'dpm\\+\\+2m' has no use_lu_lambdas"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "ddim", r"name one that has it \(dpm\+\+2m, unipc\)"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"shift": 3.0},
+            "ddim",
+            "'ddim' has no shift, .* as 3.0; leave the",
+        ),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0}, "ddim", "has no flow_shift"),
+        ("DDIMScheduler", {"clip_sample": True}, "unipc", "'unipc' has no clip_sample; .* where no sampler"),
+    ],
+)
+def test_what_a_scheduler_was_told_is_not_lost_by_a_sampler_that_is_named(
+    stock: str, told: dict[str, Any], sampler: str, sentence: str, tmp_path: Path
+) -> None:
+    pipe = make("flow_prediction" if "Flow" in stock or "flow_shift" in told else "epsilon", sampler="ddim")
+    drawn(pipe, sampler=sampler)
+    pipe.scheduler = getattr(diffusers, stock).from_config(pipe.scheduler.config)
+    drawn(pipe, sampler=sampler)
+    pipe.scheduler = getattr(diffusers, stock).from_config(pipe.scheduler.config, **told)
+    with pytest.raises(ValueError, match=sentence):
+        drawn(pipe, sampler=sampler)
+    pipeline.save(pipe, tmp_path / "model")
+    with pytest.raises(ValueError, match=sentence):
+        requested(SampleArgs(tmp_path, sampler=sampler, num=2))
+
+
+def test_what_a_scheduler_was_told_goes_on_to_a_sampler_that_has_it() -> None:
+    pipe = make("flow_prediction", sampler="flow-euler")
+    wanted = drawn(pipe, sampler="flow-euler", sampler_options={"shift": 3.0})
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0)
+    assert torch.equal(drawn(pipe, sampler="flow-euler"), wanted)
+    pipe = make("epsilon", sampler="ddim")
+    told = {"solver_order": 3, "timestep_spacing": "leading"}
+    wanted = drawn(pipe, sampler="unipc", sampler_options=told)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **told)
+    assert torch.equal(drawn(pipe, sampler="unipc"), wanted)
+
+
+def test_a_sampler_is_no_argument_of_from_pretrained(tmp_path: Path) -> None:
+    pipeline.save(make(), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"sampler 'unipc' is of a call: pipe\(..., sampler='unipc'\)"):
+        DiTMoEPipeline.from_pretrained(tmp_path / "model", sampler="unipc")
 
 
 def test_the_scheduler_of_a_new_pipeline_is_drawn_with() -> None:
@@ -405,8 +458,26 @@ def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.Capt
         ({"class_labels": [0], "latents": [0]}, "latents are list"),
         ({"class_labels": [0], "latents": torch.full((1, 1, 8, 8), torch.nan)}, "latents are not finite"),
         ({"class_labels": [0], "guidance_scale": "4"}, "guidance_scale is '4'; it must be a number"),
-        ({"class_labels": [0], "eta": None, "guide_scale": [2]}, r"guide_scale is \[2\]; it must be a number"),
-        ({"class_labels": [0], "num_inference_steps": 2.5}, r"num_inference_steps is 2\.5, but it must be an integer"),
+        ({"class_labels": [0], "eta": None}, "eta is None; it must be a number"),
+        ({"class_labels": [0], "guide_scale": [2]}, r"guide_scale is \[2\]; it must be a number"),
+        ({"class_labels": [0], "num_inference_steps": 2.5}, r"num_inference_steps is 2\.5; it must be a whole number"),
+        ({"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps is 0; it must be a whole number, 1 or"),
+        ({"class_labels": [0], "num_inference_steps": True}, "num_inference_steps is True; it must be a whole number"),
+        ({"class_labels": [0], "num_inference_steps": 1001}, "num_inference_steps is 1001, but it must be an integer"),
+        ({"class_labels": [0], "num_images_per_label": None}, "num_images_per_label is None; it must be a whole"),
+        ({"class_labels": [0], "epsilon_scale": None}, "epsilon_scale is None; it must be a number"),
+        (
+            {"class_labels": [0], "guidance_scale": 1e30},
+            r"guidance_scale is 1e\+30, .* 1000000 at most",
+        ),
+        ({"class_labels": [0], "guidance_scale": torch.nan}, "guidance_scale is nan, but it must be 0 or more"),
+        ({"class_labels": [0], "guide": 3}, "guide is 3; it must be a network, such as another pipeline's transformer"),
+        ({"class_labels": [0], "guide": nn.Linear(2, 2)}, r"guide is Linear\(.*; it must be a network, such as"),
+        ({"class_labels": [0], "edit": 3}, "edit is 3; leave it out: image_to_image and inpaint give it"),
+        ({"class_labels": [0], "policy": 3}, "policy: it is 3"),
+        ({"class_labels": [0], "tau": "x"}, "tau"),
+        ({"class_labels": [0], "sampler": 3}, "sampler 3"),
+        ({"class_labels": [0], "sampler_options": 3}, "sampler"),
         ({"class_labels": [0], "output_type": None}, "output_type is None; it must be pil or pt, np or latent"),
         ({"class_labels": [0], "callback": 3}, "callback is 3; it must be a function"),
         ({"class_labels": [0], "callback_on_step_end": 3}, "callback_on_step_end is 3; it must be a function"),
@@ -419,6 +490,10 @@ def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.Capt
         ({"class_labels": [0], "guidance_channels": "x"}, "guidance_channels is 'x'; it must be a whole number"),
         ({"class_labels": [0], "indices": 3}, "indices is 3; it must be a list"),
         ({"class_labels": [0], "epsilon_scale": "x"}, "epsilon_scale is 'x'; it must be a number"),
+        (
+            {"class_labels": [0], "callback_on_step_end": lambda *a: {"latents": a[3]["latents"] / 0}},
+            "callback_on_step_end returned latents that are not finite after step 0",
+        ),
         ({"class_labels": [0], "callback_on_step_end": lambda *_: 3}, "must return a dictionary with latents"),
         ({"class_labels": [0], "callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, r"latents of \(1,\)"),
     ],
@@ -426,6 +501,21 @@ def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.Capt
 def test_what_a_call_cannot_have_is_refused_at_the_door(call: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()(**call)
+
+
+def test_arguments_of_other_pipelines_are_told_what_they_are_here() -> None:
+    for name, sentence in (
+        ("num_images_per_prompt", "has no num_images_per_prompt; here it is num_images_per_label"),
+        ("num_inference_step", "has no num_inference_step; did you mean 'num_inference_steps'"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            make()([0], **{name: 2})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    pipe = make()
+    given = {"num_inference_steps": np.int64(2), "guidance_scale": np.float32(2.0), "num_images_per_label": np.int32(1)}
+    assert torch.equal(drawn(pipe, **given), drawn(pipe, num_inference_steps=2, guidance_scale=2.0))
 
 
 def test_what_does_nothing_is_refused() -> None:
