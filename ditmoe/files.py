@@ -57,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds. ValueError, naming the file, where there is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin with its mark
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"there is no file {file}") from error
     except IsADirectoryError as error:

@@ -17,7 +17,7 @@ def parse(text: str) -> Any:
 def read(path: Path) -> Any:
     """What a file says. Raises ValueError that names it where it cannot be read."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{path}: there is no such file") from error
     except IsADirectoryError as error:

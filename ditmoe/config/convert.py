@@ -1,5 +1,6 @@
 """What `convert` and `export` are asked. Imports no torch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,9 @@ class ExportArgs:
     """OWNER/NAME on the Hugging Face Hub to upload it to, privately (after hf auth login)."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            said = f"license is {self.license!r}; give it as the Hub spells it, in small letters without spaces"
+            raise ValueError(f"{said}: apache-2.0, mit, cc-by-4.0, other, ...")
         if self.push is not None and self.push.strip("/").count("/") != 1:
             raise ValueError(f"push is {self.push!r}; give OWNER/NAME")
         if self.guide_scale is not None and self.guide is None:

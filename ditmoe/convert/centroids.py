@@ -73,7 +73,7 @@ def run(args: CentroidsArgs) -> None:
     with whole(args.out) as file:
         file.write(save({name: fit.centres for name, fit in fits.items()}, facts))
     wanted = f"--moe.num-experts {args.experts} --moe.router-input {args.router_input}"
-    print(f"wrote {args.out}; python train.py ... --moe.preset centroid --moe.centroids {args.out} {wanted}")
+    print(f"wrote {args.out}; python -m ditmoe train ... --moe.preset centroid --moe.centroids {args.out} {wanted}")
 
 
 def noisy_images(

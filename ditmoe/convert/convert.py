@@ -58,7 +58,7 @@ def _bring(args: ConvertArgs) -> None:
         write(transformer, [_entry(found, name, tuple(value.shape)) for name, value in state.items()])
         print(f"{args.out}: {_words(found)}", flush=True)
         print(check_forward(transformer), flush=True)
-    print(f"wrote {args.out}; python sample.py {args.out} --out grid.png draws from it")
+    print(f"wrote {args.out}; python -m ditmoe sample {args.out} --out grid.png draws from it")
 
 
 def _account(found: Foreign, state: dict[str, Tensor]) -> None:

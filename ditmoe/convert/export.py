@@ -1,5 +1,6 @@
 """A model to give away: the pipeline of a run in bfloat16, with a page that says how it came about."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _use(args: ExportArgs) -> str:
         return (
             f"DiffusionPipeline.from_pretrained({str(args.folder)!r}, trust_remote_code=True) reads it without ditmoe"
         )
-    return f"`python sample.py {args.folder} --out grid.png` draws a grid of samples"
+    return f"`python -m ditmoe sample {shlex.quote(str(args.folder))} --out grid.png` draws a grid of samples"
 
 
 def _push(name: str, folder: Path) -> None:
@@ -114,13 +115,14 @@ def card(args: ExportArgs) -> str:
     without = "draws without" + ", as the scored images were" * bool(report.get("score"))
     files = [run / COMMAND for run in runs if (run / COMMAND).exists()]
     commands = dict.fromkeys(line for file in files for line in file.read_text().splitlines())
-    guide = "" if args.guide is None else f" --guide {args.guide}"
-    guide += "" if args.guide_scale is None else f" --guide-scale {args.guide_scale}"
-    guide += " --standalone" if args.standalone else ""
+    words = ["python", "-m", "ditmoe", "export", str(args.run), str(args.folder), "--dtype", args.dtype]
+    words += [] if args.guide is None else ["--guide", args.guide]
+    words += [] if args.guide_scale is None else ["--guide-scale", str(args.guide_scale)]
+    words += ["--standalone"] if args.standalone else []
     lines = [
         "---", _metadata(args, report), "---", "",
         f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
-        "```", *commands, f"python -m ditmoe export {args.run} {args.folder} --dtype {args.dtype}{guide}", "```", "",
+        "```", *commands, shlex.join(words), "```", "",
         *(_facts(report) if report else []),
         *(_STANDALONE if args.standalone else [_use(args) + ".", ""]),
         *([f"They are guided by {args.guide}; `--guide none` {without}.", ""] if args.guide else []),

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import posixpath
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def read_metadata(file: Path) -> dict[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} cannot be read as rows of UTF-8 ({error})") from error
     for number, row in enumerate(read, 1):
-        name = str(row.get("file_name") or "").replace("\\", "/") if isinstance(row, dict) else ""
+        name = _place(str(row.get("file_name") or "")) if isinstance(row, dict) else ""
         if not name or name in rows or None in row:
             what = "has more cells than the first line" if name else "has no file_name"
             what = f"names {name} a second time" if name in rows else what
@@ -89,12 +91,18 @@ def column_of(file: Path, column: str | None, names: Sequence[str]) -> list[Any]
     columns = list(dict.fromkeys(name for row in rows.values() for name in row if name != "file_name"))
     if column not in columns:
         raise ValueError(f"{file} has no column {column!r} but {', '.join(columns) or 'none'}; see --data.label-column")
+    names = [_place(name) for name in names]
     if bare := next((name for name in names if name not in rows), None):
         what = f"{plural(len(rows), 'row')} and none for {bare}, one of {plural(len(names), 'image')}"
         raise ValueError(f"{file} has {what}; add one")
     if lost := min(rows.keys() - set(names), default=None):
         raise ValueError(f"{file} has a row for {lost}, and there is no such image; remove the row or bring the image")
     return [rows[name].get(column) for name in names]
+
+
+def _place(name: str) -> str:
+    """A file below a folder by one spelling: of `./a.png`, `b\\a.png`, and of letters with accents in two parts."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/"))) if name else ""
 
 
 def _lines(file: Path, text: str) -> list[Any]:

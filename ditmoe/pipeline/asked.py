@@ -19,6 +19,7 @@ from ..config.checks import near, plural
 from ..data.pixels import to_pil, to_pixels
 
 Arguments = ParamSpec("Arguments")
+MOST = 100_000  # images of a call, which are all in memory
 OUTPUTS = ("pil", "np", "pt", "latent")
 MEANT = {  # what other pipelines call arguments of a call
     "num_images_per_prompt": "num_images_per_label", "prompt": "class_labels", "steps": "num_inference_steps",
@@ -79,8 +80,8 @@ def images_of(
 ) -> tuple[list[int] | None, int]:
     """(labels or None for a model without, N): `each` images a label, one after the other."""
     for name, value in {"num_images": 1 if num_images is None else num_images, "num_images_per_label": each}.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= MOST:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, from 1 to {MOST} in one call")
     if not (classes := network.num_classes):
         if class_labels is not None:
             labels_of(class_labels, 0, id2label)
@@ -162,13 +163,18 @@ def _seed_of(generator: torch.Generator) -> int:
 
 
 def check_call(
-    output_type: Any, callback: Any, interval: Any, channels: Any, indices: Any, numbers: Mapping[str, Any]
-) -> None:
+    output_type: Any, callback: Any, interval: Any, channels: Any, indices: Any, sampler: Any, options: Any,
+    numbers: Mapping[str, Any],
+) -> None:  # fmt: skip
     """ValueError for arguments of a call that are of another kind than it takes; scales of guidance may be None."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {callback!r}; it must be a function")
     if output_type not in OUTPUTS:
         raise ValueError(f"output_type is {output_type!r}; it must be pil or pt, np or latent")
+    if not isinstance(sampler, str | None):
+        raise ValueError(f"sampler is {sampler!r:.100}; it must be a name of samplers.SAMPLERS, or set pipe.scheduler")
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"sampler_options is {options!r:.100}; it must be a dictionary of the scheduler's fields")
     for name, value in numbers.items():
         if not (is_number(value) or (value is None and name.startswith("guid"))):
             raise ValueError(f"{name} is {value!r}; it must be a number")

@@ -149,7 +149,8 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels, N = asked.images_of(class_labels, num_images, num_images_per_label, net.config, self.id2label)
         numbers = {"guidance_scale": guidance_scale, "guide_scale": guide_scale, "eta": eta}
         numbers["epsilon_scale"] = epsilon_scale
-        asked.check_call(output_type, callback, guidance_interval, guidance_channels, indices, numbers)
+        told = (output_type, callback, guidance_interval, guidance_channels, indices, sampler, sampler_options)
+        asked.check_call(*told, numbers)
         if not isinstance(edit, Edit | None):
             raise ValueError(f"edit is {edit!r:.100}; leave it out: image_to_image and inpaint give it")
         on_step_end = asked.step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -164,17 +165,17 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         generators = asked.generators_of(N, seed, generator, indices)
         spans = [(0.0, 1000.0, float(tau))] if isinstance(tau, int | float) else tau
         policy = policy if policy is None or isinstance(policy, Policy) else Policy.from_dict(policy)
-        told = Steered(net, policy, spans, len(scheduler.timesteps) - first)
+        steered = Steered(net, policy, spans, len(scheduler.timesteps) - first)
         shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
         noise = asked.noise_of(latents, generators, shape, device)
         known = None if edit is None else edit.begin(self, noise, scheduler, first)
         x = sample(
-            told, scheduler, noise if known is None else known.start,
+            steered, scheduler, noise if known is None else known.start,
             class_labels=labels, num_inference_steps=steps, null_label=net.null_label, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, guidance_rule=guidance_rule,
             guide=guide, guide_scale=w, epsilon_scale=epsilon_scale, generators=generators, eta=eta, callback=callback,
             progress=getattr(self, "_progress_bar_config", {}), first=first,
-            on_step_end=told.after(on_step_end if known is None else known.after(on_step_end)),
+            on_step_end=steered.after(on_step_end if known is None else known.after(on_step_end)),
         )  # fmt: skip
         if output_type != "latent":
             x = self.decode(x) if known is None else known.pasted(self.decode(x))

@@ -27,6 +27,7 @@ from .drawing import Drawing
 from .settings import described
 
 HERE = ("127.0.0.1", "localhost", "::1")  # addresses of this machine alone
+LONGEST = 2**20  # bytes of an address with its policy
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 OWN = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
@@ -49,7 +50,10 @@ def run(args: PlayArgs) -> None:
         print(f"a page to play with {args.model}: http://{where}  (Ctrl-C ends it)", flush=True)
         if args.host not in HERE:
             print(f"everybody who can reach {args.host} can draw with this machine", flush=True)
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, http="h11",
+            h11_max_incomplete_event_size=LONGEST,
+        )  # fmt: skip
         Server(config, drawing).run(sockets=[listening])
 
 

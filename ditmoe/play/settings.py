@@ -3,6 +3,7 @@
 A link and a command line have the same words: `?classes=Sneaker&steps=20` is `--classes Sneaker --steps 20`.
 """
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -97,13 +98,15 @@ def _policy(words: Sequence[str]) -> Policy | None:
 
 def command(query: Query, args: SampleArgs, policy: Policy | None) -> str:
     """The command line that draws what `read` found; before it a line that writes its policy, if any."""
-    words, before = ["python", "sample.py", str(args.model)], ""
+    words, before = ["python", "-m", "ditmoe", "sample", str(args.model)], ""
     for name, values in query.items():
         if name != POLICY:
             words += [f"--{name}", *values]
         elif policy:
-            words += ["--policy", "policy.json"]
-            before = f"echo {shlex.quote(json.dumps(policy.to_dict()))} > policy.json\n"
+            text = json.dumps(policy.to_dict())
+            file = f"policy-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"  # no other one's
+            words += ["--policy", file]
+            before = f"echo {shlex.quote(text)} > {file}\n"
     return before + shlex.join([*words, "--precision", args.precision, "--out", "drawn.png"])
 
 

@@ -81,7 +81,7 @@ def run(args: ContrastArgs) -> None:
     if args.policy is not None:
         write_json(args.policy, policy.to_dict())
         done = f"{args.action} {plural(len(top), 'expert')}"
-        print(f"wrote {args.policy}: {done}; python sample.py {model} --policy {args.policy}")
+        print(f"wrote {args.policy}: {done}; python -m ditmoe sample {model} --policy {args.policy}")
 
 
 def _classes(words: Sequence[str], data: ImageSet, net: DiTMoETransformer2DModel) -> list[int]:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -109,13 +110,13 @@ def test_choose_draw_and_run_the_copied_command(visit, tmp_path, monkeypatch):
     assert "ms an image, 7 network calls" in page.locator(".facts").inner_text()
     command = copied(page, "command")
     assert command == (
-        f"python sample.py {MODEL} --classes 3 3 8 8 --seed 5 --sampler ddim --steps 7 --cfg 2 "
+        f"python -m ditmoe sample {MODEL} --classes 3 3 8 8 --seed 5 --sampler ddim --steps 7 --cfg 2 "
         "--guidance-interval 100 1000 --precision fp32 --out drawn.png"
     )
     shown = np.stack(images(page))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    assert typed("sample", *shlex.split(command)[2:]) == 0
+    assert typed("sample", *shlex.split(command)[4:]) == 0
     pictures.write_grid(shown[..., None], [3, 3, 8, 8], {n: str(n) for n in range(10)}, tmp_path / "shown.png")
     assert (tmp_path / "drawn.png").read_bytes() == (tmp_path / "shown.png").read_bytes()
     page.locator("[data-text=python]").click()
@@ -246,7 +247,7 @@ def test_the_steps_of_a_rule_are_set_on_the_page(visit, tmp_path, monkeypatch):
     side.locator(".copy").click()
     write, draw = page.evaluate("() => navigator.clipboard.readText()").splitlines()
     assert json.loads(shlex.split(write)[1]) == policy
-    assert "--policy policy.json" in draw
+    assert re.search(r"--policy policy-[0-9a-f]{8}\.json ", draw)
     again = visit("?" + urlsplit(page.url).query)
     assert np.array_equal(images(again, 2), images(page, 2))
     assert again.get_by_label("first step of expert 4 of block 1").input_value() == "3"

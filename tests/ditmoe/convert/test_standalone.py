@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from ditmoe import pipeline
+from ditmoe.cli import parse
 from ditmoe.config.convert import ExportArgs
 from ditmoe.convert.export import export
 from tests.ditmoe.test_saved_files import SAVED
@@ -73,6 +75,21 @@ def test_the_card_says_licence_and_score_with_its_protocol(tmp_path: Path) -> No
     assert result["metrics"][0]["args"]["sampling"] == {"sampler": "ddim", "steps": 5}
     data = ModelCard.load(tmp_path / "gift" / "README.md").data  # which takes the results apart and checks them
     assert data.eval_results[0].metric_value == 1.5
+
+
+@pytest.mark.parametrize("word", ["MIT", "Apache 2.0", "", "mit\nlicense: other"])
+def test_a_licence_is_spelled_as_the_hub_spells_it(word: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="license is .*; give it as the Hub spells it, in small letters"):
+        ExportArgs(RUN, tmp_path / "gift", license=word)
+
+
+def test_the_cards_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
+    export(ExportArgs(RUN, tmp_path / "a gift"))
+    page = (tmp_path / "a gift" / "README.md").read_text()
+    (typed,) = [line for line in page.splitlines() if line.startswith("python -m ditmoe export")]
+    assert parse(ExportArgs, shlex.split(typed)[4:]) == ExportArgs(RUN, tmp_path / "a gift")
+    (drawn,) = [line.split("`")[1] for line in page.splitlines() if "ditmoe sample" in line]
+    assert shlex.split(drawn)[:5] == ["python", "-m", "ditmoe", "sample", str(tmp_path / "a gift")]
 
 
 def test_without_a_score_there_is_none_and_the_licence_is_unknown(tmp_path: Path) -> None:

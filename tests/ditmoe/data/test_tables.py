@@ -327,9 +327,19 @@ def test_classes_by_a_csv_of_windows(tmp_path: Path) -> None:
     assert [data.id2label[label] for label in data.labels.tolist()] == ["dog", "cat", "dog", "ant"]
 
 
+def test_metadata_and_folder_may_spell_a_name_otherwise(tmp_path: Path) -> None:
+    root = metadata(tmp_path, *({**row, "file_name": f"./{row['file_name']}"} for row in ROWS[1:]),
+                    {"file_name": "b/cafe\u0301.png", "kind": "dog"})  # fmt: skip
+    (root / "b").mkdir()
+    (root / "a" / "0.png").rename(root / "b" / "caf\u00e9.png")
+    data = open_data(DataConfig(name="folder", path=root, label_column="kind"), size=8, channels=1)
+    assert [data.id2label[label] for label in data.labels.tolist()] == ["cat", "dog", "ant", "dog"]
+
+
 @pytest.mark.parametrize(
     ("rows", "column", "sentence"),
     [
+        ([*ROWS, {**ROWS[0], "file_name": "./a/0.png"}], "kind", "row 5 names a/0.png a second time"),
         (ROWS, "sort", "has no column 'sort' but kind; see --data.label-column"),
         (ROWS[:3], "kind", "has 3 rows and none for a/3.png, one of 4 images"),
         ([*ROWS, {"file_name": "b.png", "kind": "x"}], "kind", "has a row for b.png, and there is no such image"),

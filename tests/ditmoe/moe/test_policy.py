@@ -47,6 +47,11 @@ def test_spans_of_time_have_their_own_tau(select: str, own: float) -> None:
     assert not torch.equal(found.sample, net(x, t, y).sample)
 
 
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"rules": []}', encoding="utf-8-sig")
+    assert Policy.read(tmp_path / "p.json") == Policy()
+
+
 def test_sample_py_draws_with_it_and_notes_it(tmp_path: Path) -> None:
     pipeline.save(made(select="relative", tau=0.25), tmp_path / "model")
     args = SampleArgs(tmp_path, num=3)

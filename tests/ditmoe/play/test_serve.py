@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
@@ -111,6 +112,9 @@ def test_a_signal_ends_drawings_and_the_server_at_once(tmp_path: Path, number: i
     served = start(door, "ditmoe", ["play", str(tmp_path / "model"), "--port", "0"], folder=tmp_path / "served")
     served.until(lambda: "Ctrl-C" in served.out())
     (where,) = (word for word in served.out().split() if word.startswith("http://"))
+    rules = [{"layer": 1, "expert": 0, "action": "suppress", "steps": [step, step]} for step in range(1000)]
+    long = urlopen(f"{where}/draw?classes=1&steps=2&policy={quote(json.dumps({'rules': rules}))}", timeout=20)
+    assert b"rule for expert 0 of layer 1 begins at step 2" in long.read()  # and not 400, without a word
     stream = urlopen(f"{where}/draw?classes=1&steps=1000", timeout=20)
     assert b"start" in stream.readline()
     began = time.monotonic()

@@ -27,7 +27,7 @@ def test_an_address_has_the_words_of_the_command_line() -> None:
     assert args.classes == ("Sneaker", 3, "T-shirt/top")
     assert (args.guidance_interval, args.seed, policy) == ((100.0, 800.0), 7, None)
     assert settings.read({**QUERY, "policy": ['{"rules": []}']}, MODEL)[1] is None
-    _, _, *words = shlex.split(settings.command(QUERY, args, policy))
+    words = shlex.split(settings.command(QUERY, args, policy))[4:]
     assert args.precision == "fp32"
     assert cli.parse(SampleArgs, words) == SampleArgs(**{**vars(args), "out": Path("drawn.png")})
 
@@ -39,8 +39,12 @@ def test_a_policy_is_written_before_it_is_used(tmp_path: Path) -> None:
     assert policy == Policy.from_dict(rules)
     write, draw = settings.command(query, *settings.read(query, MODEL)).splitlines()
     subprocess.run(write, shell=True, cwd=tmp_path, check=True)
-    assert Policy.read(tmp_path / "policy.json") == policy
-    assert draw == "python sample.py 'models/a b' --classes 1 --policy policy.json --precision fp32 --out drawn.png"
+    (file,) = tmp_path.glob("policy-*.json")
+    assert Policy.read(file) == policy
+    rest = f"--classes 1 --policy {file.name} --precision fp32 --out drawn.png"
+    assert draw == f"python -m ditmoe sample 'models/a b' {rest}"
+    other = {**query, "policy": [json.dumps(rules).replace("2", "3")]}
+    assert file.name not in settings.command(other, *settings.read(other, MODEL))
     assert f"    policy={rules!r},\n" in settings.python(query, *settings.read(query, MODEL))
 
 

@@ -54,7 +54,7 @@ def test_who_serves_one_class_more_than_another(
     text = capsys.readouterr().out
     assert "| 1 | 3 | 100.0% | 0.0% | +100.0% ± 0.0% |" in text
     assert "| 1 | 0 | 0.0% | 50.0% | -50.0% ± " in text
-    assert "suppress 1 expert; python sample.py" in text
+    assert "suppress 1 expert; python -m ditmoe sample" in text
     assert "may be chance" not in text
     assert Policy.read(tmp_path / "p.json") == Policy((Rule(1, 3, "suppress"),))
     found = json.loads((tmp_path / "new/contrast.json").read_text())
