@@ -1,6 +1,5 @@
 """Files and folders that are on the disk whole or not at all, digests, locks; what others wrote, read safely."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -120,6 +119,8 @@ def locked(folder: Path, *, kept: bool = True) -> Iterator[None]:
     Raises:
         ValueError: Another process holds it, or it cannot be written.
     """
+    import fcntl  # which Windows lacks: there a model can be drawn from, and nothing be held
+
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)

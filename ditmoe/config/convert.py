@@ -155,7 +155,7 @@ class ExportArgs:
     """Write the averaged weights of a finished run as a pipeline folder to share."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run folder."""
+    """A run folder, or one that was exported."""
     folder: Annotated[Path, tyro.conf.Positional]
     """The new pipeline folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

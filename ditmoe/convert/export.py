@@ -15,13 +15,15 @@ from ..run_folder.network import load_guide
 from ..run_folder.place import COMMAND, CONFIG, REPORT
 from .standalone import make_standalone
 
+README, TRAINING = "README.md", "training.json"
 _TASK = "unconditional-image-generation"  # the Hub's word for images without a text
 
 
 def export(args: ExportArgs) -> None:
     """Write the pipeline folder: weights in `dtype`, the run's config.json as training.json, and a README.md.
 
-    With `standalone` also a pipeline.py for those who have no ditmoe; with `push` all goes to the Hub, too.
+    Of a folder that was exported the README.md stays, with what is done now. With `standalone` also a pipeline.py for
+    those who have no ditmoe; with `push` all goes to the Hub, too.
 
     Raises:
         ValueError: The run holds no model, the folder exists, the VAE is not that of the latents, the guide cannot
@@ -31,9 +33,13 @@ def export(args: ExportArgs) -> None:
         raise ValueError(f"folder {args.folder} is a file; give a folder that is empty, or none yet")
     if args.folder.exists() and any(args.folder.iterdir()) and not args.force:
         raise ValueError(f"folder {args.folder} is not empty; give another one, or --force to replace it")
-    read_config(args.run)  # refuses what is no run
+    again = (args.run / TRAINING).is_file() and not (args.run / CONFIG).exists()
+    name = TRAINING if again else CONFIG
+    read_config(args.run, name)  # refuses what is no run
+    if again and args.license != ExportArgs.license:
+        raise ValueError(f"license is {args.license}, but {args.run / README} stays; leave it out, or change it there")
     check_replaced("folder", args.folder, "run", args.run)
-    page = card(args)  # before anything is written
+    page = _card_again(args) if again else card(args)  # before anything is written
     pipe = pipeline.load(args.run)
     if args.vae is not None:
         pipeline.add_vae(pipe, args.vae)
@@ -46,8 +52,8 @@ def export(args: ExportArgs) -> None:
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.folder) as temporary:
         pipeline.save(pipe, temporary)
-        (temporary / "training.json").write_text((args.run / CONFIG).read_text())
-        (temporary / "README.md").write_text(page)
+        (temporary / TRAINING).write_text((args.run / name).read_text())
+        (temporary / README).write_text(page)
         if args.standalone:
             make_standalone(temporary, __version__)
     print(f"wrote {args.folder}; {_use(args)}")
@@ -115,19 +121,30 @@ def card(args: ExportArgs) -> str:
     without = "draws without" + ", as the scored images were" * bool(report.get("score"))
     files = [run / COMMAND for run in runs if (run / COMMAND).exists()]
     commands = dict.fromkeys(line for file in files for line in file.read_text().splitlines())
-    words = ["python", "-m", "ditmoe", "export", str(args.run), str(args.folder), "--dtype", args.dtype]
-    words += [] if args.guide is None else ["--guide", args.guide]
-    words += [] if args.guide_scale is None else ["--guide-scale", str(args.guide_scale)]
-    words += ["--standalone"] if args.standalone else []
     lines = [
         "---", _metadata(args, report), "---", "",
         f"# {args.folder.name}", "", "A diffusion transformer with mixture-of-experts layers, made by ditmoe:", "",
-        "```", *commands, shlex.join(words), "```", "",
+        "```", *commands, _command(args), "```", "",
         *(_facts(report) if report else []),
         *(_STANDALONE if args.standalone else [_use(args) + ".", ""]),
         *([f"They are guided by {args.guide}; `--guide none` {without}.", ""] if args.guide else []),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _card_again(args: ExportArgs) -> str:
+    """The page of a model that was exported before, and below it what is done now."""
+    file = args.run / README
+    before = file.read_text() if file.exists() else card(args)
+    lines = ["", "Exported again:", "", "```", _command(args), "```", "", *(_STANDALONE if args.standalone else [])]
+    return before.rstrip("\n") + "\n" + "\n".join(lines)
+
+
+def _command(args: ExportArgs) -> str:
+    words = ["python", "-m", "ditmoe", "export", str(args.run), str(args.folder), "--dtype", args.dtype]
+    words += [] if args.guide is None else ["--guide", args.guide]
+    words += [] if args.guide_scale is None else ["--guide-scale", str(args.guide_scale)]
+    return shlex.join(words + (["--standalone"] if args.standalone else []))
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """A pipeline's folder, read and written; the pipeline of a network that was trained."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def find(folder: Path) -> Path:
     if place is None:
         beside = folder.parent.iterdir() if not folder.exists() and folder.parent.is_dir() else ()
         hint = near(folder.name, [other.name for other in beside if other.is_dir()])
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.exists():
+            hint = f"one of the Hugging Face Hub comes with: hf download {folder} --local-dir {folder.name}; "
         raise ValueError(f"{folder} holds no model: {hint}neither model_index.json nor model/model_index.json is there")
     return place
 

@@ -79,11 +79,14 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, folder: Any, **options: Any) -> Any:
-        """As of diffusers. ValueError for `sampler`, which is the name of the scheduler."""
+        """As of diffusers, of a folder or a Hub's OWNER/NAME, and of .safetensors weights alone unless told otherwise.
+
+        Raises ValueError for `sampler`, which is a call's.
+        """
         if "sampler" in options:
             what = f"sampler {options['sampler']!r} is of a call: pipe(..., sampler={options['sampler']!r})"
             raise ValueError(f"{what}; what from_pretrained takes is scheduler=samplers.make_scheduler(...)")
-        return super().from_pretrained(folder, **options)
+        return super().from_pretrained(folder, **{"use_safetensors": True, **options})
 
     @property
     def id2label(self) -> dict[int, str]:

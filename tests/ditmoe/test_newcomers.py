@@ -117,6 +117,15 @@ def test_a_place_that_is_closed_is_told_before_anything_is_drawn(
         SampleArgs(Path("m"), out=tmp_path / out)
 
 
+def test_a_model_of_the_hub_is_told_how_it_comes_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="me/gift holds no model: .* hf download me/gift --local-dir gift; neither"):
+        pipeline.load(Path("me/gift"))
+    (tmp_path / "me").mkdir()
+    with pytest.raises(ValueError, match="me/gift holds no model: neither"):
+        pipeline.load(Path("me/gift"))
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [

@@ -21,6 +21,7 @@ from tests.ditmoe.test_saved_files import SAVED
 RUN = SAVED / "by-token"
 ELSEWHERE = """
 import sys
+sys.modules |= dict.fromkeys(("fcntl", "resource", "termios", "pwd", "grp"))  # as on Windows
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
 import importlib.util
 assert importlib.util.find_spec("ditmoe") is None and importlib.util.find_spec("samplers") is None
@@ -49,6 +50,21 @@ def test_diffusers_draws_the_same_where_ditmoe_is_not_installed(tmp_path: Path) 
     assert "trust_remote_code=True" in (gift / "README.md").read_text()
     with pytest.raises(ValueError, match=r"model_index.json has _class_name .*, which is not ditmoe's"):
         pipeline.load(gift)
+
+
+def test_a_model_that_was_exported_is_exported_again(tmp_path: Path) -> None:
+    export(ExportArgs(RUN, tmp_path / "gift", dtype="float32", license="mit"))
+    export(ExportArgs(tmp_path / "gift", tmp_path / "again", dtype="float32", standalone=True))
+    assert (tmp_path / "again" / "pipeline.py").is_file()
+    for name in ("training.json", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "gift" / name).read_bytes()
+    page = (tmp_path / "again" / "README.md").read_text()
+    assert page.startswith((tmp_path / "gift" / "README.md").read_text().rstrip())
+    assert f"python -m ditmoe export {tmp_path / 'gift'} {tmp_path / 'again'} --dtype float32 --standalone" in page
+    assert "trust_remote_code=True" in page
+    assert front(tmp_path / "again")["license"] == "mit"
+    with pytest.raises(ValueError, match="license is other, but .*README.md stays; leave it out"):
+        export(ExportArgs(tmp_path / "gift", tmp_path / "b", license="other"))
 
 
 def test_the_card_says_licence_and_score_with_its_protocol(tmp_path: Path) -> None:

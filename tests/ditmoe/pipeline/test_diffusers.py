@@ -225,6 +225,23 @@ def test_what_a_scheduler_was_told_goes_on_to_a_sampler_that_has_it() -> None:
     assert torch.equal(drawn(pipe, sampler="unipc"), wanted)
 
 
+def test_a_model_of_the_hub_is_loaded_as_a_folder_is_and_its_pickles_are_not(tmp_path: Path) -> None:
+    """From the cache, where a download of me/gift puts it."""
+    kept = tmp_path / "models--me--gift"
+    pipeline.save(pipe := make(), snapshot := kept / "snapshots" / "a1")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a1")
+    given: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    for kind in (DiTMoEPipeline, diffusers.DiffusionPipeline):
+        assert torch.equal(drawn(kind.from_pretrained("me/gift", **given)), drawn(pipe))
+    weights = snapshot / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(pipe.transformer.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    for place, options in (("me/gift", given), (snapshot, {})):
+        with pytest.raises(OSError, match=r"safetensors"):
+            DiTMoEPipeline.from_pretrained(place, **options)
+
+
 def test_a_sampler_is_no_argument_of_from_pretrained(tmp_path: Path) -> None:
     pipeline.save(make(), tmp_path / "model")
     with pytest.raises(ValueError, match=r"sampler 'unipc' is of a call: pipe\(..., sampler='unipc'\)"):
