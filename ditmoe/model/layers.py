@@ -52,14 +52,43 @@ class Refiner(nn.Module):
         self.out_channels = out_channels
         self.conv1 = nn.Conv2d(out_channels + self.FEATURES + in_channels, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv3 = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv3 = ConvToFew(width, out_channels)
 
     def forward(self, drawn: Tensor, x_t: Tensor) -> Tensor:
         """drawn (N, out_channels + FEATURES, H, W), x_t (N, in_channels, H, W) -> (N, out_channels, H, W)."""
         pixels = torch.cat([drawn, x_t.to(drawn.dtype)], dim=1)
-        h = F.silu(self.conv1(pixels.contiguous(memory_format=torch.channels_last)))  # 1.4 times as fast on a CPU
-        y: Tensor = drawn[:, : self.out_channels] + self.conv3(F.silu(self.conv2(h)))
+        over = not torch.is_grad_enabled()  # in place of what nobody reads again
+        h = F.silu(self.conv1(pixels.contiguous(memory_format=torch.channels_last)), over)  # 1.4 times as fast on a CPU
+        h = F.silu(self.conv2(h), over)
+        y: Tensor = drawn[:, : self.out_channels] + self.conv3(h)
         return y
+
+
+class ConvToFew(nn.Conv2d):
+    """A 3x3 convolution to few channels.
+
+    In float32 on a CPU it is a product for its 9 taps and their shifted sum: 0.4 of torch's time, 0.6 with gradients.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W), channels last where it is to be fast -> (N, K, H, W)."""
+        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if not plain or torch.is_autocast_enabled("cpu"):
+            y: Tensor = super().forward(x)
+            return y
+        assert self.bias is not None
+        (N, C, H, W), K = x.shape, self.out_channels
+        weight = self.weight.flatten().view_as(self.weight)  # so that its gradient lies as it does
+        taps = F.pad(weight.permute(1, 2, 3, 0).reshape(C, 9 * K), (0, -9 * K % 16))  # odd widths are slow
+        each = (x.permute(0, 2, 3, 1).reshape(-1, C) @ taps).view(N, H, W, -1)[..., : 9 * K].unflatten(3, (9, K))
+        y = each.new_zeros(N, H + 2, W + 2, K)
+        for tap in range(9):
+            row, column = divmod(tap, 3)
+            y[:, 2 - row : 2 - row + H, 2 - column : 2 - column + W] += each[..., tap, :]
+        return (y[:, 1:-1, 1:-1] + self.bias).permute(0, 3, 1, 2)
 
 
 class LocalConv(nn.Conv2d):
@@ -225,8 +254,12 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., head_dim) -> the same shape and dtype."""
         assert self.weight is not None
-        y: Tensor = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return y
+        plain = x.device.type == "cpu" and x.dtype == torch.float32
+        if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = x.clone(memory_format=torch.contiguous_format)  # 0.3 to 0.6 of the time of rows that lie apart
+            mean = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+            return y.mul_(mean.add_(self.eps or 0.0).rsqrt_()).mul_(self.weight.to(x.dtype))
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def _head_norm(kind: str, head_dim: int) -> nn.Module:

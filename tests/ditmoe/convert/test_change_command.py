@@ -84,7 +84,7 @@ def test_a_changed_model_is_written_with_what_trains_it_on(
     assert config.moe.router_input == after.config.router_input
     said = capsys.readouterr().out
     assert all(f"{n / 1e6:.2f} M" in said for net in (before, after) for n in count_parameters(net))
-    assert f"python train.py {out}/training.json --out RUN" in said
+    assert f"python -m ditmoe train {out}/training.json --out RUN" in said
 
 
 def test_only_what_says_how_it_was_trained_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

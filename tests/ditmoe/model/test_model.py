@@ -13,7 +13,7 @@ import torch
 from ditmoe.config.experts import RouterInput, RouterKind
 from ditmoe.config.presets import PRESETS
 from ditmoe.config.sections import Config, ModelConfig, MoEConfig
-from ditmoe.model import KEYS, DiTMoETransformer2DModel, build, count_parameters
+from ditmoe.model import KEYS, DiTMoETransformer2DModel, build, count_parameters, layers
 from ditmoe.model.layers import rotary_positions, rotate, sincos_positions, unpatchify
 from ditmoe.moe import contrastive_loss
 
@@ -361,3 +361,37 @@ def test_refinement_starts_as_nothing_and_sees_across_the_seams_of_patches() -> 
         [0, 0],
         [6, 6],
     )  # three pixels around: other patches
+
+
+@pytest.mark.parametrize(("channels", "grad"), [(1, False), (3, True), (8, False)])
+def test_refinement_is_three_convolutions_and_what_they_come_to(channels: int, grad: bool) -> None:
+    torch.manual_seed(0)
+    refiner = layers.Refiner(1, channels, 16).double()  # in float64 by torch's convolutions
+    drawn, x_t = torch.randn(2, channels + 8, 9, 9).double(), torch.randn(2, 1, 9, 9).double()
+    conv1, conv2, conv3 = refiner.conv1, refiner.conv2, refiner.conv3
+    with torch.set_grad_enabled(grad):
+        hidden = torch.nn.functional.silu(conv1(torch.cat([drawn, x_t], dim=1)))
+        expected = drawn[:, :channels] + conv3(torch.nn.functional.silu(conv2(hidden)))
+        torch.testing.assert_close(refiner(drawn, x_t), expected)
+        wanted = torch.autograd.grad(expected.square().sum(), [*refiner.parameters()]) if grad else None
+        refiner.float()
+        found = refiner(drawn.float(), x_t.float())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    if wanted is not None:
+        gradients = torch.autograd.grad(found.square().sum(), [*refiner.parameters()])
+        for one, other in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_norm_of_queries_and_keys_is_the_same_with_and_without_gradients() -> None:
+    norm = layers.RMSNorm(6, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 5, 3, 4, 6)[:, :, 1]
+    before = x.clone()
+    with torch.no_grad():
+        found = norm(x)
+    torch.testing.assert_close(found, norm(x).detach())
+    torch.testing.assert_close(
+        found, torch.nn.functional.rms_norm(x.double(), (6,), norm.weight.double(), 1e-6).float()
+    )
+    assert torch.equal(x, before)
