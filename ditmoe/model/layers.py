@@ -21,7 +21,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> (N, T, D)."""
         tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
-        return tokens
+        return tokens.contiguous()  # all that follows keeps the order in memory, and a token's channels lie together
 
 
 def unpatchify(x: Tensor, patch_size: int, channels: int) -> Tensor:
