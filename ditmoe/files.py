@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -15,9 +14,9 @@ from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
-LOCK = ".lock"
+LOCK, _OWNER = ".lock", "process "  # the name of a lock, and how it begins; it is empty where nobody holds it
+_OURS = (b"", _OWNER.encode())
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a component's weights
-_BEGUN = re.compile(r".+\.\d+\.tmp")  # by `whole`
 CODE = ("auto_map", "quantization_config")  # entries that name further code
 
 
@@ -25,21 +24,48 @@ CODE = ("auto_map", "quantization_config")  # entries that name further code
 def whole(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write into that stands at `path` once the block is done, in place of an older one; else nothing does.
 
-    What a kill leaves is named `path`.PROCESS.tmp, see `locked`. With `durable` the bytes are on the disk before the
-    file has its name.
+    What a kill leaves is named `path`.tmp and is written over the next time. With `durable` the bytes are on the disk
+    before the file has its name. ValueError where another process is writing it.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    temporary, free = path.with_name(f"{path.name}.tmp"), True
+    with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666), "w+b") as file:  # which opens and empties nothing
+        with suppress(OSError):  # of a disk without locks
+            free = _taken(file, temporary)
+        if not free:
+            raise ValueError(f"{path} is being written by another process; wait for it, or give another place")
+        try:
+            file.truncate(0)
             yield file
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def _taken(file: IO[Any], path: Path) -> bool:
+    """Take a file, which is open, for this process until it is closed; False where another process has it.
+
+    It ends with the process, however that ends; readers that are forked do not inherit it. OSError on a disk without
+    locks.
+    """
+    import fcntl  # which Windows lacks: there a model can be drawn from, and no folder be held
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return _is_at(path, file)  # its holder may just have removed or renamed it, and another one made the next
+
+
+def _is_at(path: Path, file: IO[Any]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,15 +138,11 @@ def digest(file: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, *, kept: bool = True) -> Iterator[None]:
-    """Hold a folder, which is made when missing. The lock ends with the process, however it ends.
-
-    Its file stays, unless it is not `kept`. What a kill left of files that `whole` had begun there is removed.
+    """Hold a folder, which is made when missing. The lock ends with the process; its file stays where it is `kept`.
 
     Raises:
-        ValueError: Another process holds it, or it cannot be written.
+        ValueError: Another process holds it, its lock is a file of somebody else's, or it cannot be written.
     """
-    import fcntl  # which Windows lacks: there a model can be drawn from, and nothing be held
-
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,36 +151,36 @@ def locked(folder: Path, *, kept: bool = True) -> Iterator[None]:
         raise ValueError(f"out {folder} cannot be written ({error.strerror})") from error
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its readers do not inherit it
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                raise BlockingIOError  # its holder has just removed it, and another one may have made the next
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ValueError(
-                f"{folder} is in use by {file.read().strip() or 'another process'}; wait for it, stop it, "
-                f"or give another --out"
-            ) from None
+            free = _taken(file, path)
         except OSError as error:
+            free = True
             print(f"note: {folder} is on a disk without locks ({error.strerror}); start only one run on it")
-        owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        file.seek(0)
+        said = file.read()
+        if not said.startswith(_OWNER) and said:
+            raise ValueError(f"{path} is a file of another program; give another --out")
+        if not free:
+            fix = "wait for it, stop it, or give another --out"
+            raise ValueError(f"{folder} is in use by {said.strip() or 'another process'}; {fix}")
+        owner = f"{_OWNER}{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         with suppress(OSError):  # it holds on a full disk too
             file.truncate(0)
             os.write(file.fileno(), owner.encode())
-        for left in folder.glob("*.tmp"):
-            if _BEGUN.fullmatch(left.name):
-                left.unlink()
         try:
             yield
         finally:
             file.truncate(0)
-            if not kept:
-                path.unlink(missing_ok=True)
+            if not kept and _is_at(path, file):
+                path.unlink()
 
 
 def is_bare(folder: Path, first: str) -> bool:
-    """Whether a folder has nothing but what one that was killed at once leaves, its lock and its `first` file begun."""
-    left = re.compile(rf"{re.escape(LOCK)}|{re.escape(first)}\.\d+\.tmp")
-    return all(left.fullmatch(entry.name) for entry in folder.iterdir())
+    """Whether a folder has nothing but what one that was killed at once leaves, its lock and its `first` file begun.
+
+    Not to be asked by who holds it: to close a file ends all locks on it.
+    """
+    lock, names = folder / LOCK, {entry.name for entry in folder.iterdir()}
+    return names <= {LOCK, f"{first}.tmp"} and (LOCK not in names or lock.read_bytes()[: len(_OWNER)] in _OURS)
 
 
 @contextmanager

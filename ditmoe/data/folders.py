@@ -25,8 +25,11 @@ from .sets import BadImage, ImageSet
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 2**30 // 12  # beyond it Pillow warns of a decompression bomb
-# Folders that are called so are parts of a set, and no classes; with such words beside, too: train_images, Test-Set.
-_TRAIN, _OTHER = {"train", "training"}, {"val", "valid", "validation", "test", "testing", "dev", "eval", "evaluation"}
+# Parts of a set as people call their folders, in small letters with the words apart: train_images, testset, val2017.
+_PART = re.compile(
+    r"(?<![a-z])(?:(train(?:ing)?)|(?:val(?:id(?:ation)?)?|test(?:ing)?|dev|eval(?:uation)?)s?)"
+    r"(?:data|sets?|images?|imgs?)?(?![a-z])"
+)
 _BESIDE = {"set", "sets", "split", "data", "images", "imgs", "image", "img", "pictures", "photos"}
 _LONGEST = 16  # times the short side: of a longer image only the centre square is enlarged
 # What Pillow raises on truncated, corrupt or foreign bytes.
@@ -184,24 +187,41 @@ def _classes(root: Path, images: Iterable[Path]) -> dict[str, list[Path]]:
         others = left_out(file.relative_to(root) for file in files_below(root / empty[0]))
         kinds = f"give each some ({', '.join(sorted(IMAGE_SUFFIXES))}), remove it or begin its name with a dot"
         raise ValueError(f"data.path {root} {what}{others}; {kinds}")
-    for depth in range(max(map(len, insides)) - 1):
-        places = sorted({inside[: depth + 1] for inside in insides if len(inside) > depth + 1})
-        named = [_part(place[-1]) for place in places]
-        if {*named} >= {"train", "other"} or (depth == 0 and all(named)):
-            parts = {Path(*place): part for place, part in zip(places, named, strict=True) if part}
-            what = f"holds {', '.join(map(str, [*parts][:4]))}, which are parts of a set, not classes"
-            one = max(parts, key=lambda part: parts[part] == "train")
-            fix = f"give one of them, as in --data.path {root / one}"
-            if len({part.parent for part in parts}) > 1:
-                fix = f"bring the parts to the top, as in {root / one.name / one.parent}"
-            raise ValueError(f"data.path {root} {what}; {fix}")
+    _check_parts(root, insides)
     return found
 
 
-def _part(name: str) -> str | None:
-    """Which part of a set a folder of this name is, "train" or "other"; None of one that is no part."""
-    words = {word for word in re.split(r"[\W_]+", re.sub(r"sets?$", "", name.lower())) if word} - _BESIDE
-    return None if len(words) != 1 else "train" if words <= _TRAIN else "other" if words <= _OTHER else None
+def _check_parts(root: Path, insides: Iterable[tuple[str, ...]]) -> None:
+    """ValueError where folders beside each other are called as parts of one set are, or all of a root's are."""
+    beside: dict[Path, set[str]] = {}
+    for inside in insides:
+        for depth, name in enumerate(inside[:-1]):
+            beside.setdefault(Path(*inside[:depth]), set()).add(name)
+    for parent, names in sorted(beside.items(), key=lambda item: len(item[0].parts)):
+        kinds: dict[frozenset[str], dict[str, str]] = {}  # of what else the names say, the parts by name
+        for name in sorted(names):
+            if part := _part(name):
+                kinds.setdefault(part[1], {})[name] = part[0]
+        plain = kinds.get(frozenset(), {})
+        alike = next((found for found in kinds.values() if {*found.values()} >= {"train", "other"}), None)
+        parts = plain if parent == Path() and len(plain) == len(names) else alike
+        if parts:
+            said = ", ".join(str(parent / name) for name in [*parts][:4])
+            one = root / parent / max(parts, key=lambda name: parts[name] == "train")
+            fix = f"give one of them, as in --data.path {one}"
+            if len(beside[Path()]) > 1 and parent != Path():
+                fix = f"bring the parts to the top, as in {root / one.name / parent}"
+            raise ValueError(f"data.path {root} holds {said}, which are parts of a set, not classes; {fix}")
+
+
+def _part(name: str) -> tuple[str, frozenset[str]] | None:
+    """Which part of a set a folder of this name is, "train" or "other", and its other words; None where it is none."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    if len(found := [*_PART.finditer(text)]) != 1:
+        return None
+    rest = text[: found[0].start()] + " " + text[found[0].end() :]
+    words = frozenset(word for word in re.split(r"[\W_]+", rest) if word) - _BESIDE
+    return "train" if found[0][1] else "other", words
 
 
 @contextmanager

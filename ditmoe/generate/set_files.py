@@ -4,7 +4,6 @@ Shapes: N images, C channels, H W size; pictures are uint8 (N, H, W, C).
 """
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from ..data.pixels import to_pil
 from ..files import LOCK, is_bare, locked, read_object, whole, write_json
@@ -21,7 +21,6 @@ from .draw import Pixels, RequestedSet, batches
 
 NOTE = "sampling.json"  # what made the images of a folder
 WRITERS = 4  # threads, at most
-_END = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
 _NETWORKS = ("checkpoint", "guide")  # facts with a path and a hash
 
 Facts = Mapping[str, Any]  # what makes a set, as JSON values
@@ -58,13 +57,13 @@ def write_folder(images: RequestedSet, facts: Facts, folder: Path, processes: Pr
 
 
 def is_png(path: Path) -> bool:
-    """Whether a PNG is there, down to its last bytes, which a machine that went down may not have written."""
+    """Whether a PNG is there, all of it: of a machine that went down it may be the name alone."""
     try:
-        with path.open("rb") as file:
-            file.seek(-len(_END), os.SEEK_END)
-            return file.read() == _END
-    except OSError:  # a file may be shorter
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # the sums of its parts
+    except (OSError, SyntaxError):  # which Pillow raises of a broken part
         return False
+    return True
 
 
 def write_npz(images: RequestedSet, facts: Facts, path: Path, processes: Processes) -> None:
@@ -79,17 +78,11 @@ def write_npz(images: RequestedSet, facts: Facts, path: Path, processes: Process
         return [parts / f"{indices[0]:09d}-{indices[-1]:09d}.npy"]
 
     def write(part: Path, pixels: Pixels) -> None:
-        with whole(part, durable=False) as file:
+        with whole(part) as file:  # on the disk before it has its name
             np.save(file, pixels)
 
-    def is_whole(part: Path) -> bool:
-        try:
-            return len(np.load(part, mmap_mode="r", allow_pickle=False)) > 0  # of a shorter file nothing is mapped
-        except (OSError, ValueError, EOFError):
-            return False
-
     with _held(parts, facts, f"the unfinished set of {path}, ", processes):
-        _complete(images, facts, parts, files, lambda pixels: [pixels], write, is_whole, processes)
+        _complete(images, facts, parts, files, lambda pixels: [pixels], write, Path.exists, processes)
         if processes.rank == 0:
             written = (files(indices)[0] for indices in batches(images.num, images.batch_size, shown=False))
             _join(written, images, facts, path)
@@ -115,8 +108,15 @@ def _held(folder: Path, facts: Facts, what: str, processes: Processes) -> Iterat
         for sentence in processes.gather(refused):
             if sentence is not None:
                 raise ValueError(sentence)
-        _same_set(folder, facts, what)  # another command may have come and gone
-        yield
+        try:
+            if (folder / NOTE).exists():
+                _same_set(folder, facts, what)  # another command may have come and gone
+            yield
+        finally:
+            stack.close()
+            if processes.rank == 0:
+                with suppress(OSError):
+                    folder.rmdir()  # which is empty where the command was refused
 
 
 def _complete(
@@ -140,11 +140,9 @@ def _complete(
             try:
                 pixels = images.batch(indices)
             except ValueError:
-                with suppress(OSError):  # another process has been faster
-                    if {entry.name for entry in folder.iterdir()} <= {NOTE, LOCK}:
+                with suppress(OSError):
+                    if processes.rank == 0 and {entry.name for entry in folder.iterdir()} <= {NOTE, LOCK}:
                         (folder / NOTE).unlink()
-                        (folder / LOCK).unlink()
-                        folder.rmdir()
                 raise
             for done in written:
                 done.result()  # what went wrong there is raised here

@@ -57,7 +57,8 @@ class Refiner(nn.Module):
     def forward(self, drawn: Tensor, x_t: Tensor) -> Tensor:
         """drawn (N, out_channels + FEATURES, H, W), x_t (N, in_channels, H, W) -> (N, out_channels, H, W)."""
         pixels = torch.cat([drawn, x_t.to(drawn.dtype)], dim=1)
-        over = not torch.is_grad_enabled()  # in place of what nobody reads again
+        watched = self.conv1._forward_hooks or self.conv2._forward_hooks
+        over = not torch.is_grad_enabled() and not watched  # in place of what nobody reads again
         h = F.silu(self.conv1(pixels.contiguous(memory_format=torch.channels_last)), over)  # 1.4 times as fast on a CPU
         h = F.silu(self.conv2(h), over)
         y: Tensor = drawn[:, : self.out_channels] + self.conv3(h)
@@ -83,7 +84,7 @@ class ConvToFew(nn.Conv2d):
         (N, C, H, W), K = x.shape, self.out_channels
         weight = self.weight.flatten().view_as(self.weight)  # so that its gradient lies as it does
         taps = F.pad(weight.permute(1, 2, 3, 0).reshape(C, 9 * K), (0, -9 * K % 16))  # odd widths are slow
-        each = (x.permute(0, 2, 3, 1).reshape(-1, C) @ taps).view(N, H, W, -1)[..., : 9 * K].unflatten(3, (9, K))
+        each = (x.permute(0, 2, 3, 1).reshape(-1, C) @ taps)[:, : 9 * K].unflatten(0, (N, H, W)).unflatten(3, (9, K))
         y = each.new_zeros(N, H + 2, W + 2, K)
         for tap in range(9):
             row, column = divmod(tap, 3)

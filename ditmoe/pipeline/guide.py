@@ -73,10 +73,16 @@ def choose(
         if guide != EXPERTS_OFF:
             raise ValueError(f"guide is {guide!r}; {_KINDS}")
         return ExpertsOff(net), w
-    if not isinstance(guide, nn.Module) or "class_labels" not in signature(guide.forward).parameters:
-        raise ValueError(f"guide is {guide!r:.100}; {_KINDS}")
+    if not isinstance(guide, nn.Module) or not _takes_labels(guide):
+        raise ValueError(f"guide is {guide if isinstance(guide, int | float) else type(guide).__name__}; {_KINDS}")
     _check(net, guide)
     return guide, w
+
+
+def _takes_labels(guide: nn.Module) -> bool:
+    """Whether it is called as a network is; what wraps one takes anything."""
+    known = signature(guide.forward).parameters.values()
+    return any(p.name == "class_labels" or p.kind is p.VAR_KEYWORD for p in known)
 
 
 def _check(net: Any, guide: Any) -> None:

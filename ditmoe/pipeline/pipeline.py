@@ -78,7 +78,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
             self.register_to_config(sampler=name_of(value))
 
     @classmethod
-    def from_pretrained(cls, folder: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As of diffusers, of a folder or a Hub's OWNER/NAME, and of .safetensors weights alone unless told otherwise.
 
         Raises ValueError for `sampler`, which is a call's.
@@ -86,7 +86,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         if "sampler" in options:
             what = f"sampler {options['sampler']!r} is of a call: pipe(..., sampler={options['sampler']!r})"
             raise ValueError(f"{what}; what from_pretrained takes is scheduler=samplers.make_scheduler(...)")
-        return super().from_pretrained(folder, **{"use_safetensors": True, **options})
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **options})
 
     @property
     def id2label(self) -> dict[int, str]:

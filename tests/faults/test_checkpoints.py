@@ -259,9 +259,8 @@ def test_every_file_is_on_the_disk_before_the_name_that_promises_it(tmp_path, mo
     temporary = next(path.parent for what, path in done if path.name == "manifest.json")
     before = done.index(("rename", final))
     folder = done.index(("sync", temporary))
-    begun = f"{os.getpid()}.tmp"
-    for name, unfinished in (("model.safetensors", "part"), ("ema.safetensors", "part"), ("state.json", begun),
-                             ("manifest.json", begun)):  # fmt: skip
+    for name, unfinished in (("model.safetensors", "part"), ("ema.safetensors", "part"), ("state.json", "tmp"),
+                             ("manifest.json", "tmp")):  # fmt: skip
         synced = done.index(("sync", temporary / f"{name}.{unfinished}"))
         assert synced < done.index(("rename", temporary / name)) < folder < before
     assert before < done.index(("sync", root))

@@ -193,7 +193,16 @@ def test_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
         (["train_images/cat", "test_images/cat"], "test_images, train_images", "train_images"),
         (["trainset/a", "testset/a"], "testset, trainset", "trainset"),
         (["data/train/cat", "data/dev/cat"], "data/dev, data/train", "data/train"),
-        (["cat/train", "cat/test", "dog/train", "dog/test"], "cat/test, cat/train, dog/test, dog/train", "train/cat"),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], "cat/test, cat/train", "train/cat"),
+        (["seg_train/a", "seg_test/a", "seg_pred/a"], "seg_test, seg_train", "seg_train"),
+        (["train2017", "val2017"], "train2017, val2017", "train2017"),
+        (
+            ["ILSVRC2012_img_train/a", "ILSVRC2012_img_val/a"],
+            "ILSVRC2012_img_train, ILSVRC2012_img_val",
+            "ILSVRC.*train",
+        ),
+        (["trainA", "testA", "trainB", "testB"], "testA, trainA", "trainA"),
+        (["TrainData/a", "ValData/a"], "TrainData, ValData", "TrainData"),
         (["training data"], "training data", "training data"),
     ],
 )
@@ -209,9 +218,19 @@ def test_parts_of_a_set_by_the_names_that_people_give_them(
 
 
 def test_words_that_are_like_those_of_parts_are_classes(tmp_path: Path) -> None:
-    for place in ("steam train", "test tube", "trainer", "images", "train_bus", "cassettes"):
+    places = (
+        "steam train",
+        "test tube",
+        "trainer",
+        "images",
+        "train_bus",
+        "cassettes",
+        "vehicles/train",
+        "papers/test",
+    )
+    for place in places:
         png(tmp_path / place / "1.png")
-    assert len(open_data(folder(tmp_path), size=8, channels=1).id2label) == 6
+    assert len(open_data(folder(tmp_path), size=8, channels=1).id2label) == len(places)
 
 
 def test_folders_named_by_numbers_keep_the_order_of_names_and_say_so(tmp_path: Path) -> None:

@@ -383,6 +383,21 @@ def test_refinement_is_three_convolutions_and_what_they_come_to(channels: int, g
             torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_refinement_changes_nothing_that_is_read_again() -> None:
+    refiner = layers.Refiner(1, 1, 16)
+    drawn, x_t = torch.randn(2, 9, 8, 8), torch.randn(2, 1, 8, 8)
+    before, seen = (drawn.clone(), x_t.clone()), list[torch.Tensor]()
+    with torch.no_grad():
+        refiner(drawn, x_t)
+        hook = refiner.conv1.register_forward_hook(lambda module, given, out: seen.append(out))
+        refiner(drawn, x_t)
+        hook.remove()
+        torch.testing.assert_close(seen[0], refiner.conv1(torch.cat([drawn, x_t], dim=1)), rtol=1e-4, atol=1e-5)
+        assert refiner(drawn[:0], x_t[:0]).shape == (0, 1, 8, 8)
+    assert torch.equal(drawn, before[0])
+    assert torch.equal(x_t, before[1])
+
+
 def test_the_norm_of_queries_and_keys_is_the_same_with_and_without_gradients() -> None:
     norm = layers.RMSNorm(6, eps=1e-6)
     torch.nn.init.normal_(norm.weight)

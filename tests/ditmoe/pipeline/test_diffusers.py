@@ -489,7 +489,7 @@ def test_blocks_that_repeat_are_named_and_the_bar_is_as_told(capsys: pytest.Capt
         ),
         ({"class_labels": [0], "guidance_scale": torch.nan}, "guidance_scale is nan, but it must be 0 or more"),
         ({"class_labels": [0], "guide": 3}, "guide is 3; it must be a network, such as another pipeline's transformer"),
-        ({"class_labels": [0], "guide": nn.Linear(2, 2)}, r"guide is Linear\(.*; it must be a network, such as"),
+        ({"class_labels": [0], "guide": nn.Linear(2, 2)}, "guide is Linear; it must be a network, such as"),
         ({"class_labels": [0], "edit": 3}, "edit is 3; leave it out: image_to_image and inpaint give it"),
         ({"class_labels": [0], "policy": 3}, "policy: it is 3"),
         ({"class_labels": [0], "tau": "x"}, "tau"),

@@ -144,6 +144,13 @@ def test_a_model_names_one_guide_and_the_last_one() -> None:
         pipeline.DiTMoEPipeline(make().transformer, make().scheduler, guide=net, experts_off=True)
 
 
+def test_what_wraps_a_network_guides_as_it_does() -> None:
+    pipe, guide = make(), make().transformer
+    expected = drawn(pipe, guide=guide)
+    assert torch.equal(drawn(pipe, guide=torch.nn.DataParallel(guide)), expected)
+    torch.testing.assert_close(drawn(pipe, guide=torch.compile(guide, backend="eager")), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
