@@ -173,13 +173,21 @@ def check_replaced(scheduler: Any, name: str) -> None:
         return
     known, kind = {*signature(SAMPLERS[name].scheduler.__init__).parameters}, type(scheduler)
     known |= {"flow_shift"} if "shift" in known else set()
-    for field, parameter in signature(kind.__init__).parameters.items():
-        value = scheduler.config.get(field, parameter.default)
-        if field not in known and field not in _HANDED_ON and value != parameter.default:
+    inits = [vars(cls)["__init__"] for cls in reversed(kind.__mro__) if "__init__" in vars(cls)]
+    parameters = {name: p.default for init in inits for name, p in signature(init).parameters.items()}
+    for field, default in parameters.items():
+        value = scheduler.config.get(field, default)
+        if field not in known and field not in _HANDED_ON and _plain(value) != _plain(default):
             having = [other for other in SAMPLERS if field in signature(SAMPLERS[other].scheduler.__init__).parameters]
             named = f", name one that has it ({', '.join(having)})" * bool(having)
             what = f"sampler {name!r} has no {field}, which the scheduler that it would replace has as {value!r}"
             raise ValueError(f"{what}; leave the sampler out{named}, or set another {kind.__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """A field's value, whatever sequence it is."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [*value] if isinstance(value, tuple) else value
 
 
 def shift_field(name: str) -> str | None:

@@ -137,7 +137,7 @@ def activations(config: Config, routed: bool, exchanged: bool = False) -> tuple[
     half, normed, D, (more, pairs) = b == 2, m.qk_norm != "none", m.hidden_size, _attending(config)
     A = m.attention_width
     token = 2.0 * (8 * D + 8) + b * D  # both norms in float32, the input of qkv
-    token += b * D * m.local_conv + b * D * m.long_skips * (m.depth // 2) / m.depth
+    token += b * D * (m.local_conv or m.long_skips * (m.depth // 2) / m.depth)  # a convolution's input is a skip's too
     token += b * (4 * A + 2 * D) + 4 * m.num_heads  # qkv, attention, its statistics and projection, and what is gated
     token += more + (2 * b * A if normed or m.positions == "rope" else 0)  # experts of attention; q and k, changed
     if normed:  # in bf16 q and k in float32; statistics

@@ -49,6 +49,8 @@ def writable(name: str, path: Path) -> None:
     except PermissionError as error:
         what = f"you may not look into {Path(error.filename).parent}"
         raise ValueError(f"{name} {path} cannot be written: {what}; give another place") from error
+    except OSError as error:  # its name is too long
+        raise ValueError(f"{name} {path} cannot be written: {error.strerror}; give another place") from error
     require(place.is_dir(), f"{name} {path} cannot be written: {place} is a file")
     may = os.access(place, os.W_OK)
     require(may, f"{name} {path} cannot be written: you may not write in {place}; give another place")

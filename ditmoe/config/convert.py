@@ -128,6 +128,7 @@ class ConvertArgs:
         at_least(self, 1, "prune")
         at_least(self, 2, "upcycle", "split")
         self._check_change()
+        require(self.out.name != "", f"out {self.out} has no name; give one that is not there yet")
         require(self.force or not self.out.exists(), f"out {self.out} exists; give another one, or --force")
         require(self.out.absolute().parent.is_dir(), f"out {self.out} must be in a folder that exists")
         writable("out", self.out.absolute().parent)
@@ -155,7 +156,7 @@ class ExportArgs:
     """Write the averaged weights of a finished run as a pipeline folder to share."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run folder, or one that was exported."""
+    """A run folder, or one that was exported (but not --standalone, which holds code)."""
     folder: Annotated[Path, tyro.conf.Positional]
     """The new pipeline folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -188,4 +189,5 @@ class ExportArgs:
             )
         if self.guide == "none":
             raise ValueError("guide is none, which a model without --guide has; leave it out")
+        require(self.folder.name != "", f"folder {self.folder} has no name; give one that is not there yet")
         writable("folder", self.folder.absolute().parent)

@@ -227,7 +227,7 @@ class AnalyzeArgs:
         if self.bins > 1000:
             raise ValueError(f"bins is {self.bins}; the time axis has 1000 steps")
         writable("out", self.out)
-        if self.out.is_file():
+        if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out {self.out} is a file; give a folder")
 
 

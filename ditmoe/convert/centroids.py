@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,8 @@ def run(args: CentroidsArgs) -> None:
     with whole(args.out) as file:
         file.write(save({name: fit.centres for name, fit in fits.items()}, facts))
     wanted = f"--moe.num-experts {args.experts} --moe.router-input {args.router_input}"
-    print(f"wrote {args.out}; python -m ditmoe train ... --moe.preset centroid --moe.centroids {args.out} {wanted}")
+    flags = f"--moe.preset centroid --moe.centroids {quote(str(args.out))} {wanted}"
+    print(f"wrote {args.out}; python -m ditmoe train ... {flags}")
 
 
 def noisy_images(

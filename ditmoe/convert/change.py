@@ -1,6 +1,7 @@
 """A trained model made into another one: what the options of convert ask for."""
 
 from dataclasses import replace
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def change(args: ConvertArgs) -> None:
         save(replace(onward, train=train), temporary / "training.json")
     sizes = [f"{n / 1e6:.2f} M" for net in (before, after) for n in count_parameters(net)]
     print(f"{args.src}: {sizes[0]} parameters, {sizes[1]} activated; {args.out}: {sizes[2]}, {sizes[3]}{words}")
-    print(f"wrote {args.out}; python -m ditmoe train {args.out}/training.json --out RUN trains it on")
+    print(f"wrote {args.out}; python -m ditmoe train {quote(str(args.out / 'training.json'))} --out RUN trains it on")
 
 
 def _store_int8(args: ConvertArgs, pipe: pipeline.DiTMoEPipeline, config: Config) -> None:

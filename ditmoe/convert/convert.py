@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _bring(args: ConvertArgs) -> None:
         write(transformer, [_entry(found, name, tuple(value.shape)) for name, value in state.items()])
         print(f"{args.out}: {_words(found)}", flush=True)
         print(check_forward(transformer), flush=True)
-    print(f"wrote {args.out}; python -m ditmoe sample {args.out} --out grid.png draws from it")
+    print(f"wrote {args.out}; python -m ditmoe sample {quote(str(args.out))} --out grid.png draws from it")
 
 
 def _account(found: Foreign, state: dict[str, Tensor]) -> None:

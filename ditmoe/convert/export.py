@@ -22,8 +22,8 @@ _TASK = "unconditional-image-generation"  # the Hub's word for images without a 
 def export(args: ExportArgs) -> None:
     """Write the pipeline folder: weights in `dtype`, the run's config.json as training.json, and a README.md.
 
-    Of a folder that was exported the README.md stays, with what is done now. With `standalone` also a pipeline.py for
-    those who have no ditmoe; with `push` all goes to the Hub, too.
+    Of a folder that was exported (not `standalone`, which holds code) the README.md stays, with what is done now. With
+    `standalone` also a pipeline.py for those who have no ditmoe; with `push` all goes to the Hub, too.
 
     Raises:
         ValueError: The run holds no model, the folder exists, the VAE is not that of the latents, the guide cannot
@@ -36,7 +36,7 @@ def export(args: ExportArgs) -> None:
     again = (args.run / TRAINING).is_file() and not (args.run / CONFIG).exists()
     name = TRAINING if again else CONFIG
     read_config(args.run, name)  # refuses what is no run
-    if again and args.license != ExportArgs.license:
+    if again and (args.run / README).exists() and args.license != ExportArgs.license:
         raise ValueError(f"license is {args.license}, but {args.run / README} stays; leave it out, or change it there")
     check_replaced("folder", args.folder, "run", args.run)
     page = _card_again(args) if again else card(args)  # before anything is written
@@ -86,7 +86,7 @@ def _push(name: str, folder: Path) -> None:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         what = f"push {name}: {folder} is finished, but the Hub did not take it ({why})"
-        raise ValueError(f"{what}; hf auth login, then hf upload {name} {folder}") from error
+        raise ValueError(f"{what}; hf auth login, then hf upload {name} {shlex.quote(str(folder))}") from error
     print(f"pushed to https://huggingface.co/{name}, private until you change that")
 
 
@@ -136,7 +136,9 @@ def _card_again(args: ExportArgs) -> str:
     """The page of a model that was exported before, and below it what is done now."""
     file = args.run / README
     before = file.read_text() if file.exists() else card(args)
-    lines = ["", "Exported again:", "", "```", _command(args), "```", "", *(_STANDALONE if args.standalone else [])]
+    lines = ["", "Exported again:", "", "```", _command(args), "```", ""]
+    lines += [f"From then on they are guided by {args.guide}.", ""] if args.guide else []
+    lines += _STANDALONE if args.standalone else []
     return before.rstrip("\n") + "\n" + "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ MEANT = {  # what other pipelines call arguments of a call
     "num_images_per_prompt": "num_images_per_label", "prompt": "class_labels", "steps": "num_inference_steps",
     "cfg": "guidance_scale", "batch_size": "num_images, of a model without labels", "num": "num_images",
     "image": "pipe.image_to_image(image, ...)", "mask_image": "pipe.inpaint(image, mask_image, ...)",
+    "strength": "of pipe.image_to_image and pipe.inpaint",
     "height": "the model's own size", "width": "the model's own size", "scheduler": "pipe.scheduler = ..., or sampler",
     "callback_steps": "callback_on_step_end, after every step",
 }  # fmt: skip

@@ -36,7 +36,8 @@ def find(folder: Path) -> Path:
         beside = folder.parent.iterdir() if not folder.exists() and folder.parent.is_dir() else ()
         hint = near(folder.name, [other.name for other in beside if other.is_dir()])
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.exists():
-            hint = f"one of the Hugging Face Hub comes with: hf download {folder} --local-dir {folder.name}; "
+            hint = near(str(folder), map(str, Path().glob(f"*/{folder.name}")))
+            hint = hint or f"one of the Hugging Face Hub comes with: hf download {folder} --local-dir {folder.name}; "
         raise ValueError(f"{folder} holds no model: {hint}neither model_index.json nor model/model_index.json is there")
     return place
 

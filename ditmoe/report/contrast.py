@@ -5,6 +5,7 @@ Source: difference of activation rates, MoTE (arXiv 2502.11096). Shapes: L layer
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,8 @@ def run(args: ContrastArgs) -> None:
     if args.policy is not None:
         write_json(args.policy, policy.to_dict())
         done = f"{args.action} {plural(len(top), 'expert')}"
-        print(f"wrote {args.policy}: {done}; python -m ditmoe sample {model} --policy {args.policy}")
+        words = f"{quote(str(model))} --policy {quote(str(args.policy))}"
+        print(f"wrote {args.policy}: {done}; python -m ditmoe sample {words}")
 
 
 def _classes(words: Sequence[str], data: ImageSet, net: DiTMoETransformer2DModel) -> list[int]:

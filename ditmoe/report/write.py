@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import numpy as np
@@ -135,7 +136,7 @@ def finish(config: Config, score: Score | None, judge: Judge, *, news: bool) -> 
                 return print(f"warning: {said}", file=sys.stderr)
     if changed := differences(to_dict(read_config(config.out))["sample"], to_dict(config)["sample"], "sample."):
         print(f"note: the page stays as it was ({'; '.join(changed)}): the run was finished; sample.py draws anew")
-    print(f"{config.out} is finished: see {config.out / PAGE}, or python -m ditmoe sample {config.out}")
+    print(f"{config.out} is finished: see {config.out / PAGE}, or python -m ditmoe sample {quote(str(config.out))}")
 
 
 def _summary(report: Mapping[str, Any]) -> str:

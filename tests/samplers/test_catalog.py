@@ -4,6 +4,7 @@ import json
 import re
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from samplers import (
     DDPMScheduler,
     FlowEulerScheduler,
     TimeShiftScheduler,
+    catalog,
     make_scheduler,
     network_calls,
     sample,
@@ -201,3 +203,17 @@ def test_network_calls_refuses_what_the_sampler_refuses():
         for name in ("ddim", "unipc", "ts-ddim"):
             with pytest.raises(ValueError, match="must be an integer from 1 to 1000"):
                 network_calls(name, {}, steps)
+
+
+class Passing(diffusers.UniPCMultistepScheduler):
+    """A subclass that hands its fields on unnamed."""
+
+    def __init__(self, *args, **fields):
+        super().__init__(*args, **fields)
+
+
+def test_fields_that_a_subclass_hands_on_unnamed_are_seen():
+    catalog.check_replaced(Passing(disable_corrector=()), "unipc")
+    catalog.check_replaced(Passing(disable_corrector=np.array([])), "unipc")
+    with pytest.raises(ValueError, match="'unipc' has no use_karras_sigmas, which .* as True"):
+        catalog.check_replaced(Passing(use_karras_sigmas=True), "unipc")

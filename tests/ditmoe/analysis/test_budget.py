@@ -130,7 +130,10 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any], again: bool)
     places = changes.get("moe", {}).get("router_input", "").split("+").count("position")  # seen once, not by image
     ways = 2 if changes.get("moe", {}).get("router") == "prototype" else 1
     once = places * ways * config.model.depth * 2 * tokens_per_image(model) * config.model.hidden_size * 64
-    assert forward == n * count.forward + once
+    C, side, W = config.model.in_channels, config.model.sample_size, config.model.refine_width
+    taps = 9 * C * (2 if config.objective.learn_sigma else 1)  # of the last convolution, filled up to a multiple of 16
+    filled = n * 2 * side**2 * W * (-taps % 16)
+    assert forward == n * count.forward + once + filled
     assert counter.get_total_flops() == pytest.approx(n * count.training(again) + 2 * once, rel=0.01)
 
 

@@ -167,9 +167,9 @@ def test_a_damaged_scheduler_is_refused_in_a_sentence(folder, capsys, sampler, c
 
 def test_images_that_are_not_finite_are_an_error_and_no_table(folder, capsys):
     model = folder()
-    assert run(model, "--cfg", "1e38") == 1
+    assert run(model, "--cfg", "1e6", "--epsilon-scale", "1e-35") == 1
     assert not (model.parent / "bias.png").exists()
-    refused(capsys, "are not finite: the weights are damaged, or guidance_scale 1e+38")
+    refused(capsys, "are not finite: the weights are damaged, or guidance_scale 1000000")
 
 
 @pytest.mark.parametrize(
