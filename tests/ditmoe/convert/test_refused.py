@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,9 @@ def test_a_full_disk(
     if to != "ditmoe":
         assert command("convert", src, tmp_path / "ours", *DIT) == 0
         src = tmp_path / "ours"
-    before, opened = sorted(tmp_path.rglob("*")), Path.open
+    before, opened, made = sorted(tmp_path.rglob("*")), Path.open, os.fdopen
     monkeypatch.setattr(Path, "open", lambda path, *how, **more: _limited(opened(path, *how, **more), *how))
+    monkeypatch.setattr(os, "fdopen", lambda *how, **more: _limited(made(*how, **more), *how[1:]))
     out = tmp_path / ("out.pt" if to == "dit" else "out")
     capsys.readouterr()
     assert command("convert", src, out, "--to", to, *(DIT if to == "ditmoe" else ())) == 2
