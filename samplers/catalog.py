@@ -167,7 +167,7 @@ def adopted(scheduler: Any, prediction_type: str, steps: int, options: Mapping[s
     return copied
 
 
-def check_replaced(scheduler: Any, name: str) -> None:
+def check_nothing_lost(scheduler: Any, name: str) -> None:
     """ValueError where a scheduler of diffusers was told what sampler ``name``, which is to draw instead, has not."""
     if name not in SAMPLERS:  # which `make_scheduler` says
         return

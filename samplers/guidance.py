@@ -19,7 +19,7 @@ from samplers import gaussian
 from samplers.translate import Translation
 
 RULES = ("cfg", "cfg++")
-MOST = 1e6  # of a scale: beyond it float32 has no digits left for the image
+MOST = 1e6  # of a scale: a larger one is a slip, and far beyond it images are not finite
 
 Rescale = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -255,11 +255,12 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., head_dim) -> the same shape and dtype."""
         assert self.weight is not None
+        assert self.eps is not None
         plain = x.device.type == "cpu" and x.dtype == torch.float32
         if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y = x.clone(memory_format=torch.contiguous_format)  # 0.3 to 0.6 of the time of rows that lie apart
             mean = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-            return y.mul_(mean.add_(self.eps or 0.0).rsqrt_()).mul_(self.weight.to(x.dtype))
+            return y.mul_(mean.add_(self.eps).rsqrt_()).mul_(self.weight.to(x.dtype))
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
 from samplers import sample
-from samplers.catalog import adopted, check_replaced, name_of, scheduler_for
+from samplers.catalog import adopted, check_nothing_lost, name_of, scheduler_for
 
 from ..data import decode
 from ..model import DiTMoETransformer2DModel
@@ -231,7 +231,7 @@ class DiTMoEPipeline(DiffusionPipeline):  # type: ignore[misc]
         if self.config.sampler is None:
             if sampler is None:
                 return adopted(self.scheduler, net.prediction_type, steps, sampler_options)
-            check_replaced(self.scheduler, sampler)
+            check_nothing_lost(self.scheduler, sampler)
         return scheduler_for(self.config.sampler if sampler is None else sampler, config, steps, sampler_options)
 
     def steps_for(self, num_inference_steps: int | None = None) -> int:
